@@ -1,0 +1,23 @@
+"""The errors that a user can cause. Each says what was expected, what came, where, and the way out."""
+
+from __future__ import annotations
+
+
+class EmbcompError(ValueError):
+    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+
+class ConfigError(EmbcompError):
+    """A configuration that cannot run: an unknown key, a wrong type, an impossible combination."""
+
+
+class DataError(EmbcompError):
+    """Input data that cannot be read or does not agree with its description."""
+
+
+class BudgetError(EmbcompError):
+    """A byte budget that no configuration of the method can meet; the text names the floor."""
+
+
+class CheckpointError(EmbcompError):
+    """A checkpoint or run folder that does not belong to the run that asks for it."""
