@@ -1,0 +1,232 @@
+"""`dataset.json`: what a prepared dataset folder says about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from embcomp.errors import DataError
+
+FORMAT_VERSION = 1
+FILE_NAME = "dataset.json"
+
+MISSING_ID = 0
+"""The id of a value that is absent from the raw row."""
+UNSEEN_ID = 1
+"""The id of a value that the train split lacks, or holds less than `min_count` times."""
+FIRST_ID = 2
+"""The id of the most frequent value; the others follow by descending train frequency."""
+
+NumericTransform = Literal["none", "log1p", "standard_log", "min_max"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class NumericFeature(_Strict):
+    """A Float32 column that already went through its transform.
+
+    `none` keeps x; `log1p` is log(1 + max(x, 0)); `standard_log` is (log1p(x) - mean) / std;
+    `min_max` is (x - min) / (max - min), clipped to [0, 1]. Mean, std, min and max come from the
+    train split. A missing value is written as 0.
+    """
+
+    name: str
+    transform: NumericTransform = "none"
+    mean: float | None = None
+    std: float | None = None
+    min: float | None = None
+    max: float | None = None
+    missing: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_constants(self) -> NumericFeature:
+        needed = {"standard_log": ("mean", "std"), "min_max": ("min", "max")}
+        constants = {"mean": self.mean, "std": self.std, "min": self.min, "max": self.max}
+        absent = [key for key in needed.get(self.transform, ()) if constants[key] is None]
+        if absent:
+            raise ValueError(
+                f"numeric feature {self.name!r}: transform {self.transform!r} needs {absent}"
+            )
+        return self
+
+
+class CategoricalFeature(_Strict):
+    """An Int32 column of ids, or a List(Int32) one when `multi_valued`.
+
+    `num_embeddings` counts ids 0 (missing) and 1 (unseen or rare) too, so every id is below it.
+    `frequency_quantiles` maps a share such as "0.5" to the smallest id such that the ids up to it
+    carry that share of the feature's values in the train split.
+    `missing` counts the rows without a value in all splits, `num_raw_values` the distinct train
+    values before `min_count` was applied.
+    """
+
+    name: str
+    num_embeddings: int = Field(ge=FIRST_ID)
+    multi_valued: bool = False
+    min_count: int = Field(default=1, ge=1)
+    max_length: int = Field(default=1, ge=0)
+    mean_length: float = Field(default=1.0, ge=0)
+    num_raw_values: int = Field(default=0, ge=0)
+    frequency_quantiles: dict[str, int] = Field(default_factory=dict)
+    vocabulary: str = ""
+    missing: int = Field(default=0, ge=0)
+
+
+class SplitInfo(_Strict):
+    """The Parquet files of one split, relative to the folder and in row order, and their counts.
+
+    `unseen_rate` is, by feature, the share of its values that got id 1.
+    """
+
+    files: list[str]
+    rows: int = Field(ge=0)
+    positives: int = Field(ge=0)
+    unseen_rate: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def label_rate(self) -> float:
+        return self.positives / self.rows if self.rows else float("nan")
+
+
+class SourceFile(_Strict):
+    """A raw file that the dataset was made from; `sha256` is of its bytes as they lie on disk."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class BayesMetrics(_Strict):
+    """The best figures that any model can reach on the test split; known for generated data only."""
+
+    auc: float
+    log_loss: float
+
+
+class DatasetInfo(_Strict):
+    """The content of `dataset.json`."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    label: str = "label"
+    group: str | None = None
+    numeric: list[NumericFeature] = Field(default_factory=list)
+    categorical: list[CategoricalFeature] = Field(default_factory=list)
+    splits: dict[str, SplitInfo]
+    split_rule: dict[str, object] = Field(default_factory=dict)
+    sources: list[SourceFile] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    bayes: BayesMetrics | None = None
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> DatasetInfo:
+        names = [self.label, *self.feature_names]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"column names used twice: {double}")
+        if self.group is not None and self.group not in self.categorical_names:
+            raise ValueError(
+                f"group {self.group!r} is not a categorical feature; there are "
+                f"{self.categorical_names}"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the dataset lies: set by `load` and `save`."""
+        if self._folder is None:
+            raise DataError(
+                f"dataset {self.name!r} was not loaded from a folder; use DatasetInfo.load(folder)"
+            )
+        return self._folder
+
+    @property
+    def numeric_names(self) -> list[str]:
+        return [feature.name for feature in self.numeric]
+
+    @property
+    def categorical_names(self) -> list[str]:
+        return [feature.name for feature in self.categorical]
+
+    @property
+    def feature_names(self) -> list[str]:
+        return self.numeric_names + self.categorical_names
+
+    def split(self, name: str) -> SplitInfo:
+        """Return one split, or raise a DataError that names those there are."""
+        if name not in self.splits:
+            raise DataError(
+                f"dataset {self.name!r} has no split {name!r}; it has {sorted(self.splits)}"
+            )
+        return self.splits[name]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DatasetInfo:
+        """Read `folder/dataset.json`.
+
+        Raises:
+            DataError: the file is missing, is not JSON, has another format version, disagrees
+                with this schema, or names a Parquet file that is not there.
+        """
+        folder = Path(folder)
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder} is not a prepared dataset: it has no {FILE_NAME}; make one with "
+                f"`embcomp prepare`"
+            ) from None
+        except NotADirectoryError:
+            raise DataError(f"{folder} is a file; a prepared dataset is a folder") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is not JSON ({error}); prepare the dataset again") from None
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format_version {version!r}; this embcomp reads {FORMAT_VERSION}: "
+                f"prepare the dataset again, or use the embcomp that wrote it"
+            )
+        try:
+            info = cls.model_validate(content)
+        except ValidationError as error:
+            raise DataError(f"{path} does not follow the schema:\n{_lines(error)}") from None
+        info._folder = folder
+        for relative in info.files():
+            if not (folder / relative).is_file():
+                raise DataError(
+                    f"{path} names {relative}, which is not in {folder}; copy the whole folder or "
+                    f"prepare the dataset again"
+                )
+        return info
+
+    def files(self) -> list[str]:
+        """Every file that the dataset consists of, beside `dataset.json`, relative to the folder."""
+        parts = [file for split in self.splits.values() for file in split.files]
+        return parts + [f.vocabulary for f in self.categorical if f.vocabulary]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder/dataset.json` atomically; equal content gives equal bytes."""
+        folder = Path(folder)
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        temporary = folder / f".{FILE_NAME}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / FILE_NAME)
+        self._folder = folder
+
+
+def _lines(error: ValidationError) -> str:
+    return "\n".join(
+        f"  {'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}"
+        for item in error.errors()
+    )
