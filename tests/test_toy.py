@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,7 +13,8 @@ from embcomp.data_pipelines.toy import write_toy_dataset
 
 def _train(folder, info, column):
     tables = [pq.read_table(folder / file) for file in info.splits["train"].files]
-    return np.concatenate([np.asarray(t[column].combine_chunks().flatten()) for t in tables])
+    values = [t[column].combine_chunks() for t in tables]
+    return np.concatenate([v.flatten() if pa.types.is_list(v.type) else v for v in values])
 
 
 def test_description_and_files_agree(tmp_path):
