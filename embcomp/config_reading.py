@@ -1,0 +1,159 @@
+"""Reading YAML mappings and binding them to pydantic models and dataclasses, with errors that help.
+
+Each error names the key by its path, says what is wrong with it, and lists the keys that are valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from embcomp.errors import ConfigError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping; repeated keys are errors."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(document).__name__}")
+    return document
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per problem: the key's path, what is wrong, and which keys are valid."""
+    lines = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"] if part != "function-before"]
+        if item["type"] == "extra_forbidden":
+            where, valid = ".".join(path[:-1]), _valid_keys(model, item["loc"][:-1])
+            hint = did_you_mean(path[-1], valid)
+            text = f"unknown key {path[-1]!r}{hint}; the keys are {listed(valid)}"
+        elif item["type"] == "missing":
+            where, text = ".".join(path[:-1]), f"the key {path[-1]!r} is missing"
+        elif item["type"] in ("embcomp", "value_error"):
+            where, text = ".".join(path), item["msg"].removeprefix("Value error, ")
+        else:
+            where, text = ".".join(path), f"{item['msg']}, got {item['input']!r}"
+        lines.append(f"{where}: {text}" if where else text)
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    node = document
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if child is None:
+            child = {}
+        elif isinstance(child, str):  # the short form of {name: ...}
+            child = {"name": child}
+        elif not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} has no keys")
+        node[part] = child
+        node = child
+    node[parts[-1]] = value
+
+
+def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
+    """An instance of the dataclass, its types coerced (a YAML list to a tuple) and checked."""
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key in options:
+        if key not in fields:
+            takes = f"{cls.__name__} takes {listed(fields)}" if fields else "it takes no other key"
+            raise config_error(f"unknown key {key!r}{did_you_mean(str(key), fields)}; {takes}")
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r}"
+            problems.append(f"{where}: {message}{got}" if where else f"{message}{got}")
+        raise config_error("; ".join(problems)) from None
+    except (
+        ValueError
+    ) as error:  # raised by __post_init__ under TypeAdapter of some pydantic versions
+        raise config_error(str(error)) from None
+
+
+def _valid_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section that a path of keys leads to."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # a key of a dict of sections
+        for candidate in _sections_in(field.annotation):
+            model = candidate
+            break
+    return list(model.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += _sections_in(argument)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Mappings to dicts and sequences to lists, all the way down, so that YAML can hold them."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def config_error(text: str) -> PydanticCustomError:
+    # Braces would be read as placeholders of pydantic's message template.
+    return PydanticCustomError("embcomp", "{text}", {"text": text})
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def listed(words: Iterable[str]) -> str:
+    return ", ".join(words)
