@@ -1,0 +1,50 @@
+# `make demo` on a fresh machine installs everything into .venv first. `PYTHON` picks the
+# interpreter for a new environment, `VENV` another folder for it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+OUT ?= demo
+
+SOURCES := embcomp models data_pipelines search tests benchmarks
+
+.PHONY: demo test check fix bench docs install clean-venv
+
+## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
+demo: $(VENV)/.installed
+	$(BIN)/embcomp demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+install: $(VENV)/.installed
+
+# An environment that already works (made by hand, or by another run) is taken as it is: pip finds
+# everything satisfied. The stamp makes later calls free until the requirements change.
+$(VENV)/.installed: requirements-cpu.txt pyproject.toml packaging/fbgemm-gpu-shim/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt
+	$(BIN)/python -m pip check
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+clean-venv:
+	rm -rf $(VENV)

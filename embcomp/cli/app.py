@@ -1,0 +1,59 @@
+"""The Typer application: registers the verbs and turns known errors into one message each."""
+
+from __future__ import annotations
+
+import errno
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from embcomp.cli import console, doctor
+from embcomp.errors import EmbcompError
+
+
+class _Verbs(TyperGroup):
+    """Prints an `EmbcompError` as one red line with exit code 1 instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EmbcompError as error:
+            console.fail(str(error))
+        except OSError as error:
+            # A full disk or a missing file is the machine's state, not our defect; the rest is.
+            if error.errno not in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EDQUOT):
+                raise
+            console.fail(str(error))
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    name="embcomp",
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compressed embedding tables for TorchRec: prepare data, plan bytes, train, compare.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        console.stdout().print(f"embcomp {version('embcomp')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+app.command("doctor")(doctor.doctor)

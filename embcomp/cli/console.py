@@ -1,0 +1,26 @@
+"""The two consoles of the command: results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+WIDE = 200
+"""Columns when the output is not a terminal: a piped table must not be folded at 80."""
+
+
+def stdout() -> Console:
+    """A console on the present stdout; made per call, as tests and pipes swap the stream."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, soft_wrap=True)
+
+
+def stderr() -> Console:
+    """A console on the present stderr."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDE, soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """Prints one red error message on stderr."""
+    stderr().print(f"[bold red]error:[/] [red]{escape(message)}[/]", highlight=False)

@@ -1,0 +1,158 @@
+"""`embcomp.doctor` sees good sets, broken sets and dead interpreters, and says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embcomp import doctor
+from embcomp.cli import app
+from embcomp.doctor import Finding, check, find_pairing, mend_line, series
+
+GOOD_PROBE = {
+    "cuda_driver": False,
+    "cores": 2,
+    "cuda_devices": [],
+    "torch_build": "CPU",
+    "threads": 2,
+    "gloo": True,
+    "nccl": False,
+    "import torch": "2.13.0",
+    "import fbgemm_gpu": "1.8.0",
+    "import torchrec": "1.8.0",
+    "look-up": "right rows",
+}
+
+
+def use_probe(monkeypatch, probe):
+    monkeypatch.setattr(doctor, "run_probe", lambda: probe)
+
+
+def use_versions(monkeypatch, **versions):
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: versions.get(name, real(name)))
+
+
+def by_name(report):
+    return {finding.name: finding for finding in report.findings}
+
+
+def test_this_environment_works_and_is_a_tested_pairing():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "a tested set" in result.output
+    assert "right rows" in result.output
+
+
+def test_series_keeps_two_numbers():
+    assert series("2.13.0+cpu") == "2.13"
+    assert series(None) == ""
+
+
+def test_known_and_unknown_pairings_are_told_apart():
+    tested = find_pairing("2.13.1+cu130", "1.8.0", "1.8.0+cpu")
+    assert tested is not None and tested.tested
+    known = find_pairing("2.11.0", "1.6.2", "1.6.0")
+    assert known is not None and not known.tested
+    assert find_pairing("2.13.0", "1.8.0", "1.9.0") is None
+
+
+def test_mismatched_set_that_still_imports_is_a_warning(monkeypatch):
+    use_probe(monkeypatch, GOOD_PROBE)
+    use_versions(monkeypatch, torchrec="1.9.2")
+    report = check()
+    assert report.works
+    assert by_name(report)["pairing"].level == "warn"
+
+
+def test_import_error_fails_with_the_mending_line(monkeypatch):
+    probe = {key: value for key, value in GOOD_PROBE.items() if "torchrec" not in key}
+    del probe["import fbgemm_gpu"], probe["look-up"]
+    use_probe(monkeypatch, probe | {"error": "OSError: libtorch_cuda.so: cannot open"})
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "libtorch_cuda.so" in result.output
+    assert "-m pip install -r requirements-cpu.txt" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_cuda_machine_gets_the_cuda_line():
+    broken = [Finding(name="import fbgemm_gpu", value="fails", level="fail")]
+    line = mend_line(broken, {"cuda_driver": True})
+    assert '"fbgemm-gpu==1.8.*"' in line and '"torch==2.13.*"' in line
+    assert "fbgemm-gpu-cpu==" not in line
+
+
+def test_a_missing_package_is_mended_by_its_name_alone(monkeypatch):
+    use_probe(monkeypatch, GOOD_PROBE)
+    use_versions(monkeypatch, polars=None)
+    report = check()
+    assert not report.works
+    assert report.mend.endswith("-m pip install polars")
+
+
+def test_missing_tensorboard_is_harmless(monkeypatch):
+    use_probe(monkeypatch, GOOD_PROBE)
+    use_versions(monkeypatch, tensorboard=None)
+    report = check()
+    assert report.works
+    assert "harmless" in by_name(report)["tensorboard"].note
+
+
+def test_missing_gloo_fails(monkeypatch):
+    use_probe(monkeypatch, GOOD_PROBE | {"gloo": False})
+    assert by_name(check())["gloo"].level == "fail"
+
+
+@pytest.mark.parametrize("kind", ["conflict", "stand-in alone", "missing"])
+def test_no_single_provider_of_fbgemm_fails(monkeypatch, kind):
+    use_probe(monkeypatch, GOOD_PROBE)
+    monkeypatch.setattr(doctor, "fbgemm_distribution", lambda: ("fbgemm-gpu", "1.8.0", kind))
+    assert by_name(check())["fbgemm_gpu from"].level == "fail"
+
+
+def test_stand_in_is_recognised_as_such():
+    name, version, kind = doctor.fbgemm_distribution()
+    if name == "fbgemm-gpu":
+        pytest.skip("this environment has the CUDA build")
+    assert name == "fbgemm-gpu-cpu" and version
+    assert "stand-in" in kind
+
+
+def test_interpreter_killed_at_import_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "doctor_probe.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    assert doctor.run_probe() == {"died": "the interpreter was killed by signal 9"}
+
+
+def test_doctor_and_help_load_no_heavy_package():
+    code = (
+        "import sys, embcomp, embcomp.doctor, embcomp.cli\n"
+        "heavy = {'torch', 'torchrec', 'fbgemm_gpu', 'polars', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def test_command_answers_where_torch_is_broken(tmp_path):
+    for name in ("torch", "torchrec", "fbgemm_gpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise OSError('broken on purpose')\n")
+    child = subprocess.run(
+        [sys.executable, "-c", "from embcomp.cli import main; main()", "doctor"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": str(Path(sys.executable).parent)},
+    )
+    assert child.returncode == 1
+    assert "broken on purpose" in child.stdout
+    assert "pip install" in child.stdout
+    assert child.stderr == ""
