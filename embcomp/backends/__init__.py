@@ -1,0 +1,16 @@
+"""The compression methods, one file each."""
+
+from __future__ import annotations
+
+from embcomp.backend import BackendConfig
+from embcomp.backends.full import Full
+from embcomp.backends.hash import Hash
+from embcomp.backends.qr import QR
+from embcomp.backends.unified import Unified
+
+BACKENDS: dict[str, type[BackendConfig]] = {
+    config.name: config for config in (Full, Hash, QR, Unified)
+}
+"""Every method by the name that configuration files use."""
+
+__all__ = ["BACKENDS", "QR", "Full", "Hash", "Unified"]

@@ -1,0 +1,156 @@
+"""The one interface behind which every compression method stands.
+
+A method is three things: a **route** from ids to the ids of physical rows, **physical tables** that
+TorchRec holds, shards and trains, and a **combine** from looked-up rows to embeddings. It serves a
+group of logical tables at once, so that the number of kernels does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+from typing_extensions import Self
+
+from embcomp.budget import parse_budget
+from embcomp.errors import BudgetError, ConfigError
+from embcomp.footprint import Footprint, footprint_of
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The parts of a method, built for one group of tables; the collection registers them.
+
+    Args:
+        physical_tables: what TorchRec holds. Bags are summed there.
+        keys: the physical look-ups, in the order in which ``combine`` wants their columns.
+        route: module from the group's features, one key for each (table, feature) in order, to
+            the physical look-ups, always the same keys in the same order. It holds no parameters
+            and no buffers (``embcomp.constants``), and never touches the weights.
+        combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
+            ``(B, sum of logical dims)``, one for each (table, feature) in order.
+        per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
+            one, before bags are pooled.
+        ids_per_value: how many physical ids ``route`` makes of one id within one key.
+    """
+
+    physical_tables: Sequence[PhysicalTable]
+    keys: Sequence[str]
+    route: nn.Module
+    combine: nn.Module
+    per_row: bool = False
+    ids_per_value: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(ABC):
+    """What a method needs to know about a group of tables that share it.
+
+    Args:
+        budget: serving bytes for the group, as ``"64MiB"``, a number of bytes, or a share of the
+            full tables as ``"10%"``. The method's size follows from it.
+    """
+
+    budget: str | int | None = None
+
+    name: ClassVar[str]
+    """The method's name in a configuration file."""
+    size_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that fix the method's size. One of them, or a budget, must be given."""
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            parse_budget(self.budget)
+        given = [key for key in (*self.size_fields, "budget") if self._value(key) is not None]
+        if self.size_fields and len(given) != 1:
+            came = f"got {' and '.join(given)}" if given else "got none"
+            choices = ", ".join((*self.size_fields, "budget"))
+            raise ConfigError(f"{self.name}: expected exactly one of {choices}; {came}")
+
+    def _value(self, key: str) -> object:
+        return self.__dict__[key]
+
+    def with_size(self, **size: float) -> Self:
+        """This configuration with one size field set, in place of any other and of the budget."""
+        cleared: dict[str, object] = dict.fromkeys((*self.size_fields, "budget"))
+        return replace(self, **(cleared | size))  # type: ignore[arg-type]
+
+    @abstractmethod
+    def keeps_full(self, table: TableSpec) -> bool:
+        """Whether compressing this table would not shrink it, so that it stays as it is."""
+
+    @abstractmethod
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        """The physical tables for tables that are compressed. Nothing is allocated."""
+
+    @abstractmethod
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        """The method's parts for tables that are compressed. Nothing big is allocated."""
+
+    @abstractmethod
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        """The largest configuration of at most ``budget`` serving bytes; None if there is none."""
+
+    @abstractmethod
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        """The configuration of the fewest serving bytes that the method can reach."""
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        """What the method stores beside its physical tables, for tables that are compressed."""
+        return Footprint()
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        """Exact bytes for these tables, those that stay full included. Nothing is allocated."""
+        small = [table for table in tables if not self.keeps_full(table)]
+        total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
+        if small:
+            total += footprint_of(self.physical_tables(small)) + self.dense_footprint(small)
+        return total
+
+    def fit_budget(self, tables: Sequence[TableSpec], budget: str | int) -> Self:
+        """The largest configuration of this method whose serving bytes stay within a budget.
+
+        Args:
+            tables: the whole group, those that will stay full included.
+            budget: bytes, or a share of what the full tables take.
+
+        Raises:
+            BudgetError: when even the smallest configuration is larger; the text names it.
+        """
+        full = sum(table.full_bytes for table in tables)
+        allowed = parse_budget(budget, full_bytes=full)
+        found = self.largest_within(tables, allowed)
+        if found is None:
+            smallest = self.smallest(tables)
+            floor = smallest.footprint(tables).serve_bytes
+            raise BudgetError(
+                f"{self.name}: {len(tables)} table(s) of {full:,} bytes cannot be held in "
+                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes. "
+                f"{self.way_out(tables)}"
+            )
+        return found
+
+    def way_out(self, tables: Sequence[TableSpec]) -> str:
+        """What to change when a budget is below the method's floor."""
+        kept = [table for table in tables if self.smallest(tables).keeps_full(table)]
+        out = "Raise the budget, or choose a method with a lower floor (hash, unified)."
+        if kept:
+            size = sum(table.full_bytes for table in kept)
+            out += f" {len(kept)} small table(s) stay full and take {size:,} of these bytes."
+        return out
+
+
+def full_table(table: TableSpec) -> PhysicalTable:
+    """The physical table of an uncompressed logical one: the same name, rows and width."""
+    return PhysicalTable(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+        init_fn=table.init_fn or UniformInit(*table.init_bounds),
+        data_type=table.data_type,
+    )

@@ -1,0 +1,104 @@
+"""The hashing trick, one table per logical table: each id to one row of a shorter table.
+
+Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009,
+https://arxiv.org/abs/0902.2206. Ids of a table that meet in a row are merged for good; this is the
+baseline that better methods must beat. We hash ids (SplitMix64, salted per table) where common
+code takes them modulo the rows: the latter never merges two frequent ids when ids are ranked by
+frequency, which is a silent use of that ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.budget import largest_int
+from embcomp.errors import ConfigError
+from embcomp.hashing import salt, to_signed
+from embcomp.routing import HashRoute
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+_RATIO_STEPS = 1 << 40  # a ratio is a multiple of this one's inverse, so it is an exact float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hash(BackendConfig):
+    """One hashed row per id, in a table of its own for each logical table.
+
+    Args:
+        num_buckets: rows of every compressed table.
+        ratio: rows as a share of ``num_embeddings``, rounded down, at least 1.
+        collisionless: tables of at most this many rows stay full.
+        seed: salts the hash.
+    """
+
+    num_buckets: int | None = None
+    ratio: float | None = None
+    collisionless: int = 100
+    seed: int = 2021
+
+    name: ClassVar[str] = "hash"
+    size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_buckets is not None and self.num_buckets < 1:
+            raise ConfigError(f"hash: num_buckets must be at least 1, got {self.num_buckets}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ConfigError(f"hash: ratio must be in (0, 1], got {self.ratio}")
+        if self.collisionless < 0:
+            raise ConfigError(f"hash: collisionless must be at least 0, got {self.collisionless}")
+
+    def rows(self, table: TableSpec) -> int:
+        """Rows of the hashed table that stands for ``table``."""
+        if self.ratio is not None:
+            return max(1, int(table.num_embeddings * self.ratio))
+        return self.num_buckets or 1
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        return (
+            table.num_embeddings <= self.collisionless or self.rows(table) >= table.num_embeddings
+        )
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return [
+            PhysicalTable(
+                name=table.name,
+                num_embeddings=self.rows(table),
+                embedding_dim=table.embedding_dim,
+                keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+                init_fn=table.init_fn or UniformInit(*table.init_bounds),
+                data_type=table.data_type,
+            )
+            for table in tables
+        ]
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        owners = [table for table in tables for _ in table.feature_names]
+        route = HashRoute(
+            keys,
+            sources=range(len(keys)),
+            salts=[to_signed(salt(self.seed, table.index, 0)) for table in owners],
+            num_rows=[self.rows(table) for table in owners],
+        )
+        return Backend(physical_tables=physical, keys=keys, route=route, combine=nn.Identity())
+
+    def _at(self, step: int) -> Self:
+        return self.with_size(ratio=step / _RATIO_STEPS)
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        def fits(step: int) -> bool:
+            return self._at(step).footprint(tables).serve_bytes <= budget
+
+        step = largest_int(fits, 1, _RATIO_STEPS)
+        return None if step is None else self._at(step)
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self._at(1)

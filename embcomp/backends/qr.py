@@ -1,0 +1,247 @@
+"""Quotient-remainder embeddings: two short tables, indexed by ``id // c`` and ``id % c``.
+
+Shi, Mudigere, Naumov, Yang, "Compositional Embeddings Using Complementary Partitions for
+Memory-Efficient Recommendation Systems", KDD 2020, https://arxiv.org/abs/1909.02107. Every id
+keeps an embedding of its own, of ``ceil(n / c) + c`` rows in all.
+
+Where we depart from public code: quotients are integer divisions (a float division puts ids above
+2**24 in wrong rows); bags are multiplied row by row and then pooled, not pooled and multiplied;
+and the initial weights of a product are centred, with the variance of the table they stand for.
+Both parts live in one physical table, the remainders after the quotients, so that added parts are
+one bag of two rows and cost neither a combination nor a second output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.full import RangeCheck
+from embcomp.constants import Constant
+from embcomp.errors import ConfigError
+from embcomp.routing import Copies, common_count, per_value, renamed
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+Combination = Literal["mult", "add", "concat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QR(BackendConfig):
+    """Quotient and remainder rows, multiplied, added or concatenated.
+
+    Args:
+        divisor: ``c``; about ``1 / c`` of the rows remain, at best ``2 / sqrt(n)`` of them.
+        combine: how a quotient's and a remainder's row make an embedding. ``concat`` gives each
+            half of the width.
+    """
+
+    divisor: int | None = None
+    combine: Combination = "mult"
+
+    name: ClassVar[str] = "qr"
+    size_fields: ClassVar[tuple[str, ...]] = ("divisor",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divisor is not None and self.divisor < 1:
+            raise ConfigError(f"qr: divisor must be at least 1, got {self.divisor}")
+        if self.combine not in get_args(Combination):
+            raise ConfigError(
+                f"qr: combine must be one of {', '.join(get_args(Combination))}, "
+                f"got {self.combine!r}"
+            )
+
+    def _width(self, table: TableSpec) -> int:
+        return -(-table.embedding_dim // 2) if self.combine == "concat" else table.embedding_dim
+
+    def _quotients(self, table: TableSpec) -> int:
+        return -(-table.num_embeddings // (self.divisor or 1))
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        rows = self._quotients(table) + (self.divisor or 1)
+        return rows * self._width(table) >= table.num_embeddings * table.embedding_dim
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return [
+            PhysicalTable(
+                name=table.name,
+                num_embeddings=self._quotients(table) + (self.divisor or 1),
+                embedding_dim=self._width(table),
+                keys=tuple(
+                    look_up_key(table.name, feature, part)
+                    for feature in table.feature_names
+                    for part in range(1 if self.combine == "add" else 2)
+                ),
+                init_fn=self._init(table),
+                data_type=table.data_type,
+            )
+            for table in tables
+        ]
+
+    def _init(self, table: TableSpec) -> UniformInit:
+        std = {
+            "mult": table.init_std**0.5,  # the product's deviation is the square of a factor's
+            "add": table.init_std / 2**0.5,
+            "concat": table.init_std,
+        }[self.combine]
+        return UniformInit.with_std(std)
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        owners = [table for table in tables for _ in table.feature_names]
+        quotients = [self._quotients(table) for table in owners]
+        check = RangeCheck(tables)
+        divisor = self.divisor or 1
+        widths = [(self._width(table), table.embedding_dim) for table in owners]
+        if self.combine == "add":
+            route: nn.Module = BagOfTwoRoute(keys, check, divisor, quotients)
+            combine: nn.Module = nn.Identity()
+        else:
+            route = TwoKeysRoute(keys, check, divisor, quotients)
+            product = self.combine == "mult"
+            combine = Product(widths) if product else ConcatenatedHalves(widths)
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=route,
+            combine=combine,
+            per_row=self.combine == "mult",
+            ids_per_value=2 if self.combine == "add" else 1,
+        )
+
+    def _bytes_by_divisor(self, tables: Sequence[TableSpec]) -> np.ndarray:
+        """Serving bytes for the divisors 1, 2, ..., ceil(sqrt(rows of the longest table))."""
+        longest = max(table.num_embeddings for table in tables)
+        divisors = np.arange(1, int(longest**0.5) + 2, dtype=np.int64)
+        total = np.zeros_like(divisors)
+        for table in tables:
+            row = self._width(table) * table.itemsize
+            rows = -(-table.num_embeddings // divisors) + divisors
+            total += np.minimum(rows * row, table.full_bytes)
+        return total
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        sizes = self._bytes_by_divisor(tables)
+        fitting = np.where(sizes <= budget, sizes, -1)
+        best = int(fitting.argmax())  # the first of equals: the smallest divisor
+        return None if fitting[best] < 0 else self.with_size(divisor=best + 1)
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self.with_size(divisor=int(self._bytes_by_divisor(tables).argmin()) + 1)
+
+
+class TwoKeysRoute(nn.Module):
+    """Two look-ups per feature: the quotient's row, then the remainder's."""
+
+    def __init__(
+        self, keys: Sequence[str], check: RangeCheck, divisor: int, quotients: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.check = check
+        self.copies = Copies(keys, [source // 2 for source in range(len(keys))])
+        self._keys = list(keys)
+        self._divisor = divisor
+        self._quotients = Constant(quotients)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        self.check(features)
+        copies = self.copies(features)
+        quotients = self._quotients.on(copies.device())
+        count = common_count(copies)
+        if count is not None:
+            parts = copies.values().to(torch.int64).view(-1, 2, count)
+            rows = torch.empty_like(parts)
+            torch.div(parts[:, 0], self._divisor, rounding_mode="floor", out=rows[:, 0])
+            torch.remainder(parts[:, 1], self._divisor, out=rows[:, 1])
+            rows[:, 1] += quotients.unsqueeze(1)
+            return renamed(copies, self._keys, rows.view(-1))
+        ids = copies.values().to(torch.int64)
+        offsets = torch.stack((torch.zeros_like(quotients), quotients), dim=1).view(-1)
+        is_remainder = torch.arange(len(self._keys), device=ids.device) % 2
+        rows = torch.where(
+            per_value(is_remainder, copies).bool(),
+            ids % self._divisor + per_value(offsets, copies),
+            ids.div(self._divisor, rounding_mode="floor"),
+        )
+        return renamed(copies, self._keys, rows)
+
+
+class BagOfTwoRoute(nn.Module):
+    """One look-up per feature whose bags hold both rows of every id: the bag adds them."""
+
+    def __init__(
+        self, keys: Sequence[str], check: RangeCheck, divisor: int, quotients: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.check = check
+        self._keys = list(keys)
+        self._divisor = divisor
+        self._quotients = Constant(quotients)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        self.check(features)
+        ids = features.values().to(torch.int64)
+        quotients = self._quotients.on(ids.device)
+        count = common_count(features)
+        rows = ids.new_empty(ids.numel(), 2)
+        torch.div(ids, self._divisor, rounding_mode="floor", out=rows[:, 0])
+        torch.remainder(ids, self._divisor, out=rows[:, 1])
+        if count is None:
+            rows[:, 1] += per_value(quotients, features)
+        else:
+            rows.view(len(self._keys), count, 2)[:, :, 1] += quotients.unsqueeze(1)
+        weights = features.weights_or_none()
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=rows.view(-1),
+            weights=None if weights is None else weights.repeat_interleave(2),
+            lengths=features.lengths() * 2,
+            stride=features.stride(),
+            length_per_key=[2 * length for length in features.length_per_key()],
+        )
+
+
+class Product(nn.Module):
+    """Multiplies each feature's two rows.
+
+    Args:
+        widths: for each (table, feature), the width of a part and of the embedding.
+    """
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self._splits = [width for width, _ in widths for _ in range(2)]
+
+    def forward(self, rows: Tensor) -> Tensor:  # (B, 2 * sum of widths) -> (B, sum of widths)
+        if len(set(self._splits)) == 1:
+            pairs = rows.view(rows.shape[0], -1, 2, self._splits[0])
+            return (pairs[:, :, 0] * pairs[:, :, 1]).flatten(1)
+        parts = rows.split(self._splits, dim=1)
+        return torch.cat([q * r for q, r in zip(parts[::2], parts[1::2])], dim=1)
+
+
+class ConcatenatedHalves(nn.Module):
+    """Puts the halves side by side; of an odd width, the last remainder column is cut off."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        kept: list[int] = []
+        start = 0
+        for half, dim in widths:
+            kept += range(start, start + dim)
+            start += 2 * half
+        self._columns = None if len(kept) == start else Constant(kept)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self._columns is None:
+            return rows
+        return rows.index_select(1, self._columns.on(rows.device))

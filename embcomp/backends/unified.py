@@ -1,0 +1,241 @@
+"""Unified Embedding: one physical table for all features, several salted look-ups for each.
+
+Coleman, Kang, Fahrbach, Wang, Hong, Chi, Cheng, "Unified Embedding: Battle-Tested Feature
+Representations for Web-Scale ML Systems", NeurIPS 2023, https://arxiv.org/abs/2305.12102. Values of
+different features that share a row can be told apart by the layer above; values of one feature that
+share all their rows cannot, and several narrow look-ups make that rare.
+
+Where we depart from the authors' layer: look-ups are concatenated in numeric order (theirs sorts
+names, so the tenth comes before the second), salts are drawn from (seed, table, look-up) rather
+than from names, and features of one logical table share its rows, as they do in TorchRec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.budget import largest_int
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint
+from embcomp.hashing import salt, to_signed
+from embcomp.routing import HashRoute
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unified(BackendConfig):
+    """Feature multiplexing over one hashed table, or a few.
+
+    Args:
+        num_buckets: rows of each physical table.
+        num_chunks: look-ups per feature. Each gives a chunk of the embedding; chunks are
+            ``ceil(widest embedding / num_chunks)`` wide.
+        chunks: look-ups of single tables, by name, where they differ from ``num_chunks``. Fewer
+            leave the embedding's tail at zero; more are projected to its width by a learnt
+            matrix.
+        num_tables: physical tables; look-ups are dealt to them in turn. For spreading load.
+        collisionless: tables of at most this many rows stay full.
+        init_range: rows start uniform in ``[-init_range, init_range]``.
+        seed: salts the hash.
+    """
+
+    num_buckets: int | None = None
+    num_chunks: int = 2
+    chunks: Mapping[str, int] = field(default_factory=dict)
+    num_tables: int = 1
+    collisionless: int = 0
+    init_range: float = 0.05
+    seed: int = 2021
+
+    name: ClassVar[str] = "unified"
+    size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value, least in (
+            ("num_buckets", self.num_buckets, 1),
+            ("num_chunks", self.num_chunks, 1),
+            ("num_tables", self.num_tables, 1),
+            ("collisionless", self.collisionless, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"unified: {key} must be at least {least}, got {value}")
+        for table, count in self.chunks.items():
+            if count < 1:
+                raise ConfigError(f"unified: chunks of {table!r} must be at least 1, got {count}")
+        if not self.init_range > 0:
+            raise ConfigError(f"unified: init_range must be positive, got {self.init_range}")
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        return table.num_embeddings <= self.collisionless
+
+    def chunk_dim(self, tables: Sequence[TableSpec]) -> int:
+        """Width of a look-up: the widest embedding in ``num_chunks`` parts, rounded up."""
+        return -(-max(table.embedding_dim for table in tables) // self.num_chunks)
+
+    def look_ups(self, table: TableSpec, chunk_dim: int) -> int:
+        """Look-ups of a table: as said in ``chunks``, else as many as its embedding needs."""
+        return self.chunks.get(table.name, -(-table.embedding_dim // chunk_dim))
+
+    def _keys(self, tables: Sequence[TableSpec]) -> list[str]:
+        """All look-ups, chunk after chunk within each feature."""
+        width = self.chunk_dim(tables)
+        return [
+            look_up_key(table.name, feature, chunk)
+            for table in tables
+            for feature in table.feature_names
+            for chunk in range(self.look_ups(table, width))
+        ]
+
+    def _table_names(self, tables: Sequence[TableSpec]) -> list[str]:
+        return [f"{tables[0].name}__unified_{s}" for s in range(self.num_tables)]
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        keys = self._keys(tables)
+        if len(keys) < self.num_tables:
+            raise ConfigError(
+                f"unified: num_tables must be at most the {len(keys)} look-ups made in them, "
+                f"got {self.num_tables}"
+            )
+        types = {table.data_type for table in tables}
+        if len(types) > 1:
+            raise ConfigError(
+                f"unified: tables that share rows must have one data_type, got {sorted(map(str, types))}"
+            )
+        return [
+            PhysicalTable(
+                name=name,
+                num_embeddings=self.num_buckets or 1,
+                embedding_dim=self.chunk_dim(tables),
+                keys=tuple(keys[s :: self.num_tables]),
+                init_fn=UniformInit(-self.init_range, self.init_range),
+                data_type=tables[0].data_type,
+            )
+            for s, name in enumerate(self._table_names(tables))
+        ]
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        self._refuse_unknown_tables(tables)
+        width = self.chunk_dim(tables)
+        look_ups = [
+            (source, table, chunk)
+            for source, table in enumerate(t for t in tables for _ in t.feature_names)
+            for chunk in range(self.look_ups(table, width))
+        ]
+        keys = self._keys(tables)
+        route = HashRoute(
+            keys,
+            sources=[source for source, _, _ in look_ups],
+            salts=[to_signed(salt(self.seed, t.index, chunk)) for _, t, chunk in look_ups],
+            num_rows=[self.num_buckets or 1] * len(keys),
+        )
+        widths = {table.name: self.look_ups(table, width) * width for table in tables}
+        exact = all(widths[table.name] == table.embedding_dim for table in tables)
+        return Backend(
+            physical_tables=self.physical_tables(tables),
+            keys=keys,
+            route=route,
+            combine=nn.Identity() if exact else self._fit(tables, width),
+        )
+
+    def _fit(self, tables: Sequence[TableSpec], width: int) -> FitWidths:
+        return FitWidths(
+            [
+                (table.name, self.look_ups(table, width) * width, table.embedding_dim)
+                for table in tables
+                for _ in table.feature_names
+            ],
+            projected={table.name for table in tables if self._is_projected(table, width)},
+        )
+
+    def _is_projected(self, table: TableSpec, width: int) -> bool:
+        """Whether a whole chunk or more lies beyond the embedding's width."""
+        return self.look_ups(table, width) * width - table.embedding_dim >= width
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        width = self.chunk_dim(tables)
+        return Footprint(
+            tuple(
+                TensorFootprint(
+                    name=f"{table.name}.projection",
+                    role="projection",
+                    rows=self.look_ups(table, width) * width,
+                    columns=table.embedding_dim,
+                    itemsize=4,
+                    train_columns=table.embedding_dim,
+                    look_up=False,
+                )
+                for table in tables
+                if self._is_projected(table, width)
+            )
+        )
+
+    def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
+        unknown = sorted(set(self.chunks) - {table.name for table in tables})
+        if unknown:
+            raise ConfigError(
+                f"unified: chunks names {', '.join(unknown)}, which this method does not hold; "
+                f"it holds {', '.join(table.name for table in tables)}"
+            )
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        def fits(rows: int) -> bool:
+            return self.with_size(num_buckets=rows).footprint(tables).serve_bytes <= budget
+
+        most = max(1, sum(table.num_embeddings for table in tables) * self.num_chunks)
+        rows = largest_int(fits, 1, most)
+        return None if rows is None else self.with_size(num_buckets=rows)
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self.with_size(num_buckets=1)
+
+
+class FitWidths(nn.Module):
+    """Brings concatenated chunks to each embedding's width: cut, padded by zeros, or projected.
+
+    Args:
+        widths: for each (table, feature), the table's name, the width that comes and the width
+            that is wanted.
+        projected: tables whose surplus is projected rather than cut.
+    """
+
+    def __init__(self, widths: Sequence[tuple[str, int, int]], projected: set[str]) -> None:
+        super().__init__()
+        self._widths = list(widths)
+        self.projections = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.empty(came, wanted))
+                for name, came, wanted in widths
+                if name in projected
+            }
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Chunks that would share a column start out summed there at equal variance."""
+        with torch.no_grad():
+            for weight in self.projections.values():
+                came, wanted = weight.shape
+                rows = torch.arange(came, device=weight.device)
+                weight.zero_()
+                weight[rows, rows % wanted] = (wanted / came) ** 0.5
+
+    def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
+        parts = rows.split([came for _, came, _ in self._widths], dim=1)
+        fitted = []
+        for part, (name, came, wanted) in zip(parts, self._widths):
+            if name in self.projections:
+                fitted.append(part @ self.projections[name])
+            elif came < wanted:
+                fitted.append(F.pad(part, (0, wanted - came)))
+            else:
+                fitted.append(part[:, :wanted])
+        return torch.cat(fitted, dim=1)

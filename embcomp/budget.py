@@ -1,0 +1,84 @@
+"""Byte budgets: how they are written, and how a method's size is found that meets one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from embcomp.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def parse_budget(budget: str | int, *, full_bytes: int | None = None) -> int:
+    """Read a budget.
+
+    Args:
+        budget: a number of bytes, ``"64MiB"`` (also B, KB, MB, GB, TB, KiB, GiB, TiB), or a share
+            of what the full tables take, ``"10%"``.
+        full_bytes: bytes of the full tables, needed to resolve a share.
+
+    Returns:
+        Bytes, rounded down; 0 for a share whose ``full_bytes`` is not given (only the syntax is
+        checked then).
+
+    Raises:
+        ConfigError: when it is not positive or cannot be read.
+    """
+    wanted = "expected a positive number of bytes such as 67108864, '64MiB' or '10%'"
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+    if isinstance(budget, int):
+        if budget < 1:
+            raise ConfigError(f"budget: {wanted}; got {budget}")
+        return budget
+    share = _SHARE.fullmatch(budget)
+    if share:
+        part = Fraction(share[1]) / 100
+        if part <= 0:
+            raise ConfigError(f"budget: {wanted}; got {budget!r}")
+        return 0 if full_bytes is None else int(part * full_bytes)
+    size = _BYTES.fullmatch(budget)
+    if not size or size[2].upper() not in _UNITS:
+        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+    value = int(Fraction(size[1]) * _UNITS[size[2].upper()])
+    if value < 1:
+        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+    return value
+
+
+def format_bytes(size: int) -> str:
+    """Bytes for people: ``"64.0 MiB"``, three to four significant digits."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def largest_int(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest integer in ``[low, high]`` that fits, when fitting is monotone; None if none."""
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,279 @@
+"""Compressed tables where TorchRec's collections are used.
+
+``route``, ``rows`` and ``combine`` are children of the collection, called one after another: the
+only shape in which TorchRec shards the inner collection, pipelines it and moves ``route`` ahead of
+it. Their names, and those of the physical tables, are the format of checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embcomp.backend import BackendConfig
+from embcomp.composite import (
+    CompositeRoute,
+    Group,
+    PooledCombine,
+    UnpooledCombine,
+    instances_of,
+)
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint
+from embcomp.plan import Plan, ResolvedPlan
+from embcomp.tables import PhysicalTable, TableSpec, specs_from_configs
+
+AnyPlan = Plan | BackendConfig | Mapping[str, BackendConfig] | None
+
+
+def _build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
+    groups = [
+        Group(
+            backend=(backend := config.build(tables)),
+            instances=[i for i in instances_of(plan.tables) if i.table in tables],
+            unpooled=unpooled or backend.per_row,
+        )
+        for config, tables in plan.groups
+    ]
+    names = [table.name for group in groups for table in group.backend.physical_tables]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"physical tables {', '.join(twice)} clash; rename the logical ones")
+    return groups
+
+
+def _inner(
+    groups: Sequence[Group], *, is_weighted: bool, device: torch.device | None
+) -> EmbeddingBagCollection | None:
+    """The TorchRec collection that holds the groups' rows; None when there is nothing to hold."""
+    tables = [table.config() for group in groups for table in group.backend.physical_tables]
+    if not tables:
+        return None
+    return EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
+
+
+class _Compressed(nn.Module):
+    """What both collections share: the plan, the physical rows and their bytes."""
+
+    route: CompositeRoute
+    rows: Any  # EmbeddingBagCollection of pooled look-ups, sharded or not; None without any
+    unpooled_rows: Any  # the same for look-ups in bags of one
+    combine: nn.Module
+
+    def _set_up(
+        self,
+        specs: list[TableSpec],
+        plan: AnyPlan,
+        *,
+        unpooled: bool,
+        is_weighted: bool,
+        device: torch.device | None,
+    ) -> list[Group]:
+        self._device = device or torch.device("cpu")
+        self._plan = Plan.of(plan).resolve(specs)
+        groups = _build_groups(self._plan, unpooled=unpooled)
+        self._physical = [t for group in groups for t in group.backend.physical_tables]
+        self.route = CompositeRoute(groups, is_weighted=is_weighted)
+        self.rows = _inner(
+            [group for group in groups if not group.unpooled],
+            is_weighted=is_weighted,
+            device=device,
+        )
+        self.unpooled_rows = _inner(
+            [group for group in groups if group.unpooled], is_weighted=is_weighted, device=device
+        )
+        return groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where the collection was built."""
+        return self._device
+
+    @property
+    def plan(self) -> ResolvedPlan:
+        """The method of every table, all sizes fixed."""
+        return self._plan
+
+    @property
+    def footprint(self) -> Footprint:
+        """Predicted bytes; ``serving_tensors`` holds exactly ``footprint.serve_bytes``."""
+        return self._plan.footprint
+
+    @property
+    def physical_tables(self) -> list[PhysicalTable]:
+        """The tables that TorchRec holds."""
+        return list(self._physical)
+
+    def inner_collections(self) -> Iterator[nn.Module]:
+        """The TorchRec collections that hold the rows, sharded or not."""
+        for inner in (self.rows, self.unpooled_rows):
+            if inner is not None:
+                yield inner
+
+    def serving_tensors(self) -> dict[str, Tensor]:
+        """What must be resident to answer look-ups: rows without padding, and dense parameters.
+
+        Only for a collection that is not sharded; load a checkpoint into one to export it.
+        """
+        weights: dict[str, Tensor] = {}
+        for inner in self.inner_collections():
+            if not isinstance(inner, EmbeddingBagCollection):
+                raise TypeError(
+                    "serving_tensors wants an unsharded collection; load the checkpoint into one"
+                )
+            weights |= {name: bag.weight for name, bag in inner.embedding_bags.items()}
+        tensors = {
+            table.name: weights[table.name].detach()[:, : table.embedding_dim].contiguous()
+            for table in self._physical
+        }
+        return tensors | {
+            f"combine.{name}": parameter.detach()
+            for name, parameter in self.combine.named_parameters()
+        }
+
+
+class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):
+    """Pooled embeddings from compressed tables, in place of TorchRec's EmbeddingBagCollection.
+
+    Args:
+        tables: TorchRec's table configs. They are read, never changed.
+        plan: a method for all tables, methods by table name, or a Plan; all full by default.
+        is_weighted: whether ids carry weights. Averaged bags are then ``sum(w * e) / length``,
+            as in FBGEMM's kernels.
+        device: where to build; ``meta`` to allocate nothing.
+
+    Raises:
+        ConfigError: for tables or a plan that cannot be.
+        BudgetError: for a budget below the floor, which the text names.
+
+    Example::
+
+        tables = [EmbeddingBagConfig(name="t", embedding_dim=16, num_embeddings=10**6,
+                                     feature_names=["f"])]
+        collection = CompressedEmbeddingBagCollection(tables, Unified(budget="10%"))
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        plan: AnyPlan = None,
+        is_weighted: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        specs = specs_from_configs(tables)
+        self._configs = _logical_configs(tables, specs)
+        self._is_weighted = is_weighted
+        groups = self._set_up(specs, plan, unpooled=False, is_weighted=is_weighted, device=device)
+        self.combine = PooledCombine(groups, instances_of(specs))
+        self.combine.to(self._device)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool.
+
+        Args:
+            features: bags of int32 or int64 ids; B bags for each feature.
+
+        Returns:
+            (B, sum of embedding_dims), keys and widths as declared: the feature's name, or
+            ``feature@table`` when a feature is in several tables. Empty bags give zeros.
+        """
+        # Traced by the train pipeline: no look at the batch here, and no call but of children.
+        x = self.route(features)
+        if self.unpooled_rows is None:
+            return self.combine(self.rows(x[0]), None, x[2])
+        if self.rows is None:
+            return self.combine(None, self.unpooled_rows(x[1]), x[2])
+        return self.combine(self.rows(x[0]), self.unpooled_rows(x[1]), x[2])
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids carry weights."""
+        return self._is_weighted
+
+
+class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
+    """One embedding per id from compressed tables, in place of TorchRec's EmbeddingCollection.
+
+    Args:
+        tables: TorchRec's table configs. They are read, never changed.
+        plan: a method for all tables, methods by table name, or a Plan; all full by default.
+        device: where to build; ``meta`` to allocate nothing.
+        need_indices: whether the ids go along, as the JaggedTensors' weights.
+
+    Raises:
+        ConfigError: for tables or a plan that cannot be.
+        BudgetError: for a budget below the floor, which the text names.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingConfig],
+        plan: AnyPlan = None,
+        device: torch.device | None = None,
+        need_indices: bool = False,
+    ) -> None:
+        super().__init__()
+        specs = specs_from_configs(tables)
+        dims = sorted({table.embedding_dim for table in specs})
+        if len(dims) > 1:
+            raise ConfigError(f"tables of one collection must have one embedding_dim, got {dims}")
+        self._configs = _logical_configs(tables, specs)
+        self._need_indices = need_indices
+        groups = self._set_up(specs, plan, unpooled=True, is_weighted=False, device=device)
+        self._names_by_table = [
+            [i.key for i in instances_of(specs) if i.table is table] for table in specs
+        ]
+        self.combine = UnpooledCombine(groups, instances_of(specs), need_indices=need_indices)
+        self.combine.to(self._device)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Look up.
+
+        Args:
+            features: bags of int32 or int64 ids; B bags for each feature.
+
+        Returns:
+            For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
+            (number of the feature's ids, embedding_dim) values in B bags.
+        """
+        x = self.route(features)
+        return self.combine(None, self.unpooled_rows(x[1]), x[2])
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def need_indices(self) -> bool:
+        """Whether the ids go along."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """Width of every embedding."""
+        return self._configs[0].embedding_dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Output keys of each table."""
+        return self._names_by_table
+
+
+def _logical_configs(tables: Sequence, specs: Sequence[TableSpec]) -> list:
+    """The user's configs, with the feature names that TorchRec would have written into them."""
+    return [
+        dataclasses.replace(table, feature_names=list(spec.feature_names))
+        for table, spec in zip(tables, specs)
+    ]

@@ -1,0 +1,34 @@
+"""Constant tensors that survive ``meta`` builds and sharding.
+
+Buffers do not: DistributedModelParallel materialises those of a ``meta`` module as zeros and never
+broadcasts them, so a hash whose salts were buffers would send every id to one row, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Constant:
+    """Integers that a config fixes, as a tensor on whatever device asks for them.
+
+    Args:
+        values: the integers, in order.
+        shape: shape of the tensor; ``(len(values),)`` when not given.
+    """
+
+    def __init__(self, values: Sequence[int], shape: tuple[int, ...] | None = None) -> None:
+        self._values = list(values)
+        self._shape = shape or (len(self._values),)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The constant as an int64 tensor on ``device``, made once per device."""
+        found = self._on.get(device)
+        if found is None:
+            found = torch.tensor(self._values, dtype=torch.int64, device=device).view(self._shape)
+            self._on[device] = found
+        return found

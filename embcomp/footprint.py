@@ -1,0 +1,110 @@
+"""Bytes: predicted from configs, counted on tensors. One meaning everywhere.
+
+``serve_bytes`` is what the tensors of the serving form take on disk. Training takes more: rows are
+padded to the fused kernels' widths and carry optimizer state. Nothing here allocates a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from embcomp.tables import PhysicalTable, padded_dim
+
+Role = Literal["weights", "projection", "codes", "codebook", "mask", "remap"]
+RowOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFootprint:
+    """Bytes of one tensor of a compressed table.
+
+    Args:
+        name: the tensor's name in the serving form.
+        role: what it is for.
+        rows: first dimension.
+        columns: second dimension, without padding.
+        itemsize: bytes of an element.
+        train_columns: second dimension in training, padding included.
+        look_up: whether it is a table looked up by id, with row-wise optimizer state. Other
+            tensors are dense parameters, trained by the dense optimizer.
+    """
+
+    name: str
+    role: Role
+    rows: int
+    columns: int
+    itemsize: int
+    train_columns: int
+    look_up: bool = True
+
+    @property
+    def serve_bytes(self) -> int:
+        """Bytes on disk in the serving form."""
+        return self.rows * self.columns * self.itemsize
+
+    @property
+    def train_weight_bytes(self) -> int:
+        """Bytes of the trained tensor itself, padding included."""
+        return self.rows * self.train_columns * self.itemsize
+
+    def optimizer_bytes(self, optimizer: RowOptimizer) -> int:
+        """Bytes of the row optimizer's float32 state."""
+        if not self.look_up:
+            return 0
+        words = {"sgd": 0, "rowwise_adagrad": 1}
+        per_row = words.get(optimizer, self.train_columns * (2 if optimizer == "adam" else 1))
+        return 4 * self.rows * per_row
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a group of tables: the sum of its tensors."""
+
+    tensors: tuple[TensorFootprint, ...] = ()
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(self.tensors + other.tensors)
+
+    @property
+    def serve_bytes(self) -> int:
+        """Bytes on disk in the serving form."""
+        return sum(tensor.serve_bytes for tensor in self.tensors)
+
+    @property
+    def train_weight_bytes(self) -> int:
+        """Bytes of the trained tensors, padding included."""
+        return sum(tensor.train_weight_bytes for tensor in self.tensors)
+
+    def optimizer_bytes(self, optimizer: RowOptimizer) -> int:
+        """Bytes of the row optimizer's state."""
+        return sum(tensor.optimizer_bytes(optimizer) for tensor in self.tensors)
+
+    def train_bytes(self, optimizer: RowOptimizer = "rowwise_adagrad") -> int:
+        """Bytes that training keeps: weights, padding and the row optimizer's state."""
+        return self.train_weight_bytes + self.optimizer_bytes(optimizer)
+
+
+def footprint_of(tables: Iterable[PhysicalTable]) -> Footprint:
+    """The footprint of physical tables alone."""
+    return Footprint(
+        tuple(
+            TensorFootprint(
+                name=table.name,
+                role="weights",
+                rows=table.num_embeddings,
+                columns=table.embedding_dim,
+                itemsize=table.data_type_bytes,
+                train_columns=padded_dim(table.embedding_dim),
+            )
+            for table in tables
+        )
+    )
+
+
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the given tensors' elements: what a safetensors file holds beside its header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,200 @@
+"""What a method is told about one logical table, and what it asks TorchRec to hold for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    PoolingType,
+)
+
+from embcomp.errors import ConfigError
+
+InitFn = Callable[[Tensor], Tensor | None]
+
+_ITEMSIZE = {DataType.FP32: 4, DataType.FP16: 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """One logical table, as its user declared it.
+
+    Args:
+        name: table name, unique in the collection.
+        num_embeddings: ids run over ``[0, num_embeddings)``.
+        embedding_dim: width that the model sees.
+        feature_names: features that are looked up here.
+        index: position among the collection's tables; it salts the hashes.
+        mean_pooling: whether bags are averaged rather than summed.
+        data_type: type in which rows are trained, FP32 or FP16.
+        init_bounds: range of the uniform initialisation.
+        init_fn: the user's own initialisation; None when it is the uniform one.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    feature_names: tuple[str, ...]
+    index: int = 0
+    mean_pooling: bool = False
+    data_type: DataType = DataType.FP32
+    init_bounds: tuple[float, float] = (-0.05, 0.05)
+    init_fn: InitFn | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for key, value in (
+            ("num_embeddings", self.num_embeddings),
+            ("embedding_dim", self.embedding_dim),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"table {self.name!r}: {key} must be a positive int, got {value!r}"
+                )
+        if not self.feature_names:
+            raise ConfigError(f"table {self.name!r} has no feature_names")
+        if not self.name or "." in self.name:
+            raise ConfigError(f"table name {self.name!r} must be non-empty and hold no '.'")
+        if self.data_type not in _ITEMSIZE:
+            raise ConfigError(
+                f"table {self.name!r}: rows are trained in FP32 or FP16, got {self.data_type}; "
+                "lower precisions are for the exported artefact"
+            )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one trained weight."""
+        return _ITEMSIZE[self.data_type]
+
+    @property
+    def full_bytes(self) -> int:
+        """What the uncompressed table takes when served."""
+        return self.num_embeddings * self.embedding_dim * self.itemsize
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the uniform initialisation."""
+        low, high = self.init_bounds
+        return float((high - low) / 12**0.5)
+
+
+def specs_from_configs(configs: Sequence[BaseEmbeddingConfig]) -> list[TableSpec]:
+    """Read TorchRec's table configs (bag or not), leaving them as they are.
+
+    Raises:
+        ConfigError: for a duplicate or dotted name, no features, or sizes below one.
+    """
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"table names must be unique, got twice: {', '.join(twice)}")
+    return [_spec(index, config) for index, config in enumerate(configs)]
+
+
+def _spec(index: int, config: BaseEmbeddingConfig) -> TableSpec:
+    pooling = config.pooling if isinstance(config, EmbeddingBagConfig) else PoolingType.SUM
+    if pooling not in (PoolingType.SUM, PoolingType.MEAN):
+        raise ConfigError(f"table {config.name!r}: pooling must be SUM or MEAN, got {pooling}")
+    if config.num_embeddings < 1:  # before its initialisation bounds divide by it
+        raise ConfigError(
+            f"table {config.name!r}: num_embeddings must be a positive int, "
+            f"got {config.num_embeddings!r}"
+        )
+    uniform = isinstance(config.init_fn, partial) and (
+        config.init_fn.func is torch.nn.init.uniform_
+    )
+    return TableSpec(
+        name=config.name,
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.embedding_dim,
+        feature_names=tuple(config.feature_names or [config.name]),
+        index=index,
+        mean_pooling=pooling is PoolingType.MEAN,
+        data_type=config.data_type,
+        init_bounds=(config.get_weight_init_min(), config.get_weight_init_max()),
+        init_fn=None if uniform else config.init_fn,
+    )
+
+
+@dataclass(frozen=True)
+class UniformInit:
+    """Uniform initialisation with bounds that do not depend on the shard it is given."""
+
+    low: float
+    high: float
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            return weight.uniform_(self.low, self.high)
+
+    @classmethod
+    def with_std(cls, std: float) -> UniformInit:
+        """Zero mean and the given standard deviation."""
+        return cls(-std * 3**0.5, std * 3**0.5)
+
+
+@dataclass(frozen=True)
+class SkipEmptyShards:
+    """A user's initialisation, kept from the empty shards that TorchRec hands to idle ranks."""
+
+    init_fn: InitFn
+
+    def __call__(self, weight: Tensor) -> Tensor | None:
+        return self.init_fn(weight) if weight.numel() else weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicalTable:
+    """A table that TorchRec holds, shards, plans and checkpoints for a method.
+
+    Its bags are summed. The width is the true one: the collection pads it to what the fused
+    kernels need, and cuts the padding off before a method sees the rows.
+
+    Args:
+        name: unique in the collection; part of every checkpoint.
+        num_embeddings: rows.
+        embedding_dim: true width.
+        keys: the look-ups made in it, unique in the collection.
+        init_fn: initialisation of a shard of any shape.
+        data_type: type of the weights.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    keys: tuple[str, ...]
+    init_fn: InitFn
+    data_type: DataType = DataType.FP32
+
+    @property
+    def data_type_bytes(self) -> int:
+        """Bytes of one weight."""
+        return _ITEMSIZE[self.data_type]
+
+    def config(self) -> EmbeddingBagConfig:
+        """TorchRec's description of it, the width padded to the fused kernels' multiple of 4."""
+        return EmbeddingBagConfig(
+            name=self.name,
+            num_embeddings=self.num_embeddings,
+            embedding_dim=padded_dim(self.embedding_dim),
+            feature_names=list(self.keys),
+            pooling=PoolingType.SUM,
+            data_type=self.data_type,
+            init_fn=SkipEmptyShards(self.init_fn),
+        )
+
+
+def padded_dim(dim: int) -> int:
+    """The width in which a row of ``dim`` weights is trained: FBGEMM wants multiples of 4."""
+    return -(-dim // 4) * 4
+
+
+def look_up_key(table: str, feature: str, look_up: int = 0) -> str:
+    """The name of one physical look-up: unique even where a feature is in several tables."""
+    return f"{table}/{feature}#{look_up}"
