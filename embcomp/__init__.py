@@ -7,6 +7,25 @@ answer even where that import fails.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds them
+    from embcomp.backend import BackendConfig as BackendConfig
+    from embcomp.backends import BACKENDS as BACKENDS
+    from embcomp.backends import QR as QR
+    from embcomp.backends import Full as Full
+    from embcomp.backends import Hash as Hash
+    from embcomp.backends import Unified as Unified
+    from embcomp.collection import (
+        CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
+    )
+    from embcomp.collection import CompressedEmbeddingCollection as CompressedEmbeddingCollection
+    from embcomp.errors import BudgetError as BudgetError
+    from embcomp.errors import CheckpointError as CheckpointError
+    from embcomp.errors import ConfigError as ConfigError
+    from embcomp.errors import DataError as DataError
+    from embcomp.errors import EmbcompError as EmbcompError
+    from embcomp.plan import Plan as Plan
 
 _HOMES = {
     "BACKENDS": "embcomp.backends",

@@ -162,19 +162,25 @@ def _bags_of_one(
         parts: look-ups, and how many physical ids stand for one value in them.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
     """
-    counts = [count // ids for part, ids in parts for count in part.length_per_key()]
-    values = torch.cat([part.values().to(torch.int64) for part, _ in parts])
-    stride = _common_stride(max(counts), values.device)
-    position = torch.arange(stride, device=values.device)
-    sizes = torch.tensor([ids for part, ids in parts for _ in part.keys()], device=values.device)
-    filled = position < torch.tensor(counts, device=values.device).unsqueeze(1)
+    physical = [count for part, _ in parts for count in part.length_per_key()]
+    sizes = [ids for part, ids in parts for _ in part.keys()]
+    counts = [count // ids for count, ids in zip(physical, sizes)]
+    values = [part.values().to(torch.int64) for part, _ in parts]
+    device = values[0].device
+    stride = _common_stride(max(counts), device)
+    if counts == [stride] * len(counts) and len(set(sizes)) == 1:
+        lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
+    else:
+        filled = torch.arange(stride, device=device) < torch.tensor(counts, device=device)[:, None]
+        lengths = (filled * torch.tensor(sizes, device=device)[:, None]).to(torch.int32).view(-1)
+    joined = values[0] if len(values) == 1 else torch.cat(values)
     return KeyedJaggedTensor(
         keys=[key for part, _ in parts for key in part.keys()],
-        values=values,
-        weights=torch.ones_like(values, dtype=torch.float32) if is_weighted else None,
-        lengths=(filled * sizes.unsqueeze(1)).to(torch.int32).view(-1),
+        values=joined,
+        weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
+        lengths=lengths,
         stride=stride,
-        length_per_key=[count for part, _ in parts for count in part.length_per_key()],
+        length_per_key=physical,
     )
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self
 
@@ -223,10 +224,27 @@ class Product(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:  # (B, 2 * sum of widths) -> (B, sum of widths)
         if len(set(self._splits)) == 1:
-            pairs = rows.view(rows.shape[0], -1, 2, self._splits[0])
-            return (pairs[:, :, 0] * pairs[:, :, 1]).flatten(1)
+            return PairProduct.apply(rows.view(rows.shape[0], -1, 2, self._splits[0])).flatten(1)
         parts = rows.split(self._splits, dim=1)
         return torch.cat([q * r for q, r in zip(parts[::2], parts[1::2])], dim=1)
+
+
+class PairProduct(torch.autograd.Function):
+    """``pairs[:, :, 0] * pairs[:, :, 1]`` whose gradient is written in place, not stacked."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, pairs: Tensor) -> Tensor:  # (B, F, 2, D) -> (B, F, D)
+        ctx.save_for_backward(pairs)
+        return pairs[:, :, 0] * pairs[:, :, 1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # (B, F, D) -> (B, F, 2, D)
+        (pairs,) = ctx.saved_tensors
+        pairs_grad = torch.empty_like(pairs)
+        torch.mul(grad, pairs[:, :, 1], out=pairs_grad[:, :, 0])
+        torch.mul(grad, pairs[:, :, 0], out=pairs_grad[:, :, 1])
+        return pairs_grad
 
 
 class ConcatenatedHalves(nn.Module):
