@@ -19,8 +19,8 @@ class Batch(Pipelineable):
         sparse: ids of the categorical features, keys in the dataset's order, stride B.
         labels: (B,) float32, 1 for a click and 0 for none.
         groups: (B,) int64 ids of the feature that grouped AUC groups by, if the dataset names one.
-        num_valid: how many leading rows are real; None means all. The rest repeat earlier rows, so
-            that every rank takes the same number of equally large steps, and must not be counted.
+        num_valid: how many leading rows count; None means all. The rest are rows that another rank
+            counts, there so that all ranks take the same number of equally large steps.
     """
 
     dense: Tensor

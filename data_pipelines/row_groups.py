@@ -1,0 +1,216 @@
+"""Read a split's Parquet row groups as columns, and check them against `dataset.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo
+from embcomp.errors import DataError
+
+
+@dataclass(frozen=True)
+class Bags:
+    """A multi-valued column: row i holds `values[offsets[i] : offsets[i + 1]]`."""
+
+    offsets: NDArray[np.int64]
+    values: NDArray[np.int32]
+
+    def slice(self, start: int, stop: int) -> Bags:
+        offsets = self.offsets[start : stop + 1]
+        return Bags(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Consecutive rows by column, as views on what Arrow decoded.
+
+    Attributes:
+        labels: (n,) float32.
+        dense: I arrays of (n,) float32.
+        ids: one (n,) int32 array per single-valued feature.
+        bags: one `Bags` per multi-valued feature.
+    """
+
+    labels: NDArray[np.float32]
+    dense: list[NDArray[np.float32]]
+    ids: list[NDArray[np.int32]]
+    bags: list[Bags]
+
+    def slice(self, start: int, stop: int) -> Columns:
+        return Columns(
+            labels=self.labels[start:stop],
+            dense=[column[start:stop] for column in self.dense],
+            ids=[column[start:stop] for column in self.ids],
+            bags=[bags.slice(start, stop) for bags in self.bags],
+        )
+
+
+@dataclass(frozen=True)
+class _Location:
+    """A row group: its file, its place in that file, and the file's row that it begins with."""
+
+    file: Path
+    index: int
+    first_row: int
+
+
+class RowGroups:
+    """The row groups of one split, in row order.
+
+    Opening reads only the files' footers and checks columns, types and row counts; `read` decodes
+    one row group and checks every value that a model could choke on.
+    """
+
+    def __init__(self, info: DatasetInfo, split: str) -> None:
+        self.info = info
+        self.split = split
+        self.single = [feature for feature in info.categorical if not feature.multi_valued]
+        self.multi = [feature for feature in info.categorical if feature.multi_valued]
+        self._columns = [info.label, *info.feature_names]
+        self._metadata: dict[Path, Any] = {}
+        self._locations: list[_Location] = []
+        sizes: list[int] = []
+        for relative in info.split(split).files:
+            file = info.folder / relative
+            metadata = _read_footer(file)
+            _check_columns(info, file, metadata.schema.to_arrow_schema())
+            self._metadata[file] = metadata
+            first_row = 0
+            for index in range(metadata.num_row_groups):
+                self._locations.append(_Location(file, index, first_row))
+                sizes.append(metadata.row_group(index).num_rows)
+                first_row += sizes[-1]
+        self.sizes = np.asarray(sizes, dtype=np.int64)
+        expected = info.split(split).rows
+        if self.num_rows != expected:
+            raise DataError(
+                f"split {split!r} of {info.folder} holds {self.num_rows} rows, dataset.json says "
+                f"{expected}; prepare the dataset again"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.sizes.sum())
+
+    def read(self, number: int) -> Columns:
+        """Decode row group `number` of the split."""
+        location = self._locations[number]
+        try:
+            file = pq.ParquetFile(location.file, metadata=self._metadata[location.file])
+            with file:
+                table = file.read_row_group(location.index, columns=self._columns)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"cannot read row group {location.index} of {location.file} ({error}); the file is "
+                f"damaged: copy it or prepare the dataset again"
+            ) from None
+        columns = {name: _one_chunk(table[name], location, name) for name in self._columns}
+        result = Columns(
+            labels=columns[self.info.label].to_numpy(),
+            dense=[columns[name].to_numpy() for name in self.info.numeric_names],
+            ids=[columns[feature.name].to_numpy() for feature in self.single],
+            bags=[
+                _to_bags(columns[feature.name], location, feature.name) for feature in self.multi
+            ],
+        )
+        self._check_values(result, location)
+        return result
+
+    def _check_values(self, columns: Columns, location: _Location) -> None:
+        labels = columns.labels
+        good = (labels == 0) | (labels == 1)
+        if not good.all():
+            row = int(np.argmin(good))
+            raise DataError(
+                f"{_where(location, row)}: label {self.info.label!r} is {labels[row]}; it must be 0 "
+                f"or 1"
+            )
+        for name, column in zip(self.info.numeric_names, columns.dense):
+            # A sum is finite only if every value is, and costs a fraction of testing each.
+            if not np.isfinite(column.sum(dtype=np.float64)):
+                row = int(np.argmin(np.isfinite(column)))
+                raise DataError(
+                    f"{_where(location, row)}: numeric feature {name!r} is {column[row]}; it must "
+                    f"be finite"
+                )
+        for feature, ids in zip(self.single, columns.ids):
+            _check_ids(feature, ids, None, location)
+        for feature, bags in zip(self.multi, columns.bags):
+            _check_ids(feature, bags.values, bags.offsets, location)
+
+
+def _read_footer(file: Path) -> Any:
+    try:
+        return pq.read_metadata(file)
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; copy the whole folder or prepare it again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is not a complete Parquet file ({error}); copy it or prepare the dataset again"
+        ) from None
+
+
+def _check_columns(info: DatasetInfo, file: Path, schema: Any) -> None:
+    expected = {info.label: "float"} | dict.fromkeys(info.numeric_names, "float")
+    for feature in info.categorical:
+        expected[feature.name] = "list of int32" if feature.multi_valued else "int32"
+    for name, wanted in expected.items():
+        if name not in schema.names:
+            raise DataError(
+                f"{file} has no column {name!r}, which dataset.json names; it has {schema.names}"
+            )
+        found = schema.field(name).type
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        said = f"list of {found.value_type}" if is_list else str(found)
+        if said != wanted:
+            raise DataError(f"{file}: column {name!r} is {said}, dataset.json says {wanted}")
+
+
+def _one_chunk(column: Any, location: _Location, name: str) -> Any:
+    if column.null_count:
+        raise DataError(
+            f"row group {location.index} of {location.file}: column {name!r} holds "
+            f"{column.null_count} nulls; a prepared dataset has none"
+        )
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _to_bags(column: Any, location: _Location, name: str) -> Bags:
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values[offsets[0] : offsets[-1]] if len(column) else column.values
+    if values.null_count:
+        raise DataError(
+            f"row group {location.index} of {location.file}: lists of {name!r} hold "
+            f"{values.null_count} nulls; a prepared dataset has none"
+        )
+    return Bags(offsets - offsets[0], values.to_numpy())
+
+
+def _check_ids(
+    feature: CategoricalFeature,
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64] | None,
+    location: _Location,
+) -> None:
+    # As unsigned numbers negative ids are huge, so one maximum finds both kinds of bad id.
+    unsigned = ids.view(np.uint32)
+    if not len(ids) or unsigned.max() < feature.num_embeddings:
+        return
+    place = int(np.argmax(unsigned >= feature.num_embeddings))
+    row = place if offsets is None else int(np.searchsorted(offsets, place, side="right")) - 1
+    raise DataError(
+        f"{_where(location, row)}: feature {feature.name!r} has id {ids[place]}, outside "
+        f"[0, {feature.num_embeddings}), its num_embeddings in dataset.json; the two do not belong "
+        f"together: prepare the dataset again"
+    )
+
+
+def _where(location: _Location, row: int) -> str:
+    return f"{location.file}, row {location.first_row + row}"
