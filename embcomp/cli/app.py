@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from embcomp.cli import console, doctor
+from embcomp.cli import catalog, console, doctor, plan
 from embcomp.errors import EmbcompError
 
 
@@ -57,3 +57,7 @@ def _options(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
+app.command("ls")(catalog.ls)
+app.command("cat")(catalog.cat)
+app.command("cp")(catalog.cp)

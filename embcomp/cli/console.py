@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+
+BOX = SIMPLE_HEAD
+"""The frame of every table."""
 
 WIDE = 200
 """Columns when the output is not a terminal: a piped table must not be folded at 80."""

@@ -1,0 +1,118 @@
+"""`embcomp ls | cat | cp`: look through what there is, and copy a recipe to change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from embcomp.cli import console
+
+
+def ls(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            help="recipes, methods, models, datasets or formats; all of them when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Where prepared datasets lie.")] = Path("data"),
+) -> None:
+    """List recipes, methods, models, prepared datasets and raw formats."""
+    from embcomp.catalog import KINDS, list_entries
+    from embcomp.config_reading import did_you_mean, listed
+    from embcomp.errors import ConfigError
+
+    kinds = [known for known in KINDS if kind in (None, known)]
+    if not kinds:
+        raise ConfigError(
+            f"cannot list {kind!r}{did_you_mean(str(kind), KINDS)}; choose from {listed(KINDS)}"
+        )
+    out = console.stdout()
+    for each in kinds:
+        if kind is None:
+            out.print(f"[bold]{each}[/]")
+        table = Table(show_header=False, box=None, pad_edge=False)
+        entries = list_entries(each, data=data)
+        for entry in entries:
+            table.add_row(("  " if kind is None else "") + entry.name, escape(entry.summary))
+        if entries:
+            out.print(table, highlight=False)
+        else:
+            out.print("  [dim]none here[/]")
+
+
+def cat(
+    name: Annotated[str, typer.Argument(help="A recipe, method, model or dataset folder.")],
+) -> None:
+    """Print a recipe, the settings of a method or model, or what a dataset holds."""
+    from embcomp.catalog import find_recipe, method_classes, model_classes
+
+    if (Path(name) / "dataset.json").is_file():
+        _print_dataset(Path(name))
+    elif name in method_classes():
+        _print_settings(name, method_classes()[name], "tables.method")
+    elif name in model_classes():
+        _print_settings(name, model_classes()[name], "model")
+    else:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+def cp(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    destination: Annotated[str, typer.Argument(help="A new file, or a folder.")],
+) -> None:
+    """Copy a recipe, to be changed; an existing file is never overwritten."""
+    from embcomp.catalog import copy_recipe
+
+    print(copy_recipe(recipe, destination))
+
+
+def _print_settings(name: str, cls: type, key: str) -> None:
+    import inspect
+
+    from embcomp.catalog import settings_of
+
+    out = console.stdout()
+    module = inspect.getmodule(cls)
+    out.print(escape(((module.__doc__ if module else None) or "").strip()), highlight=False)
+    out.print(f"\nIn a config: [bold]{key}: {escape('{')}name: {name}, ...{escape('}')}[/]")
+    table = Table(box=console.BOX, pad_edge=False)
+    for column in ("setting", "type", "default", "meaning"):
+        table.add_column(column)
+    for setting in settings_of(cls):
+        cells = (setting.name, setting.type, setting.default, setting.doc)
+        table.add_row(*(escape(cell) for cell in cells))
+    out.print(table, highlight=False)
+
+
+def _print_dataset(folder: Path) -> None:
+    from embcomp.data_pipelines.schema import DatasetInfo
+
+    info = DatasetInfo.load(folder)
+    out = console.stdout()
+    splits = Table(box=console.BOX, pad_edge=False, title=escape(info.name), title_justify="left")
+    for column in ("split", "rows", "positives", "files"):
+        splits.add_column(column, justify="left" if column == "split" else "right")
+    for name, split in info.splits.items():
+        share = f"{split.positives / max(1, split.rows):.2%}"
+        splits.add_row(name, f"{split.rows:,}", share, str(len(split.files)))
+    out.print(splits, highlight=False)
+    features = Table(box=console.BOX, pad_edge=False)
+    for column in ("feature", "kind", "ids", "missing", "mean length"):
+        features.add_column(column, justify="left" if column in ("feature", "kind") else "right")
+    for number in info.numeric:
+        features.add_row(number.name, f"numeric, {number.transform}", "", f"{number.missing:,}", "")
+    for feature in info.categorical:
+        features.add_row(
+            feature.name,
+            "multi-valued" if feature.multi_valued else "categorical",
+            f"{feature.num_embeddings:,}",
+            f"{feature.missing:,}",
+            f"{feature.mean_length:.2f}" if feature.multi_valued else "",
+        )
+    out.print(features, highlight=False)

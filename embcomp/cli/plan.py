@@ -1,0 +1,203 @@
+"""`embcomp plan`: what a config's tables will take, and where TorchRec would put them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from embcomp.cli import console
+
+if TYPE_CHECKING:
+    from embcomp.config import TrainConfig
+    from embcomp.placement import Placement
+    from embcomp.planning import ConfigPlan, Line, TableSize
+
+NAMES_SHOWN = 3
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="A training YAML.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML of 'name: num_embeddings', in place of the dataset that data.path names.",
+            show_default=False,
+        ),
+    ] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks to place the tables on.")] = 1,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of one device, as 40GiB: asks TorchRec's planner."),
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="Kind of the devices to place on.")
+    ] = "cuda",
+    reserve: Annotated[
+        str, typer.Option(help="Memory of each device kept for all but tables: 4GiB or 10%.")
+    ] = "0%",
+) -> None:
+    """Show bytes per table and in total; exit code 1 when over budget or not placeable."""
+    from embcomp.budget import parse_budget
+    from embcomp.config import load_config
+    from embcomp.errors import BudgetError
+    from embcomp.planning import plan_config, read_sizes, sizes_of_dataset
+
+    loaded = load_config(config, overrides or [])
+    sizes = read_sizes(tables) if tables else sizes_of_dataset(loaded.data.path)
+    memory = None if device_memory is None else parse_budget(device_memory)
+    try:
+        found = plan_config(loaded, sizes)
+    except BudgetError as error:
+        from embcomp.ways_out import for_budget
+
+        console.fail(str(error))
+        _print_ways_out(for_budget(loaded, sizes))
+        raise typer.Exit(1) from None
+    _print_lines(found)
+    if memory is None:
+        return
+    kept = 0 if reserve in ("0", "0%") else parse_budget(reserve, full_bytes=memory)
+    if found.dense_rows:
+        _replicate(found, world_size, memory - kept)
+    else:
+        _place(loaded, sizes, found, world_size, memory, kept, device)
+
+
+def _print_lines(found: ConfigPlan) -> None:
+    from embcomp.planning import total_line
+
+    table = Table(box=console.BOX, pad_edge=False)
+    for name in ("tables", "method"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "dim", "stored rows", "stored dim"):
+        table.add_column(name, justify="right")
+    for name in ("weights", "indices", "optimizer", "training", "serving", "compression"):
+        table.add_column(name, justify="right")
+    lines, first_order = found.lines(), found.first_order_lines()
+    for line in lines:
+        table.add_row(*_cells(line))
+    if lines:
+        table.add_section()
+        table.add_row(*_cells(total_line(lines), label="embedding tables"), style="bold")
+    if first_order:
+        table.add_row(*_cells(total_line(first_order), label="first-order weights"))
+        table.add_row(*_cells(total_line([*lines, *first_order]), label="all"), style="bold")
+    out = console.stdout()
+    out.print(table, highlight=False)
+    mode = "dense, whole tables on each rank" if found.dense_rows else "fused"
+    out.print(f"row optimizer: {found.optimizer} ({mode})", highlight=False)
+
+
+def _cells(line: Line, label: str = "") -> list[str]:
+    from embcomp.budget import format_bytes
+
+    names = [table.name for table in line.tables]
+    if not label:
+        label = ", ".join(names[:NAMES_SHOWN])
+        label += f", ... ({len(names)} tables)" if len(names) > NAMES_SHOWN else ""
+    dims = {table.embedding_dim for table in line.tables}
+    return [
+        escape(label),
+        line.method,
+        f"{line.rows:,}",
+        str(dims.pop()) if len(dims) == 1 else "",
+        f"{line.stored_rows:,}",
+        line.stored_dim,
+        *(
+            format_bytes(size)
+            for size in (line.weights, line.indices, line.optimizer, line.train, line.serve)
+        ),
+        f"{line.compression:.2f}x",
+    ]
+
+
+def _place(
+    config: TrainConfig,
+    sizes: Sequence[TableSize],
+    found: ConfigPlan,
+    world_size: int,
+    memory: int,
+    reserved: int,
+    device: Literal["cuda", "cpu"],
+) -> None:
+    from embcomp.placement import SHARDING, PlacementError, Query, place
+    from embcomp.ways_out import for_devices
+
+    chosen = config.train.sharding
+    query = Query(
+        world_size=world_size,
+        device_memory=memory,
+        device=device,
+        optimizer=found.optimizer,
+        batch_size=max(1, config.data.batch_size // world_size),
+        reserved=reserved,
+        sharding=SHARDING if chosen == "auto" else (chosen,),
+        pooling_factors=found.pooling_factors(),
+    )
+    try:
+        placement = place(found.on_meta(), query)
+    except PlacementError as error:
+        console.fail(str(error))
+        _print_ways_out(for_devices(config, sizes, found, query))
+        raise typer.Exit(1) from None
+    _print_placement(placement)
+
+
+def _print_placement(placement: Placement) -> None:
+    from embcomp.budget import format_bytes
+
+    table = Table(box=console.BOX, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("tables")
+    for name in ("weights", "optimizer", "buffers", "total", "of device"):
+        table.add_column(name, justify="right")
+    for rank, total in enumerate(placement.bytes_per_rank()):
+        shards = placement.on_rank(rank)
+        kinds = [shard.sharding for shard in shards]
+        table.add_row(
+            str(rank),
+            ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
+            format_bytes(sum(shard.weight_bytes for shard in shards)),
+            format_bytes(sum(shard.optimizer_bytes for shard in shards)),
+            format_bytes(sum(shard.buffer_bytes for shard in shards)),
+            format_bytes(total),
+            f"{(total + placement.reserved) / placement.device_memory:.1%}",
+        )
+    console.stdout().print(table, highlight=False)
+
+
+def _replicate(found: ConfigPlan, world_size: int, free: int) -> None:
+    """Dense rows need no planner: every rank holds every table, its gradient and its state."""
+    from embcomp.budget import format_bytes
+
+    each = found.replicated_bytes
+    console.stdout().print(
+        f"each of {world_size} rank(s) holds all tables, their gradient and the optimizer's "
+        f"state: {format_bytes(each)} ({each:,} bytes)",
+        highlight=False,
+    )
+    if each > free:
+        console.fail(f"{each:,} bytes do not fit in {free:,} bytes of device memory")
+        _print_ways_out(
+            [
+                "train.row_optimizer='{name: rowwise_adagrad}': fused rows are sharded over ranks",
+                f"--device-memory of {format_bytes(each)} or more",
+            ]
+        )
+        raise typer.Exit(1)
+
+
+def _print_ways_out(ways: list[str]) -> None:
+    err = console.stderr()
+    if ways:
+        err.print("Ways out:", highlight=False)
+    for way in ways:
+        err.print(f"  {escape(way)}", highlight=False)
