@@ -110,7 +110,11 @@ class BayesMetrics(_Strict):
 
 
 class DatasetInfo(_Strict):
-    """The content of `dataset.json`."""
+    """The content of `dataset.json`.
+
+    Of the `raw_rows` that were read, `bad_rows` were malformed and `dropped_rows` left out by the
+    label rule.
+    """
 
     format_version: int = FORMAT_VERSION
     name: str
@@ -120,6 +124,9 @@ class DatasetInfo(_Strict):
     categorical: list[CategoricalFeature] = Field(default_factory=list)
     splits: dict[str, SplitInfo]
     split_rule: dict[str, object] = Field(default_factory=dict)
+    raw_rows: int = Field(default=0, ge=0)
+    bad_rows: int = Field(default=0, ge=0)
+    dropped_rows: int = Field(default=0, ge=0)
     sources: list[SourceFile] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     bayes: BayesMetrics | None = None

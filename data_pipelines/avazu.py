@@ -1,0 +1,113 @@
+"""Avazu click logs (Kaggle CTR challenge): a CSV with a header, whose `hour` is YYMMDDHH.
+
+`id` is unique per row and carries nothing; `hour` as it stands occurs in one split only under a
+chronological split, so it becomes hour of day and weekday."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import polars as pl
+
+from embcomp.data_pipelines.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importer import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.text import Parsed, TextTable, read_head, split_lines
+from embcomp.errors import DataError
+
+COLUMNS = [
+    "id",
+    "click",
+    "hour",
+    "C1",
+    "banner_pos",
+    "site_id",
+    "site_domain",
+    "site_category",
+    "app_id",
+    "app_domain",
+    "app_category",
+    "device_id",
+    "device_ip",
+    "device_model",
+    "device_type",
+    "device_conn_type",
+    "C14",
+    "C15",
+    "C16",
+    "C17",
+    "C18",
+    "C19",
+    "C20",
+    "C21",
+]
+TIME_FEATURES = ("hour", "weekday")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvazuImporter(Importer):
+    """Avazu `train` (or `train.csv`, `train.gz`); weekday 1 is Monday."""
+
+    name: ClassVar[str] = "avazu"
+    title: ClassVar[str] = "Avazu CSV with the header id,click,hour,..."
+
+    @property
+    def default_min_count(self) -> int:
+        return 5
+
+    def find(self, folder: Path) -> list[Path]:
+        found = super().find(folder)
+        return [p for p in found if p.name.startswith("train")] or found
+
+    def open(self, files: Sequence[RawFile]) -> AvazuTable:
+        for file in files:
+            head = read_head(file.path, 1)
+            names = head[0].decode("utf-8", "replace").split(",") if head else []
+            if names != COLUMNS:
+                raise DataError(
+                    f"{file.path} does not start with Avazu's header: expected {','.join(COLUMNS)}"
+                    f", got {','.join(names)[:200]!r}"
+                )
+        return AvazuTable(files)
+
+
+class AvazuTable(TextTable):
+    """Avazu lines."""
+
+    def __init__(self, files: Sequence[RawFile]) -> None:
+        names = (*TIME_FEATURES, *COLUMNS[3:])
+        layout = Layout(categorical=tuple(CategoricalColumn(name=name) for name in names))
+        super().__init__(files, layout, header_lines=1)
+        kinds: dict[str, ColumnType] = {"click": "int", "hour": "int"}
+        self.format = Delimited(
+            columns=tuple((name, kinds.get(name, "text")) for name in COLUMNS), separator=","
+        )
+
+    def parse(self, data: bytes, rows: int) -> Parsed:
+        parsed = self.format.parse(data, rows)
+        stamp = pl.col("hour").cast(pl.String)
+        time = (pl.lit("20") + stamp).str.strptime(pl.Datetime, "%Y%m%d%H", strict=False)
+        frame = parsed.frame.with_columns(
+            stamp.alias("__stamp__"), time.alias("__time__"), pl.col("click").cast(pl.Float32)
+        )
+        wrong = frame.get_column("__time__").is_null()
+        if wrong.any():
+            offsets = parsed.positions
+            rest = wrong.arg_true().to_numpy()
+            for at in rest.tolist():
+                offset = at if offsets is None else int(offsets[at])
+                text = split_lines(data)[offset].split(b",")[2].decode("utf-8", "replace")
+                parsed.bad.append((offset, f"hour is {text!r}, expected YYMMDDHH"))
+            parsed.bad.sort()
+            keep = (~wrong).to_numpy()
+            parsed.positions = keep.nonzero()[0] if offsets is None else offsets[keep]
+            frame = frame.filter(~wrong)
+        parsed.frame = frame.select(
+            pl.col("click").alias("label"),
+            pl.col("__time__").dt.hour().cast(pl.String).alias("hour"),
+            pl.col("__time__").dt.weekday().cast(pl.String).alias("weekday"),
+            pl.col(COLUMNS[3:]),
+        )
+        return parsed

@@ -1,0 +1,221 @@
+"""The first pass: how often each value occurs in the train split, in bounded memory.
+
+Each part of the input leaves run files of partial counts on disk, cut by feature and by hash of
+the value; so a pass that was killed goes on with the next part, and the counts of one feature and
+hash partition can later be merged on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from embcomp.data_pipelines.features import Features
+from embcomp.data_pipelines.importer import BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.splits import SPLITS
+from embcomp.data_pipelines.transforms import NumericStats
+
+SplitOf = Callable[[Block, Rows], np.ndarray]
+"""Gives the index in `SPLITS` of each usable row of a block, (rows,) int8."""
+
+_RUN_SCHEMA = pa.schema([("value", pa.large_string()), ("count", pa.int64())])
+
+
+class BadLine(BaseModel):
+    """A `BadRow` as it is kept on disk; the bytes are kept as Latin-1 text, which loses none."""
+
+    path: str
+    line: int
+    reason: str
+    raw: str
+
+    @classmethod
+    def of(cls, bad: BadRow) -> BadLine:
+        return cls(path=bad.path, line=bad.line, reason=bad.reason, raw=bad.raw.decode("latin-1"))
+
+    def row(self) -> BadRow:
+        return BadRow(
+            path=self.path, line=self.line, reason=self.reason, raw=self.raw.encode("latin-1")
+        )
+
+
+class FeatureCounts(BaseModel):
+    """Figures of one categorical feature; `values` counts bag entries of the train split."""
+
+    missing: int = 0
+    train_missing: int = 0
+    train_values: int = 0
+    max_length: int = 0
+
+
+class PartCounts(BaseModel):
+    """What the first pass found in one part of the input."""
+
+    rows: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))
+    positives: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))
+    dropped: int = 0
+    bad: list[BadLine] = Field(default_factory=list)
+    numeric: dict[str, NumericStats] = Field(default_factory=dict)
+    numeric_missing: dict[str, int] = Field(default_factory=dict)
+    categorical: dict[str, FeatureCounts] = Field(default_factory=dict)
+    runs: list[str] = Field(default_factory=list)
+
+    def merge(self, other: PartCounts) -> None:
+        """Add the figures of a later part."""
+        self.rows = [a + b for a, b in zip(self.rows, other.rows)]
+        self.positives = [a + b for a, b in zip(self.positives, other.positives)]
+        self.dropped += other.dropped
+        self.bad += other.bad
+        self.runs += other.runs
+        for name, stats in other.numeric.items():
+            self.numeric.setdefault(name, NumericStats()).merge(stats)
+        for name, missing in other.numeric_missing.items():
+            self.numeric_missing[name] = self.numeric_missing.get(name, 0) + missing
+        for name, theirs in other.categorical.items():
+            mine = self.categorical.setdefault(name, FeatureCounts())
+            mine.missing += theirs.missing
+            mine.train_missing += theirs.train_missing
+            mine.train_values += theirs.train_values
+            mine.max_length = max(mine.max_length, theirs.max_length)
+
+
+class RunWriter:
+    """Counts of the current part; they move to a run file whenever they outgrow `limit` bytes."""
+
+    def __init__(self, features: int, partitions: int, folder: Path, prefix: str, limit: int):
+        self.partitions = partitions
+        self.files: list[str] = []
+        self._folder = folder
+        self._prefix = prefix
+        self._limit = limit
+        self._frames: list[list[pl.DataFrame]] = [[] for _ in range(features)]
+        self._bytes = 0
+
+    def add(self, feature: int, counts: pl.DataFrame) -> None:
+        """Take in columns value (String) and count (Int64) of one feature."""
+        self._frames[feature].append(counts)
+        self._bytes += int(counts.estimated_size())
+        if self._bytes > self._limit:
+            self._frames = [[merge_counts(frames)] if frames else [] for frames in self._frames]
+            self._bytes = sum(int(f.estimated_size()) for frames in self._frames for f in frames)
+            # Merged counts that still fill half the room would be merged again and again.
+            if self._bytes > self._limit // 2:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write a run file: one record batch per feature and partition."""
+        if not any(self._frames):
+            return
+        name = f"{self._prefix}-{len(self.files):03d}.arrow"
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        path = self._folder / name
+        with path.open("wb") as file, pa.ipc.new_file(file, _RUN_SCHEMA, options=options) as writer:
+            for feature, frames in enumerate(self._frames):
+                merged = merge_counts(frames)
+                self._frames[feature] = []
+                for part in cut_by_hash(merged, self.partitions):
+                    table = part.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_RUN_SCHEMA)
+                    batches = table.combine_chunks().to_batches()
+                    writer.write_batch(
+                        batches[0] if batches else _RUN_SCHEMA.empty_table().to_batches()[0]
+                    )
+        self.files.append(name)
+        self._bytes = 0
+
+
+def merge_counts(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Add up the counts of equal values; the order is not defined."""
+    if not frames:
+        return pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})
+    if len(frames) == 1:
+        return frames[0]
+    merged = pl.concat([frame.lazy() for frame in frames]).group_by("value").agg(pl.sum("count"))
+    return merged.collect(engine="streaming")
+
+
+def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
+    """Split counts by a hash of the value."""
+    if partitions == 1:
+        return [counts]
+    cell = pl.col("value").hash(seed=1) % partitions
+    keyed = counts.with_columns(cell.alias("cell")).sort("cell")
+    sizes = np.bincount(keyed.get_column("cell").to_numpy(), minlength=partitions)
+    ends = np.cumsum(sizes)
+    bare = keyed.drop("cell")
+    return [bare.slice(int(end - size), int(size)) for end, size in zip(ends, sizes)]
+
+
+def read_run(path: Path, batch: int) -> pl.DataFrame:
+    """Read the counts of one feature and partition (`feature * partitions + partition`)."""
+    with pa.OSFile(str(path)) as file:
+        found = pa.ipc.open_file(file).get_batch(batch)
+        frame = pl.from_arrow(pa.Table.from_batches([found]))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def count_part(
+    table: RawTable,
+    blocks: Sequence[Block],
+    *,
+    features: Features,
+    split_of: SplitOf,
+    runs: RunWriter,
+    check_bad: Callable[[int, Iterable[BadRow]], None],
+    advance: Callable[[int], None],
+) -> PartCounts:
+    """Count one part of the input.
+
+    Args:
+        check_bad: called with the bad rows of this part so far; raises when they are too many.
+    """
+    part = PartCounts()
+    bad: list[BadRow] = []
+    for block, rows in table.read(blocks):
+        codes = split_of(block, rows)
+        frame = features.columns(rows.frame)
+        bad += rows.bad
+        if rows.bad:
+            check_bad(len(bad), bad)
+        part.dropped += rows.dropped
+        _count_rows(part, frame, codes)
+        is_train = codes == 0
+        train = frame if is_train.all() else frame.filter(pl.Series(is_train))
+        for column in features.numeric:
+            missing = frame.get_column(column.name).null_count()
+            part.numeric_missing[column.name] = part.numeric_missing.get(column.name, 0) + missing
+            stats = part.numeric.setdefault(column.name, NumericStats())
+            stats.update(train.get_column(column.name))
+        for i, feature in enumerate(features.categorical):
+            figures = part.categorical.setdefault(feature.name, FeatureCounts())
+            values = train.get_column(feature.name)
+            if feature.multi_valued:
+                lengths = frame.get_column(feature.name).list.len()
+                figures.missing += int((lengths == 0).sum())
+                figures.max_length = max(figures.max_length, int(lengths.max() or 0))  # type: ignore[arg-type]
+                figures.train_missing += int((values.list.len() == 0).sum())
+                values = values.explode(empty_as_null=False, keep_nulls=False)
+            else:
+                figures.missing += frame.get_column(feature.name).null_count()
+                figures.max_length = 1
+                figures.train_missing += values.null_count()
+                values = values.drop_nulls()
+            figures.train_values += len(values)
+            counts = values.alias("value").value_counts(name="count")
+            runs.add(i, counts.cast({"count": pl.Int64}))
+        advance(block.rows)
+    runs.flush()
+    part.bad = [BadLine.of(row) for row in bad]
+    part.runs = runs.files
+    return part
+
+
+def _count_rows(part: PartCounts, frame: pl.DataFrame, codes: np.ndarray) -> None:
+    labels = frame.get_column("label").to_numpy()
+    for code in range(len(SPLITS)):
+        part.rows[code] += int((codes == code).sum())
+        part.positives[code] += int(labels[codes == code].sum(dtype=np.float64))

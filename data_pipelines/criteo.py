@@ -1,0 +1,69 @@
+"""Criteo click logs (Kaggle Display Advertising Challenge and the 1TB logs): tab-separated lines
+of a label, 13 integer counts and 26 hashed categories, without a header; any field but the label
+may be empty."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import polars as pl
+
+from embcomp.data_pipelines.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importer import (
+    CategoricalColumn,
+    Importer,
+    Layout,
+    NumericColumn,
+    RawFile,
+)
+from embcomp.data_pipelines.text import Parsed, TextTable
+
+NUMERIC = tuple(f"I{i}" for i in range(1, 14))
+CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriteoImporter(Importer):
+    """Criteo Kaggle `train.txt`, or the 1TB logs' `day_0` ... `day_23`, plain or gzipped."""
+
+    name: ClassVar[str] = "criteo"
+    title: ClassVar[str] = "Criteo TSV: label, 13 integers, 26 categories"
+
+    @property
+    def default_min_count(self) -> int:
+        return 10
+
+    def find(self, folder: Path) -> list[Path]:
+        found = [p for p in super().find(folder) if re.match(r"(train|day_)", p.name)]
+        # Natural order: day_2 comes before day_10.
+        found.sort(key=lambda p: [int(t) if t.isdigit() else 0 for t in re.split(r"(\d+)", p.name)])
+        return found or super().find(folder)
+
+    def open(self, files: Sequence[RawFile]) -> CriteoTable:
+        return CriteoTable(files)
+
+
+class CriteoTable(TextTable):
+    """Criteo lines."""
+
+    def __init__(self, files: Sequence[RawFile]) -> None:
+        layout = Layout(
+            numeric=tuple(NumericColumn(name=name) for name in NUMERIC),
+            categorical=tuple(CategoricalColumn(name=name) for name in CATEGORICAL),
+        )
+        super().__init__(files, layout)
+        columns: list[tuple[str, ColumnType]] = [("label", "int")]
+        columns += [(name, "int") for name in NUMERIC]
+        columns += [(name, "text") for name in CATEGORICAL]
+        self.format = Delimited(columns=tuple(columns), separator="\t")
+
+    def parse(self, data: bytes, rows: int) -> Parsed:
+        parsed = self.format.parse(data, rows)
+        parsed.frame = parsed.frame.with_columns(
+            pl.col("label").cast(pl.Float32), pl.col(NUMERIC).cast(pl.Float64)
+        )
+        return parsed

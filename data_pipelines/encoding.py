@@ -1,0 +1,232 @@
+"""The second pass: values become ids, numbers go through their transforms, rows go to their split.
+
+When the indices of all features do not fit in memory at once, the input is read in several rounds;
+each but the last leaves the ids that it found on disk, and the last puts all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pydantic import BaseModel, Field
+from typing_extensions import Self
+
+from embcomp.data_pipelines.counting import SplitOf
+from embcomp.data_pipelines.features import Feature, Features
+from embcomp.data_pipelines.importer import Block, RawTable
+from embcomp.data_pipelines.lookup import BYTES_PER_VALUE, ValueIndex
+from embcomp.data_pipelines.row_writer import RowGroupWriter
+from embcomp.data_pipelines.schema import UNSEEN_ID, NumericFeature
+from embcomp.data_pipelines.splits import SPLITS
+from embcomp.data_pipelines.transforms import numeric_expression
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows `start` <= row < `stop` of a feature's vocabulary."""
+
+    feature: int
+    start: int
+    stop: int
+
+
+class PartRows(BaseModel):
+    """What the second pass wrote for one part: by split a file, its rows and id 1's share."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    rows: dict[str, int] = Field(default_factory=dict)
+    values: dict[str, dict[str, int]] = Field(default_factory=dict)
+    unseen: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+def plan_rounds(sizes: Sequence[int], limit: int) -> list[list[Slice]]:
+    """Pack the vocabularies into rounds whose indices take at most `limit` bytes each."""
+    room = max(1, limit // BYTES_PER_VALUE)
+    rounds: list[list[Slice]] = [[]]
+    left = room
+    for feature, size in enumerate(sizes):
+        start = 0
+        while start < size or start == 0:
+            if left == 0:
+                rounds.append([])
+                left = room
+            stop = min(size, start + left)
+            rounds[-1].append(Slice(feature=feature, start=start, stop=stop))
+            left -= stop - start
+            start = stop
+            if size == 0:
+                break
+    return rounds
+
+
+class Encoder:
+    """Ids of the features of one round."""
+
+    def __init__(
+        self,
+        features: Features,
+        vocabularies: Sequence[Path],
+        slices: Sequence[Slice],
+        threads: int,
+    ) -> None:
+        self._features = features
+        self._slices = list(slices)
+        self._indices = [ValueIndex(vocabularies[s.feature], s.start, s.stop) for s in slices]
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def ids(self, frame: pl.DataFrame) -> dict[int, np.ndarray]:
+        """Return int32 ids by feature: (B,), or (N,) of all bags in a row when multi-valued."""
+        values = [self._values(frame, self._features.categorical[s.feature]) for s in self._slices]
+        found = self._pool.map(lambda pair: pair[0].ids(pair[1]), zip(self._indices, values))
+        return {s.feature: ids for s, ids in zip(self._slices, found)}
+
+    @staticmethod
+    def _values(frame: pl.DataFrame, feature: Feature) -> pl.Series:
+        column = frame.get_column(feature.name)
+        if feature.multi_valued:
+            return column.explode(empty_as_null=False, keep_nulls=False)
+        return column
+
+
+def dataset_schema(features: Features) -> pa.Schema:
+    """Return the columns of the dataset's Parquet files."""
+    fields = [pa.field("label", pa.float32(), nullable=False)]
+    fields += [pa.field(c.name, pa.float32(), nullable=False) for c in features.numeric]
+    for f in features.categorical:
+        kind = pa.list_(pa.field("element", pa.int32(), nullable=False))
+        fields.append(pa.field(f.name, kind if f.multi_valued else pa.int32(), nullable=False))
+    return pa.schema(fields)
+
+
+def store_ids(
+    table: RawTable,
+    blocks: Sequence[Block],
+    path: Path,
+    *,
+    features: Features,
+    encoder: Encoder,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the ids of an early round for one part: a stream of one list per feature and block."""
+    temporary = path.with_name(path.name + ".tmp")
+    schema = pa.schema([("feature", pa.int32()), ("ids", pa.list_(pa.int32()))])
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with temporary.open("wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
+        for block, rows in table.read(blocks):
+            found = encoder.ids(features.columns(rows.frame))
+            offsets = np.cumsum([0, *(len(ids) for ids in found.values())])
+            flat = np.concatenate([*found.values(), np.empty(0, dtype=np.int32)])
+            lists = pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()), pa.array(flat, pa.int32())
+            )
+            writer.write_batch(pa.record_batch([pa.array(list(found), pa.int32()), lists], schema))
+            advance(block.rows)
+    temporary.replace(path)
+
+
+def _stored(path: Path, stack: ExitStack) -> Iterator[dict[int, np.ndarray]]:
+    reader = pa.ipc.open_file(stack.enter_context(path.open("rb")))
+    for batch in range(reader.num_record_batches):
+        columns = reader.get_batch(batch)
+        features = columns.column("feature").to_pylist()
+        lists = columns.column("ids")
+        yield {f: lists[i].values.to_numpy(zero_copy_only=False) for i, f in enumerate(features)}
+
+
+def encode_part(
+    table: RawTable,
+    blocks: Sequence[Block],
+    *,
+    folder: Path,
+    number: int,
+    features: Features,
+    numeric: Sequence[NumericFeature],
+    split_of: SplitOf,
+    encoder: Encoder,
+    earlier: Sequence[Path],
+    rows_per_group: int,
+    advance: Callable[[int], None],
+) -> PartRows:
+    """Write the Parquet files of one part.
+
+    Args:
+        earlier: the files of ids that the earlier rounds left for this part.
+    """
+    schema = dataset_schema(features)
+    part = PartRows()
+    transforms = [numeric_expression(feature) for feature in numeric]
+    with ExitStack() as stack:
+        stored = [_stored(path, stack) for path in earlier]
+        writers: dict[str, RowGroupWriter] = {}
+        for block, rows in table.read(blocks):
+            codes = split_of(block, rows)
+            frame = features.columns(rows.frame)
+            found = encoder.ids(frame)
+            for more in stored:
+                for at, ids in next(more).items():
+                    # A value is in one slice only; the others say 1, which is less than its id.
+                    found[at] = np.maximum(found[at], ids) if at in found else ids
+            arrays = [pa.array(frame.get_column("label").to_numpy(), pa.float32())]
+            if transforms:
+                numbers = frame.select(transforms)
+                arrays += [pa.array(c.to_numpy(), pa.float32()) for c in numbers.iter_columns()]
+            for i, feature in enumerate(features.categorical):
+                arrays.append(_column(frame, feature, found[i], schema.field(feature.name).type))
+            encoded = pa.Table.from_arrays(arrays, schema=schema)
+            for code in np.unique(codes).tolist():
+                split = SPLITS[code]
+                if split not in writers:
+                    name = f"{split}-{number:05d}.parquet"
+                    writers[split] = stack.enter_context(
+                        RowGroupWriter(folder / name, schema, rows_per_group)
+                    )
+                    part.files[split] = name
+                mask = codes == code
+                mine = encoded if mask.all() else encoded.filter(pa.array(mask))
+                writers[split].write(mine)
+                _count_unseen(part, split, mine, features)
+            advance(block.rows)
+        part.rows = {split: writer.rows for split, writer in writers.items()}
+    return part
+
+
+def _column(frame: pl.DataFrame, feature: Feature, ids: np.ndarray, kind: pa.DataType) -> pa.Array:
+    if not feature.multi_valued:
+        return pa.array(ids, pa.int32())
+    lengths = frame.get_column(feature.name).list.len().to_numpy()
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids, pa.int32()), type=kind)
+
+
+def _count_unseen(part: PartRows, split: str, table: pa.Table, features: Features) -> None:
+    values = part.values.setdefault(split, {})
+    unseen = part.unseen.setdefault(split, {})
+    for feature in features.categorical:
+        column = table.column(feature.name).combine_chunks()
+        ids = (column.flatten() if feature.multi_valued else column).to_numpy(zero_copy_only=False)
+        values[feature.name] = values.get(feature.name, 0) + len(ids)
+        unseen[feature.name] = unseen.get(feature.name, 0) + int((ids == UNSEEN_ID).sum())
+
+
+def unseen_rates(parts: Sequence[PartRows], split: str) -> Mapping[str, float]:
+    """Return, by feature, the share of a split's values that got id 1."""
+    values: dict[str, int] = {}
+    unseen: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.values.get(split, {}).items():
+            values[name] = values.get(name, 0) + count
+            unseen[name] = unseen.get(name, 0) + part.unseen[split][name]
+    return {name: unseen[name] / count if count else 0.0 for name, count in values.items()}

@@ -1,0 +1,112 @@
+"""The features of a dataset to be, and a raw block's columns brought to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import polars as pl
+
+from embcomp.data_pipelines.importer import Layout, NumericColumn
+from embcomp.data_pipelines.transforms import BUCKET, TRANSFORMS, bucket_expression
+from embcomp.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """A categorical feature: bucketed numbers come as text too."""
+
+    name: str
+    multi_valued: bool
+    min_count: int
+    bucketed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the dataset will have, in its order."""
+
+    numeric: tuple[NumericColumn, ...]
+    categorical: tuple[Feature, ...]
+
+    def columns(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return label, numeric columns and categorical columns of a block as text or lists."""
+        return frame.select(
+            "label",
+            *[column.name for column in self.numeric],
+            *[
+                bucket_expression(f.name) if f.bucketed else pl.col(f.name)
+                for f in self.categorical
+            ],
+        )
+
+
+def choose_features(
+    layout: Layout,
+    *,
+    numeric: str | Mapping[str, str] | None,
+    min_count: int | Mapping[str, int] | None,
+    default_min_count: int,
+) -> Features:
+    """Combine an importer's layout with the caller's choices.
+
+    Args:
+        numeric: a transform for all numeric columns or one by name; None keeps the importer's.
+        min_count: likewise for categorical features.
+    """
+    chosen = _by_name(numeric, [c.name for c in layout.numeric], "numeric")
+    transforms = {c.name: chosen.get(c.name, c.transform) for c in layout.numeric}
+    for name, transform in transforms.items():
+        if transform not in TRANSFORMS:
+            raise DataError(
+                f"numeric transform {transform!r} of {name} is unknown; there are "
+                f"{', '.join(TRANSFORMS)}"
+            )
+    bucketed = [name for name, transform in transforms.items() if transform == BUCKET]
+    counts = _by_name(min_count, bucketed + [c.name for c in layout.categorical], "min_count")
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(f"min_count of {name} is {count}; expected 1 or more")
+    return Features(
+        numeric=tuple(
+            NumericColumn(name=name, transform=transform)
+            for name, transform in transforms.items()
+            if transform != BUCKET
+        ),
+        categorical=tuple(
+            [
+                Feature(
+                    name=name,
+                    multi_valued=False,
+                    min_count=counts.get(name, default_min_count),
+                    bucketed=True,
+                )
+                for name in bucketed
+            ]
+            + [
+                Feature(
+                    name=c.name,
+                    multi_valued=c.multi_valued,
+                    min_count=counts.get(c.name, c.min_count or default_min_count),
+                )
+                for c in layout.categorical
+            ]
+        ),
+    )
+
+
+Choice = TypeVar("Choice", int, str)
+
+
+def _by_name(
+    choice: Choice | Mapping[str, Choice] | None, names: list[str], what: str
+) -> dict[str, Choice]:
+    if choice is None:
+        return {}
+    if not isinstance(choice, Mapping):
+        return dict.fromkeys(names, choice)
+    unknown = sorted(set(choice) - set(names))
+    if unknown:
+        raise DataError(f"{what} names {unknown[0]!r}, which is none of {', '.join(names)}")
+    return dict(choice)

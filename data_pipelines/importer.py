@@ -1,0 +1,223 @@
+"""What an importer is: raw files in, blocks of rows in one common shape out.
+
+An importer is a small frozen object that knows one raw format. `open` gives a `RawTable`, which
+cuts the files into blocks of a few megabytes and turns each block into a frame:
+
+- `label`: Float32, 0 or 1;
+- one Float64 column per numeric feature, null where the value is missing;
+- one String column per categorical feature, null where missing, or List(String) when it is
+  multi-valued, empty where missing.
+
+Everything after that (splits, counting, encoding) is the same for all formats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import polars as pl
+
+from embcomp.data_pipelines.splits import SplitRule
+from embcomp.errors import DataError
+
+DROP = "__drop__"
+"""A Boolean column by which `RawTable.shape` marks rows that the label rule leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericColumn:
+    """A numeric feature and the transform that it gets unless the caller chooses another."""
+
+    name: str
+    transform: str = "log1p"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalColumn:
+    """A categorical feature; `min_count` of None leaves the choice to the caller."""
+
+    name: str
+    multi_valued: bool = False
+    min_count: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The features of a raw table, in the order that the dataset will have."""
+
+    numeric: tuple[NumericColumn, ...] = ()
+    categorical: tuple[CategoricalColumn, ...] = ()
+    group: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.numeric] + [c.name for c in self.categorical]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFile:
+    """One raw file; `split` is set where the caller gave a file per split."""
+
+    path: Path
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A contiguous piece of one file.
+
+    `start` and `end` are byte offsets of the uncompressed text, or row offsets of a Parquet file;
+    `line` is the 1-based number of its first line, `row` its first row's position in the input.
+    """
+
+    file: int
+    start: int
+    end: int
+    line: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRow:
+    """A row that cannot be used: its place, what is wrong with it, and its bytes."""
+
+    path: str
+    line: int
+    reason: str
+    raw: bytes
+
+    def __str__(self) -> str:
+        text = self.raw[:120].decode("utf-8", "backslashreplace")
+        return f"{self.path}, line {self.line}: {self.reason}: {text!r}"
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """The usable rows of a block.
+
+    `positions` gives, for each row of `frame`, its offset in the block; None means that every row
+    of the block is there.
+    """
+
+    frame: pl.DataFrame
+    positions: np.ndarray | None = None
+    bad: list[BadRow] = field(default_factory=list)
+    dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileIndex:
+    """The blocks of one file, its size and checksum on disk and its uncompressed size."""
+
+    blocks: list[Block]
+    bytes: int
+    sha256: str
+    text_bytes: int
+
+
+class RawTable(ABC):
+    """Opened raw files with one layout."""
+
+    files: list[RawFile]
+    layout: Layout
+
+    @abstractmethod
+    def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
+        """Cut one file into blocks.
+
+        Args:
+            file: which of `files`.
+            row: how many rows the files before it hold.
+            advance: called with the number of bytes read on disk, for progress.
+        """
+
+    @abstractmethod
+    def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
+        """Yield the usable rows of consecutive blocks, in order."""
+
+    def finish(
+        self,
+        frame: pl.DataFrame,
+        positions: np.ndarray | None,
+        bad: list[BadRow],
+        block: Block,
+        raw: Callable[[int], bytes],
+    ) -> Rows:
+        """Apply the checks that all formats share: the label is 0 or 1, numbers are finite.
+
+        Args:
+            frame: columns of the common shape, and maybe `DROP`.
+            positions: as in `Rows`.
+            bad: rows that parsing has already left out.
+            block: where the rows come from.
+            raw: gives the bytes of a row by its offset in the block.
+        """
+        dropped = 0
+        keep: np.ndarray | None = None
+        if DROP in frame.columns:
+            drop = frame.get_column(DROP).to_numpy()
+            dropped = int(drop.sum())
+            frame = frame.drop(DROP)
+            keep = ~drop if dropped else None
+        checks: list[tuple[pl.Expr, str]] = [
+            (
+                ((pl.col("label") == 0) | (pl.col("label") == 1)).fill_null(False).not_(),
+                "the label is not 0 or 1",
+            )
+        ]
+        checks += [
+            (pl.col(c.name).is_infinite().fill_null(False), f"{c.name} is infinite")
+            for c in self.layout.numeric
+        ]
+        wrong = frame.select(expr.alias(str(i)) for i, (expr, _) in enumerate(checks))
+        if wrong.select(pl.any_horizontal(pl.all().any())).item():
+            for i, (_, reason) in enumerate(checks):
+                mask = wrong.get_column(str(i)).to_numpy()
+                keep = np.ones(frame.height, dtype=bool) if keep is None else keep
+                for at in np.flatnonzero(mask & keep).tolist():
+                    offset = at if positions is None else int(positions[at])
+                    bad.append(self.bad_row(block, offset, reason, raw(offset)))
+                keep = keep & ~mask
+        if keep is not None and not keep.all():
+            positions = np.flatnonzero(keep) if positions is None else positions[keep]
+            frame = frame.filter(pl.Series(keep))
+        return Rows(frame=frame, positions=positions, bad=bad, dropped=dropped)
+
+    def bad_row(self, block: Block, offset: int, reason: str, raw: bytes) -> BadRow:
+        """Describe the row at an offset of a block as unusable."""
+        path = str(self.files[block.file].path)
+        return BadRow(path=path, line=block.line + offset, reason=reason, raw=raw)
+
+
+class Importer(ABC):
+    """One raw format. Subclasses are frozen dataclasses whose fields are the format's options."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def open(self, files: Sequence[RawFile]) -> RawTable:
+        """Check the files' shape (headers, columns) and describe their rows."""
+
+    @property
+    def default_min_count(self) -> int:
+        return 1
+
+    @property
+    def default_split(self) -> SplitRule | None:
+        return None
+
+    def find(self, folder: Path) -> list[Path]:
+        """Return the raw files of a folder, in row order."""
+        found = sorted(
+            path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"
+        )
+        if not found:
+            raise DataError(f"{folder} holds no files; expected {self.title}")
+        return found

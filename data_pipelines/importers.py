@@ -1,0 +1,38 @@
+"""The raw formats that `prepare` reads, by name. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from embcomp.data_pipelines.avazu import AvazuImporter
+from embcomp.data_pipelines.criteo import CriteoImporter
+from embcomp.data_pipelines.importer import Importer
+from embcomp.data_pipelines.libfm import LibFMImporter
+from embcomp.data_pipelines.movielens import MovieLensImporter
+from embcomp.data_pipelines.table import TableImporter
+from embcomp.errors import DataError
+
+IMPORTERS: dict[str, type[Importer]] = {
+    "criteo": CriteoImporter,
+    "avazu": AvazuImporter,
+    "movielens": MovieLensImporter,
+    "libfm": LibFMImporter,
+    "table": TableImporter,
+}
+
+
+def make_importer(name: str, schema: str | Path | None = None) -> Importer:
+    """Return the importer of a name; `table` needs the path of a schema YAML, others take none."""
+    if name not in IMPORTERS:
+        near = difflib.get_close_matches(name, IMPORTERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"there is no importer {name!r}; there are {', '.join(IMPORTERS)}{hint}")
+    kind = IMPORTERS[name]
+    if kind is TableImporter:
+        if schema is None:
+            raise DataError("the `table` importer needs a schema YAML that names the columns")
+        return TableImporter.from_yaml(schema)
+    if schema is not None:
+        raise DataError(f"the {name!r} importer knows its columns; only `table` takes a schema")
+    return kind()

@@ -1,0 +1,118 @@
+"""MovieLens-1M: `ratings.dat`, `users.dat` and `movies.dat`, fields parted by `::`.
+
+Labels follow AutoInt (Song et al., 2019, https://arxiv.org/abs/1810.11921): a rating above 3 is 1,
+below 3 is 0, and 3 is left out. Genres are real bags: a movie has one to six of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import polars as pl
+
+from embcomp.data_pipelines.delimited import Delimited
+from embcomp.data_pipelines.importer import DROP, CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.text import Parsed, TextTable
+from embcomp.errors import DataError
+
+FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovieLensImporter(Importer):
+    """The unpacked `ml-1m` folder, or its `ratings.dat` with the two others beside it."""
+
+    name: ClassVar[str] = "movielens"
+    title: ClassVar[str] = "MovieLens-1M: ratings.dat, users.dat, movies.dat"
+
+    def find(self, folder: Path) -> list[Path]:
+        path = folder / "ratings.dat"
+        if not path.is_file():
+            raise DataError(f"{folder} lacks ratings.dat; expected {self.title}")
+        return [path]
+
+    def open(self, files: Sequence[RawFile]) -> MovieLensTable:
+        return MovieLensTable(files)
+
+
+class MovieLensTable(TextTable):
+    """Ratings in file order, joined with what is known of the user and the movie."""
+
+    def __init__(self, files: Sequence[RawFile]) -> None:
+        layout = Layout(
+            categorical=tuple(
+                CategoricalColumn(name=name, multi_valued=name == "genres") for name in FEATURES
+            ),
+            group="user",
+        )
+        super().__init__(files, layout)
+        folders = {file.path.parent for file in files}
+        self.users = pl.concat([_users(folder) for folder in sorted(folders)]).unique(
+            "user", keep="first", maintain_order=True
+        )
+        self.movies = pl.concat([_movies(folder) for folder in sorted(folders)]).unique(
+            "movie", keep="first", maintain_order=True
+        )
+        self.format = Delimited(
+            columns=(("user", "int"), ("movie", "int"), ("rating", "int"), ("time", "int")),
+            separator="\t",
+        )
+
+    def parse(self, data: bytes, rows: int) -> Parsed:
+        if b"\t" in data:
+            raise DataError(f"{self.files[0].path} has tabs; expected user::movie::rating::time")
+        parsed = self.format.parse(data.replace(b"::", b"\t"), rows)
+        frame = parsed.frame
+        rating = pl.col("rating")
+        parsed.frame = (
+            frame.with_columns(pl.col("user", "movie").cast(pl.String))
+            .join(self.users, on="user", how="left", maintain_order="left")
+            .join(self.movies, on="movie", how="left", maintain_order="left")
+            .select(
+                pl.when(rating.is_between(4, 5))
+                .then(1)
+                .when(rating.is_between(1, 2))
+                .then(0)
+                .cast(pl.Float32)
+                .alias("label"),
+                (rating == 3).fill_null(False).alias(DROP),
+                *FEATURES[:-1],
+                pl.col("genres").fill_null([]),
+            )
+        )
+        return parsed
+
+
+def _fields(path: Path, count: int) -> list[list[str]]:
+    # The distribution's movies.dat is Latin-1.
+    try:
+        lines = path.read_bytes().decode("latin-1").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; it belongs beside ratings.dat") from None
+    rows = [line.split("::") for line in lines]
+    for number, row in enumerate(rows, 1):
+        if len(row) != count:
+            raise DataError(
+                f"{path}, line {number}: expected {count} fields parted by '::', got {len(row)}"
+            )
+    return rows
+
+
+def _users(folder: Path) -> pl.DataFrame:
+    names = ["user", "gender", "age", "occupation", "zip"]
+    rows = _fields(folder / "users.dat", len(names))
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def _movies(folder: Path) -> pl.DataFrame:
+    rows = []
+    for movie, title, genres in _fields(folder / "movies.dat", 3):
+        year = re.search(r"\((\d{4})\)\s*$", title)
+        rows.append((movie, year.group(1) if year else None, [g for g in genres.split("|") if g]))
+    names = ["movie", "year", "genres"]
+    return pl.DataFrame(rows, schema=names, orient="row").cast(
+        {"movie": pl.String, "year": pl.String, "genres": pl.List(pl.String)}
+    )

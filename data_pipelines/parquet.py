@@ -1,0 +1,127 @@
+"""Parquet files as blocks of rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embcomp.data_pipelines.importer import (
+    Block,
+    FileIndex,
+    Layout,
+    RawFile,
+    RawTable,
+    Rows,
+)
+from embcomp.data_pipelines.text import file_sha256
+from embcomp.errors import DataError
+
+BLOCK_ROWS = 65_536
+
+
+class ParquetTable(RawTable):
+    """Rows of Parquet files; a block never spans two row groups."""
+
+    columns: list[str]
+
+    def __init__(
+        self, files: Sequence[RawFile], layout: Layout, *, block_rows: int = BLOCK_ROWS
+    ) -> None:
+        self.files = list(files)
+        self.layout = layout
+        self.block_rows = block_rows
+        self._next: tuple[int, int] | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+
+    @abstractmethod
+    def shape(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Bring the raw columns into the common shape (see `importer`)."""
+
+    def types(self, file: RawFile) -> dict[str, pl.DataType]:
+        """Return the polars type of each column of a file."""
+        schema = _open(file.path).schema_arrow
+        empty = pl.from_arrow(schema.empty_table())
+        assert isinstance(empty, pl.DataFrame)
+        return dict(empty.schema)
+
+    def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
+        path = self.files[file].path
+        metadata = _open(path).metadata
+        if metadata.num_rows == 0:
+            raise DataError(f"{path} has no rows")
+        blocks: list[Block] = []
+        at = 0
+        size = 0
+        for group in range(metadata.num_row_groups):
+            here = metadata.row_group(group)
+            size += here.total_byte_size
+            for start in range(0, here.num_rows, self.block_rows):
+                count = min(self.block_rows, here.num_rows - start)
+                blocks.append(
+                    Block(
+                        file=file,
+                        start=at + start,
+                        end=at + start + count,
+                        line=at + start + 1,
+                        row=row + at + start,
+                        rows=count,
+                    )
+                )
+            at += here.num_rows
+        on_disk = path.stat().st_size
+        advance(on_disk)
+        return FileIndex(blocks=blocks, bytes=on_disk, sha256=file_sha256(path), text_bytes=size)
+
+    def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
+        for block in blocks:
+            raw = self._block(block)
+
+            def text(offset: int, raw: pl.DataFrame = raw) -> bytes:
+                return repr(raw.row(offset, named=True)).encode()
+
+            yield block, self.finish(self.shape(raw), None, [], block, text)
+
+    def _block(self, block: Block) -> pl.DataFrame:
+        path = self.files[block.file].path
+        try:
+            if self._next != (block.file, block.start):
+                self._seek(path, block)
+            batch = next(self._batches)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged at row {block.line}: {error}") from None
+        self._next = (block.file, block.end)
+        frame = pl.from_arrow(batch)
+        assert isinstance(frame, pl.DataFrame)
+        if frame.height != block.rows:
+            raise DataError(f"{path} changed while it was read; start again")
+        return frame
+
+    def _seek(self, path: Path, block: Block) -> None:
+        source = _open(path)
+        first = 0
+        group = 0
+        while first + source.metadata.row_group(group).num_rows <= block.start:
+            first += source.metadata.row_group(group).num_rows
+            group += 1
+        # One iterator per row group, as a batch would otherwise run on into the next one.
+        self._batches = (
+            batch
+            for g in range(group, source.metadata.num_row_groups)
+            for batch in source.iter_batches(self.block_rows, row_groups=[g], columns=self.columns)
+        )
+        for _ in range((block.start - first) // self.block_rows):
+            next(self._batches)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file, or a truncated one: {error}") from None

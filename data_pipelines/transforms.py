@@ -1,0 +1,92 @@
+"""Transforms of numeric columns: plain functions of x and of a few figures of the train split."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel
+
+from embcomp.data_pipelines.schema import NumericFeature
+
+BUCKET = "bucket"
+TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
+"""`bucket` makes a categorical feature; the others keep a number."""
+
+
+class NumericStats(BaseModel):
+    """Figures of one numeric column over the train split; sums are of log1p(max(x, 0))."""
+
+    count: int = 0
+    log_sum: float = 0.0
+    log_squares: float = 0.0
+    min: float = math.inf
+    max: float = -math.inf
+
+    def update(self, values: pl.Series) -> None:
+        """Take in a block of Float64 values; nulls are skipped.
+
+        Numpy sums one contiguous array the same way on any number of threads; polars may not.
+        """
+        x = values.drop_nulls().rechunk().to_numpy()
+        if not len(x):
+            return
+        logs = np.log1p(np.maximum(x, 0.0))
+        self.count += len(x)
+        self.log_sum += float(logs.sum())
+        self.log_squares += float((logs * logs).sum())
+        self.min = min(self.min, float(x.min()))
+        self.max = max(self.max, float(x.max()))
+
+    def merge(self, other: NumericStats) -> None:
+        """Take in the figures of another part."""
+        self.count += other.count
+        self.log_sum += other.log_sum
+        self.log_squares += other.log_squares
+        self.min = min(self.min, other.min)
+        self.max = max(self.max, other.max)
+
+    def feature(self, name: str, transform: str, missing: int) -> NumericFeature:
+        """Describe the column in `dataset.json`, with the constants that its transform needs."""
+        feature = {"name": name, "transform": transform, "missing": missing}
+        if transform == "standard_log":
+            mean = self.log_sum / self.count if self.count else 0.0
+            spread = self.log_squares / self.count - mean * mean if self.count else 0.0
+            # A constant column becomes 0 instead of a division by zero.
+            feature |= {"mean": mean, "std": math.sqrt(spread) if spread > 1e-12 else 1.0}
+        elif transform == "min_max":
+            low, high = (self.min, self.max) if self.count else (0.0, 1.0)
+            feature |= {"min": low, "max": high if high > low else low + 1.0}
+        return NumericFeature.model_validate(feature)
+
+
+def numeric_expression(feature: NumericFeature) -> pl.Expr:
+    """Return the Float32 column of a feature as an expression of its raw Float64 column."""
+    x = pl.col(feature.name)
+    if feature.transform == "log1p":
+        y = _log1p(x)
+    elif feature.transform == "standard_log":
+        y = (_log1p(x) - feature.mean) / feature.std
+    elif feature.transform == "min_max":
+        assert feature.min is not None and feature.max is not None
+        y = ((x - feature.min) / (feature.max - feature.min)).clip(0.0, 1.0)
+    else:
+        y = x
+    return y.cast(pl.Float32).fill_null(0.0).alias(feature.name)
+
+
+def bucket_expression(name: str) -> pl.Expr:
+    """Return the category of a number by the rule of the Criteo challenge's winners.
+
+    x > 2 gives floor(log(x)^2), and any other x its integer part behind "SP", so that the two
+    never meet (3 Idiots, 2014, https://github.com/ycjuan/kaggle-2014-criteo).
+    """
+    x = pl.col(name)
+    large = x.log().pow(2).floor().cast(pl.Int64, strict=False).cast(pl.String)
+    small = pl.lit("SP") + x.floor().cast(pl.Int64, strict=False).cast(pl.String)
+    return pl.when(x > 2).then(large).otherwise(small).alias(name)
+
+
+def _log1p(x: pl.Expr) -> pl.Expr:
+    return x.clip(lower_bound=0.0).log1p()

@@ -1,0 +1,112 @@
+"""Check that a dataset folder is whole and agrees with its `dataset.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embcomp.data_pipelines.schema import FIRST_ID, CategoricalFeature, DatasetInfo
+from embcomp.errors import DataError
+
+
+def validate_dataset(folder: str | Path) -> DatasetInfo:
+    """Read every row of a dataset and check it.
+
+    Checked are: the files are there and readable, the columns and types, the row and label counts,
+    ids within `num_embeddings`, numbers finite, vocabularies by rank and of the stated size.
+
+    Raises:
+        DataError: names the file and what is wrong with it.
+    """
+    info = DatasetInfo.load(folder)
+    for feature in info.categorical:
+        _check_vocabulary(info.folder, feature)
+    for name, split in info.splits.items():
+        rows = 0
+        positives = 0.0
+        for file in split.files:
+            found, positive = _check_file(info, info.folder / file)
+            rows += found
+            positives += positive
+        for what, stated, counted in (
+            ("rows", split.rows, rows),
+            ("positives", split.positives, positives),
+        ):
+            if stated != counted:
+                raise DataError(
+                    f"{info.folder}: split {name} states {stated} {what}, its files hold "
+                    f"{counted:g}; prepare the dataset again"
+                )
+    return info
+
+
+def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float]:
+    try:
+        file = pq.ParquetFile(path)
+        if file.schema_arrow.names != [info.label, *info.feature_names]:
+            raise DataError(
+                f"{path} has columns {file.schema_arrow.names}, dataset.json wants "
+                f"{[info.label, *info.feature_names]}"
+            )
+        positives = 0.0
+        for group in range(file.num_row_groups):
+            positives += _check_group(info, path, file.read_row_group(group))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return file.metadata.num_rows, positives
+
+
+def _check_group(info: DatasetInfo, path: Path, table: pa.Table) -> float:
+    for name in (info.label, *info.numeric_names):
+        column = table.column(name)
+        if column.type != pa.float32():
+            raise DataError(f"{path}: column {name} is {column.type}, expected float")
+        if column.null_count or not np.isfinite(column.to_numpy()).all():
+            raise DataError(f"{path}: column {name} holds values that are not finite")
+    for feature in info.categorical:
+        column = table.column(feature.name)
+        if pa.types.is_list(column.type) != feature.multi_valued:
+            raise DataError(
+                f"{path}: column {feature.name} is {column.type}, but multi_valued is "
+                f"{feature.multi_valued}"
+            )
+        ids = pc.list_flatten(column) if feature.multi_valued else column
+        if ids.type != pa.int32():
+            raise DataError(f"{path}: column {feature.name} holds {ids.type}, expected int32")
+        if ids.null_count:
+            raise DataError(f"{path}: column {feature.name} holds nulls")
+        if not len(ids):
+            continue
+        span = pc.min_max(ids).as_py()
+        if span["min"] < 0 or span["max"] >= feature.num_embeddings:
+            raise DataError(
+                f"{path}: column {feature.name} holds ids from {span['min']} to {span['max']}, "
+                f"expected 0 to {feature.num_embeddings - 1}"
+            )
+    labels = table.column(info.label).to_numpy()
+    if not ((labels == 0) | (labels == 1)).all():
+        raise DataError(f"{path}: column {info.label} holds values beside 0 and 1")
+    return float(labels.sum(dtype=np.float64))
+
+
+def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
+    if not feature.vocabulary:
+        return
+    path = folder / feature.vocabulary
+    try:
+        table = pq.read_table(path, columns=["id", "count"])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()
+    if len(ids) + FIRST_ID != feature.num_embeddings:
+        raise DataError(
+            f"{path} has {len(ids)} values, but {feature.name} has {feature.num_embeddings} "
+            f"embeddings, {FIRST_ID} of them without a value"
+        )
+    ranked = np.array_equal(ids, np.arange(FIRST_ID, len(ids) + FIRST_ID))
+    if not ranked or (np.diff(counts) > 0).any() or (counts < feature.min_count).any():
+        raise DataError(f"{path} is not in the order of its counts; prepare the dataset again")
