@@ -64,7 +64,7 @@ class Delimited:
             quote_char=self.quote,
             schema=schema,
             null_values=list(self.null_values) or None,
-        ).rechunk()
+        )
 
     def _parse_slowly(self, data: bytes, rows: int) -> Parsed:
         lines = split_lines(data)
