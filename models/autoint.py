@@ -113,7 +113,11 @@ class AutoInt(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoIntConfig(ModelConfig):
-    """Settings of AutoInt; see `AutoInt`. `use_wide` adds the linear part."""
+    """Settings of AutoInt; see `AutoInt`.
+
+    Attributes:
+        use_wide: Whether a linear part with tables of first-order weights is added.
+    """
 
     attention_dim: int = 64
     attention_layers: int = 3
