@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from embcomp.cli import catalog, console, doctor, plan
+from embcomp.cli import catalog, console, doctor, plan, prepare, validate
 from embcomp.errors import EmbcompError
 
 
@@ -57,6 +57,8 @@ def _options(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("prepare")(prepare.prepare)
+app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("ls")(catalog.ls)
 app.command("cat")(catalog.cat)

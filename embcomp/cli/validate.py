@@ -1,0 +1,48 @@
+"""`embcomp validate`: is a training YAML or a prepared dataset sound, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def validate(
+    target: Annotated[str, typer.Argument(help="A training YAML, a recipe or a dataset folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+) -> None:
+    """Check a config (with the dataset that it names, if it is there) or read a whole dataset."""
+    from embcomp.errors import ConfigError
+
+    if Path(target).is_dir():
+        if overrides:
+            raise ConfigError(f"{target} is a dataset folder, which takes no overrides")
+        _validate_dataset(Path(target))
+    else:
+        _validate_config(target, overrides or [])
+
+
+def _validate_dataset(folder: Path) -> None:
+    from embcomp.data_pipelines.validate import validate_dataset
+
+    info = validate_dataset(folder)
+    rows = sum(split.rows for split in info.splits.values())
+    print(f"{folder}: a sound dataset of {rows:,} rows")
+
+
+def _validate_config(target: str, overrides: list[str]) -> None:
+    from embcomp.catalog import find_recipe
+    from embcomp.config import load_config
+    from embcomp.data_pipelines.schema import FILE_NAME
+    from embcomp.planning import plan_config, sizes_of_dataset
+
+    path = find_recipe(target)
+    config = load_config(path, overrides)
+    if not (Path(config.data.path) / FILE_NAME).is_file():
+        print(f"{path}: a sound config; its dataset {config.data.path} is not here to compare with")
+        return
+    plan_config(config, sizes_of_dataset(config.data.path))
+    print(f"{path}: a sound config that agrees with the dataset {config.data.path}")
