@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
+from embcomp.data_pipelines.ahead import ahead
 from embcomp.data_pipelines.features import Features
 from embcomp.data_pipelines.importer import BadRow, Block, RawTable, Rows
 from embcomp.data_pipelines.splits import SPLITS
@@ -175,7 +176,7 @@ def count_part(
     """
     part = PartCounts()
     bad: list[BadRow] = []
-    for block, rows in table.read(blocks):
+    for block, rows in ahead(table.read(blocks)):
         codes = split_of(block, rows)
         frame = features.columns(rows.frame)
         bad += rows.bad

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 from typing_extensions import Self
 
+from embcomp.data_pipelines.ahead import ahead
 from embcomp.data_pipelines.counting import SplitOf
 from embcomp.data_pipelines.features import Feature, Features
 from embcomp.data_pipelines.importer import Block, RawTable
@@ -124,7 +125,7 @@ def store_ids(
     schema = pa.schema([("feature", pa.int32()), ("ids", pa.list_(pa.int32()))])
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with temporary.open("wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
-        for block, rows in table.read(blocks):
+        for block, rows in ahead(table.read(blocks)):
             found = encoder.ids(features.columns(rows.frame))
             offsets = np.cumsum([0, *(len(ids) for ids in found.values())])
             flat = np.concatenate([*found.values(), np.empty(0, dtype=np.int32)])
@@ -170,7 +171,7 @@ def encode_part(
     with ExitStack() as stack:
         stored = [_stored(path, stack) for path in earlier]
         writers: dict[str, RowGroupWriter] = {}
-        for block, rows in table.read(blocks):
+        for block, rows in ahead(table.read(blocks)):
             codes = split_of(block, rows)
             frame = features.columns(rows.frame)
             found = encoder.ids(frame)

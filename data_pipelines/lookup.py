@@ -1,8 +1,8 @@
 """From a value to its id: a compact hash index over a slice of a vocabulary.
 
 Building a join's hash table again for every block would cost time in the size of the vocabulary,
-so the index is built once: 64-bit hashes of the values in order, found through their leading bits.
-It takes about 16 bytes a value instead of the text itself. No two values of an index share a hash
+so the index is built once: 64-bit hashes of the values, in buckets by their leading bits. It takes
+about 22 bytes a value instead of the text itself. No two values of an index share a hash
 (building checks it), so seen values always get their own id; a value that the train split lacks is
 taken for a seen one with probability vocabulary / 2^64, 5e-13 for ten million values.
 """
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from embcomp.data_pipelines.schema import MISSING_ID, UNSEEN_ID
 from embcomp.errors import DataError
 
-BYTES_PER_VALUE = 32
+BYTES_PER_VALUE = 48
 """An upper bound of what an index takes while it is built."""
 _SEEDS = 4
 
@@ -37,32 +37,41 @@ class ValueIndex:
                 hashes[at : at + frame.height] = frame["value"].hash(seed).to_numpy()
                 ids[at : at + frame.height] = frame["id"].to_numpy()
                 at += frame.height
-            order = np.argsort(hashes)
-            self._keys = hashes[order]
-            self._ids = ids[order]
-            if not (self._keys[1:] == self._keys[:-1]).any():
+            ordered = np.sort(hashes)
+            if not (ordered[1:] == ordered[:-1]).any():
                 break
         else:
             raise DataError(f"{vocabulary} holds values twice")
-        bits = max(1, int(np.ceil(np.log2(max(2, len(self._keys))))))
+        # Half as full as it could be, a bucket mostly holds one value; the most frequent of a
+        # bucket comes first, as ids ascend with rarity and the sort is stable.
+        bits = int(np.ceil(np.log2(max(2, 2 * len(hashes)))))
         self._shift = np.uint64(64 - bits)
-        counts = np.bincount((self._keys >> self._shift).astype(np.int64), minlength=1 << bits)
+        buckets = (hashes >> self._shift).astype(np.int64)
+        order = np.argsort(buckets, kind="stable")
+        # One more entry, for an empty last bucket to point at.
+        self._keys = np.append(hashes[order], np.uint64(0))
+        self._ids = np.append(ids[order], np.int32(UNSEEN_ID))
         self._starts = np.zeros((1 << bits) + 1, dtype=np.int32)
-        np.cumsum(counts, out=self._starts[1:])
+        np.cumsum(np.bincount(buckets, minlength=1 << bits), out=self._starts[1:])
 
     def ids(self, values: pl.Series) -> np.ndarray:
         """Return the (N,) int32 ids of N values (String); a null gets id 0."""
         hashes = values.hash(self._seed).to_numpy()
-        found = np.full(len(hashes), UNSEEN_ID, dtype=np.int32)
-        slots = (hashes >> self._shift).astype(np.int64)
-        at, end = self._starts[slots], self._starts[slots + 1]
-        left = np.flatnonzero(at < end)
-        at, end, wanted = at[left], end[left], hashes[left]
-        while len(left):
+        buckets = (hashes >> self._shift).astype(np.int64)
+        # An empty bucket points at the next one's value, whose hash cannot be equal.
+        at = self._starts[buckets]
+        hit = self._keys[at] == hashes
+        found = np.where(hit, self._ids[at], np.int32(UNSEEN_ID))
+        left = np.flatnonzero(~hit)
+        at, end, wanted = at[left] + 1, self._starts[buckets[left] + 1], hashes[left]
+        while True:
+            go_on = at < end
+            left, at, end, wanted = left[go_on], at[go_on], end[go_on], wanted[go_on]
+            if not len(left):
+                break
             hit = self._keys[at] == wanted
             found[left[hit]] = self._ids[at[hit]]
-            go_on = ~hit & (at + 1 < end)
-            left, at, end, wanted = left[go_on], at[go_on] + 1, end[go_on], wanted[go_on]
+            at = np.where(hit, end, at + 1)
         if values.null_count():
             found[values.is_null().to_numpy()] = MISSING_ID
         return found

@@ -58,6 +58,8 @@ class RowGroupWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
+        # Otherwise pyarrow would try to write the footer once more, and complain, when collected.
+        self._writer.is_open = False
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
