@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from embcomp.cli import catalog, console, doctor, plan, prepare, validate
+from embcomp.cli import catalog, console, doctor, evaluate, plan, prepare, train, validate
 from embcomp.errors import EmbcompError
 
 
@@ -60,6 +60,8 @@ app.command("doctor")(doctor.doctor)
 app.command("prepare")(prepare.prepare)
 app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 app.command("ls")(catalog.ls)
 app.command("cat")(catalog.cat)
 app.command("cp")(catalog.cp)

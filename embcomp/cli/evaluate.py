@@ -1,0 +1,24 @@
+"""`embcomp evaluate`: a run's best weights on a split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embcomp.cli.train import is_first_rank
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, as runs/name.")],
+    split: Annotated[str, typer.Option(help="A split of the run's dataset.")] = "test",
+) -> None:
+    """Evaluate a run's best weights; prints the metrics as JSON."""
+    from embcomp.training.api import evaluate as score
+    from embcomp.training.report import as_record
+
+    found = score(run, split, quiet=True)
+    if is_first_rank():
+        print(json.dumps({"split": split, **as_record(found)}, indent=1))

@@ -1,0 +1,68 @@
+"""`embcomp train`: a run from a YAML, started or gone on with; the same under torchrun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embcomp.cli import console
+
+if TYPE_CHECKING:
+    from embcomp.training.report import Report
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A training YAML, or a recipe's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report.")] = False,
+) -> None:
+    """Train; the same command again goes on where an interrupted run was."""
+    from embcomp.catalog import find_recipe
+    from embcomp.config import load_config
+    from embcomp.training.api import train as run
+    from embcomp.training.process import launched_by_torchrun
+    from embcomp.training.watch import EXIT_CODE, RankFailedError
+
+    loaded = load_config(find_recipe(config), overrides or [])
+    try:
+        report = run(loaded, runs=runs, quiet=quiet)
+    except RankFailedError as error:
+        console.fail(str(error))
+        raise typer.Exit(EXIT_CODE) from None
+    if not launched_by_torchrun() or is_first_rank():
+        print_report(report, runs / report.name)
+
+
+def is_first_rank() -> bool:
+    """Whether this is the rank of a torchrun job that prints."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_report(report: Report, folder: Path) -> None:
+    """Prints a finished run's figures, one a line."""
+    from embcomp.budget import format_bytes
+
+    size = f"{format_bytes(report.serve_bytes)} ({report.compression:.1f}x smaller)"
+    lines = {
+        "tables": f"{report.method}, {size}",
+        "best": f"step {report.best_step} of {report.steps}; {report.stopped}",
+    }
+    for split, metrics in (("valid", report.valid), ("test", report.test)):
+        if metrics:
+            lines[split] = f"auc {metrics['auc']:.6f}  log loss {metrics['log_loss']:.6f}"
+    if report.bayes:
+        best = "  ".join(
+            f"{key.replace('_', ' ')} {value:.6f}" for key, value in report.bayes.items()
+        )
+        lines["best possible"] = best
+    lines["speed"] = f"{report.samples_per_second:,.0f} rows/s"
+    lines["folder"] = str(folder)
+    for key, value in lines.items():
+        print(f"{key:<14} {value}")

@@ -1,0 +1,102 @@
+"""`embcomp train` and `evaluate`: a run from a YAML, in one process, with named errors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embcomp.cli import app
+from embcomp.config import load_config
+from embcomp.data_pipelines.toy import write_toy_dataset
+
+CONFIG = """
+name: toy_run
+data: {path: toy, batch_size: 64, eval_batch_size: 128}
+tables: {embedding_dim: 8, method: {name: hash, ratio: 0.5, collisionless: 0}}
+model: {name: autoint, attention_dim: 8, attention_layers: 1, num_heads: 1}
+train: {epochs: 1, device: cpu}
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a dataset and a config, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_toy_dataset("toy")
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_a_run_leaves_its_folder_and_prints_its_report(workplace):
+    result = run("train", "config.yaml", "train.epochs=2", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "hash" in result.output and "test" in result.output and "rows/s" in result.output
+    folder = workplace / "runs" / "toy_run"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["epochs"] == 2
+    assert load_config(folder / "config.yaml").train.epochs == 2
+
+    scored = run("evaluate", "runs/toy_run")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout)["auc"] == report["test"]["auc"]
+    valid = run("evaluate", "runs/toy_run", "--split", "valid")
+    assert json.loads(valid.stdout)["auc"] == report["valid"]["auc"]
+
+    again = run("train", "config.yaml", "train.epochs=2", "--quiet")
+    assert again.exit_code == 0 and again.stdout == result.stdout
+
+    changed = run("train", "config.yaml", "train.epochs=3", "--quiet")
+    assert changed.exit_code == 1
+    assert "train.epochs: 2 -> 3" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),
+        (["train", "config.yaml", "train.epoch=1"], "did you mean 'epochs'"),
+        (["train", "config.yaml", "data.path=elsewhere"], "elsewhere"),
+        (["train", "config.yaml", "tables.budget=1"], "give either budget or method.ratio"),
+        (
+            ["train", "config.yaml", "tables={method: hash, budget: 10}"],
+            "the smallest hash reaches",
+        ),
+        (["train", "config.yaml", "train.row_optimizer.name=adam"], "dense"),
+        (["evaluate", "runs/none"], "runs/none"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_no_run(workplace, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not list((workplace / "runs").rglob("report.json"))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_torchrun_prints_one_report_and_leaves_cleanly(workplace):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--no-python"]
+    command += [str(Path(sys.executable).with_name("embcomp")), "train", "config.yaml"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=120, cwd=workplace
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tables ") == 1
+    assert json.loads((workplace / "runs/toy_run/report.json").read_text())["world_size"] == 2
