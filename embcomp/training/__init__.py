@@ -1,0 +1,10 @@
+"""Training: one loop for one process and for many; runs, checkpoints, metrics, comparison."""
+
+from __future__ import annotations
+
+from embcomp.training.api import evaluate, load_model, train
+from embcomp.training.evaluation import Evaluation
+from embcomp.training.metrics import Metrics
+from embcomp.training.report import Report
+
+__all__ = ["Evaluation", "Metrics", "Report", "evaluate", "load_model", "train"]

@@ -1,0 +1,124 @@
+"""What the command line and other programs call: train, evaluate, load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import EmbcompError
+from embcomp.training.build import build_model, check_precision, shard_model
+from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_state, saved_steps
+from embcomp.training.console import RunConsole
+from embcomp.training.data import evaluation_batches
+from embcomp.training.evaluation import Evaluation, evaluate_batches
+from embcomp.training.loop import Training
+from embcomp.training.noise import quiet_libraries
+from embcomp.training.process import Process, process_group
+from embcomp.training.report import Report
+from embcomp.training.run_folder import RunFolder
+from embcomp.training.watch import watch_ranks
+
+
+def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False) -> Report:
+    """Trains, goes on with a run that was interrupted, or returns a finished run's report.
+
+    Under torchrun every rank calls it. The run's folder is `<runs>/<config.name>`.
+
+    Args:
+        config: The run, from `embcomp.config.load_config`.
+        runs: The folder of all runs.
+        quiet: Whether to print nothing.
+
+    Raises:
+        ConfigError: The folder holds a run with another config, or the config cannot run.
+        DataError: The dataset cannot be read.
+        CheckpointError: The folder's checkpoint does not belong to the run.
+        RankFailedError: Another rank died; the text has its number.
+    """
+    folder = RunFolder(Path(runs) / config.name)
+    with (
+        quiet_libraries(),
+        process_group(config.train.device) as process,
+        watch_ranks(process, config.train.rank_timeout),
+        RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
+    ):
+        _open_folder(folder, config, process)
+        if folder.report.exists():
+            console.say(f"{folder.path} is finished; remove it or choose another name to retrain")
+            return Report.load(folder.path)
+        return Training(config, folder, process).run(console)
+
+
+def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
+    """Creates or checks the run's folder, before anything heavy."""
+    DatasetInfo.load(config.data.path)
+    is_new = folder.is_new
+    if not is_new:
+        folder.check_same(config)
+    dist.barrier()
+    if is_new and process.is_main:
+        folder.create(config)
+    dist.barrier()
+
+
+def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Evaluation:
+    """Evaluates a run's best weights on a split; under torchrun every rank calls it.
+
+    Args:
+        run: The run's folder.
+        split: A split of the run's dataset.
+        quiet: Whether to print nothing.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    with (
+        quiet_libraries(),
+        process_group(config.train.device) as process,
+        watch_ranks(process, config.train.rank_timeout),
+        RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
+    ):
+        info = DatasetInfo.load(config.data.path)
+        batches = evaluation_batches(config, info, split, process)
+        precision = check_precision(config, process)
+        sharded = shard_model(build_model(config, info, torch.device("meta")), config, process)
+        step = best_step(folder)
+        load_weights(checkpoint_folder(folder.checkpoints, step), sharded)
+        with precision():
+            evaluation = evaluate_batches(sharded, batches, process)
+        console.evaluation(split, step, evaluation)
+        return evaluation
+
+
+def load_model(run: str | Path) -> nn.Module:
+    """A run's network with its best weights, in one piece on the CPU; no process group is needed.
+
+    Args:
+        run: The run's folder.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    info = DatasetInfo.load(config.data.path)
+    model = build_model(config, info, torch.device("cpu")).model
+    tensors = {"model": model.state_dict()}
+    path = checkpoint_folder(folder.checkpoints, best_step(folder))
+    with quiet_libraries():
+        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
+    model.load_state_dict(tensors["model"])
+    return model.eval()
+
+
+def best_step(folder: RunFolder) -> int:
+    """The step whose weights a finished run reports, or the best one of a run that goes on."""
+    if folder.report.exists():
+        return Report.load(folder.path).best_step
+    steps = saved_steps(folder.checkpoints)
+    if not steps:
+        raise EmbcompError(f"{folder.path} has no checkpoint yet; train it first")
+    best = read_state(checkpoint_folder(folder.checkpoints, steps[-1]))["best_step"]
+    return steps[-1] if best is None else int(best)

@@ -1,0 +1,209 @@
+"""From a config and a dataset to a sharded model with initial weights.
+
+What comes out depends on the config alone, not on the number of ranks: dense weights follow the
+seed, rows are drawn by `initial_rows`, and the placement never changes which optimizer acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec import EmbeddingBagConfig, PoolingType
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.config import TablesConfig, TrainConfig
+from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.models.base import ModelInputs
+from embcomp.plan import Plan
+from embcomp.training.initial_rows import fill_function, initialize_rows
+from embcomp.training.optimizers import attach_fused_optimizer
+from embcomp.training.placement import make_sharder, plan_sharding
+from embcomp.training.precision import Precision
+from embcomp.training.process import Process
+
+
+class BatchLoss(nn.Module):
+    """Mean binary cross-entropy of a batch's real rows.
+
+    Attributes:
+        scale: Factor that the loop sets for a step whose ranks do not hold whole batches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of (B,) logits."""
+        losses = functional.binary_cross_entropy_with_logits(
+            logits.float(), batch.labels, reduction="none"
+        )
+        loss = losses.mean() if batch.num_valid is None else _masked_mean(losses, batch.num_valid)
+        return loss if self.scale == 1.0 else loss * self.scale
+
+
+def _masked_mean(losses: Tensor, num_valid: int) -> Tensor:
+    """Padded rows keep their place in the graph, with no weight."""
+    valid = torch.arange(len(losses), device=losses.device) < num_valid
+    return torch.where(valid, losses, 0.0).sum() / len(losses)
+
+
+class TrainTask(nn.Module):
+    """A model and its loss as one module, the shape that TorchRec's train pipelines want.
+
+    `forward` is traced by them, so it does nothing but call children.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = BatchLoss()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss () to differentiate, and as output the loss's value () and the logits (B,)."""
+        logits = self.model(batch.dense, batch.sparse)
+        loss = self.loss(logits, batch)
+        return loss, (loss.detach(), logits)
+
+
+@dataclass(frozen=True)
+class UnshardedModel:
+    """A model before sharding, its tables on the meta device.
+
+    Attributes:
+        model: The network.
+        tables: The collection inside it, if the model uses embeddings.
+        first_order: The collection of first-order weights inside it, if it uses them.
+    """
+
+    model: nn.Module
+    tables: CompressedEmbeddingBagCollection | None
+    first_order: CompressedEmbeddingBagCollection | None
+
+    def collections(self) -> Iterator[CompressedEmbeddingBagCollection]:
+        """The collections that there are."""
+        for collection in (self.tables, self.first_order):
+            if collection is not None:
+                yield collection
+
+
+def build_model(
+    config: TrainConfig, info: DatasetInfo, table_device: torch.device
+) -> UnshardedModel:
+    """The network around its tables; dense weights follow the seed.
+
+    Args:
+        config: The run.
+        info: The dataset's features.
+        table_device: Where rows are allocated; `meta` allocates none.
+    """
+    if not info.categorical:
+        raise ConfigError(f"dataset {info.name!r} has no categorical feature, so nothing to embed")
+    settings, tables = config.model.settings, config.tables
+    main = first_order = None
+    if settings.uses_embeddings:
+        plan = Plan(
+            default=tables.method.settings,
+            overrides={name: method.settings for name, method in tables.overrides.items()},
+            budget=tables.budget,
+        )
+        main = _collection(info, tables, tables.embedding_dim, plan, table_device)
+    if settings.uses_first_order:
+        plan = Plan(default=tables.first_order.settings)
+        first_order = _collection(info, tables, 1, plan, table_device)
+    inputs = ModelInputs(
+        feature_names=tuple(info.categorical_names),
+        embedding_dim=tables.embedding_dim,
+        num_dense=len(info.numeric),
+        pooling=tables.pooling,
+    )
+    torch.manual_seed(config.seed)
+    return UnshardedModel(settings.build(inputs, main, first_order), main, first_order)
+
+
+def _collection(
+    info: DatasetInfo, tables: TablesConfig, dim: int, plan: Plan, device: torch.device
+) -> CompressedEmbeddingBagCollection:
+    pooling = PoolingType.MEAN if tables.pooling == "mean" else PoolingType.SUM
+    configs = [
+        EmbeddingBagConfig(
+            name=feature.name,
+            feature_names=[feature.name],
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=dim,
+            # A bag of one is its own sum, and a sum needs no division by lengths.
+            pooling=pooling if feature.multi_valued else PoolingType.SUM,
+        )
+        for feature in info.categorical
+    ]
+    return CompressedEmbeddingBagCollection(configs, plan, device=device)
+
+
+def shard_model(
+    unsharded: UnshardedModel, config: TrainConfig, process: Process
+) -> DistributedModelParallel:
+    """Spreads a model whose tables are on the meta device over the ranks and draws its rows."""
+    rows, train = config.train.row_optimizer, config.train
+    fused = rows.mode == "fused" and train.sharding != "data_parallel"
+    if fused:
+        attach_fused_optimizer(unsharded.model, rows, process.device)
+    sharder = make_sharder(rows.max_gradient)
+    task = TrainTask(unsharded.model)
+    plan = plan_sharding(
+        task,
+        sharder,
+        process,
+        "data_parallel" if rows.mode == "dense" else train.sharding,
+        -(-config.data.batch_size // process.world_size),
+    )
+    sharded = DistributedModelParallel(task, device=process.device, plan=plan, sharders=[sharder])
+    _draw_rows(sharded, unsharded, config)
+    return sharded
+
+
+def loss_of(sharded: DistributedModelParallel) -> BatchLoss:
+    """The loss inside a sharded `TrainTask`."""
+    task = sharded.module
+    assert isinstance(task, TrainTask)
+    return task.loss
+
+
+def check_precision(config: TrainConfig, process: Process) -> Precision:
+    """The config's precision, if this device has it."""
+    if config.train.precision == "bf16" and process.device.type != "cuda":
+        raise ConfigError("train.precision: bf16 runs on CUDA only; use fp32 on CPU")
+    return Precision(config.train.precision == "bf16", process.device)
+
+
+def _draw_rows(
+    sharded: DistributedModelParallel, unsharded: UnshardedModel, config: TrainConfig
+) -> None:
+    init = config.tables.init
+    chosen = None if init.scale is None else fill_function(init.name, init.scale)
+    physical = {
+        f"{path}.{inner}.embedding_bags.{table.name}.weight": table
+        for path, module in unsharded.model.named_modules()
+        if isinstance(module, CompressedEmbeddingBagCollection)
+        for table in module.physical_tables
+        for inner in ("rows", "unpooled_rows")
+    }
+    drawn = 0
+    for name, weight in sharded.state_dict().items():
+        table = physical.get(name.removeprefix("model."))
+        if table is not None:
+            drawn += 1
+            initialize_rows(
+                weight,
+                chosen or table.init_fn,
+                seed=config.seed,
+                name=name,
+                used_columns=table.embedding_dim,
+            )
+    assert 2 * drawn == len(physical), "every physical table is found in the sharded state"

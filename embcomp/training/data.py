@@ -1,0 +1,81 @@
+"""Each rank's share of a split, as the config cuts it into batches."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.training.process import Process
+
+
+def training_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> ParquetLoader:
+    """This rank's share of the training split."""
+    data = config.data
+    return ParquetLoader(
+        info,
+        "train",
+        batch_size=_rows_per_rank("data.batch_size", data.batch_size, process),
+        rank=process.rank,
+        world_size=process.world_size,
+        shuffle=data.shuffle,
+        seed=config.seed,
+        drop_last=data.drop_last,
+        shuffle_buffer=data.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def evaluation_batches(
+    config: TrainConfig, info: DatasetInfo, split: str, process: Process
+) -> ParquetLoader:
+    """This rank's share of a split, in order and to the last row."""
+    rows = config.data.eval_batch_size
+    return ParquetLoader(
+        info,
+        split,
+        batch_size=_rows_per_rank("data.eval_batch_size", rows, process),
+        rank=process.rank,
+        world_size=process.world_size,
+        shuffle=False,
+        drop_last=False,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def loss_scale(batches: ParquetLoader, step_in_epoch: int, world_size: int) -> float:
+    """Makes the mean of the ranks' losses the mean over rows, where some ranks hold padded rows.
+
+    Args:
+        batches: The training split.
+        step_in_epoch: The step that comes, from 0.
+        world_size: Number of ranks.
+    """
+    whole = batches.batch_size * world_size
+    rows = batches.num_rows - step_in_epoch * whole
+    if rows >= whole:
+        return 1.0
+    return world_size * -(-rows // world_size) / rows
+
+
+def check_last_batch(model: nn.Module, batches: ParquetLoader, world_size: int) -> None:
+    """Raises before training what batch normalisation would raise at the end of an epoch."""
+    whole = batches.batch_size * world_size
+    left = -(-(batches.num_rows - (len(batches) - 1) * whole) // world_size)
+    if left == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ConfigError(
+            f"{batches.num_rows} training rows in batches of {whole} leave a last batch of one row "
+            "per rank, which batch normalisation cannot take; set data.drop_last or another "
+            "data.batch_size"
+        )
+
+
+def _rows_per_rank(key: str, rows: int, process: Process) -> int:
+    if rows % process.world_size:
+        raise ConfigError(
+            f"{key} counts the rows of all ranks together, and {rows} rows cannot be shared out "
+            f"evenly to {process.world_size} ranks; choose a multiple"
+        )
+    return rows // process.world_size

@@ -1,0 +1,110 @@
+"""Weight decay of fused rows, paid by a row when it is touched.
+
+Fused kernels write touched rows only, and on CPU they ignore weight decay altogether. Decoupled decay
+multiplies every row by `1 - learning_rate * weight_decay` at the start of every step. Here a row
+gets all the factors that it has missed at once: just before it is looked up, and in `flush` before
+anyone else reads the table. The factors act on the shard's owner, inside the look-up, so sharding
+does not show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+
+class LazyDecay:
+    """Decays the fused rows of a sharded model.
+
+    It keeps one float32 per local row: the logarithm of the factors that the row has had since the
+    last flush. A flush leaves nothing behind, so checkpoints made after one need no state of it.
+
+    Args:
+        sharded: The model after sharding.
+        weight_decay: Multiplied by the learning rate of each step.
+    """
+
+    def __init__(self, sharded: nn.Module, weight_decay: float) -> None:
+        self._weight_decay = weight_decay
+        self._due = 0.0  # logarithm of all factors since the last flush
+        self._kernels = [_Kernel(module) for module in _fused_kernels(sharded)]
+        for kernel in self._kernels:
+            kernel.module.register_forward_pre_hook(self._before_look_up(kernel), with_kwargs=True)
+
+    def start_step(self, learning_rate: float) -> None:
+        """Owes every row the factor of a step that begins."""
+        self._due += math.log1p(-learning_rate * self._weight_decay)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Pays every row what it is owed."""
+        if self._due == 0.0:
+            return
+        for kernel in self._kernels:
+            kernel.pay_all(self._due)
+        self._due = 0.0
+
+    def _before_look_up(self, kernel: _Kernel) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            if torch.is_grad_enabled() and self._due != 0.0:
+                with torch.no_grad():
+                    kernel.pay(kwargs["indices"], kwargs["offsets"], self._due)
+
+        return hook
+
+
+def _fused_kernels(sharded: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The kernels of a model's fused rows; none on a rank that holds no table."""
+    for collection in sharded.modules():
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            for look_up in collection._lookups:  # a plain list, which modules() does not enter
+                for module in look_up.modules():
+                    if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                        yield module
+
+
+class _Kernel:
+    """The tables of one fused kernel and what their rows have paid.
+
+    Args:
+        module: FBGEMM's module; several features may read one of its tables.
+    """
+
+    def __init__(self, module: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+        self.module = module
+        self._table_of_feature = list(module.feature_table_map)
+        self._weights: list[Tensor] = module.split_embedding_weights()
+        self._paid = [torch.zeros(len(w), device=w.device) for w in self._weights]
+
+    def pay(self, indices: Tensor, offsets: Tensor, due: float) -> None:
+        """Pays the rows that are about to be looked up.
+
+        Args:
+            indices: (N,) row ids, feature by feature.
+            offsets: (features * B + 1,) where each bag begins.
+            due: Logarithm of all factors since the last flush.
+        """
+        features = len(self._table_of_feature)
+        batch = (offsets.numel() - 1) // features
+        bounds = offsets[torch.arange(features + 1, device=offsets.device) * batch].tolist()
+        for feature, table in enumerate(self._table_of_feature):
+            # Repeated ids write the same value, so the result does not depend on their order.
+            ids = indices[bounds[feature] : bounds[feature + 1]].long()
+            weight, paid = self._weights[table], self._paid[table]
+            factors = torch.exp(due - paid[ids].double()).to(weight.dtype)
+            weight[ids] = weight[ids] * factors.unsqueeze(1)
+            paid[ids] = due
+
+    def pay_all(self, due: float) -> None:
+        """Pays all rows and forgets."""
+        for weight, paid in zip(self._weights, self._paid):
+            weight.mul_(torch.exp(due - paid.double()).to(weight.dtype).unsqueeze(1))
+            paid.zero_()

@@ -1,0 +1,279 @@
+"""The training loop, the same for one process and for many.
+
+A step is counted, recorded, evaluated and checkpointed in an order that depends on the config alone,
+so that a run that was killed at any step and started again ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import EmbcompError
+from embcomp.training.build import build_model, check_precision, loss_of, shard_model
+from embcomp.training.checkpoint import (
+    checkpoint_folder,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    remove_old,
+    save_checkpoint,
+    saved_steps,
+)
+from embcomp.training.console import RunConsole
+from embcomp.training.data import (
+    check_last_batch,
+    evaluation_batches,
+    loss_scale,
+    training_batches,
+)
+from embcomp.training.evaluation import Evaluation, evaluate_batches
+from embcomp.training.lazy_decay import LazyDecay
+from embcomp.training.logs import RunLogs
+from embcomp.training.optimizers import Optimizers
+from embcomp.training.process import Process
+from embcomp.training.report import Report, as_record
+from embcomp.training.run_folder import RunFolder
+from embcomp.training.state import LoopState
+from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
+
+
+class Training:
+    """One run from its first, or its next, step to its report.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+        process: The process group.
+    """
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, process: Process) -> None:
+        self.config, self.folder, self.process = config, folder, process
+        self.info = DatasetInfo.load(config.data.path)
+        self.precision = check_precision(config, process)
+        self.batches = training_batches(config, self.info, process)
+        self.unsharded = build_model(config, self.info, torch.device("meta"))
+        check_last_batch(self.unsharded.model, self.batches, process.world_size)
+        self.sharded = shard_model(self.unsharded, config, process)
+        self.optimizers = Optimizers(self.sharded, config.train)
+        rows = config.train.row_optimizer
+        lazy = rows.weight_decay > 0 and not self.optimizers.rows
+        self.decay = LazyDecay(self.sharded, rows.weight_decay) if lazy else None
+        self.updates = Updates(self.optimizers, self.decay)
+        self.steps = make_steps(self, pipelined=process.device.type == "cuda")
+        self.state = LoopState()
+        steps = config.train.epochs * len(self.batches)
+        self.total_steps = min(steps, config.train.max_steps or steps)
+        self._losses: list[Tensor] = []
+        self._recorded_seconds = 0.0
+        # Dropout draws other numbers on each rank.
+        torch.manual_seed(config.seed * 65537 + process.rank)
+
+    def run(self, console: RunConsole) -> Report:
+        """Trains to the end, evaluates the best weights and writes the report."""
+        self.console = console
+        self._resume()
+        self.started = time.perf_counter() - self.state.wall_seconds
+        self.logs = RunLogs(
+            self.folder,
+            enabled=self.process.is_main,
+            step=self.state.step,
+            sizes=self.state.log_sizes,
+        )
+        console.start(self.total_steps, self.state.step)
+        while not self.state.stopped:
+            self._train_epoch()
+        report = self._finish()
+        self.logs.close()
+        return report
+
+    def _train_epoch(self) -> None:
+        """The rest of the current epoch, or less where the run ends."""
+        state, train = self.state, self.config.train
+        self.batches.set_epoch(state.epoch)
+        batches: Iterator[Batch] = iter(self.batches)
+        end_of_epoch = False
+        while not (end_of_epoch or state.stopped):
+            self._train_step(batches)
+            end_of_epoch = state.step_in_epoch == len(self.batches)
+            if end_of_epoch:
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            if state.step == self.total_steps:
+                state.stopped = f"{state.step} steps done"
+            evaluate = _is_due(train.eval_every, state.step) or bool(state.stopped)
+            if train.eval_every is None:
+                evaluate = evaluate or end_of_epoch
+            if _is_due(train.log_every, state.step) or evaluate:
+                self._record_loss()
+            if evaluate:
+                self._validate()
+            if evaluate or end_of_epoch or _is_due(train.checkpoint_every, state.step):
+                self._save()
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        state, begun = self.state, time.perf_counter()
+        self.updates.step_number, self.updates.reductions = state.step, state.reductions
+        scale = loss_scale(self.batches, state.step_in_epoch, self.process.world_size)
+        loss_of(self.sharded).scale = scale
+        self.sharded.train()
+        self._losses.append(self.steps.run(batches))
+        if self.process.device.type == "cpu":  # elsewhere, each look at a loss waits for the device
+            self._collect_losses()
+        state.step += 1
+        state.step_in_epoch += 1
+        state.train_seconds += time.perf_counter() - begun
+        self.console.step(state.step)
+
+    def _collect_losses(self) -> None:
+        for loss in self._losses:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise EmbcompError(
+                    f"the training loss became {value} near step {self.state.step + 1}; lower the "
+                    "learning rates or set train.clip_norm"
+                )
+            self.state.loss_sum += value
+            self.state.loss_steps += 1
+        self._losses.clear()
+
+    def _record_loss(self) -> None:
+        """The mean loss of all ranks since the last record."""
+        begun, state = time.perf_counter(), self.state
+        self._collect_losses()
+        if not state.loss_steps:
+            return
+        mean = torch.tensor(state.loss_sum / state.loss_steps, dtype=torch.float64)
+        mean = mean.to(self.process.device)
+        dist.all_reduce(mean)
+        loss = mean.item() / self.process.world_size
+        state.train_seconds += time.perf_counter() - begun
+        seconds = state.train_seconds - self._recorded_seconds
+        speed = state.loss_steps * self.config.data.batch_size / seconds
+        self._recorded_seconds = state.train_seconds
+        state.loss_sum, state.loss_steps = 0.0, 0
+        self.logs.metrics("train", state.step, {"loss": loss})
+        self.logs.timing(state.step, {"train_rows_per_second": speed})
+        self.console.loss(state.step, loss, speed)
+
+    def _validate(self) -> None:
+        """Evaluates the validation split: best step, learning rates, early stop."""
+        state, train = self.state, self.config.train
+        record = as_record(self._evaluate("valid"))
+        self.logs.metrics("valid", state.step, record)
+        value = record[train.monitor]
+        if value is not None and train.monitor == "log_loss":
+            value = -value
+        if state.see(value, record, train.min_delta):
+            return
+        if train.plateau is not None:
+            state.reductions += 1
+        if train.early_stop is not None and state.stalled >= train.early_stop.patience:
+            state.stopped = f"{train.monitor} has not improved in {state.stalled} evaluations"
+
+    def _evaluate(self, split: str) -> Evaluation:
+        self._settle()
+        batches = evaluation_batches(self.config, self.info, split, self.process)
+        with self.precision():
+            evaluation = evaluate_batches(self.sharded, batches, self.process)
+        self.console.evaluation(split, self.state.step, evaluation)
+        return evaluation
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Finishes what training does late, or on each rank by itself, before anyone reads it."""
+        self.steps.pause()
+        if self.decay is not None:
+            self.decay.flush()
+        if self.process.world_size > 1:
+            for module in self.sharded.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    for statistic in (module.running_mean, module.running_var):
+                        if statistic is not None:
+                            dist.all_reduce(statistic)
+                            statistic /= self.process.world_size
+
+    def _save(self) -> None:
+        state = self.state
+        self._settle()
+        self._collect_losses()
+        state.wall_seconds = time.perf_counter() - self.started
+        state.log_sizes = self.logs.sizes()
+        save_checkpoint(
+            self.folder.checkpoints,
+            state.step,
+            self.sharded,
+            self.optimizers.combined,
+            dataclasses.asdict(state),
+            self.process,
+        )
+        if self.process.is_main:
+            keep = self.config.train.keep_checkpoints
+            remove_old(self.folder.checkpoints, keep, state.best_step)
+
+    def _resume(self) -> None:
+        """Goes on from the latest checkpoint, if there is one."""
+        steps = saved_steps(self.folder.checkpoints)
+        if not steps:
+            return
+        folder = checkpoint_folder(self.folder.checkpoints, steps[-1])
+        saved = read_state(folder)
+        ranks = saved.pop("world_size")
+        self.state = LoopState(**saved)
+        self._recorded_seconds = self.state.train_seconds
+        self.optimizers.prepare_to_load(self.state.step)
+        load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
+        self.batches.set_epoch(self.state.epoch)
+        self.batches.load_state_dict(self.batches.state_dict(self.state.step_in_epoch))
+        self.console.say(f"{self.folder.path}: goes on from step {self.state.step}")
+        if ranks != self.process.world_size:
+            self.console.say(
+                f"that was on {ranks} rank(s), this is on {self.process.world_size}: from here rows "
+                "come in another order and random numbers differ"
+            )
+
+    def _finish(self) -> Report:
+        """Evaluates the best weights on the test split and reports."""
+        state, config = self.state, self.config
+        best = state.step if state.best_step is None else state.best_step
+        self.steps.pause()
+        load_weights(checkpoint_folder(self.folder.checkpoints, best), self.sharded)
+        test = None
+        if "test" in self.info.splits:
+            test = as_record(self._evaluate("test"))
+            self.logs.metrics("test", best, test)
+        report = Report.of(
+            config,
+            self.info,
+            self.unsharded,
+            self.process,
+            state,
+            best_step=best,
+            test=test,
+            dense_parameters=sum(weight.numel() for weight in self.optimizers.dense),
+            wall_seconds=time.perf_counter() - self.started,
+        )
+        dist.barrier()
+        if self.process.is_main:
+            report.save(self.folder.path)
+        dist.barrier()
+        self.console.say(f"{self.folder.path}: {state.stopped}; best at step {best}")
+        return report
+
+
+def make_steps(training: Training, *, pipelined: bool) -> Steps:
+    """The way to run a step; overlapping pays where copies and kernels run side by side."""
+    kind = PipelinedSteps if pipelined else PlainSteps
+    return kind(training.sharded, training.updates, training.process, training.precision)
+
+
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,168 @@
+"""What updates rows and dense parameters, and their learning rates over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim.apply_optimizer_in_backward import (
+    _apply_optimizer_in_backward as apply_optimizer_in_backward,
+)
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from embcomp.config import DenseOptimizerConfig, PlateauConfig, RowOptimizerConfig, RunConfig
+from embcomp.errors import ConfigError
+from embcomp.training.placement import row_collections
+
+Parameters = Iterable[Tensor]
+
+_ROWS_PATH = ".embedding_bags."
+
+
+def _row_optimizer_kind(
+    config: RowOptimizerConfig,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "sgd": (torch.optim.SGD, {}),
+        "adagrad": (torch.optim.Adagrad, {"eps": config.eps}),
+        "rowwise_adagrad": (RowWiseAdagrad, {"eps": config.eps}),
+        "adam": (torch.optim.Adam, {"eps": config.eps, "betas": config.betas}),
+    }
+    kind, options = kinds[config.name]
+    return kind, {"lr": config.learning_rate, **options}
+
+
+def attach_fused_optimizer(
+    model: nn.Module, config: RowOptimizerConfig, device: torch.device
+) -> None:
+    """Asks TorchRec to update the rows of an unsharded model inside the backward pass."""
+    if config.name == "adam" and device.type == "cpu":
+        raise ConfigError(
+            "train.row_optimizer: fused adam exists on CUDA only; on CPU use name: "
+            "rowwise_adagrad, adagrad or sgd, or mode: dense, which runs torch's Adam over whole "
+            "tables (small tables only)"
+        )
+    kind, options = _row_optimizer_kind(config)
+    for _, collection in row_collections(model):
+        apply_optimizer_in_backward(kind, collection.parameters(), options)
+
+
+class Optimizers:
+    """Both optimizers of a sharded model as one.
+
+    Attributes:
+        combined: TorchRec's view of them, for checkpoints.
+        rows: Row parameters that an ordinary optimizer updates; none where rows are fused.
+        dense: Every other parameter.
+
+    Args:
+        sharded: The model.
+        config: The loop's settings.
+    """
+
+    def __init__(self, sharded: DistributedModelParallel, config: RunConfig) -> None:
+        named = dict(in_backward_optimizer_filter(sharded.named_parameters()))
+        rows = {name: weight for name, weight in named.items() if _ROWS_PATH in name}
+        dense = {name: weight for name, weight in named.items() if name not in rows}
+        self.rows = list(rows.values())
+        self.dense = list(dense.values())
+        self._config = config
+        self._row_optimizers: list[KeyedOptimizer] = [sharded.fused_optimizer]
+        parts: list[tuple[str, KeyedOptimizer]] = [("fused", sharded.fused_optimizer)]
+        if rows:
+            kind, options = _row_optimizer_kind(config.row_optimizer)
+            self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
+            parts.append(("rows", self._row_optimizers[-1]))
+        self._dense_optimizer = KeyedOptimizerWrapper(
+            dense, lambda p: _dense_optimizer(p, config.dense_optimizer)
+        )
+        parts.append(("dense", self._dense_optimizer))
+        self.combined = CombinedOptimizer(parts)
+
+    def start_step(self, step: int, reductions: int) -> float:
+        """Clears gradients and sets both learning rates; fused kernels take theirs here.
+
+        Args:
+            step: Number of the step, from 0.
+            reductions: How often the plateau rule has reduced the learning rates.
+
+        Returns:
+            The rows' learning rate.
+        """
+        config = self._config
+        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        row_rate = warmup * reduced(config.row_optimizer.learning_rate, reductions, config.plateau)
+        dense_rate = warmup * reduced(
+            config.dense_optimizer.learning_rate, reductions, config.plateau
+        )
+        for optimizer in self._row_optimizers:
+            _set_learning_rate(optimizer, row_rate)
+        self._decay_whole_tables(row_rate)
+        _set_learning_rate(self._dense_optimizer, dense_rate)
+        self.combined.zero_grad()
+        return row_rate
+
+    def finish_step(self) -> None:
+        """Regularises, clips and updates everything that was not updated in the backward pass."""
+        rows, clip = self._config.row_optimizer, self._config.clip_norm
+        if rows.l2:
+            for weight in self.rows:  # the gradient of 0.5 * l2 * ||E||^2, on every row
+                assert weight.grad is not None
+                weight.grad.add_(weight.detach(), alpha=rows.l2)
+        if clip is not None:
+            clipped = self.dense + self.rows if rows.mode == "dense" else self.dense
+            torch.nn.utils.clip_grad_norm_(clipped, clip)
+        self.combined.step()
+
+    @torch.no_grad()
+    def _decay_whole_tables(self, learning_rate: float) -> None:
+        """Decoupled decay of rows that are not fused; `LazyDecay` does it for those that are."""
+        for weight in self.rows:
+            weight.mul_(1 - learning_rate * self._config.row_optimizer.weight_decay)
+
+    def prepare_to_load(self, step: int) -> None:
+        """Makes every state tensor exist, without which a checkpoint loads only in part."""
+        for _, optimizer in self.combined.optimizers:
+            if isinstance(optimizer, KeyedOptimizerWrapper):
+                optimizer.init_state()
+        self.combined.zero_grad()
+        # Fused Adam counts steps in the kernel, which checkpoints do not hold.
+        self.combined.set_optimizer_step(step)
+
+
+def reduced(rate: float, reductions: int, plateau: PlateauConfig | None) -> float:
+    """A learning rate after so many reductions; never below the floor unless it began there."""
+    if plateau is None or not reductions:
+        return rate
+    for _ in range(reductions):
+        rate = max(rate * plateau.factor, min(plateau.min_learning_rate, rate))
+    return rate
+
+
+def _set_learning_rate(optimizer: KeyedOptimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _dense_optimizer(parameters: Parameters, config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
+    match config.name:
+        case "adam":
+            return torch.optim.Adam(
+                parameters, lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay
+            )
+        case "adamw":
+            return torch.optim.AdamW(
+                parameters, lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay
+            )
+        case "adagrad":
+            return torch.optim.Adagrad(parameters, lr=rate, eps=config.eps, weight_decay=decay)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=rate, momentum=config.momentum, weight_decay=decay
+            )

@@ -1,0 +1,152 @@
+"""The final report of a run, as `report.json` holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import EmbcompError
+from embcomp.training.build import UnshardedModel
+from embcomp.training.evaluation import Evaluation
+from embcomp.training.logs import without_nan
+from embcomp.training.process import Process
+from embcomp.training.run_folder import REPORT_FILE, write_atomically
+from embcomp.training.state import LoopState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What came out of a run.
+
+    Attributes:
+        name: The run's name.
+        dataset: The dataset's name.
+        method: The tables' method.
+        model: The model's name.
+        seed: The run's seed.
+        world_size: Number of ranks.
+        device: `cpu` or `cuda`.
+        steps: Training steps done.
+        epochs: Whole epochs done.
+        best_step: The step whose weights are evaluated here.
+        stopped: Why training ended.
+        valid: Validation metrics of the best step.
+        test: Test metrics of the best step; None without a test split.
+        serve_bytes: What the embedding tables take when served.
+        full_bytes: What they would take uncompressed.
+        compression: `full_bytes / serve_bytes`.
+        first_order_bytes: What first-order weights take when served; 0 for models without.
+        train_bytes: Rows, padding and row optimizer state while training, first order included.
+        dense_parameters: Number of parameters outside the tables.
+        samples_per_second: Training rows per second, evaluations and checkpoints left out.
+        train_seconds: Time of the training steps.
+        wall_seconds: Time of everything, interruptions left out.
+        bayes: Best reachable test metrics, where the data was generated.
+    """
+
+    name: str
+    dataset: str
+    method: str
+    model: str
+    seed: int
+    world_size: int
+    device: str
+    steps: int
+    epochs: int
+    best_step: int
+    stopped: str
+    valid: dict[str, Any]
+    test: dict[str, Any] | None
+    serve_bytes: int
+    full_bytes: int
+    compression: float
+    first_order_bytes: int
+    train_bytes: int
+    dense_parameters: int
+    samples_per_second: float
+    train_seconds: float
+    wall_seconds: float
+    bayes: dict[str, float] | None
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        info: DatasetInfo,
+        model: UnshardedModel,
+        process: Process,
+        state: LoopState,
+        *,
+        best_step: int,
+        test: dict[str, Any] | None,
+        dense_parameters: int,
+        wall_seconds: float,
+    ) -> Report:
+        """Puts a finished run's results together."""
+        serve = full = first_order = 0
+        if model.tables is not None:
+            serve, full = model.tables.footprint.serve_bytes, model.tables.plan.full_bytes
+        if model.first_order is not None:
+            first_order = model.first_order.footprint.serve_bytes
+        rows = state.step * config.data.batch_size
+        optimizer = config.train.row_optimizer.name
+        return cls(
+            name=config.name,
+            dataset=info.name,
+            method=config.tables.method.name,
+            model=config.model.name,
+            seed=config.seed,
+            world_size=process.world_size,
+            device=process.device.type,
+            steps=state.step,
+            epochs=state.epoch,
+            best_step=best_step,
+            stopped=state.stopped,
+            valid=state.best_valid,
+            test=test,
+            serve_bytes=serve,
+            full_bytes=full,
+            compression=full / serve if serve else 1.0,
+            first_order_bytes=first_order,
+            train_bytes=sum(c.footprint.train_bytes(optimizer) for c in model.collections()),
+            dense_parameters=dense_parameters,
+            samples_per_second=rows / state.train_seconds if state.train_seconds else 0.0,
+            train_seconds=state.train_seconds,
+            wall_seconds=wall_seconds,
+            bayes=info.bayes.model_dump() if info.bayes else None,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes report.json; its presence says that the run is finished."""
+        text = json.dumps(without_nan(dataclasses.asdict(self)), indent=1) + "\n"
+        write_atomically(folder / REPORT_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """The report of a finished run."""
+        path = Path(folder) / REPORT_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**content)
+        except FileNotFoundError:
+            raise EmbcompError(
+                f"{folder} has no {REPORT_FILE}: the run has not finished; start it again to go on"
+            ) from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise EmbcompError(f"{path} is not a report of this version: {error}") from None
+
+
+def as_record(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as the flat mapping that metrics.jsonl and reports hold."""
+    return without_nan(
+        {
+            **dataclasses.asdict(evaluation.metrics),
+            "unseen_rate": evaluation.unseen_rate,
+            "unseen_rate_by_feature": evaluation.unseen_rate_by_feature,
+        }
+    )

@@ -1,0 +1,96 @@
+"""`runs/<name>/`: what a run leaves behind, and whether it may be continued.
+
+config.yaml (resolved), dataset.json (a copy), metrics.jsonl (the same bytes for the same run),
+timing.jsonl, checkpoints/, tensorboard/ and, when the run is finished, report.json.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from embcomp.config import TrainConfig, load_config
+from embcomp.errors import ConfigError, EmbcompError
+
+REPORT_FILE = "report.json"
+_CONFIG_FILE = "config.yaml"
+_DATASET_FILE = "dataset.json"
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Args:
+        path: The run's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.report = path / REPORT_FILE
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run has begun here."""
+        return not (self.path / _CONFIG_FILE).exists()
+
+    def config(self) -> TrainConfig:
+        """The run's resolved config."""
+        path = self.path / _CONFIG_FILE
+        if not path.exists():
+            raise EmbcompError(f"{self.path} is not a run folder: it has no {_CONFIG_FILE}")
+        return load_config(path)
+
+    def create(self, config: TrainConfig) -> None:
+        """Writes down what the run is; the config last, as it marks the run as begun."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / _DATASET_FILE, _dataset_text(config))
+        write_atomically(self.path / _CONFIG_FILE, config.to_yaml())
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Raises unless the run that began here had this config and this dataset."""
+        old, new = _leaves(self.config().model_dump()), _leaves(config.model_dump())
+        changed = [
+            f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path} belongs to a run with another config; changed: {'; '.join(changed)}. "
+                "Choose another name, restore the config, or remove the folder to start afresh"
+            )
+        if (self.path / _DATASET_FILE).read_text() != _dataset_text(config):
+            raise ConfigError(
+                f"{config.data.path} was prepared anew since the run in {self.path} began: its "
+                "dataset.json differs. Choose another name or remove the folder to start afresh"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _dataset_text(config: TrainConfig) -> str:
+    return (Path(config.data.path) / _DATASET_FILE).read_text(encoding="utf-8")
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            leaves |= _leaves(item, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = item
+    return leaves

@@ -1,0 +1,58 @@
+"""The loop's own variables, as a checkpoint holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LoopState:
+    """With the model, the optimizers and the random state, all that the rest of a run depends on.
+
+    Attributes:
+        step: Steps done.
+        epoch: Whole epochs done.
+        step_in_epoch: Steps done of the current epoch.
+        loss_sum: Sum of the losses since the training loss was last recorded.
+        loss_steps: How many losses that is.
+        best_value: The monitored metric's best value, its sign such that more is better.
+        best_step: The step that reached it.
+        best_valid: The validation record of that step.
+        stalled: Evaluations in a row without an improvement.
+        reductions: How often the plateau rule has reduced the learning rates.
+        stopped: Why training ended; empty while it goes on.
+        train_seconds: Time of training steps so far.
+        wall_seconds: Time of everything so far, interruptions left out.
+        log_sizes: Bytes of the run's logs.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    best_valid: dict[str, Any] = field(default_factory=dict)
+    stalled: int = 0
+    reductions: int = 0
+    stopped: str = ""
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    log_sizes: dict[str, int] = field(default_factory=dict)
+
+    def see(self, value: float | None, valid: dict[str, Any], min_delta: float) -> bool:
+        """Takes in an evaluation and returns whether it is the best so far.
+
+        Args:
+            value: The monitored metric, more is better; None where it is undefined.
+            valid: The evaluation's record.
+            min_delta: By how much the best value must be beaten.
+        """
+        if value is None or (self.best_value is not None and value <= self.best_value + min_delta):
+            self.stalled += 1
+            return False
+        self.best_value, self.best_step, self.best_valid = value, self.step, valid
+        self.stalled = 0
+        return True

@@ -1,0 +1,127 @@
+"""One training step: plain on CPU, overlapped with the next batches' transfers on CUDA."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from embcomp.data_pipelines.batch import Batch
+from embcomp.training.lazy_decay import LazyDecay
+from embcomp.training.optimizers import Optimizers
+from embcomp.training.precision import Precision
+from embcomp.training.process import Process
+
+
+class Updates:
+    """What surrounds forward and backward: learning rates, decay, clipping, the optimizers.
+
+    It looks like an optimizer, because TorchRec's pipelines call it as one.
+
+    Attributes:
+        step_number: Set by the loop before each step.
+        reductions: How often the plateau rule has acted; set by the loop.
+
+    Args:
+        optimizers: Both optimizers.
+        decay: Lazy decay of fused rows, if any.
+    """
+
+    def __init__(self, optimizers: Optimizers, decay: LazyDecay | None) -> None:
+        self._optimizers = optimizers
+        self._decay = decay
+        self.step_number = 0
+        self.reductions = 0
+
+    def zero_grad(self) -> None:
+        """Before the forward pass."""
+        rate = self._optimizers.start_step(self.step_number, self.reductions)
+        if self._decay is not None:
+            self._decay.start_step(rate)
+
+    def step(self) -> None:
+        """After the backward pass."""
+        self._optimizers.finish_step()
+
+
+class Steps(ABC):
+    """Runs steps on the batches of one epoch."""
+
+    @abstractmethod
+    def run(self, batches: Iterator[Batch]) -> Tensor:
+        """Trains on the next batch and returns its loss (); StopIteration after the last."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Makes the model callable from outside, for an evaluation between two steps."""
+
+
+class PlainSteps(Steps):
+    """Forward, backward and update, one after another.
+
+    Args:
+        sharded: The model.
+        updates: The optimizers.
+        process: The process group.
+        autocast: Makes a new context of mixed precision.
+    """
+
+    def __init__(
+        self,
+        sharded: DistributedModelParallel,
+        updates: Updates,
+        process: Process,
+        autocast: Precision,
+    ) -> None:
+        self._sharded, self._updates = sharded, updates
+        self._process, self._autocast = process, autocast
+
+    def run(self, batches: Iterator[Batch]) -> Tensor:
+        batch = next(batches).to(self._process.device)
+        self._updates.zero_grad()
+        with self._autocast():
+            loss, _ = self._sharded(batch)
+        loss.backward()
+        self._updates.step()
+        return loss.detach()
+
+    def pause(self) -> None:
+        pass
+
+
+class PipelinedSteps(Steps):
+    """Copies and distributes the next batches while the model works on this one.
+
+    Args:
+        sharded: The model.
+        updates: The optimizers.
+        process: The process group.
+        autocast: Makes a new context of mixed precision.
+    """
+
+    def __init__(
+        self,
+        sharded: DistributedModelParallel,
+        updates: Updates,
+        process: Process,
+        autocast: Precision,
+    ) -> None:
+        self._autocast = autocast
+        self.pipeline = TrainPipelineSparseDist(
+            sharded,
+            updates,
+            process.device,
+            execute_all_batches=True,
+            pipeline_postproc=True,
+        )
+
+    def run(self, batches: Iterator[Batch]) -> Tensor:
+        with self._autocast():
+            loss, _ = self.pipeline.progress(batches)
+        return loss
+
+    def pause(self) -> None:
+        self.pipeline.detach()
