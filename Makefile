@@ -27,7 +27,7 @@ fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -9,23 +9,38 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds them
-    from embcomp.backend import BackendConfig as BackendConfig
-    from embcomp.backends import BACKENDS as BACKENDS
-    from embcomp.backends import QR as QR
-    from embcomp.backends import Full as Full
-    from embcomp.backends import Hash as Hash
-    from embcomp.backends import Unified as Unified
+if TYPE_CHECKING:
+    from embcomp.backend import BackendConfig
+    from embcomp.backends import BACKENDS, QR, Full, Hash, Unified
     from embcomp.collection import (
-        CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
+        CompressedEmbeddingBagCollection,
+        CompressedEmbeddingCollection,
     )
-    from embcomp.collection import CompressedEmbeddingCollection as CompressedEmbeddingCollection
-    from embcomp.errors import BudgetError as BudgetError
-    from embcomp.errors import CheckpointError as CheckpointError
-    from embcomp.errors import ConfigError as ConfigError
-    from embcomp.errors import DataError as DataError
-    from embcomp.errors import EmbcompError as EmbcompError
-    from embcomp.plan import Plan as Plan
+    from embcomp.errors import (
+        BudgetError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        EmbcompError,
+    )
+    from embcomp.plan import Plan
+
+__all__ = [
+    "BACKENDS",
+    "QR",
+    "BackendConfig",
+    "BudgetError",
+    "CheckpointError",
+    "CompressedEmbeddingBagCollection",
+    "CompressedEmbeddingCollection",
+    "ConfigError",
+    "DataError",
+    "EmbcompError",
+    "Full",
+    "Hash",
+    "Plan",
+    "Unified",
+]
 
 _HOMES = {
     "BACKENDS": "embcomp.backends",
@@ -44,13 +59,12 @@ _HOMES = {
     "Unified": "embcomp.backends",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
-
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'embcomp' has no attribute {name!r}; it has {__all__}")
-    value = getattr(import_module(_HOMES[name]), name)
+    module = import_module(_HOMES[name])
+    value = vars(module)[name]
     globals()[name] = value
     return value
 
