@@ -112,14 +112,11 @@ class DLRMInteraction(nn.Module):
         super().__init__()
         self.num_dense = num_dense
         self.stack = FeatureStack(feature_names, embedding_dim, pooling=pooling)
-        self.bottom = (
-            nn.Sequential(
-                MLP(num_dense, hidden_units, embedding_dim, batch_norm=batch_norm, dropout=dropout),
-                nn.ReLU(),
+        self.bottom = None
+        if num_dense:
+            self.bottom = MLP(
+                num_dense, hidden_units, embedding_dim, batch_norm=batch_norm, dropout=dropout
             )
-            if num_dense
-            else None
-        )
         num_fields = len(feature_names) + (1 if num_dense else 0)
         if interaction == "cat":
             self.dots = None
@@ -140,7 +137,7 @@ class DLRMInteraction(nn.Module):
         fields = self.stack(embeddings)  # (B, F, D)
         numeric = None
         if self.bottom is not None:
-            numeric = self.bottom(dense)  # (B, D)
+            numeric = self.bottom(dense).relu()  # (B, D)
             fields = torch.cat([numeric.unsqueeze(1), fields], dim=1)  # (B, 1 + F, D)
         if self.dots is None:
             return fields.flatten(1)
