@@ -167,7 +167,7 @@ def _bags_of_one(
     counts = [count // ids for count, ids in zip(physical, sizes)]
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
-    stride = _common_stride(max(counts), device)
+    stride = _common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
     if counts == [stride] * len(counts) and len(set(sizes)) == 1:
         lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
     else:

@@ -159,7 +159,7 @@ class TwoKeysRoute(nn.Module):
         quotients = self._quotients.on(copies.device())
         count = common_count(copies)
         if count is not None:
-            parts = copies.values().to(torch.int64).view(-1, 2, count)
+            parts = copies.values().to(torch.int64).view(len(self._keys) // 2, 2, count)
             rows = torch.empty_like(parts)
             torch.div(parts[:, 0], self._divisor, rounding_mode="floor", out=rows[:, 0])
             torch.remainder(parts[:, 1], self._divisor, out=rows[:, 1])

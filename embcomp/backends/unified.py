@@ -99,6 +99,7 @@ class Unified(BackendConfig):
         return [f"{tables[0].name}__unified_{s}" for s in range(self.num_tables)]
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        self._refuse_unknown_tables(tables)
         keys = self._keys(tables)
         if len(keys) < self.num_tables:
             raise ConfigError(
@@ -123,7 +124,6 @@ class Unified(BackendConfig):
         ]
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
-        self._refuse_unknown_tables(tables)
         width = self.chunk_dim(tables)
         look_ups = [
             (source, table, chunk)
@@ -210,32 +210,46 @@ class FitWidths(nn.Module):
     def __init__(self, widths: Sequence[tuple[str, int, int]], projected: set[str]) -> None:
         super().__init__()
         self._widths = list(widths)
-        self.projections = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.empty(came, wanted))
-                for name, came, wanted in widths
-                if name in projected
-            }
+        self.projections = nn.ModuleDict(
+            {name: Projection(came, wanted) for name, came, wanted in widths if name in projected}
         )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Chunks that would share a column start out summed there at equal variance."""
-        with torch.no_grad():
-            for weight in self.projections.values():
-                came, wanted = weight.shape
-                rows = torch.arange(came, device=weight.device)
-                weight.zero_()
-                weight[rows, rows % wanted] = (wanted / came) ** 0.5
 
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
         parts = rows.split([came for _, came, _ in self._widths], dim=1)
         fitted = []
         for part, (name, came, wanted) in zip(parts, self._widths):
             if name in self.projections:
-                fitted.append(part @ self.projections[name])
+                fitted.append(self.projections[name](part))
             elif came < wanted:
                 fitted.append(F.pad(part, (0, wanted - came)))
             else:
                 fitted.append(part[:, :wanted])
         return torch.cat(fitted, dim=1)
+
+
+class Projection(nn.Module):
+    """A learnt matrix from concatenated chunks to an embedding.
+
+    It is a module of its own because a ``meta`` build is filled module by module: only the direct
+    owner of a parameter is asked to reset it.
+
+    Args:
+        came: width of the chunks together.
+        wanted: width of the embedding.
+    """
+
+    def __init__(self, came: int, wanted: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(came, wanted))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Chunks that would share a column start out summed there at equal variance."""
+        with torch.no_grad():
+            came, wanted = self.weight.shape
+            rows = torch.arange(came, device=self.weight.device)
+            self.weight.zero_()
+            self.weight[rows, rows % wanted] = (wanted / came) ** 0.5
+
+    def forward(self, rows: Tensor) -> Tensor:  # (B, came) -> (B, wanted)
+        return rows @ self.weight

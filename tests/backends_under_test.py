@@ -1,0 +1,26 @@
+"""The configurations that every check runs over: at least one line for each method."""
+
+from __future__ import annotations
+
+from embcomp.backends import QR, Full, Hash, Unified
+from embcomp.testing import BackendCase
+
+UNIFORM_05 = 0.05 / 3**0.5  # standard deviation of Unified's rows
+
+CASES = {
+    "full": BackendCase(config=Full(), injective=True),
+    "hash": BackendCase(config=Hash(num_buckets=40, collisionless=0), takes_any_id=True),
+    "qr_mult": BackendCase(config=QR(divisor=9), injective=True),
+    "qr_add": BackendCase(config=QR(divisor=9, combine="add"), injective=True),
+    "qr_concat": BackendCase(config=QR(divisor=9, combine="concat"), injective=True),
+    "unified": BackendCase(config=Unified(num_buckets=120), takes_any_id=True, init_std=UNIFORM_05),
+    "unified_3_tables": BackendCase(
+        config=Unified(num_buckets=50, num_chunks=3, num_tables=3, init_range=0.1),
+        takes_any_id=True,
+    ),
+    "unified_projected": BackendCase(
+        config=Unified(num_buckets=120, num_chunks=2, chunks={"t0": 5, "t1": 3}),
+        takes_any_id=True,
+        init_std=UNIFORM_05,
+    ),
+}

@@ -1,0 +1,162 @@
+"""Sharded by TorchRec in any way, every method trains as it does in one process."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch.distributed as dist
+
+from embcomp.backends import QR, Full, Hash, Unified
+from embcomp.testing.sharded import (
+    Setup,
+    check_meta_build,
+    check_sharded_equals_unsharded,
+    expect_equal_weights,
+    mean_over_ranks,
+    reference_optimizer,
+    shard,
+    train_step,
+)
+from tests.backends_under_test import CASES
+
+SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel", "mixed")
+POOLED = pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "unpooled"])
+ALL_METHODS = {
+    "t0": QR(divisor=9),
+    "t1": Unified(num_buckets=40),
+    "t2": Hash(num_buckets=20, collisionless=0),
+}
+
+
+def check_each(check, setups):
+    """Run on every rank; a failure names its setup."""
+    for setup in setups:
+        try:
+            check(setup)
+        except Exception as error:
+            raise AssertionError(str(setup)) from error
+
+
+def widths(pooled):
+    return (16, 8, 10) if pooled else (10, 10, 10)
+
+
+@POOLED
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(workers, case, pooled):
+    setups = [
+        Setup(plan=CASES[case].config, sharding=sharding, pooled=pooled, dims=widths(pooled))
+        for sharding in SHARDINGS
+    ]
+    workers.run(2, check_each, check_sharded_equals_unsharded, setups)
+
+
+@POOLED
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_one_and_four_ranks_equal_one_process(workers, case, world_size, pooled):
+    shardings = SHARDINGS if world_size == 1 else ("row_wise", "column_wise", "mixed")
+    setups = [
+        Setup(plan=CASES[case].config, sharding=sharding, pooled=pooled, dims=widths(pooled))
+        for sharding in shardings
+    ]
+    workers.run(world_size, check_each, check_sharded_equals_unsharded, setups)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+def test_other_row_optimizers(workers, optimizer):
+    # Each column shard keeps a row-wise state of its own, so column-wise is another algorithm.
+    shardings = SHARDINGS if optimizer == "sgd" else ("table_wise", "row_wise", "data_parallel")
+    setups = [
+        Setup(plan=CASES[case].config, sharding=sharding, optimizer=optimizer)
+        for case, sharding in itertools.product(("full", "qr_mult", "unified_projected"), shardings)
+    ]
+    workers.run(2, check_each, check_sharded_equals_unsharded, setups)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weighted_bags(workers, case):
+    setups = [
+        Setup(plan=CASES[case].config, sharding=sharding, weighted=True)
+        for sharding in ("row_wise", "mixed")
+    ]
+    workers.run(2, check_each, check_sharded_equals_unsharded, setups)
+
+
+def test_single_valued_features(workers):
+    setups = [
+        Setup(plan=case.config, sharding=sharding, shape="single", pooled=pooled, dims=(8, 8, 8))
+        for case in CASES.values()
+        for sharding in ("row_wise", "table_wise")
+        for pooled in (True, False)
+    ]
+    workers.run(2, check_each, check_sharded_equals_unsharded, setups)
+
+
+@POOLED
+def test_several_methods_in_one_collection(workers, pooled):
+    """One of them per row, so that a pooled collection holds two inner ones."""
+    setups = [
+        Setup(plan=ALL_METHODS, sharding=sharding, pooled=pooled, dims=widths(pooled))
+        for sharding in SHARDINGS
+    ]
+    for world_size in (2, 4):
+        workers.run(world_size, check_each, check_sharded_equals_unsharded, setups)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 6])
+def test_widths_that_fused_kernels_refuse_are_padded(workers, dim):
+    setups = [
+        Setup(plan=plan, sharding=sharding, dims=(dim, dim, dim), pooled=pooled)
+        for plan in (Full(), QR(divisor=9), Unified(num_buckets=50))
+        for sharding in ("row_wise", "column_wise")
+        for pooled in (True, False)
+    ]
+    workers.run(2, check_each, check_sharded_equals_unsharded, setups)
+
+
+def test_meta_builds_get_good_weights_and_equal_routes(workers):
+    setups = [
+        Setup(plan=case.config, sharding=sharding, pooled=pooled, dims=widths(pooled))
+        for case in CASES.values()
+        for pooled in (True, False)
+        for sharding in ("row_wise", "mixed")
+    ]
+    for world_size in (1, 2):
+        workers.run(world_size, check_each, check_meta_build, setups)
+
+
+def expect_refused(setup, bad):
+    sharded, _ = shard(setup, setup.model(seed=1))
+    batch = setup.batch(0, 0)  # the same on every rank, so that all of them refuse it
+    batch.sparse.values()[-1] = bad
+    with pytest.raises(ValueError, match=rf"feature 'f2': id {bad} is not in \[0, 90\)"):
+        sharded(batch)
+
+
+@pytest.mark.parametrize("case", ["full", "qr_mult", "qr_add"])
+@pytest.mark.parametrize("bad", [90, -1, 2**40])
+def test_ids_out_of_range_are_refused_by_name_when_sharded(workers, case, bad):
+    workers.run(2, expect_refused, Setup(plan=CASES[case].config, sharding="row_wise"), bad)
+
+
+def run_other_weights(setup):
+    """The check itself: with one weight changed, nothing may pass for equal."""
+    reference = setup.model(seed=1)
+    sharded, optimizer = shard(setup, setup.model(seed=2), weights=reference.state_dict())
+    before = reference.state_dict()
+    name = next(name for name in before if ".rows." in name)
+    before[name][0, 0] += 1e-3
+    with pytest.raises(AssertionError, match="rows"):
+        if dist.get_rank() == 0:
+            expect_equal_weights(sharded.state_dict(), before)
+        else:
+            raise AssertionError("rows of rank 0 differ")
+    loss = train_step(sharded, optimizer, setup.batch(0, 0))
+    wanted = train_step(reference, reference_optimizer(setup, reference), setup.global_batch(1))
+    assert abs(mean_over_ranks(loss) - wanted) > 1e-5
+
+
+def test_the_comparison_can_fail(workers):
+    workers.run(2, run_other_weights, Setup(plan=Full(), sharding="row_wise"))
