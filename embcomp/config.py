@@ -128,7 +128,7 @@ class DataConfig(Section):
         eval_batch_size: Rows per evaluation step over all ranks together.
         shuffle: Whether the training rows are shuffled in each epoch.
         shuffle_buffer: Rows of the shuffle buffer; None leaves the loader's default.
-        drop_last: Whether a last, smaller training batch is dropped; None drops it only on several ranks.
+        drop_last: Whether an epoch's last, smaller training batch is left out.
     """
 
     path: str
@@ -136,7 +136,7 @@ class DataConfig(Section):
     eval_batch_size: PositiveInt = 16384
     shuffle: bool = True
     shuffle_buffer: PositiveInt | None = None
-    drop_last: bool | None = None
+    drop_last: bool = False
 
 
 class InitConfig(Section):

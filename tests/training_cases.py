@@ -1,0 +1,125 @@
+"""A toy run, and the same training written with plain torch on whole tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from torchrec.optim import RowWiseAdagrad
+
+from embcomp.config import TrainConfig, parse_config
+from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.training import load_model, train
+from embcomp.training.build import build_model
+from embcomp.training.checkpoint import model_state
+from embcomp.training.loop import Training
+from embcomp.training.noise import quiet_libraries
+from embcomp.training.process import process_group
+from embcomp.training.run_folder import RunFolder
+
+
+def write_dataset(folder: Path) -> Path:
+    # 301 rows: the last step of an epoch is short, and on two ranks one of them holds a padded row.
+    write_toy_dataset(folder, rows=(301, 75, 75), multi_valued=["C3"], group="C2")
+    return folder
+
+
+def toy_config(dataset: Path, *overrides: str) -> TrainConfig:
+    document = {
+        "name": "toy",
+        "seed": 3,
+        "data": {"path": str(dataset), "batch_size": 32, "eval_batch_size": 32},
+        "tables": {"embedding_dim": 8, "method": "full"},
+        "model": {"name": "deepfm", "hidden_units": [8], "batch_norm": False},
+        "train": {"epochs": 1, "log_every": 3},
+    }
+    return parse_config(document, overrides)
+
+
+def first_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Whole weights before the first step; for one process."""
+    with quiet_libraries(), process_group("cpu") as process:
+        state = model_state(Training(config, RunFolder(Path("unused")), process).sharded)
+        return {key: whole(value).clone() for key, value in state.items()}
+
+
+def whole(value) -> torch.Tensor:
+    return value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+
+
+def train_and_load(config: TrainConfig, runs: Path) -> dict[str, torch.Tensor]:
+    """Weights after a run whose only evaluation is at its end."""
+    train(config, runs=runs, quiet=True)
+    return load_model(runs / config.name).state_dict()
+
+
+def train_on_ranks(config: TrainConfig, runs: Path) -> None:
+    """For a pool of workers: every rank's part of a run."""
+    train(config, runs=runs, quiet=True)
+
+
+def train_with_plain_torch(config: TrainConfig, world_size: int) -> dict[str, torch.Tensor]:
+    """The same run without TorchRec's sharding and fused kernels, decay and L2 on whole tables."""
+    info = DatasetInfo.load(config.data.path)
+    model = build_model(config, info, torch.device("cpu")).model
+    model.load_state_dict(first_weights(config))
+    named = dict(model.named_parameters())
+    rows = [weight for name, weight in named.items() if ".embedding_bags." in name]
+    dense = [weight for name, weight in named.items() if ".embedding_bags." not in name]
+    options = config.train.row_optimizer
+    rate = options.learning_rate
+    row_optimizer = {
+        "sgd": lambda: torch.optim.SGD(rows, rate),
+        "adagrad": lambda: torch.optim.Adagrad(rows, rate, eps=options.eps),
+        "rowwise_adagrad": lambda: RowWiseAdagrad(rows, rate, eps=options.eps),
+        "adam": lambda: torch.optim.Adam(rows, rate, eps=options.eps),
+    }[options.name]()
+    dense_optimizer = torch.optim.Adam(dense, config.train.dense_optimizer.learning_rate)
+    loaders = [
+        ParquetLoader(
+            info,
+            "train",
+            batch_size=config.data.batch_size // world_size,
+            rank=rank,
+            world_size=world_size,
+            shuffle=True,
+            seed=config.seed,
+            drop_last=False,
+        )
+        for rank in range(world_size)
+    ]
+    step = 0
+    for epoch in range(config.train.epochs):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        for batches in zip(*loaders):
+            warmup = min(1.0, (step + 1) / (config.train.warmup_steps or 1))
+            row_optimizer.param_groups[0]["lr"] = warmup * rate
+            dense_rate = config.train.dense_optimizer.learning_rate
+            dense_optimizer.param_groups[0]["lr"] = warmup * dense_rate
+            with torch.no_grad():
+                for weight in rows:
+                    weight.mul_(1 - warmup * rate * options.weight_decay)
+            losses = []
+            for batch in batches:
+                real = slice(batch.num_valid)
+                logits = model(batch.dense, batch.sparse)[real]
+                losses.append(
+                    functional.binary_cross_entropy_with_logits(
+                        logits, batch.labels[real], reduction="none"
+                    )
+                )
+            loss = torch.cat(losses).mean()
+            loss = loss + 0.5 * options.l2 * sum((weight**2).sum() for weight in rows)
+            model.zero_grad()
+            loss.backward()
+            if config.train.clip_norm is not None:
+                clipped = rows + dense if options.mode == "dense" else dense
+                torch.nn.utils.clip_grad_norm_(clipped, config.train.clip_norm)
+            row_optimizer.step()
+            dense_optimizer.step()
+            step += 1
+    return model.state_dict()
