@@ -88,10 +88,11 @@ class AvazuTable(TextTable):
     def parse(self, data: bytes, rows: int) -> Parsed:
         parsed = self.format.parse(data, rows)
         stamp = pl.col("hour").cast(pl.String)
-        time = (pl.lit("20") + stamp).str.strptime(pl.Datetime, "%Y%m%d%H", strict=False)
-        frame = parsed.frame.with_columns(
-            stamp.alias("__stamp__"), time.alias("__time__"), pl.col("click").cast(pl.Float32)
+        # Polars wants minutes where there are hours.
+        time = pl.concat_str(pl.lit("20"), stamp, pl.lit("00")).str.strptime(
+            pl.Datetime, "%Y%m%d%H%M", strict=False
         )
+        frame = parsed.frame.with_columns(time.alias("__time__"), pl.col("click").cast(pl.Float32))
         wrong = frame.get_column("__time__").is_null()
         if wrong.any():
             offsets = parsed.positions

@@ -21,6 +21,7 @@ from embcomp.data_pipelines.importer import (
     RawFile,
 )
 from embcomp.data_pipelines.text import Parsed, TextTable
+from embcomp.errors import DataError
 
 NUMERIC = tuple(f"I{i}" for i in range(1, 14))
 CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
@@ -38,10 +39,13 @@ class CriteoImporter(Importer):
         return 10
 
     def find(self, folder: Path) -> list[Path]:
-        found = [p for p in super().find(folder) if re.match(r"(train|day_)", p.name)]
+        texts = [p for p in super().find(folder) if p.suffix in ("", ".txt", ".tsv", ".gz")]
+        found = [p for p in texts if re.match(r"(train|day_)", p.name)] or texts
+        if not found:
+            raise DataError(f"{folder} holds no text files; expected {self.title}")
         # Natural order: day_2 comes before day_10.
         found.sort(key=lambda p: [int(t) if t.isdigit() else 0 for t in re.split(r"(\d+)", p.name)])
-        return found or super().find(folder)
+        return found
 
     def open(self, files: Sequence[RawFile]) -> CriteoTable:
         return CriteoTable(files)

@@ -141,6 +141,9 @@ class RawTable(ABC):
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         """Yield the usable rows of consecutive blocks, in order."""
 
+    def close(self) -> None:  # noqa: B027 - many tables hold nothing open
+        """Close what `read` left open."""
+
     def finish(
         self,
         frame: pl.DataFrame,

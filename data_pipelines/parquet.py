@@ -29,12 +29,10 @@ class ParquetTable(RawTable):
 
     columns: list[str]
 
-    def __init__(
-        self, files: Sequence[RawFile], layout: Layout, *, block_rows: int = BLOCK_ROWS
-    ) -> None:
+    def __init__(self, files: Sequence[RawFile], layout: Layout) -> None:
         self.files = list(files)
         self.layout = layout
-        self.block_rows = block_rows
+        self.block_rows = BLOCK_ROWS
         self._next: tuple[int, int] | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
 

@@ -160,14 +160,15 @@ def prepare(
         ],
         "versions": versions(),
     }
-    with run.work.open(settings):
+    with disk_errors(output), run.work.open(settings):
         try:
-            with disk_errors(output):
-                return run.run()
+            return run.run()
         except Exception:
             # Nothing half-made stays behind an error; after a kill the pieces do stay.
             run.work.discard()
             raise
+        finally:
+            table.close()
 
 
 def versions() -> dict[str, str]:

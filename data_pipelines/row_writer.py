@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -60,7 +61,9 @@ class RowGroupWriter:
         """Leave nothing behind."""
         # Otherwise pyarrow would try to write the footer once more, and complain, when collected.
         self._writer.is_open = False
-        self._file.close()
+        # Closing flushes, which fails again on a full disk.
+        with suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -72,7 +75,11 @@ class RowGroupWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.close()
+        except BaseException:
+            self.abort()
+            raise

@@ -6,7 +6,8 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import Self
 
 from embcomp.errors import DataError
 
@@ -22,14 +23,12 @@ class _Shares(_Rule):
     valid: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.1, ge=0, lt=1)
 
-    @field_validator("test")
-    @classmethod
-    def _sum_to_one(cls, test: float, info: object) -> float:
-        data = getattr(info, "data", {})
-        total = data.get("train", 0.0) + data.get("valid", 0.0) + test
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        total = self.train + self.valid + self.test
         if not math.isclose(total, 1.0, abs_tol=1e-9):
             raise ValueError(f"train, valid and test must sum to 1, they sum to {total:.6g}")
-        return test
+        return self
 
     def bounds(self) -> list[float]:
         return [self.train, self.train + self.valid]

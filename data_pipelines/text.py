@@ -89,12 +89,11 @@ class TextTable(RawTable):
         layout: Layout,
         *,
         header_lines: int = 0,
-        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.files = list(files)
         self.layout = layout
         self.header_lines = header_lines
-        self.block_bytes = block_bytes
+        self.block_bytes = BLOCK_BYTES
         self._stream: IO[bytes] | gzip.GzipFile | None = None
         self._at = (-1, 0)
 
@@ -172,12 +171,16 @@ class TextTable(RawTable):
             bad = [self.bad_row(block, at, why, raw(at)) for at, why in parsed.bad]
             yield block, self.finish(parsed.frame, parsed.positions, bad, block, raw)
 
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
     def _bytes(self, block: Block) -> bytes:
         path = self.files[block.file].path
         with gzip_errors(path):
             if self._stream is None or self._at[0] != block.file or self._at[1] > block.start:
-                if self._stream is not None:
-                    self._stream.close()
+                self.close()
                 self._stream = open_text(path)
                 self._at = (block.file, 0)
             if self._at[1] != block.start:

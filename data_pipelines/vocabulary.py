@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from embcomp.data_pipelines.counting import merge_counts, read_run
+from embcomp.data_pipelines.counting import held_bytes, merge_counts, read_run
 from embcomp.data_pipelines.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import FIRST_ID
 from embcomp.errors import DataError
@@ -65,7 +65,7 @@ def build_vocabulary(
         if not frequent.height:
             continue
         ranked.kept += frequent.height
-        size += int(frequent.estimated_size())
+        size += held_bytes(frequent)
         file = scratch / f"merged-{partition:05d}.arrow"
         _by_rank(frequent).write_ipc(file)
         kept.append(file)

@@ -78,9 +78,13 @@ class Workspace:
             text = json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
             self.resumed = mark.is_file() and mark.read_text(encoding="utf-8") == text
             if not self.resumed:
-                _empty(self.path)
-                self.scratch.mkdir()
-                write_text(mark, text)
+                try:
+                    _empty(self.path)
+                    self.scratch.mkdir()
+                    write_text(mark, text)
+                except OSError:
+                    self.discard()
+                    raise
             yield
         finally:
             os.close(handle)
