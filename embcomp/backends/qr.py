@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 from embcomp.backend import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
+from embcomp.budget import largest_int
 from embcomp.constants import Constant
 from embcomp.errors import ConfigError
 from embcomp.routing import Copies, common_count, per_value, renamed
@@ -39,7 +40,8 @@ class QR(BackendConfig):
     """Quotient and remainder rows, multiplied, added or concatenated.
 
     Args:
-        divisor: ``c``; about ``1 / c`` of the rows remain, at best ``2 / sqrt(n)`` of them.
+        divisor: ``c``; of ``n`` rows ``ceil(n / c) + c`` remain, at best ``2 sqrt(n)`` of them. A
+            table that this does not shrink stays full.
         combine: how a quotient's and a remainder's row make an embedding. ``concat`` gives each
             half of the width.
     """
@@ -131,10 +133,20 @@ class QR(BackendConfig):
         return total
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        def size(divisor: int) -> int:
+            return self.with_size(divisor=divisor).footprint(tables).serve_bytes
+
         sizes = self._bytes_by_divisor(tables)
         fitting = np.where(sizes <= budget, sizes, -1)
-        best = int(fitting.argmax())  # the first of equals: the smallest divisor
-        return None if fitting[best] < 0 else self.with_size(divisor=best + 1)
+        best = int(fitting.argmax()) + 1  # the first of equals: the smallest divisor
+        if fitting[best - 1] < 0:
+            return None
+        # Beyond the root, bytes never fall as the divisor grows, and they grow in finer steps.
+        longest = max(table.num_embeddings for table in tables)
+        above = largest_int(lambda divisor: size(divisor) <= budget, len(sizes), longest)
+        if above is not None and size(above) > size(best):
+            best = above
+        return self.with_size(divisor=best)
 
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(divisor=int(self._bytes_by_divisor(tables).argmin()) + 1)
