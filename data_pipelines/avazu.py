@@ -14,6 +14,7 @@ import polars as pl
 
 from embcomp.data_pipelines.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importer import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
 from embcomp.data_pipelines.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
@@ -56,6 +57,11 @@ class AvazuImporter(Importer):
     @property
     def default_min_count(self) -> int:
         return 5
+
+    @property
+    def default_split(self) -> SplitRule:
+        # Rows are in the order of time, and a model in use has seen the past only.
+        return ChronologicalSplit()
 
     def find(self, folder: Path) -> list[Path]:
         found = super().find(folder)

@@ -20,6 +20,7 @@ from embcomp.data_pipelines.importer import (
     NumericColumn,
     RawFile,
 )
+from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
 from embcomp.data_pipelines.text import Parsed, TextTable
 from embcomp.errors import DataError
 
@@ -37,6 +38,11 @@ class CriteoImporter(Importer):
     @property
     def default_min_count(self) -> int:
         return 10
+
+    @property
+    def default_split(self) -> SplitRule:
+        # Rows are in the order of time, and a model in use has seen the past only.
+        return ChronologicalSplit()
 
     def find(self, folder: Path) -> list[Path]:
         texts = [p for p in super().find(folder) if p.suffix in ("", ".txt", ".tsv", ".gz")]

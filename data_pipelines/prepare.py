@@ -94,7 +94,8 @@ def prepare(
         schema: the schema YAML that the importer `table` needs.
         name: the dataset's name; the output folder's name by default.
         split: a rule, its kind ("random", "chronological", "files") or a mapping with its fields.
-            By default the importer's own, "files" when `source` is a mapping, else random 8:1:1.
+            By default "files" when `source` is a mapping, else the importer's own (for Criteo and
+            Avazu, whose rows are in time order, "chronological"), else random; 8:1:1.
         min_count: values that the train split holds less often get id 1; one number or one by
             feature. By default the importer's.
         numeric: a transform for all numeric columns, or one by column. By default the importer's.
@@ -109,11 +110,9 @@ def prepare(
     """
     reader = make_importer(importer, schema) if isinstance(importer, str) else importer
     files = raw_files(source, reader)
-    rule = parse_split(
-        split
-        or reader.default_split
-        or (FileSplit() if files[0].split is not None else RandomSplit())
-    )
+    if split is None:
+        split = FileSplit() if files[0].split is not None else reader.default_split
+    rule = parse_split(RandomSplit() if split is None else split)
     if isinstance(rule, FileSplit) != (files[0].split is not None):
         raise DataError(
             "give `source` as a mapping from train, valid and test to files together with split "
