@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from embcomp.cli import catalog, console, doctor, evaluate, plan, prepare, train, validate
+from embcomp.cli import (
+    catalog,
+    console,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    prepare,
+    train,
+    validate,
+)
 from embcomp.errors import EmbcompError
 
 
@@ -57,11 +68,13 @@ def _options(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("generate")(generate.generate)
 app.command("prepare")(prepare.prepare)
 app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("demo")(demo.demo)
 app.command("ls")(catalog.ls)
 app.command("cat")(catalog.cat)
 app.command("cp")(catalog.cp)
