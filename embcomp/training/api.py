@@ -95,22 +95,29 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
         return evaluation
 
 
-def load_model(run: str | Path) -> nn.Module:
-    """A run's network with its best weights, in one piece on the CPU; no process group is needed.
+def load_model(run: str | Path, step: int | None = None) -> nn.Module:
+    """A run's network, in one piece on the CPU; no process group is needed.
 
     Args:
         run: The run's folder.
+        step: A step that has a checkpoint; None takes the best.
     """
     folder = RunFolder(Path(run))
     config = folder.config()
     info = DatasetInfo.load(config.data.path)
     model = build_model(config, info, torch.device("cpu")).model
     tensors = {"model": model.state_dict()}
-    path = checkpoint_folder(folder.checkpoints, best_step(folder))
+    path = checkpoint_folder(folder.checkpoints, best_step(folder) if step is None else step)
+    if not path.exists():
+        raise EmbcompError(f"{path} does not exist; steps with a checkpoint: {_listed(folder)}")
     with quiet_libraries():
         load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
     model.load_state_dict(tensors["model"])
     return model.eval()
+
+
+def _listed(folder: RunFolder) -> str:
+    return ", ".join(map(str, saved_steps(folder.checkpoints))) or "none"
 
 
 def best_step(folder: RunFolder) -> int:
