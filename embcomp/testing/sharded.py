@@ -45,12 +45,13 @@ Sharding = Literal["table_wise", "row_wise", "column_wise", "data_parallel", "mi
 Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad"]
 
 SHARDERS: list[ModuleSharder[nn.Module]] = [EmbeddingBagCollectionSharder()]
+# The large eps keeps rounding errors of tiny gradients from being blown up to whole steps.
 _OPTIMIZERS: dict[Optimizer, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.5}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-8}),
-    "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.1, "eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-3}),
+    "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.1, "eps": 1e-3}),
 }
-_TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
+_TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @dataclass(frozen=True, kw_only=True)
