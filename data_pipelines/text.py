@@ -25,7 +25,7 @@ from embcomp.data_pipelines.importer import (
 )
 from embcomp.errors import DataError
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 _READ = 1 << 20
 _LONGEST_LINE = 64 << 20
 _FOREIGN = {
