@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from embcomp.training.api import evaluate, load_model, train
+from embcomp.training.comparison import Comparison, compare
 from embcomp.training.evaluation import Evaluation
 from embcomp.training.metrics import Metrics
 from embcomp.training.report import Report
 
-__all__ = ["Evaluation", "Metrics", "Report", "evaluate", "load_model", "train"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Metrics",
+    "Report",
+    "compare",
+    "evaluate",
+    "load_model",
+    "train",
+]

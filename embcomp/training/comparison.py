@@ -1,0 +1,138 @@
+"""Several finished runs side by side: a table, an HTML page and a picture of AUC against bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embcomp.errors import EmbcompError
+from embcomp.training.report import Report
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One line of a comparison.
+
+    Attributes:
+        name: The run's name.
+        dataset: The dataset's name.
+        model: The model's name.
+        method: The tables' method.
+        split: The split of the metrics: test, or valid for datasets without one.
+        serve_bytes: What the embedding tables take when served.
+        compression: How many times smaller that is than the full tables.
+        auc: AUC of the best weights; NaN where undefined.
+        log_loss: Log loss of the best weights.
+        samples_per_second: Training rows per second.
+        bayes_auc: Best reachable AUC, where the data was generated.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    method: str
+    split: str
+    serve_bytes: int
+    compression: float
+    auc: float
+    log_loss: float
+    samples_per_second: float
+    bayes_auc: float | None
+
+    @classmethod
+    def of(cls, report: Report) -> ComparedRun:
+        """The line of a report."""
+        metrics = report.valid if report.test is None else report.test
+        auc = metrics.get("auc")
+        return cls(
+            name=report.name,
+            dataset=report.dataset,
+            model=report.model,
+            method=report.method,
+            split="valid" if report.test is None else "test",
+            serve_bytes=report.serve_bytes,
+            compression=report.compression,
+            auc=float("nan") if auc is None else auc,
+            log_loss=metrics.get("log_loss", float("nan")),
+            samples_per_second=report.samples_per_second,
+            bayes_auc=None if report.bayes is None else report.bayes["auc"],
+        )
+
+
+HEADINGS = ("run", "model", "method", "serve bytes", "compression", "AUC", "log loss", "rows/s")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs in the order in which they were given.
+
+    Attributes:
+        runs: One line each.
+    """
+
+    runs: Sequence[ComparedRun]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's cells, formatted, below `HEADINGS`."""
+        return [
+            (
+                run.name,
+                run.model,
+                run.method,
+                f"{run.serve_bytes:,}",
+                f"{run.compression:.1f}x",
+                f"{run.auc:.6f}",
+                f"{run.log_loss:.6f}",
+                f"{run.samples_per_second:,.0f}",
+            )
+            for run in self.runs
+        ]
+
+    def text(self) -> str:
+        """The table as plain text, with what is the same for all runs in the last line."""
+        lines = [HEADINGS, *self.cells()]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+        left = 3  # names to the left, numbers to the right
+        rows = [
+            "  ".join(
+                cell.ljust(width) if column < left else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*rows, self.caption()])
+
+    def caption(self) -> str:
+        """Where the metrics come from."""
+        datasets = sorted({f"{run.dataset} ({run.split} split)" for run in self.runs})
+        bayes = sorted({run.bayes_auc for run in self.runs if run.bayes_auc is not None})
+        best = "".join(f"; best possible AUC {value:.6f}" for value in bayes)
+        return f"{', '.join(datasets)}{best}"
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes one page that needs nothing else: the picture, interactive, and the table."""
+        from embcomp.training.comparison_drawing import write_html
+
+        write_html(self, Path(path))
+
+    def save_png(self, path: str | Path) -> None:
+        """Writes the picture alone."""
+        from embcomp.training.comparison_drawing import write_png
+
+        write_png(self, Path(path))
+
+
+def compare(runs: Iterable[str | Path]) -> Comparison:
+    """Reads the reports of finished runs.
+
+    Args:
+        runs: The runs' folders, as `runs/name`.
+
+    Raises:
+        EmbcompError: When a folder holds no finished run, or none is given.
+    """
+    folders = list(runs)
+    if not folders:
+        raise EmbcompError("nothing to compare; name the folders of finished runs, as runs/name")
+    return Comparison([ComparedRun.of(Report.load(folder)) for folder in folders])

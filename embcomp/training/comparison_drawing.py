@@ -1,0 +1,126 @@
+"""Draws a comparison: AUC against serving bytes, a colour for each method."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import plotly.graph_objects as plotly
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from embcomp.budget import format_bytes
+from embcomp.training.comparison import HEADINGS, ComparedRun, Comparison
+
+# Okabe and Ito's colours, told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_TITLE = "AUC against the bytes of the embedding tables"
+_STYLE = (
+    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:960px;color:#222}"
+    "table{border-collapse:collapse;width:100%}td,th{padding:.3em .7em;text-align:right;"
+    "border-bottom:1px solid #ddd}td:nth-child(-n+3),th:nth-child(-n+3){text-align:left}"
+)
+
+
+def write_png(comparison: Comparison, path: Path) -> None:
+    """The picture as PNG."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (method, runs), colour in zip(_by_method(comparison).items(), _cycled(comparison)):
+        sizes = [run.serve_bytes for run in runs]
+        axes.scatter(sizes, [run.auc for run in runs], s=60, color=colour, label=method, zorder=3)
+        for run in runs:
+            place = (run.serve_bytes, run.auc)
+            axes.annotate(run.name, place, xytext=(7, 4), textcoords="offset points", fontsize=9)
+    for value in _bayes(comparison):
+        axes.axhline(value, color="#888", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"best possible {value:.4f}",
+            (0.01, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=9,
+            color="#666",
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
+    axes.set_xlabel("serving bytes of the embedding tables")
+    axes.set_ylabel("AUC")
+    axes.set_title(f"{_TITLE}\n{comparison.caption()}", fontsize=10, loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(title="method", frameon=False)
+    # No date and no version inside: the same runs draw the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+
+
+def write_html(comparison: Comparison, path: Path) -> None:
+    """The picture and the table as one page, plotly's script included."""
+    figure = plotly.Figure()
+    for (method, runs), colour in zip(_by_method(comparison).items(), _cycled(comparison)):
+        figure.add_scatter(
+            x=[run.serve_bytes for run in runs],
+            y=[run.auc for run in runs],
+            mode="markers+text",
+            marker={"size": 12, "color": colour},
+            name=method,
+            text=[html.escape(run.name) for run in runs],
+            textposition="top center",
+            customdata=[
+                (format_bytes(run.serve_bytes), run.compression, run.log_loss, run.model)
+                for run in runs
+            ],
+            hovertemplate="%{text} (%{customdata[3]})<br>AUC %{y:.6f}, log loss "
+            "%{customdata[2]:.6f}<br>%{customdata[0]}, %{customdata[1]:.1f}x smaller"
+            "<extra></extra>",
+        )
+    for value in _bayes(comparison):
+        figure.add_hline(
+            y=value,
+            line_dash="dash",
+            line_color="#888",
+            annotation_text=f"best possible {value:.4f}",
+        )
+    figure.update_layout(
+        template="plotly_white",
+        height=520,
+        legend_title_text="method",
+        margin={"l": 60, "r": 20, "t": 20, "b": 60},
+    )
+    figure.update_xaxes(type="log", title="serving bytes of the embedding tables")
+    figure.update_yaxes(title="AUC")
+    drawing = figure.to_html(full_html=False, include_plotlyjs=True, div_id="auc-against-bytes")
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_TITLE}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{_TITLE}</h1>\n{drawing}\n"
+        f"{_table(comparison)}<p>{html.escape(comparison.caption())}</p></body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _table(comparison: Comparison) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        for cells in comparison.cells()
+    )
+    return f"<table><tr>{head}</tr>\n{body}</table>\n"
+
+
+def _by_method(comparison: Comparison) -> dict[str, list[ComparedRun]]:
+    methods: dict[str, list[ComparedRun]] = {}
+    for run in comparison.runs:
+        methods.setdefault(run.method, []).append(run)
+    return methods
+
+
+def _cycled(comparison: Comparison) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(len(comparison.runs))]
+
+
+def _bayes(comparison: Comparison) -> list[float]:
+    return sorted({run.bayes_auc for run in comparison.runs if run.bayes_auc is not None})
