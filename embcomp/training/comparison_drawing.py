@@ -8,7 +8,6 @@ from pathlib import Path
 import plotly.graph_objects as plotly
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from embcomp.budget import format_bytes
 from embcomp.training.comparison import HEADINGS, ComparedRun, Comparison
@@ -45,10 +44,9 @@ def write_png(comparison: Comparison, path: Path) -> None:
             fontsize=9,
             color="#666",
         )
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.margins(x=0.15, y=0.12)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(round(size))))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
+    axes.set_xticks(_ticks(comparison), map(_round_bytes, _ticks(comparison)))
     axes.set_xlabel("serving bytes of the embedding tables")
     axes.set_ylabel("AUC")
     axes.set_title(f"{_TITLE}\n{comparison.caption()}", fontsize=10, loc="left")
@@ -91,7 +89,13 @@ def write_html(comparison: Comparison, path: Path) -> None:
         legend_title_text="method",
         margin={"l": 60, "r": 20, "t": 20, "b": 60},
     )
-    figure.update_xaxes(type="log", title="serving bytes of the embedding tables")
+    ticks = _ticks(comparison)
+    figure.update_xaxes(
+        type="log",
+        title="serving bytes of the embedding tables",
+        tickvals=ticks,
+        ticktext=[_round_bytes(size) for size in ticks],
+    )
     figure.update_yaxes(title="AUC")
     drawing = figure.to_html(full_html=False, include_plotlyjs=True, div_id="auc-against-bytes")
     page = (
@@ -109,6 +113,18 @@ def _table(comparison: Comparison) -> str:
         for cells in comparison.cells()
     )
     return f"<table><tr>{head}</tr>\n{body}</table>\n"
+
+
+def _ticks(comparison: Comparison) -> list[int]:
+    """Powers of two around the runs' bytes, few enough to be read."""
+    sizes = [max(run.serve_bytes, 1) for run in comparison.runs]
+    low, high = min(sizes).bit_length() - 1, max(sizes).bit_length()
+    every = -(-(high - low) // 8) or 1
+    return [2**exponent for exponent in range(low, high + 1, every)]
+
+
+def _round_bytes(size: int) -> str:
+    return format_bytes(size).replace(".0 ", " ")
 
 
 def _by_method(comparison: Comparison) -> dict[str, list[ComparedRun]]:
