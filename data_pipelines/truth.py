@@ -1,0 +1,99 @@
+"""How well the best possible model scores on generated data, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embcomp.data_pipelines.schema import BayesMetrics
+from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
+from embcomp.errors import DataError
+
+FORMAT_VERSION = 1
+
+_BINS = 1 << 20
+
+
+class Truth(BaseModel):
+    """The content of the truth file that lies beside a generated log.
+
+    `bayes` is what the true click probabilities score against the labels of the test rows, as
+    `split_rule` picks them; a dataset that was split otherwise has other test rows. `by_split` has
+    the same for each split whose rows carry both labels.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    rows: int = Field(ge=0)
+    positives: int = Field(ge=0)
+    split_rule: SplitRule = ChronologicalSplit()
+    bayes: BayesMetrics | None = None
+    by_split: dict[str, BayesMetrics] = Field(default_factory=dict)
+    generator: dict[str, float | int] = Field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file atomically."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Truth:
+        path = Path(path)
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing; generate the log again") from None
+        except (UnicodeDecodeError, ValidationError) as error:
+            raise DataError(f"{path} does not say what a truth file says: {error}") from None
+
+
+class BayesMeter:
+    """AUC and log loss of known probabilities, over any number of rows in 16 MiB.
+
+    Probabilities are counted in 2**20 equal bins, ties within a bin as half: the AUC is exact to
+    about 1e-6.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, _BINS), dtype=np.int64)
+        self._loss = 0.0
+
+    def update(self, probability: NDArray[np.float64], label: NDArray[np.bool_]) -> None:
+        """Count rows: (n,) true probabilities and (n,) labels."""
+        bins = np.minimum((probability * _BINS).astype(np.int64), _BINS - 1)
+        for value in (0, 1):
+            np.add.at(self._counts[value], bins[label == value], 1)
+        likelihood = np.where(label, probability, 1 - probability)
+        self._loss -= float(np.log(np.maximum(likelihood, 1e-300)).sum())
+
+    @property
+    def rows(self) -> int:
+        return int(self._counts.sum())
+
+    @property
+    def positives(self) -> int:
+        return int(self._counts[1].sum())
+
+    def result(self) -> BayesMetrics | None:
+        """The metrics rounded to 6 digits, or None while one of the labels has not come."""
+        negative, positive = self._counts
+        pairs = int(negative.sum()) * int(positive.sum())
+        if not pairs:
+            return None
+        below = np.cumsum(negative) - negative
+        # Twice the count of ordered pairs, in whole numbers.
+        ordered = int((positive * (2 * below + negative)).sum())
+        return BayesMetrics(
+            auc=round(ordered / (2 * pairs), 6), log_loss=round(self._loss / self.rows, 6)
+        )
