@@ -16,7 +16,7 @@ from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
 from embcomp.errors import DataError
 from embcomp.planning import plan_config, sizes_of_dataset
 from embcomp.training.api import train
-from embcomp.training.report import Report
+from embcomp.training.comparison import Comparison, compare
 
 SHARE = "10%"
 """What compressed tables may take of the full ones' bytes."""
@@ -28,7 +28,11 @@ METHODS: dict[str, dict[str, object]] = {
 }
 """The tables of each run; everything else is equal."""
 
-LABELS = {"full": "full tables", "hash": "hashed, per feature", "unified": "Unified Embedding"}
+LABELS = {
+    "full": "full tables",
+    "hash": f"hashed tables, {SHARE} of the bytes",
+    "unified": f"one shared table (Unified Embedding), {SHARE} of the bytes",
+}
 
 SCALE = 0.01
 """Generated cardinalities are Criteo's times this: about 340,000 values before rare ones go."""
@@ -53,15 +57,7 @@ class DemoConfig:
     scale: float = SCALE
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """What came out, method by method in the order of ``METHODS``."""
-
-    dataset: DatasetInfo
-    reports: dict[str, Report]
-
-
-def run_demo(config: DemoConfig, say: Callable[[str], None], *, progress: bool) -> DemoResult:
+def run_demo(config: DemoConfig, say: Callable[[str], None], *, progress: bool) -> Comparison:
     """Generates, prepares and trains; what an earlier call finished is taken as it is.
 
     Args:
@@ -79,17 +75,15 @@ def run_demo(config: DemoConfig, say: Callable[[str], None], *, progress: bool) 
         # A dataset made anew makes the runs on an older one stale.
         shutil.rmtree(folder / "runs", ignore_errors=True)
         prepare(raw, dataset, importer="criteo", progress=progress, report=say)
-    info = DatasetInfo.load(dataset)
     if config.data is not None:
-        _check_source(info, config.data, dataset)
+        _check_source(DatasetInfo.load(dataset), config.data, dataset)
     runs = {name: demo_run(name, dataset, config.seed) for name in METHODS}
     for run in runs.values():  # a log too small for the budget shows before any training
         plan_config(run, sizes_of_dataset(dataset))
-    reports = {}
     for name, run in runs.items():
         say(f"training AutoInt on {LABELS[name]}")
-        reports[name] = train(run, runs=folder / "runs")
-    return DemoResult(dataset=info, reports=reports)
+        train(run, runs=folder / "runs")
+    return compare(folder / "runs" / name for name in runs)
 
 
 def demo_run(method: str, dataset: Path, seed: int) -> TrainConfig:
@@ -108,8 +102,8 @@ def demo_run(method: str, dataset: Path, seed: int) -> TrainConfig:
             },
             "train": {
                 "epochs": 1,
-                "row_optimizer": {"name": "rowwise_adagrad", "learning_rate": 0.1},
-                "dense_optimizer": {"name": "adam", "learning_rate": 0.002},
+                "row_optimizer": {"name": "rowwise_adagrad", "learning_rate": 0.05},
+                "dense_optimizer": {"name": "adam", "learning_rate": 0.001},
             },
         },
         source="demo",

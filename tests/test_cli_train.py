@@ -52,6 +52,12 @@ def test_a_run_leaves_its_folder_and_prints_its_report(workplace):
     valid = run("evaluate", "runs/toy_run", "--split", "valid")
     assert json.loads(valid.stdout)["auc"] == report["valid"]["auc"]
 
+    compared = run("compare", "runs/toy_run", "runs/toy_run", "--out", "both")
+    assert compared.exit_code == 0, compared.output
+    assert compared.stdout.count("toy_run") == 2 and "hash" in compared.stdout
+    assert (workplace / "both" / "report.html").is_file()
+    assert (workplace / "both" / "auc_against_bytes.png").is_file()
+
     again = run("train", "config.yaml", "train.epochs=2", "--quiet")
     assert again.exit_code == 0 and again.stdout == result.stdout
 
@@ -73,6 +79,7 @@ def test_a_run_leaves_its_folder_and_prints_its_report(workplace):
         ),
         (["train", "config.yaml", "train.row_optimizer.name=adam"], "dense"),
         (["evaluate", "runs/none"], "runs/none"),
+        (["compare", "runs/none"], "runs/none"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_no_run(workplace, arguments, message):

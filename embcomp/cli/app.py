@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from embcomp.cli import (
     catalog,
+    compare,
     console,
     demo,
     doctor,
@@ -74,6 +75,7 @@ app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("ls")(catalog.ls)
 app.command("cat")(catalog.cat)

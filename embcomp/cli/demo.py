@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import compare, console
 
 
 def demo(
@@ -23,22 +22,13 @@ def demo(
 ) -> None:
     """Train AutoInt on full, hashed and Unified tables, from raw Criteo-format logs."""
     from embcomp.demo import DemoConfig, run_demo
-    from embcomp.demo_page import COLUMNS, caption, write_page
-    from embcomp.demo_page import rows as cells_of
 
     err = console.stderr()
-    result = run_demo(
+    found = run_demo(
         DemoConfig(out=out, data=data, rows=rows, seed=seed),
         lambda line: err.print(f"[bold]{escape(line)}[/]", highlight=False),
         progress=err.is_terminal,
     )
-    table = Table(box=console.BOX, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
-    for cells in cells_of(result):
-        table.add_row(*cells)
-    standard = console.stdout()
-    standard.print(table, highlight=False)
-    standard.print(escape(caption(result)), highlight=False)
-    for path in write_page(result, out):
+    compare.show(found)
+    for path in compare.draw(found, out):
         print(path)
