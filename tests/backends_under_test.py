@@ -18,6 +18,9 @@ CASES = {
         config=Unified(num_buckets=50, num_chunks=3, num_tables=3, init_range=0.1),
         takes_any_id=True,
     ),
+    "unified_beside_full": BackendCase(
+        config=Unified(num_buckets=120, collisionless=65, init_range=0.1), takes_any_id=True
+    ),
     "unified_projected": BackendCase(
         config=Unified(num_buckets=120, num_chunks=2, chunks={"t0": 5, "t1": 3}),
         takes_any_id=True,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 
 import pytest
+import torch
 import torch.distributed as dist
+from torchrec.distributed import DistributedModelParallel
+from torchrec.models.dlrm import DLRM
 
 from embcomp.backends import QR, Full, Hash, Unified
+from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.testing.data import joined, plain_tables, random_batch
 from embcomp.testing.sharded import (
     Setup,
     check_meta_build,
@@ -56,7 +62,7 @@ def test_two_ranks_equal_one_process(workers, case, pooled):
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_one_and_four_ranks_equal_one_process(workers, case, world_size, pooled):
-    shardings = SHARDINGS if world_size == 1 else ("row_wise", "column_wise", "mixed")
+    shardings = ("table_wise", "mixed") if world_size == 1 else ("row_wise", "column_wise", "mixed")
     setups = [
         Setup(plan=CASES[case].config, sharding=sharding, pooled=pooled, dims=widths(pooled))
         for sharding in shardings
@@ -139,6 +145,45 @@ def expect_refused(setup, bad):
 @pytest.mark.parametrize("bad", [90, -1, 2**40])
 def test_ids_out_of_range_are_refused_by_name_when_sharded(workers, case, bad):
     workers.run(2, expect_refused, Setup(plan=CASES[case].config, sharding="row_wise"), bad)
+
+
+def check_default_plan(config):
+    """TorchRec's own model, planner and sharders: nothing but the tables is ours."""
+    tables = plain_tables(8)
+    models = []
+    for seed in (1, 2 + dist.get_rank()):
+        torch.manual_seed(seed)
+        collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], config)
+        models.append(DLRM(collection, 3, [6, 8], [5, 1]))
+    reference, model = models
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"))
+    weights = {name: weight.clone() for name, weight in reference.state_dict().items()}
+    sharded.load_state_dict(OrderedDict(weights))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, sharded)]
+    for step in range(3):
+        parts = [random_batch(tables, seed=10 * step + other) for other in range(world_size)]
+        torch.manual_seed(step)
+        dense = torch.randn(world_size, 6, 3)
+        losses = []
+        for net, optimizer, rows, ids in zip(
+            (reference, sharded),
+            optimizers,
+            (dense.flatten(0, 1), dense[rank]),
+            (joined(parts), parts[rank]),
+        ):
+            optimizer.zero_grad()
+            loss = net(rows, ids).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert mean_over_ranks(losses[1]) == pytest.approx(losses[0], rel=1e-5)
+    expect_equal_weights(sharded.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torchrecs_planner_shards_torchrecs_dlrm_on_every_method(workers, case):
+    workers.run(2, check_default_plan, CASES[case].config)
 
 
 def run_other_weights(setup):
