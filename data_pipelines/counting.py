@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from embcomp.data_pipelines.ahead import ahead
 from embcomp.data_pipelines.features import Features
@@ -55,6 +55,9 @@ class FeatureCounts(BaseModel):
 
 class PartCounts(BaseModel):
     """What the first pass found in one part of the input."""
+
+    # A part without train rows has infinite extremes, which plain JSON would turn into null.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     rows: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))
     positives: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))

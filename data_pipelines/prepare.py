@@ -244,7 +244,11 @@ class _Run:
         if not self.work.resumed:
             columns = len(self.features.numeric) + len(self.features.categorical) + 1
             self.work.check_space(int(0.4 * index.text_bytes) + 4 * columns * total)
-        partitions = max(1, math.ceil(total * _RUN_BYTES_PER_ROW / self.room))
+        # The worst case: one feature holds all of the text, and no value occurs twice.
+        bags = any(feature.multi_valued for feature in self.features.categorical)
+        values = max(total, index.text_bytes // 8) if bags else total
+        worst = values * _RUN_BYTES_PER_VALUE + index.text_bytes
+        partitions = max(1, math.ceil(worst / self.room))
         counts = self._count(parts, total, partitions)
         self._quarantine(counts)
         ranked = self._rank(counts, partitions)
@@ -503,7 +507,8 @@ class _Run:
 
 
 _BLOCK_KEYS = ("file", "start", "end", "line", "row", "rows")
-_RUN_BYTES_PER_ROW = 150
+# Merging the counts of a value that stands alone in each run, beside its text.
+_RUN_BYTES_PER_VALUE = 150
 
 
 def vocabulary_file(name: str, position: int) -> str:

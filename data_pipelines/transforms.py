@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.schema import NumericFeature
 
@@ -17,6 +17,8 @@ TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
 
 class NumericStats(BaseModel):
     """Figures of one numeric column over the train split; sums are of log1p(max(x, 0))."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     count: int = 0
     log_sum: float = 0.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -315,6 +316,13 @@ def test_a_schema_that_disagrees_with_the_data_is_explained(tmp_path, schema, me
     importer = TableImporter.from_yaml(tmp_path / "schema.yaml")
     with pytest.raises(DataError, match=message):
         importer.open([RawFile(path=tmp_path / "a.parquet")])
+
+
+def test_every_schema_that_comes_along_is_sound():
+    schemas = sorted((Path(__file__).parent.parent / "configs" / "datasets").glob("*.yaml"))
+    assert schemas
+    for path in schemas:
+        assert load_schema(path).categorical
 
 
 def test_csv_files_of_one_table_must_have_the_same_header(tmp_path):
