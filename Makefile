@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?= demo
 
-SOURCES := embcomp models data_pipelines search tests benchmarks
+SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test check fix bench docs install clean-venv
+.PHONY: demo test check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
@@ -27,7 +27,18 @@ fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 
 bench: $(VENV)/.installed
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/prepare.py
+
+## Quality over seeds and budgets on generated logs: an hour on two cores.
+bench-quality: $(VENV)/.installed
+	test -f runs/quality/raw.txt || $(BIN)/embcomp generate runs/quality/raw.txt --scale 0.01
+	test -f runs/quality/data/dataset.json || \
+		$(BIN)/embcomp prepare criteo runs/quality/raw.txt runs/quality/data
+	$(BIN)/python benchmarks/quality.py configs/criteo_autoint_full.yaml \
+		--methods hash,qr,unified --budgets 50%,10% data.path=runs/quality/data
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
