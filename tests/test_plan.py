@@ -43,7 +43,9 @@ def test_short_forms():
 def test_tables_with_equal_methods_share_a_group():
     tables = specs(500, 600, 700)
     plan = Plan(default=Unified(num_buckets=50), overrides={"t1": Hash(num_buckets=9)})
-    groups = [(config.name, [t.name for t in group]) for config, group in plan.resolve(tables).groups]
+    groups = [
+        (config.name, [t.name for t in group]) for config, group in plan.resolve(tables).groups
+    ]
     assert groups == [("unified", ["t0", "t2"]), ("hash", ["t1"])]
 
 
@@ -76,7 +78,9 @@ def test_a_methods_budget_is_met_closely(method, budget):
 def test_the_plans_budget_is_what_overrides_leave():
     tables = specs(5000, 9000, 40)
     plan = Plan(
-        default=Unified(num_buckets=1), overrides={"t2": Full(), "t0": Hash(ratio=0.1)}, budget="25%"
+        default=Unified(num_buckets=1),
+        overrides={"t2": Full(), "t0": Hash(ratio=0.1)},
+        budget="25%",
     )
     resolved = plan.resolve(tables)
     assert resolved.methods["t2"] == Full()
