@@ -21,7 +21,7 @@ NAMES_SHOWN = 3
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="A training YAML.", show_default=False)],
+    config: Annotated[str, typer.Argument(help="A training YAML, or a recipe's name.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
@@ -46,11 +46,12 @@ def plan(
 ) -> None:
     """Show bytes per table and in total; exit code 1 when over budget or not placeable."""
     from embcomp.budget import parse_budget
+    from embcomp.catalog import find_recipe
     from embcomp.config import load_config
     from embcomp.errors import BudgetError
     from embcomp.planning import plan_config, read_sizes, sizes_of_dataset
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(find_recipe(config), overrides or [])
     sizes = read_sizes(tables) if tables else sizes_of_dataset(loaded.data.path)
     memory = None if device_memory is None else parse_budget(device_memory)
     try:
