@@ -133,6 +133,24 @@ def test_meta_builds_get_good_weights_and_equal_routes(workers):
         workers.run(world_size, check_each, check_meta_build, setups)
 
 
+def count_optimizer_bytes(setup):
+    sharded, optimizer = shard(setup, setup.model(seed=1))
+    train_step(sharded, optimizer, setup.batch(0, 0))
+    states = sharded.fused_optimizer.state_dict()["state"].values()
+    tensors = [
+        part.tensor for state in states for value in state.values() for part in value.local_shards()
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad"])
+def test_optimizer_state_takes_the_bytes_predicted(workers, optimizer):
+    for plan in (Full(), QR(divisor=9), CASES["unified_projected"].config):
+        setup = Setup(plan=plan, optimizer=optimizer, dims=(10, 3, 8))
+        predicted = setup.model(seed=0).tables.footprint.optimizer_bytes(optimizer)
+        assert workers.run(1, count_optimizer_bytes, setup) == [predicted]
+
+
 def expect_refused(setup, bad):
     sharded, _ = shard(setup, setup.model(seed=1))
     batch = setup.batch(0, 0)  # the same on every rank, so that all of them refuse it
