@@ -74,7 +74,8 @@ def run_demo(config: DemoConfig, say: Callable[[str], None], *, progress: bool) 
         say(f"preparing {raw}")
         # A dataset made anew makes the runs on an older one stale.
         shutil.rmtree(folder / "runs", ignore_errors=True)
-        prepare(raw, dataset, importer="criteo", progress=progress, report=say)
+        name = config.data.name if config.data else f"{config.rows:,} generated rows"
+        prepare(raw, dataset, importer="criteo", name=name, progress=progress, report=say)
     if config.data is not None:
         _check_source(DatasetInfo.load(dataset), config.data, dataset)
     runs = {name: demo_run(name, dataset, config.seed) for name in METHODS}
