@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embcomp.data_pipelines import encoding, text
+from embcomp.data_pipelines import encoding, passes, text
 from embcomp.data_pipelines import prepare as prepare_module
 from embcomp.data_pipelines import vocabulary as vocabulary_module
 from embcomp.data_pipelines.counting import RunWriter
@@ -143,7 +143,7 @@ def test_the_spilling_paths_give_the_same_bytes(tmp_path, small_blocks, monkeypa
         lambda f, r, p: (pieces.append((len(f), p)), ranges(f, r, p))[1],
     )
     monkeypatch.setattr(
-        prepare_module, "plan_rounds", lambda s, r: (rounds.append(plan(s, r)), rounds[-1])[1]
+        passes, "plan_rounds", lambda s, r: (rounds.append(plan(s, r)), rounds[-1])[1]
     )
     # So little room forces run files, hash partitions, sorting by ranges and rounds of encoding.
     monkeypatch.setattr(prepare_module, "_room", lambda size: 25_000)

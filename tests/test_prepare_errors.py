@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embcomp.data_pipelines import row_writer, text, workspace
-from embcomp.data_pipelines.prepare import BAD_ROWS_FILE, prepare
+from embcomp.data_pipelines.passes import BAD_ROWS_FILE
+from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.validate import validate_dataset
 from embcomp.errors import DataError

@@ -7,8 +7,7 @@ import textwrap
 
 import pytest
 
-from embcomp.data_pipelines import prepare as prepare_module
-from embcomp.data_pipelines import text
+from embcomp.data_pipelines import passes, text
 from embcomp.data_pipelines.encoding import plan_rounds
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.errors import DataError
@@ -69,12 +68,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     raw, whole, tmp_path, monkeypatch, name, calls
 ):
     with monkeypatch.context() as patch:
-        die_after(patch, prepare_module, name, calls)
+        die_after(patch, passes, name, calls)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        seen = die_after(patch, prepare_module, name, 10**6)
+        seen = die_after(patch, passes, name, 10**6)
         news: list[str] = []
         prepare(raw, tmp_path / "out", report=news.append, **OPTIONS)
     assert news == ["going on with what an earlier, interrupted run left"]
@@ -86,7 +85,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
 def test_other_settings_or_a_changed_source_start_afresh(raw, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        die_after(patch, prepare_module, "encode_part", 2)
+        die_after(patch, passes, "encode_part", 2)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     news: list[str] = []
@@ -101,7 +100,8 @@ def test_a_run_that_is_killed_for_good_leaves_no_dataset_and_resumes(raw, whole,
     script = textwrap.dedent(
         """
         import os, signal, sys
-        from embcomp.data_pipelines import encoding, prepare as module, text
+        from embcomp.data_pipelines import passes as module, text
+        from embcomp.data_pipelines.prepare import prepare
         text.BLOCK_BYTES = 4000
         original = module.encode_part
         calls = []
@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_for_good_leaves_no_dataset_and_resumes(raw, whole,
                 options["advance"] = lambda n: os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **options)
         module.encode_part = dying
-        module.prepare(sys.argv[1], sys.argv[2], importer="criteo", min_count=2, blocks_per_part=2)
+        prepare(sys.argv[1], sys.argv[2], importer="criteo", min_count=2, blocks_per_part=2)
         """
     )
     done = subprocess.run(
@@ -155,9 +155,9 @@ def test_two_processes_do_not_prepare_the_same_folder(raw, tmp_path):
 
 def test_interrupted_rounds_of_encoding_go_on(raw, whole, tmp_path, monkeypatch):
     # So little room that the ids are found in several rounds.
-    monkeypatch.setattr(prepare_module, "plan_rounds", lambda sizes, room: plan_rounds(sizes, 9000))
+    monkeypatch.setattr(passes, "plan_rounds", lambda sizes, room: plan_rounds(sizes, 9000))
     with monkeypatch.context() as patch:
-        die_after(patch, prepare_module, "store_ids", 3)
+        die_after(patch, passes, "store_ids", 3)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     prepare(raw, tmp_path / "out", **OPTIONS)

@@ -1,0 +1,371 @@
+"""The passes of `prepare` over its input, each of which goes on where a killed run was."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pydantic import BaseModel
+
+from embcomp.data_pipelines.counting import PartCounts, RunWriter, SplitOf, count_part
+from embcomp.data_pipelines.encoding import (
+    Encoder,
+    PartRows,
+    encode_part,
+    plan_rounds,
+    store_ids,
+    unseen_rates,
+)
+from embcomp.data_pipelines.features import Features
+from embcomp.data_pipelines.importer import BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.progress import phase
+from embcomp.data_pipelines.schema import (
+    FIRST_ID,
+    BayesMetrics,
+    CategoricalFeature,
+    DatasetInfo,
+    SourceFile,
+    SplitInfo,
+)
+from embcomp.data_pipelines.sidecar import read_bayes
+from embcomp.data_pipelines.splits import SPLITS, SplitRule
+from embcomp.data_pipelines.transforms import NumericStats
+from embcomp.data_pipelines.vocabulary import Ranked, build_vocabulary
+from embcomp.data_pipelines.workspace import Workspace, write_text
+from embcomp.errors import DataError
+
+BAD_ROWS_FILE = "bad_rows.tsv"
+_SHOWN_BAD_ROWS = 5
+# Merging the counts of a value that stands alone in each run, beside its text.
+_RUN_BYTES_PER_VALUE = 150
+_BLOCK_KEYS = ("file", "start", "end", "line", "row", "rows")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the bytes of a dataset may depend on."""
+    return {
+        "embcomp": version("embcomp"),
+        "polars": pl.__version__,
+        "pyarrow": pa.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class _IndexState(BaseModel):
+    """What the index pass found, kept for a resumed run."""
+
+    blocks: list[list[int]]
+    sources: list[SourceFile]
+    text_bytes: int
+
+
+@dataclass(kw_only=True)
+class Passes:
+    """One call of `prepare`, pass by pass."""
+
+    table: RawTable
+    features: Features
+    rule: SplitRule
+    name: str
+    group: str | None
+    room: int
+    max_bad_rows: float
+    progress: bool
+    report: Callable[[str], None]
+    rows_per_group: int
+    blocks_per_part: int
+    work: Workspace
+
+    def run(self) -> DatasetInfo:
+        """Make the dataset and move it into place."""
+        if self.work.resumed:
+            self.report("going on with what an earlier, interrupted run left")
+        index = self._index()
+        blocks = [Block(**dict(zip(_BLOCK_KEYS, row))) for row in index.blocks]
+        total = blocks[-1].row + blocks[-1].rows
+        parts = [
+            blocks[i : i + self.blocks_per_part]
+            for i in range(0, len(blocks), self.blocks_per_part)
+        ]
+        if not self.work.resumed:
+            columns = len(self.features.numeric) + len(self.features.categorical) + 1
+            self.work.check_space(int(0.4 * index.text_bytes) + 4 * columns * total)
+        # The worst case: one feature holds all of the text, and no value occurs twice.
+        bags = any(feature.multi_valued for feature in self.features.categorical)
+        values = max(total, index.text_bytes // 8) if bags else total
+        worst = values * _RUN_BYTES_PER_VALUE + index.text_bytes
+        partitions = max(1, math.ceil(worst / self.room))
+        counts = self._count(parts, total, partitions)
+        self._quarantine(counts)
+        ranked = self._rank(counts, partitions)
+        encoded = self._encode(parts, total, counts, ranked)
+        info = self._describe(index, total, counts, ranked, encoded)
+        info.save(self.work.path)
+        self.work.publish()
+        return DatasetInfo.load(self.work.output)
+
+    def _index(self) -> _IndexState:
+        mark = self.work.scratch / "index.json"
+        if mark.is_file():
+            return _IndexState.model_validate_json(mark.read_text(encoding="utf-8"))
+        blocks: list[Block] = []
+        sources: list[SourceFile] = []
+        text_bytes = 0
+        size = sum(file.path.stat().st_size for file in self.table.files)
+        with phase("index", size, show=self.progress) as advance:
+            for number, file in enumerate(self.table.files):
+                row = blocks[-1].row + blocks[-1].rows if blocks else 0
+                found = self.table.index(number, row, advance)
+                blocks += found.blocks
+                text_bytes += found.text_bytes
+                sources.append(
+                    SourceFile(path=str(file.path), bytes=found.bytes, sha256=found.sha256)
+                )
+        rows = [[b.file, b.start, b.end, b.line, b.row, b.rows] for b in blocks]
+        index = _IndexState(blocks=rows, sources=sources, text_bytes=text_bytes)
+        write_text(mark, index.model_dump_json())
+        return index
+
+    def _split_of(self, total: int) -> SplitOf:
+        def codes(block: Block, rows: Rows) -> np.ndarray:
+            file_split = self.table.files[block.file].split
+            drawn = self.rule.codes(block.row, block.rows, total, file_split)
+            return drawn if rows.positions is None else drawn[rows.positions]
+
+        return codes
+
+    def _count(self, parts: Sequence[Sequence[Block]], total: int, partitions: int) -> PartCounts:
+        folder = self.work.scratch / "counts"
+        folder.mkdir(exist_ok=True)
+        allowed = int(self.max_bad_rows * total)
+        whole = PartCounts()
+
+        def check_bad(here: int, rows: Iterable[BadRow]) -> None:
+            if len(whole.bad) + here > allowed:
+                first = [line.row() for line in whole.bad] + list(rows)
+                self._too_many(first, total)
+
+        with phase("count", total, show=self.progress) as advance:
+            for number, blocks in enumerate(parts):
+                mark = folder / f"part-{number:05d}-{partitions}.json"
+                if mark.is_file():
+                    part = PartCounts.model_validate_json(mark.read_text(encoding="utf-8"))
+                    advance(sum(block.rows for block in blocks))
+                else:
+                    runs = RunWriter(
+                        features=len(self.features.categorical),
+                        partitions=partitions,
+                        folder=folder,
+                        prefix=f"part-{number:05d}-{partitions}",
+                        limit=self.room // 6,
+                    )
+                    part = count_part(
+                        self.table,
+                        blocks,
+                        features=self.features,
+                        split_of=self._split_of(total),
+                        runs=runs,
+                        check_bad=check_bad,
+                        advance=advance,
+                    )
+                    write_text(mark, part.model_dump_json())
+                whole.merge(part)
+        if whole.rows[0] == 0:
+            raise DataError(
+                f"no row is in the train split: {total} rows were read, {whole.dropped} left out "
+                f"by the label rule, {len(whole.bad)} malformed"
+            )
+        return whole
+
+    def _too_many(self, bad: list[BadRow], total: int) -> None:
+        shown = "\n".join(f"  {row}" for row in bad[:_SHOWN_BAD_ROWS])
+        raise DataError(
+            f"at least {len(bad)} of {total} rows are malformed, more than the share of "
+            f"{self.max_bad_rows:g} that is allowed; the first:\n{shown}\nIf the importer and the "
+            f"schema are the right ones, mend the rows or allow a larger share (max_bad_rows)"
+        )
+
+    def _quarantine(self, counts: PartCounts) -> None:
+        if not counts.bad:
+            return
+        rows = [line.row() for line in counts.bad]
+        with (self.work.path / BAD_ROWS_FILE).open("wb") as file:
+            for row in rows:
+                head = f"{row.path}\t{row.line}\t{row.reason}\t"
+                file.write(head.encode() + row.raw + b"\n")
+        self.report(f"{len(rows)} malformed rows were set aside in {BAD_ROWS_FILE}; the first:")
+        for row in rows[:_SHOWN_BAD_ROWS]:
+            self.report(f"  {row}")
+
+    def _rank(self, counts: PartCounts, partitions: int) -> list[Ranked]:
+        folder = self.work.path / "vocabulary"
+        folder.mkdir(exist_ok=True)
+        marks = self.work.scratch / "ranked"
+        marks.mkdir(exist_ok=True)
+        runs = [self.work.scratch / "counts" / run for run in counts.runs]
+        ranked: list[Ranked] = []
+        features = self.features.categorical
+        with phase("rank", len(features), show=self.progress) as advance:
+            for i, feature in enumerate(features):
+                mark = marks / f"{i:05d}.json"
+                if mark.is_file():
+                    ranked.append(Ranked(**json.loads(mark.read_text(encoding="utf-8"))))
+                else:
+                    figures = counts.categorical[feature.name]
+                    missing = 0 if feature.multi_valued else figures.train_missing
+                    found = build_vocabulary(
+                        runs,
+                        self._vocabulary(i),
+                        feature=i,
+                        name=feature.name,
+                        partitions=partitions,
+                        min_count=feature.min_count,
+                        missing=missing,
+                        total=missing + figures.train_values,
+                        limit=self.room,
+                        scratch=marks,
+                    )
+                    write_text(mark, json.dumps(vars(found)))
+                    ranked.append(found)
+                advance(1)
+        return ranked
+
+    def _vocabulary(self, feature: int) -> Path:
+        return self.work.path / vocabulary_file(self.features.categorical[feature].name, feature)
+
+    def _encode(
+        self,
+        parts: Sequence[Sequence[Block]],
+        total: int,
+        counts: PartCounts,
+        ranked: Sequence[Ranked],
+    ) -> list[PartRows]:
+        folder = self.work.scratch / "rows"
+        folder.mkdir(exist_ok=True)
+        vocabularies = [self._vocabulary(i) for i in range(len(ranked))]
+        numeric = [
+            self._stats(counts, c.name).feature(c.name, c.transform, 0)
+            for c in self.features.numeric
+        ]
+        rounds = plan_rounds([r.kept for r in ranked], self.room)
+        done: list[PartRows] = []
+        with phase("encode", total * len(rounds), show=self.progress) as advance:
+            for number, slices in enumerate(rounds):
+                last = number == len(rounds) - 1
+                with Encoder(self.features, vocabularies, slices, _threads()) as encoder:
+                    for at, blocks in enumerate(parts):
+                        key = f"{len(rounds)}-{at:05d}"
+                        stored = folder / f"ids-{number}-{key}.arrow"
+                        mark = folder / f"part-{at:05d}.json"
+                        if stored.is_file() or mark.is_file():
+                            advance(sum(block.rows for block in blocks))
+                        elif not last:
+                            store_ids(
+                                self.table,
+                                blocks,
+                                stored,
+                                features=self.features,
+                                encoder=encoder,
+                                advance=advance,
+                            )
+                        else:
+                            earlier = [folder / f"ids-{n}-{key}.arrow" for n in range(number)]
+                            part = encode_part(
+                                self.table,
+                                blocks,
+                                folder=self.work.path,
+                                number=at,
+                                features=self.features,
+                                numeric=numeric,
+                                split_of=self._split_of(total),
+                                encoder=encoder,
+                                earlier=earlier,
+                                rows_per_group=self.rows_per_group,
+                                advance=advance,
+                            )
+                            write_text(mark, part.model_dump_json())
+                            for path in earlier:
+                                path.unlink()
+                        if last:
+                            text = mark.read_text(encoding="utf-8")
+                            done.append(PartRows.model_validate_json(text))
+        return done
+
+    @staticmethod
+    def _stats(counts: PartCounts, name: str) -> NumericStats:
+        return counts.numeric.get(name, NumericStats())
+
+    def _describe(
+        self,
+        index: _IndexState,
+        total: int,
+        counts: PartCounts,
+        ranked: Sequence[Ranked],
+        parts: Sequence[PartRows],
+    ) -> DatasetInfo:
+        categorical = []
+        for i, (feature, found) in enumerate(zip(self.features.categorical, ranked)):
+            figures = counts.categorical[feature.name]
+            length = figures.train_values / counts.rows[0] if feature.multi_valued else 1.0
+            categorical.append(
+                CategoricalFeature(
+                    name=feature.name,
+                    num_embeddings=found.kept + FIRST_ID,
+                    multi_valued=feature.multi_valued,
+                    min_count=feature.min_count,
+                    max_length=figures.max_length,
+                    mean_length=length,
+                    num_raw_values=found.raw_values,
+                    frequency_quantiles=found.quantiles,
+                    vocabulary=vocabulary_file(feature.name, i),
+                    missing=figures.missing,
+                )
+            )
+        splits = {
+            split: SplitInfo(
+                files=[part.files[split] for part in parts if split in part.files],
+                rows=counts.rows[code],
+                positives=counts.positives[code],
+                unseen_rate=dict(unseen_rates(parts, split)),
+            )
+            for code, split in enumerate(SPLITS)
+        }
+        bayes = read_bayes([file.path for file in self.table.files], self.rule)
+        return DatasetInfo(
+            name=self.name,
+            group=self.group,
+            numeric=[
+                self._stats(counts, c.name).feature(
+                    c.name, c.transform, counts.numeric_missing.get(c.name, 0)
+                )
+                for c in self.features.numeric
+            ],
+            categorical=categorical,
+            splits=splits,
+            split_rule=self.rule.model_dump(),
+            raw_rows=total,
+            bad_rows=len(counts.bad),
+            dropped_rows=counts.dropped,
+            sources=index.sources,
+            versions=versions(),
+            bayes=BayesMetrics(**bayes) if bayes else None,
+        )
+
+
+def vocabulary_file(name: str, position: int) -> str:
+    """Return the relative path of a feature's vocabulary; odd characters are replaced."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    # The position keeps names apart that differ in odd characters or in case only.
+    return f"vocabulary/{position:03d}-{plain[:80]}.parquet"
+
+
+def _threads() -> int:
+    return max(1, min(pl.thread_pool_size(), 8))
