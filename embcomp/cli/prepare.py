@@ -93,10 +93,12 @@ def prepare(
 def _rule(split: str | None, shares: str | None, seed: int) -> dict[str, Any] | None:
     from embcomp.errors import DataError
 
-    if split is None and shares is None and seed == 0:
-        return None
-    rule: dict[str, Any] = {"kind": split or "random"}
-    if rule["kind"] == "random":
+    if split is None:
+        if shares is None and seed == 0:
+            return None
+        raise DataError("--shares and --split-seed need --split random or --split chronological")
+    rule: dict[str, Any] = {"kind": split}
+    if split == "random":
         rule["seed"] = seed
     if shares is not None:
         try:
