@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embcomp.backends import QR, Full, Hash, Unified
 from embcomp.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from embcomp.errors import ConfigError
+from embcomp.hashing import salt, splitmix64
 from embcomp.testing.data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
@@ -252,8 +253,49 @@ def test_qr_looks_rows_up_by_quotient_and_remainder():
         (rows,) = collection.serving_tensors().values()
         assert len(rows) == 9 + 7
         for id_ in (0, 6, 7, 58, 59):
-            found = collection(batch_of({"f0": [[id_]]}))["f0"][0]
-            torch.testing.assert_close(found, join(rows[id_ // 7], rows[9 + id_ % 7]))
+            wanted = join(rows[id_ // 7], rows[9 + id_ % 7])
+            other = join(rows[4], rows[9 + 2])
+            for bags in ([[id_]], [[id_], [], [30, id_]]):  # even bags, and ragged ones
+                found = collection(batch_of({"f0": bags}))["f0"]
+                torch.testing.assert_close(found[0], wanted)
+                if len(bags) > 1:
+                    torch.testing.assert_close(found[2], wanted + other)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_hashed_rows_follow_seed_table_and_look_up(ragged):
+    """Where ids are is part of every saved model: it may never change."""
+    tables = awkward_tables((8, 8, 8))
+    bags = {"f0": [[3], [59]], "f1": [[7], [8]], "f2": [[2**40], [-5]]}
+    if ragged:
+        bags["f2"][0].append(11)
+
+    def placed(seed, table, chunk, num_rows):
+        id_ = (-5) % 2**64  # the last of f2
+        return (splitmix64(id_ ^ salt(seed, table, chunk)) & (2**63 - 1)) % num_rows
+
+    for seed in (2021, 7):
+        plan = Hash(num_buckets=40, collisionless=0, seed=seed)
+        hashed = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
+        ids = hashed.route(batch_of(bags))[0]["t1/f2#0"].values()
+        assert ids[-1] == placed(seed, 1, 0, 40)
+        plan = Unified(num_buckets=50, num_chunks=2, seed=seed)
+        unified = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
+        for chunk in (0, 1):
+            ids = unified.route(batch_of(bags))[0][f"t1/f2#{chunk}"].values()
+            assert ids[-1] == placed(seed, 1, chunk, 50)
+
+
+def test_unified_joins_its_look_ups_in_order():
+    tables = plain_tables(6)
+    plan = Unified(num_buckets=50, num_chunks=3, num_tables=2)
+    collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
+    first, second = collection.serving_tensors().values()
+    batch = batch_of({"f0": [[1]], "f1": [[2]], "f2": [[3]]})
+    rows = {key: int(j.values()[0]) for key, j in collection.route(batch)[0].to_dict().items()}
+    # Look-ups are dealt to the tables in turn: 0 and 2 of the first feature to the first table.
+    parts = [first[rows["t0/f0#0"]], second[rows["t0/f0#1"]], first[rows["t0/f0#2"]]]
+    torch.testing.assert_close(collection(batch)["f0"][0], torch.cat(parts))
 
 
 def test_missing_features_are_named():
