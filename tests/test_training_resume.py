@@ -29,27 +29,40 @@ OVERRIDES = (
     "train.warmup_steps=6",
     "train.row_optimizer={name: adagrad, weight_decay: 0.01}",
 )
-# One process imports everything; each attempt is a fork of it that may kill itself after a step.
+# One process imports everything; a rank of an attempt is a fork that may kill itself after a step.
 ATTEMPTS = """
-import os, sys
+import os, socket, sys
 import torch
 torch.set_num_threads(1)
 from embcomp.config import load_config
 from embcomp.training import api, loop
-path, *attempts = sys.argv[1:]
+
+def run(rank, world_size, port, runs, kill_at):
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    step = loop.Training._train_step
+    def train_step(self, batches):
+        step(self, batches)
+        if self.state.step == kill_at:
+            os.kill(os.getpid(), 9)
+    loop.Training._train_step = train_step
+    api.train(load_config(path), runs=runs, quiet=True)
+    os._exit(0)
+
+path, world_size, *attempts = sys.argv[1:]
 for attempt in attempts:
     runs, kill_at = attempt.split("@")
-    child = os.fork()
-    if child == 0:
-        step = loop.Training._train_step
-        def train_step(self, batches):
-            step(self, batches)
-            if self.state.step == int(kill_at):
-                os.kill(os.getpid(), 9)
-        loop.Training._train_step = train_step
-        api.train(load_config(path), runs=runs, quiet=True)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(int(world_size)):
+        children.append(os.fork())
+        if children[-1] == 0:
+            run(rank, int(world_size), port, runs, int(kill_at))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(*set(codes), flush=True)
 """
 
 
@@ -58,9 +71,9 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def attempt(config_path: Path, *attempts: tuple[Path, int]) -> list[int]:
+def attempt(world_size: int, config_path: Path, *attempts: tuple[Path, int]) -> list[int]:
     """Exit codes of runs, each in the given folder and killed after the given step (0: never)."""
-    command = [sys.executable, "-c", ATTEMPTS, str(config_path)]
+    command = [sys.executable, "-c", ATTEMPTS, str(config_path), str(world_size)]
     command += [f"{runs}@{step}" for runs, step in attempts]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, check=True, timeout=240, stdout=subprocess.PIPE)
@@ -80,7 +93,10 @@ def everything(run: Path) -> dict:
         "tensors": torch.load(run / "all.pt", weights_only=False),
         "metrics": (run / "metrics.jsonl").read_bytes(),
         "report": {key: value for key, value in report.items() if key not in timed},
-        "random": torch.load(last / "random-0.pt", weights_only=False)["torch"],
+        "random": {
+            path.name: torch.load(path, weights_only=False)["torch"]
+            for path in last.glob("random-*.pt")
+        },
     }
 
 
@@ -93,19 +109,21 @@ def differences(first, second, path="") -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor")
+# Before the first checkpoint, between two, in the second epoch, and just before the end.
+@pytest.mark.parametrize(("world_size", "steps"), [(1, (3, 10, 37)), (2, (27,))])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_as_if_nothing_had_happened(
-    dataset, tmp_path
+    dataset, tmp_path, world_size, steps
 ):
     config_path = tmp_path / "config.yaml"
     config_path.write_text(toy_config(dataset, *OVERRIDES).to_yaml())
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # Before the first checkpoint, between two, in the second epoch, and just before the end.
-    steps = (3, 10, 27, 37)
-    codes = attempt(config_path, (whole, 0), *((killed, step) for step in steps), (killed, 0))
+    codes = attempt(
+        world_size, config_path, (whole, 0), *((killed, step) for step in steps), (killed, 0)
+    )
     assert codes == [0, *[-signal.SIGKILL] * len(steps), 0]
     expected, found = everything(whole / "toy"), everything(killed / "toy")
     assert differences(expected, found) == []
-    assert "optim" in expected["tensors"]
+    assert "optim" in expected["tensors"] and len(expected["random"]) == world_size
     assert len(expected["metrics"].splitlines()) > 10
 
 

@@ -145,16 +145,20 @@ class Training:
             self.state.loss_steps += 1
         self._losses.clear()
 
+    def _share_losses(self) -> None:
+        """Makes the sum of losses the mean over ranks: a checkpoint holds it for all of them."""
+        self._collect_losses()
+        total = torch.tensor(self.state.loss_sum, dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(total)
+        self.state.loss_sum = total.item() / self.process.world_size
+
     def _record_loss(self) -> None:
         """The mean loss of all ranks since the last record."""
         begun, state = time.perf_counter(), self.state
-        self._collect_losses()
+        self._share_losses()
         if not state.loss_steps:
             return
-        mean = torch.tensor(state.loss_sum / state.loss_steps, dtype=torch.float64)
-        mean = mean.to(self.process.device)
-        dist.all_reduce(mean)
-        loss = mean.item() / self.process.world_size
+        loss = state.loss_sum / state.loss_steps
         state.train_seconds += time.perf_counter() - begun
         seconds = state.train_seconds - self._recorded_seconds
         speed = state.loss_steps * self.config.data.batch_size / seconds
@@ -204,7 +208,7 @@ class Training:
     def _save(self) -> None:
         state = self.state
         self._settle()
-        self._collect_losses()
+        self._share_losses()
         state.wall_seconds = time.perf_counter() - self.started
         state.log_sizes = self.logs.sizes()
         save_checkpoint(
