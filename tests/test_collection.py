@@ -242,24 +242,22 @@ def test_unified_pads_what_few_chunks_leave():
 
 
 def test_qr_looks_rows_up_by_quotient_and_remainder():
-    (table,) = plain_tables(4, rows=(60,))
+    tables = plain_tables(4, rows=(60, 80))
     for combine, join in (
         ("mult", lambda q, r: q * r),
         ("add", lambda q, r: q + r),
         ("concat", lambda q, r: torch.cat((q[:2], r[:2]))),
     ):
         plan = QR(divisor=7, combine=combine)
-        collection = CompressedEmbeddingBagCollection([table.bag()], plan)
-        (rows,) = collection.serving_tensors().values()
+        collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
+        rows = collection.serving_tensors()["t0"]
         assert len(rows) == 9 + 7
         for id_ in (0, 6, 7, 58, 59):
             wanted = join(rows[id_ // 7], rows[9 + id_ % 7])
-            other = join(rows[4], rows[9 + 2])
-            for bags in ([[id_]], [[id_], [], [30, id_]]):  # even bags, and ragged ones
-                found = collection(batch_of({"f0": bags}))["f0"]
+            for others in ([[79], [70]], [[], [79, 1, 2]]):  # as many ids in each feature, or not
+                found = collection(batch_of({"f0": [[id_], [30]], "f1": others}))["f0"]
                 torch.testing.assert_close(found[0], wanted)
-                if len(bags) > 1:
-                    torch.testing.assert_close(found[2], wanted + other)
+                torch.testing.assert_close(found[1], join(rows[4], rows[9 + 2]))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
