@@ -10,6 +10,7 @@ from contextlib import contextmanager
 _MESSAGES = (
     "Please use DTensor instead",  # ShardedTensor, which TorchRec 1.8 is built on
     "`broadcast_buffers` is deprecated",  # an argument that TorchRec gives to DDP
+    r"`torch\.distributed\.\w+` is deprecated",  # operations that TorchRec calls
     "torch.distributed is disabled, unavailable or uninitialized",  # as load_model intends
 )
 _LOGGERS = (
