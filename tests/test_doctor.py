@@ -141,17 +141,29 @@ def test_doctor_and_help_load_no_heavy_package():
     assert child.returncode == 0, child.stderr
 
 
-def test_command_answers_where_torch_is_broken(tmp_path):
+def run_with_broken_torch(folder, error, verb):
     for name in ("torch", "torchrec", "fbgemm_gpu"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise OSError('broken on purpose')\n")
-    child = subprocess.run(
-        [sys.executable, "-c", "from embcomp.cli import main; main()", "doctor"],
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise {error}('broken on purpose')\n")
+    return subprocess.run(
+        [sys.executable, "-c", "from embcomp.cli import main; main()", *verb],
         check=False,
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(tmp_path), "PATH": str(Path(sys.executable).parent)},
+        env={"PYTHONPATH": str(folder), "PATH": str(Path(sys.executable).parent)},
     )
+
+
+@pytest.mark.parametrize("error", ["OSError", "ImportError"])
+def test_other_verbs_point_to_the_doctor_where_torch_is_broken(tmp_path, error):
+    child = run_with_broken_torch(tmp_path, error, ["ls", "methods"])
+    assert child.returncode == 1
+    assert "broken on purpose" in child.stderr and "embcomp doctor" in child.stderr
+    assert "Traceback" not in child.stderr
+
+
+def test_command_answers_where_torch_is_broken(tmp_path):
+    child = run_with_broken_torch(tmp_path, "OSError", ["doctor"])
     assert child.returncode == 1
     assert "broken on purpose" in child.stdout
     assert "pip install" in child.stdout

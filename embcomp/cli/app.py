@@ -32,11 +32,19 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except EmbcompError as error:
             console.fail(str(error))
+        except ImportError as error:
+            console.fail(
+                f"{error}; run `embcomp doctor` to see what is wrong with the installation"
+            )
         except OSError as error:
-            # A full disk or a missing file is the machine's state, not our defect; the rest is.
-            if error.errno not in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EDQUOT):
+            # A full disk or a missing file is the machine's state, not our defect. Libraries that
+            # cannot be loaded raise without a number. The rest is a defect.
+            if error.errno is None:
+                console.fail(f"{error}; if a library is at fault, `embcomp doctor` knows more")
+            elif error.errno in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EDQUOT):
+                console.fail(str(error))
+            else:
                 raise
-            console.fail(str(error))
         raise typer.Exit(1)
 
 
