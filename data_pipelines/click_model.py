@@ -74,8 +74,7 @@ class ClickModel:
     Args:
         sample: rows on which the parts of the logit are scaled and centred.
         seed: draws all effects.
-        spread: how unequal the fields are: the logarithm of a field's weight in the first-order
-            part has this standard deviation.
+        weights: (F,) relative sizes of the fields' first-order effects.
         num_pairs: pairs of fields that interact.
         strengths: standard deviations of the logit's first-order, pair and integer parts.
         click_rate: mean probability on the sample.
@@ -88,7 +87,7 @@ class ClickModel:
         *,
         sample: RawRows,
         seed: int,
-        spread: float,
+        weights: Sequence[float],
         num_pairs: int,
         strengths: Sequence[float],
         click_rate: float,
@@ -101,7 +100,7 @@ class ClickModel:
         every_pair = [(f, g) for g in range(num_fields) for f in range(g)]
         chosen = rng.permutation(len(every_pair))[:num_pairs]
         self._pairs = [every_pair[i] for i in sorted(chosen)]
-        self._weights = np.exp(spread * rng.normal(size=num_fields)).astype(np.float32)
+        self._weights = np.asarray(weights, dtype=np.float32)
         self._slopes = rng.normal(size=num_counts)
         self._angle = drift * np.pi / 2
         logs = _logs(sample)

@@ -96,7 +96,7 @@ def draw(
     model = ClickModel(
         sample=source.sample(),
         seed=config.seed,
-        spread=config.spread,
+        weights=[n**-config.damping for n in config.cardinalities],
         num_pairs=config.num_pairs,
         strengths=(config.first_order, config.interaction, config.numeric),
         click_rate=config.click_rate,

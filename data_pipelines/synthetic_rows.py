@@ -44,7 +44,8 @@ class SyntheticConfig:
         exponent: of the Zipf law that values follow: the k-th most frequent one has probability
             proportional to (k + shift) ** -exponent.
         shift: flattens the head of that law.
-        spread: how unequal the fields' effects are; 0 makes all fields matter alike.
+        damping: the more values a field has, the less each says: effects are proportional to
+            cardinality ** -damping.
         num_pairs: pairs of fields that interact.
         first_order: standard deviation of the logit that single values give.
         interaction: standard deviation that pairs of fields give.
@@ -58,14 +59,14 @@ class SyntheticConfig:
 
     rows: int = 300_000
     scale: float = 0.001
-    min_cardinality: int = 100
-    exponent: float = 1.1
+    min_cardinality: int = 30
+    exponent: float = 1.3
     shift: float = 2.0
-    spread: float = 0.7
-    num_pairs: int = 4
-    first_order: float = 1.2
-    interaction: float = 0.6
-    numeric: float = 0.8
+    damping: float = 0.1
+    num_pairs: int = 3
+    first_order: float = 1.0
+    interaction: float = 0.2
+    numeric: float = 1.1
     click_rate: float = 0.256
     drift: float = 0.0
     renewal: float = 0.0
@@ -78,7 +79,7 @@ class SyntheticConfig:
             ("min_cardinality", self.min_cardinality, 1, 2**31),
             ("exponent", self.exponent, 0.0, 10.0),
             ("shift", self.shift, 0.0, 1e9),
-            ("spread", self.spread, 0.0, 3.0),
+            ("damping", self.damping, 0.0, 1.0),
             ("num_pairs", self.num_pairs, 0, 325),
             ("first_order", self.first_order, 0.0, 100.0),
             ("interaction", self.interaction, 0.0, 100.0),
