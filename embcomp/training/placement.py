@@ -7,17 +7,26 @@ and not on others. So a table is data-parallel only where the config says so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Literal
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    PlannerError,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     column_wise,
@@ -28,6 +37,7 @@ from torchrec.distributed.sharding_plan import (
 )
 from torchrec.distributed.types import ShardingPlan
 
+from embcomp.errors import ConfigError
 from embcomp.training.process import Process
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
@@ -139,11 +149,7 @@ def _ask_planner(
         for table in sharder.shardable_parameters(collection)
     }
     planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=process.world_size,
-            local_world_size=_local_world_size(process),
-            compute_device=process.device.type,
-        ),
+        topology=_topology(process),
         batch_size=batch_size,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(0.1),
@@ -151,10 +157,28 @@ def _ask_planner(
     )
     group = dist.GroupMember.WORLD
     assert group is not None
-    return planner.collective_plan(model, [sharder], group)
+    try:
+        return planner.collective_plan(model, [sharder], group)
+    except PlannerError as error:
+        raise ConfigError(
+            f"the tables do not fit on {process.world_size} {process.device.type} device(s): "
+            "lower tables.budget, choose a smaller method or start more ranks"
+        ) from error
 
 
-def _local_world_size(process: Process) -> int:
-    if process.device.type == "cpu":
-        return process.world_size
-    return min(process.world_size, torch.cuda.device_count())
+def _topology(process: Process) -> Topology:
+    """The devices and their memory as they are; TorchRec would assume some of its own."""
+    on_cpu = process.device.type == "cpu"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
+    memory = psutil.virtual_memory().total // local
+    return TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=process.world_size,
+            local_world_size=local,
+            ddr_cap_bytes=memory,
+            hbm_cap_bytes=0
+            if on_cpu
+            else torch.cuda.get_device_properties(process.device).total_memory,
+        ),
+        kernel_config=KernelConfig(compute_device=process.device.type),
+    )
