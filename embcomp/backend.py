@@ -60,19 +60,36 @@ class BackendConfig(ABC):
     name: ClassVar[str]
     """The method's name in a configuration file."""
     size_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that fix the method's size. One of them, or a budget, must be given."""
+    """Fields that fix the method's size, one of which may be given, or a budget."""
+    hashes_small: ClassVar[bool] = False
+    """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
 
     def __post_init__(self) -> None:
         if self.budget is not None:
             parse_budget(self.budget)
-        given = [key for key in (*self.size_fields, "budget") if self._value(key) is not None]
-        if self.size_fields and len(given) != 1:
-            came = f"got {' and '.join(given)}" if given else "got none"
-            choices = ", ".join((*self.size_fields, "budget"))
-            raise ConfigError(f"{self.name}: expected exactly one of {choices}; {came}")
+        given = [key for key in (*self.size_fields, "budget") if self.__dict__[key] is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{self.name}: expected one of {self._size_choices}; got {' and '.join(given)}"
+            )
 
-    def _value(self, key: str) -> object:
-        return self.__dict__[key]
+    @property
+    def _size_choices(self) -> str:
+        return ", ".join((*self.size_fields, "budget"))
+
+    @property
+    def size(self) -> dict[str, float | int]:
+        """The size field that is given, or nothing where the size is still open."""
+        given = {key: self.__dict__[key] for key in self.size_fields}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def require_size(self) -> None:
+        """Raise a ConfigError where the size is still open."""
+        if self.size_fields and not self.size:
+            raise ConfigError(
+                f"{self.name}: the size is open; give one of {self._size_choices}, "
+                "or give the plan a budget"
+            )
 
     def with_size(self, **size: float) -> Self:
         """This configuration with one size field set, in place of any other and of the budget."""
@@ -104,7 +121,12 @@ class BackendConfig(ABC):
         return Footprint()
 
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
-        """Exact bytes for these tables, those that stay full included. Nothing is allocated."""
+        """Exact bytes for these tables, those that stay full included. Nothing is allocated.
+
+        Raises:
+            ConfigError: when the size is still open.
+        """
+        self.require_size()
         small = [table for table in tables if not self.keeps_full(table)]
         total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
         if small:
@@ -140,7 +162,8 @@ class BackendConfig(ABC):
         out = "Raise the budget, or choose a method with a lower floor (hash, unified)."
         if kept:
             size = sum(table.full_bytes for table in kept)
-            out += f" {len(kept)} small table(s) stay full and take {size:,} of these bytes."
+            out += f" {len(kept)} small table(s) stay full and take {size:,} of these bytes"
+            out += "; a lower collisionless would hash them too." if self.hashes_small else "."
         return out
 
 

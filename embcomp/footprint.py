@@ -23,7 +23,7 @@ class TensorFootprint:
     """Bytes of one tensor of a compressed table.
 
     Args:
-        name: the tensor's name in the serving form.
+        name: the table that it belongs to, and its part in it where there are several.
         role: what it is for.
         rows: first dimension.
         columns: second dimension, without padding.

@@ -22,7 +22,8 @@ class Plan:
         overrides: method of single tables, by name. Tables with equal configs form one group:
             they share its physical tables and its budget.
         budget: serving bytes of all tables together, as ``"64MiB"``, bytes, or ``"10%"`` of the
-            full tables. The default method gets what the overrides leave.
+            full tables. The default method gets what the overrides leave, whatever budget it
+            names itself; its size must be open.
     """
 
     default: BackendConfig = field(default_factory=Full)
@@ -30,8 +31,14 @@ class Plan:
     budget: str | int | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None:
-            parse_budget(self.budget)
+        if self.budget is None:
+            return
+        parse_budget(self.budget)
+        if self.default.size:
+            raise ConfigError(
+                f"plan: budget {self.budget!r} and the default method's "
+                f"{' and '.join(self.default.size)} would both fix its size; give one of them"
+            )
 
     @classmethod
     def of(cls, plan: Plan | BackendConfig | Mapping[str, BackendConfig] | None) -> Plan:
@@ -115,7 +122,10 @@ def _add(
 
 
 def _sized(config: BackendConfig, group: Sequence[TableSpec]) -> BackendConfig:
-    return config if config.budget is None else _within(config, group, config.budget)
+    if config.budget is not None:
+        return _within(config, group, config.budget)
+    config.require_size()
+    return config
 
 
 def _within(config: BackendConfig, group: Sequence[TableSpec], budget: str | int) -> BackendConfig:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from embcomp.backends import QR, Full, Hash, Unified
 from embcomp.budget import format_bytes, largest_int, parse_budget
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.plan import Plan
 from embcomp.tables import TableSpec
 
 
@@ -145,10 +146,15 @@ def test_fitting_changes_nothing_but_the_size(method, tables):
 
 
 @pytest.mark.parametrize("make", [Hash, QR, Unified])
-def test_exactly_one_size_must_be_given(make):
+def test_one_size_must_be_given_by_the_time_it_counts(make):
     field = make.size_fields[0]
-    with pytest.raises(ConfigError, match=f"exactly one of {', '.join(make.size_fields)}, budget"):
-        make()
+    table = TableSpec(name="a", num_embeddings=500, embedding_dim=4, feature_names=("a",))
+    for use in (make().footprint, Plan(default=make()).resolve):
+        with pytest.raises(ConfigError, match=f"one of {', '.join(make.size_fields)}, budget"):
+            use([table])
+    assert Plan(default=make(), budget="30%").resolve([table]).footprint.serve_bytes <= 2400
+    with pytest.raises(ConfigError, match=f"budget '30%' and the default method's {field}"):
+        Plan(default=make(**{field: 9}), budget="30%")
     with pytest.raises(ConfigError, match=f"got {field} and budget"):
         make(**{field: 1, "budget": "10%"})
 
@@ -187,3 +193,4 @@ def test_the_error_below_the_floor_shows_the_way_out():
     assert "100 bytes" in text
     assert "1 small table(s) stay full and take 800 of these bytes" in text
     assert "Raise the budget" in text
+    assert "a lower collisionless would hash them too" in text

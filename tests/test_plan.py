@@ -78,7 +78,7 @@ def test_a_methods_budget_is_met_closely(method, budget):
 def test_the_plans_budget_is_what_overrides_leave():
     tables = specs(5000, 9000, 40)
     plan = Plan(
-        default=Unified(num_buckets=1),
+        default=Unified(),
         overrides={"t2": Full(), "t0": Hash(ratio=0.1)},
         budget="25%",
     )
@@ -93,7 +93,7 @@ def test_the_plans_budget_is_what_overrides_leave():
 def test_tables_stay_full_where_the_budget_allows_them_all():
     tables = specs(500, 600)
     for budget in ("100%", 1100 * 32, "1GiB"):
-        for plan in (Plan.of(Unified(budget=budget)), Plan(default=Hash(ratio=0.5), budget=budget)):
+        for plan in (Plan.of(Unified(budget=budget)), Plan(default=Hash(), budget=budget)):
             resolved = plan.resolve(tables)
             assert [config.name for config in resolved.methods.values()] == ["full", "full"]
             assert resolved.compression_ratio == 1
@@ -119,7 +119,7 @@ def test_no_tables_are_refused():
 def test_overrides_above_the_budget_are_refused():
     tables = specs(500, 600)
     with pytest.raises(BudgetError, match="overrides take 16,000 bytes.*budget of 3,520"):
-        Plan(default=Hash(num_buckets=1), overrides={"t0": Full()}, budget="10%").resolve(tables)
+        Plan(default=Hash(), overrides={"t0": Full()}, budget="10%").resolve(tables)
     everything = {"t0": Full(), "t1": Hash(num_buckets=9)}
     with pytest.raises(BudgetError, match="over the budget of 3,520 bytes"):
         Plan(overrides=everything, budget="10%").resolve(tables)
@@ -138,11 +138,11 @@ def test_bad_budgets_are_refused_when_the_plan_is_made():
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(default=Hash(num_buckets=1), budget="1%"),
-        Plan(default=QR(divisor=2), budget="1%"),
-        Plan(default=QR(divisor=2), budget="45%"),
-        Plan(default=Unified(num_buckets=1), budget="64MiB"),
-        Plan(default=Unified(num_buckets=1), budget="10%", overrides={"t0": QR(budget="5%")}),
+        Plan(default=Hash(), budget="1%"),
+        Plan(default=QR(), budget="1%"),
+        Plan(default=QR(), budget="45%"),
+        Plan(default=Unified(), budget="64MiB"),
+        Plan(default=Unified(), budget="10%", overrides={"t0": QR(budget="5%")}),
     ],
     ids=str,
 )
@@ -167,7 +167,7 @@ def test_a_billion_rows_on_meta_are_built_at_once():
     ]
     before = time.process_time()
     built = CompressedEmbeddingBagCollection(
-        tables, Plan(default=Unified(num_buckets=1), budget="10%"), device=torch.device("meta")
+        tables, Plan(default=Unified(), budget="10%"), device=torch.device("meta")
     )
     assert time.process_time() - before < 1
     (weight,) = built.rows.parameters()

@@ -43,6 +43,7 @@ class Hash(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "hash"
+    hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class Unified(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "unified"
+    hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
 
     def __post_init__(self) -> None:
