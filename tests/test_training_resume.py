@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from embcomp.errors import CheckpointError, ConfigError, DataError, EmbcompError
 from embcomp.training import Evaluation, Report, evaluate, load_model, train
@@ -177,6 +179,43 @@ def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
     (checkpoint / ".metadata").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="step-0000000002 is not a readable checkpoint"):
         train(config, runs=tmp_path, quiet=True)
+
+
+def test_a_truncated_checkpoint_is_named(dataset, tmp_path):
+    config = toy_config(dataset, "train.max_steps=2")
+    train(config, runs=tmp_path, quiet=True)
+    (tmp_path / "toy" / "report.json").unlink()
+    checkpoint = checkpoint_folder(tmp_path / "toy" / "checkpoints", 2)
+    for part in checkpoint.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="step-0000000002 could not be read: rank 0: "):
+        train(config, runs=tmp_path, quiet=True)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(dataset, tmp_path, monkeypatch):
+    config = toy_config(dataset, "train.max_steps=4", "train.checkpoint_every=2")
+    calls = []
+
+    def write_item(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(*args, **kwargs)
+
+    whole, written = filesystem._write_item, 10**9
+    train(config, runs=tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(filesystem, "_write_item", write_item)
+    train(config, runs=tmp_path / "counted", quiet=True)
+    written, calls = len(calls) * 3 // 4, []  # in the middle of the second of two checkpoints
+    with pytest.raises(CheckpointError, match="step-0000000004 could not be written.*No space"):
+        train(config, runs=tmp_path / "full", quiet=True)
+    assert saved_steps(tmp_path / "full" / "toy" / "checkpoints") == [2]
+    monkeypatch.setattr(filesystem, "_write_item", whole)
+    train(config, runs=tmp_path / "full", quiet=True)
+    metrics = [
+        (tmp_path / runs / "toy" / "metrics.jsonl").read_bytes() for runs in ("full", "whole")
+    ]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(dataset, tmp_path):

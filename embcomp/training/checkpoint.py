@@ -11,7 +11,8 @@ import json
 import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -68,7 +70,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
-    save_tensors(tensors, checkpoint_id=str(temporary))
+    with _as_checkpoint_error(f"{final} could not be written"):
+        save_tensors(tensors, checkpoint_id=str(temporary))
     torch.save(_random_state(process), temporary / f"random-{process.rank}.pt")
     dist.barrier()
     if process.is_main:
@@ -92,7 +95,8 @@ def load_checkpoint(
     """
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
     _check_same_tensors(folder, tensors)
-    load_tensors(tensors, checkpoint_id=str(folder))
+    with _as_checkpoint_error(f"{folder} could not be read"):
+        load_tensors(tensors, checkpoint_id=str(folder))
     _load_model_state(sharded, tensors["model"])
     optimizer.load_state_dict(tensors["optim"])
     mine = folder / f"random-{process.rank}.pt"
@@ -108,7 +112,8 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
     """
     tensors = {"model": model_state(sharded)}
     _check_same_tensors(folder, tensors)
-    load_tensors(tensors, checkpoint_id=str(folder))
+    with _as_checkpoint_error(f"{folder} could not be read"):
+        load_tensors(tensors, checkpoint_id=str(folder))
     _load_model_state(sharded, tensors["model"])
 
 
@@ -162,6 +167,16 @@ def _check_same_tensors(folder: Path, wanted: Mapping[str, Any]) -> None:
             f"{folder} is a checkpoint of another model: {'; '.join(differences[:5])}{more}. "
             "Use the config that it was made with, or another run name"
         )
+
+
+@contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Torch's own exception shows a traceback of every rank, and `except Exception` misses it."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
+        raise CheckpointError(f"{what}: {'; '.join(reasons)}") from error
 
 
 def _read_metadata(folder: Path) -> Metadata:
