@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,13 @@ def test_a_run_leaves_its_records_and_prints_plain_lines(dataset, tmp_path, caps
     printed = capsys.readouterr().err
     assert "step 3/10  loss" in printed and "test: auc" in printed
     assert "\x1b" not in printed
+
+
+def test_a_run_without_tensorboard_leaves_the_other_records(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    train(toy_config(dataset, "train.max_steps=1"), runs=tmp_path, quiet=True)
+    assert not (tmp_path / "toy" / "tensorboard").exists()
+    assert (tmp_path / "toy" / "metrics.jsonl").stat().st_size > 0
 
 
 def test_the_bytes_of_a_report_are_those_of_the_tables(dataset, tmp_path):

@@ -86,15 +86,14 @@ class _Watch:
         """Raises what stopped another rank, or tells the others what stopped this one."""
         self._stop.set()
         self._thread.join()
-        culprit = self._find_culprit()
-        if isinstance(error, RuntimeError):  # it may come from an operation with a dead rank
+        if isinstance(error, RuntimeError) and _is_of_a_collective(error):
             deadline = time.monotonic() + self._timeout + 2 * _INTERVAL
-            while culprit is None and _is_of_a_collective(error) and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                culprit = self._find_culprit()
+                if culprit is not None:
+                    raise RankFailedError(culprit) from error
                 time.sleep(_INTERVAL / 4)
                 self._beat()
-                culprit = self._find_culprit()
-        if culprit is not None:
-            raise RankFailedError(culprit) from error
         self._end_with(f"{type(error).__name__}: {error}".split("\n")[0])
 
     def _run(self) -> None:
