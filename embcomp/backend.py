@@ -8,16 +8,18 @@ group of logical tables at once, so that the number of kernels does not grow wit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
 from embcomp.budget import parse_budget
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.footprint import Footprint, footprint_of
+from embcomp.stages import Form, Past, SearchContext, Stage
 from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
@@ -30,12 +32,16 @@ class Backend:
         keys: the physical look-ups, in the order in which ``combine`` wants their columns.
         route: module from the group's features, one key for each (table, feature) in order, to
             the physical look-ups, always the same keys in the same order. It holds no parameters
-            and no buffers (``embcomp.constants``), and never touches the weights.
+            and no buffers but learnt ones (``embcomp.constants``, ``embcomp.learned``), and never
+            touches the weights.
         combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
             ``(B, sum of logical dims)``, one for each (table, feature) in order.
         per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
         ids_per_value: how many physical ids ``route`` makes of one id within one key.
+        takes_ids: True when ``combine`` is called with the rows and a ``composite.LookedUp``, which
+            knows the logical ids and the samples that they were looked up for. Only with
+            ``per_row``.
     """
 
     physical_tables: Sequence[PhysicalTable]
@@ -44,6 +50,7 @@ class Backend:
     combine: nn.Module
     per_row: bool = False
     ids_per_value: int = 1
+    takes_ids: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ class BackendConfig(ABC):
     """The method's name in a configuration file."""
     size_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that fix the method's size, one of which may be given, or a budget."""
+    learns_size: ClassVar[bool] = False
+    """Whether the serving form is found by training, so that its predicted bytes are a bound."""
     hashes_small: ClassVar[bool] = False
     """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
 
@@ -119,6 +128,45 @@ class BackendConfig(ABC):
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         """What the method stores beside its physical tables, for tables that are compressed."""
         return Footprint()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The method's life; most methods are trained once, and that is all."""
+        return (Stage(name="train"),)
+
+    def first_form(self) -> BackendConfig:
+        """The method that holds the tables in the first stage."""
+        return self
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        """The form in which a stage after the first begins.
+
+        Args:
+            stage: one of ``stages()``, not the first.
+            tables: the group, without those that stay full.
+            past: what earlier stages left.
+        """
+        return past.before
+
+    def search(
+        self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
+    ) -> Mapping[str, Any]:
+        """Run a stage of the kind ``search``; what it finds, as JSON values."""
+        raise NotImplementedError(f"{self.name} has no search stage")
+
+    def structure_optimizer(
+        self, stage: Stage, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer | None:
+        """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
+        return None
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """The serving form: the same answers from nothing but what must be resident for them.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method, its tensors whole and on the CPU.
+        """
+        return form
 
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         """Exact bytes for these tables, those that stay full included. Nothing is allocated.

@@ -8,7 +8,7 @@ it. Their names, and those of the physical tables, are the format of checkpoints
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollectionInterface,
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from typing_extensions import Self
 
 from embcomp.backend import BackendConfig
 from embcomp.composite import (
+    Combine,
     CompositeRoute,
     Group,
     PooledCombine,
@@ -31,15 +33,19 @@ from embcomp.composite import (
 )
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint
+from embcomp.forms import GroupForm, group_names, pad_columns, read_forms, state_name
+from embcomp.learned import penalty_of
 from embcomp.plan import Plan, ResolvedPlan
 from embcomp.tables import PhysicalTable, TableSpec, specs_from_configs
 
-AnyPlan = Plan | BackendConfig | Mapping[str, BackendConfig] | None
+AnyPlan = Plan | ResolvedPlan | BackendConfig | Mapping[str, BackendConfig] | None
 
 
 def _build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
     groups = [
         Group(
+            config=config,
+            tables=tables,
             backend=(backend := config.build(tables)),
             instances=[i for i in instances_of(plan.tables) if i.table in tables],
             unpooled=unpooled or backend.per_row,
@@ -81,8 +87,10 @@ class _Compressed(nn.Module):
         device: torch.device | None,
     ) -> list[Group]:
         self._device = device or torch.device("cpu")
-        self._plan = Plan.of(plan).resolve(specs)
-        groups = _build_groups(self._plan, unpooled=unpooled)
+        self._plan = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
+        with self._device:  # learnt buffers, as long as a vocabulary, are made where they belong
+            groups = _build_groups(self._plan, unpooled=unpooled)
+        self._groups = groups
         self._physical = [t for group in groups for t in group.backend.physical_tables]
         self.route = CompositeRoute(groups, is_weighted=is_weighted)
         self.rows = _inner(
@@ -121,25 +129,103 @@ class _Compressed(nn.Module):
             if inner is not None:
                 yield inner
 
-    def serving_tensors(self) -> dict[str, Tensor]:
-        """What must be resident to answer look-ups: rows without padding, and dense parameters.
+    def penalty(self) -> Tensor | None:
+        """What the last forward pass in training mode adds to the loss, where a method says so.
 
-        Only for a collection that is not sharded; load a checkpoint into one to export it.
+        A training loop of your own adds it to its loss; `embcomp train` does.
         """
+        return penalty_of(self.combine)
+
+    def detach_rows(self, detached: bool) -> None:
+        """Keep gradients from the rows, as when only a method's structure learns, or stop that."""
+        combine = self.combine
+        assert isinstance(combine, Combine)
+        combine.detach_rows(detached)
+
+    def forms(self) -> list[GroupForm]:
+        """Every method with its tables and tensors; only for a collection that is not sharded."""
+        return read_forms(self._groups, self._inner_weights(), self.route, self.combine)
+
+    def _inner_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for inner in self.inner_collections():
             if not isinstance(inner, EmbeddingBagCollection):
                 raise TypeError(
-                    "serving_tensors wants an unsharded collection; load the checkpoint into one"
+                    "expected an unsharded collection; load the checkpoint into one to export it"
                 )
             weights |= {name: bag.weight for name, bag in inner.embedding_bags.items()}
+        return weights
+
+    def names_of(self, index: int, names: Iterable[str]) -> dict[str, str]:
+        """Names in the collection's state dict of the tensors in the form of a group.
+
+        Args:
+            index: the group's place in ``plan.groups``.
+            names: as in ``Form.tensors``.
+        """
+        inner = "unpooled_rows" if self._groups[index].unpooled else "rows"
+        return {name: state_name(name, index, inner) for name in names}
+
+    def serving_tensors(self) -> dict[str, Tensor]:
+        """What must be resident to answer look-ups, as `compact` leaves it.
+
+        Only for a collection that is not sharded; load a checkpoint into one to export it.
+        """
+        compacted = self.compact()
+        weights = compacted._inner_weights()
         tensors = {
             table.name: weights[table.name].detach()[:, : table.embedding_dim].contiguous()
-            for table in self._physical
+            for table in compacted._physical
         }
-        return tensors | {
-            f"combine.{name}": parameter.detach()
-            for name, parameter in self.combine.named_parameters()
+        for part, module in (("route", compacted.route), ("combine", compacted.combine)):
+            tensors |= {f"{part}.{key}": value for key, value in module.state_dict().items()}
+        return tensors
+
+    def compact(self) -> Self:
+        """The same answers from serving forms alone: nothing pruned is left, no mask is kept.
+
+        A collection whose methods are serving forms already is returned as it is. Only for a
+        collection that is not sharded.
+        """
+        forms = self.forms()
+        compacted = [
+            GroupForm(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
+            for each in forms
+        ]
+        if all(new.form is old.form for new, old in zip(compacted, forms)):
+            return self
+        return self._with_forms(compacted)
+
+    def _with_forms(self, forms: Sequence[GroupForm]) -> Self:
+        """This collection rebuilt from other forms of its tables."""
+        methods = {t.name: each.form.config for each in forms for t in each.tables}
+        rebuilt = self._rebuilt(ResolvedPlan(self._plan.tables, methods))
+        rebuilt.load_forms(forms)
+        rebuilt.train(self.training)
+        return rebuilt
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        raise NotImplementedError
+
+    def load_forms(self, forms: Sequence[GroupForm]) -> None:
+        """Fill this collection with tensors in the forms that it was built from.
+
+        Args:
+            forms: any number of them for one group of this collection.
+        """
+        state = self.state_dict()
+        for name, tensor in self.state_of(forms).items():
+            state[name] = pad_columns(tensor, state[name])
+        self.load_state_dict(state)
+
+    def state_of(self, forms: Sequence[GroupForm]) -> dict[str, Tensor]:
+        """The forms' tensors by their names in the collection's state dict, without padding."""
+        return {
+            state: each.form.tensors[name]
+            for index, group in enumerate(self._groups)
+            for each in forms
+            if each.form.tensors and each.form.config == group.config
+            for name, state in self.names_of(index, group_names(group, each.form.tensors)).items()
         }
 
 
@@ -177,7 +263,9 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
         self._is_weighted = is_weighted
         groups = self._set_up(specs, plan, unpooled=False, is_weighted=is_weighted, device=device)
         self.combine = PooledCombine(groups, instances_of(specs))
-        self.combine.to(self._device)
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        return type(self)(self._configs, plan, self._is_weighted, self._device)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool.
@@ -239,7 +327,9 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
             [i.key for i in instances_of(specs) if i.table is table] for table in specs
         ]
         self.combine = UnpooledCombine(groups, instances_of(specs), need_indices=need_indices)
-        self.combine.to(self._device)
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        return type(self)(self._configs, plan, self._device, self._need_indices)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Look up.

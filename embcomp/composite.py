@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embcomp.backend import Backend
+from embcomp.backend import Backend, BackendConfig
 from embcomp.constants import Constant
 from embcomp.tables import PhysicalTable, TableSpec
 
@@ -49,6 +49,8 @@ def instances_of(tables: Sequence[TableSpec]) -> list[Instance]:
 class Group:
     """A method as built for its tables, and whether it needs its rows unpooled."""
 
+    config: BackendConfig
+    tables: Sequence[TableSpec]
     backend: Backend
     instances: Sequence[Instance]
     unpooled: bool
@@ -212,6 +214,7 @@ class Rows(nn.Module):
             for key, table in _in_order(group.backend)
         ]
         self._columns: dict[tuple[str, ...], Constant | None] = {}
+        self.detach = False
 
     def forward(self, rows: KeyedTensor) -> list[Tensor]:
         """Split ``(B, all physical columns)`` into one ``(B, width)`` tensor per method."""
@@ -219,7 +222,8 @@ class Rows(nn.Module):
         if keys not in self._columns:
             self._columns[keys] = self._pick(keys, rows.length_per_key())
         columns = self._columns[keys]
-        values = rows.values()
+        # Fused kernels update rows in every backward pass, unless no gradient reaches them.
+        values = rows.values().detach() if self.detach else rows.values()
         if columns is not None:
             values = values.index_select(1, columns.on(values.device))
         return list(values.split(self._widths, dim=1)) if len(self._widths) > 1 else [values]
@@ -249,11 +253,19 @@ class Combine(nn.Module):
         self.pooled = Rows([group for group in groups if not group.unpooled])
         self.unpooled = Rows([group for group in groups if group.unpooled])
         self._groups = [(list(group.instances), group.unpooled) for group in groups]
+        self._takes_ids = [group.backend.takes_ids for group in groups]
         self._instances = list(instances)
         self._came = [instance for group in groups for instance in group.instances]
 
+    def detach_rows(self, detached: bool) -> None:
+        """Keep gradients from the rows, or let them through again."""
+        self.pooled.detach = self.unpooled.detach = detached
+
     def _rows(
-        self, pooled: KeyedTensor | None, unpooled: KeyedTensor | None
+        self,
+        pooled: KeyedTensor | None,
+        unpooled: KeyedTensor | None,
+        features: KeyedJaggedTensor,
     ) -> list[tuple[list[Instance], bool, Tensor]]:
         """Each method's instances, whether they are unpooled, and its combined rows.
 
@@ -261,10 +273,62 @@ class Combine(nn.Module):
         """
         parts = iter(self.pooled(pooled) if pooled is not None else [])
         rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
-        return [
-            (instances, is_unpooled, combine(next(rows if is_unpooled else parts)))
-            for (instances, is_unpooled), combine in zip(self._groups, self.combines)
-        ]
+        found, start = [], 0
+        for (instances, is_unpooled), takes_ids, combine in zip(
+            self._groups, self._takes_ids, self.combines
+        ):
+            part = next(rows if is_unpooled else parts)
+            if takes_ids:
+                own = slice(start, start + len(instances))
+                combined = combine(part, LookedUp(features, own, len(part)))
+            else:
+                combined = combine(part)
+            found.append((instances, is_unpooled, combined))
+            start += len(instances)
+        return found
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """What the rows that a ``combine`` gets were looked up for.
+
+    Args:
+        features: the batch's bags, one key for each (table, feature) of all methods.
+        own: the method's keys among them.
+        rows: how many rows were looked up for each key; those beyond a key's values only pad.
+    """
+
+    features: KeyedJaggedTensor
+    own: slice
+    rows: int
+
+    def ids(self) -> Tensor:
+        """The logical ids: (rows, number of keys) int64, 0 where a row only pads."""
+        offsets, counts = self.features.offset_per_key(), self._counts()
+        ids = self.features.values()[offsets[self.own.start] : offsets[self.own.stop]]
+        return self._by_row(ids.to(torch.int64), counts)
+
+    def samples(self) -> Tensor:
+        """The rows of the batch that the ids belong to: (rows, number of keys) int64, in [0, B)."""
+        batch = self.features.stride()
+        lengths = self.features.lengths().view(-1, batch)[self.own]
+        one = torch.arange(batch, device=lengths.device)
+        counts = self._counts()
+        each = one.repeat(len(counts))
+        if counts != [batch] * len(counts) or not bool((lengths == 1).all()):
+            each = each.repeat_interleave(lengths.reshape(-1).long(), output_size=sum(counts))
+        return self._by_row(each, counts)
+
+    def _counts(self) -> list[int]:
+        return self.features.length_per_key()[self.own]
+
+    def _by_row(self, values: Tensor, counts: list[int]) -> Tensor:
+        if counts == [self.rows] * len(counts):
+            return values.view(len(counts), self.rows).t()
+        padded = values.new_zeros(len(counts), self.rows)
+        for column, part in zip(padded, values.split(counts)):
+            column[: len(part)] = part
+        return padded.t()
 
 
 class PooledCombine(Combine):
@@ -289,7 +353,7 @@ class PooledCombine(Combine):
     ) -> KeyedTensor:
         parts: list[Tensor] = []
         start = 0
-        for instances, is_unpooled, rows in self._rows(pooled, unpooled):
+        for instances, is_unpooled, rows in self._rows(pooled, unpooled, features):
             if is_unpooled:
                 rows = sum_bags(rows, instances, features, start)
             parts.append(rows)
@@ -387,7 +451,7 @@ class UnpooledCombine(Combine):
         lengths = features.lengths().view(-1, batch)
         found: dict[str, JaggedTensor] = {}
         n = 0
-        for instances, _, rows in self._rows(pooled, unpooled):
+        for instances, _, rows in self._rows(pooled, unpooled, features):
             parts = rows.split([instance.table.embedding_dim for instance in instances], dim=1)
             for instance, part in zip(instances, parts):
                 ids = features.values()[offsets[n] : offsets[n + 1]]

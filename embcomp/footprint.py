@@ -30,7 +30,10 @@ class TensorFootprint:
         itemsize: bytes of an element.
         train_columns: second dimension in training, padding included.
         look_up: whether it is a table looked up by id, with row-wise optimizer state. Other
-            tensors are dense parameters, trained by the dense optimizer.
+            tensors are dense parameters, trained by the dense optimizer, or learnt buffers.
+        trained: whether training holds it.
+        served: whether the serving form holds it. Where the serving form is still to be learnt,
+            a ``served`` tensor that is not ``trained`` stands for the most that it may take.
     """
 
     name: str
@@ -40,20 +43,22 @@ class TensorFootprint:
     itemsize: int
     train_columns: int
     look_up: bool = True
+    trained: bool = True
+    served: bool = True
 
     @property
     def serve_bytes(self) -> int:
         """Bytes on disk in the serving form."""
-        return self.rows * self.columns * self.itemsize
+        return self.rows * self.columns * self.itemsize if self.served else 0
 
     @property
     def train_weight_bytes(self) -> int:
         """Bytes of the trained tensor itself, padding included."""
-        return self.rows * self.train_columns * self.itemsize
+        return self.rows * self.train_columns * self.itemsize if self.trained else 0
 
     def optimizer_bytes(self, optimizer: RowOptimizer) -> int:
         """Bytes of the row optimizer's float32 state."""
-        if not self.look_up:
+        if not (self.look_up and self.trained):
             return 0
         words = {"sgd": 0, "rowwise_adagrad": 1}
         per_row = words.get(optimizer, self.train_columns * (2 if optimizer == "adam" else 1))
@@ -88,8 +93,13 @@ class Footprint:
         return self.train_weight_bytes + self.optimizer_bytes(optimizer)
 
 
-def footprint_of(tables: Iterable[PhysicalTable]) -> Footprint:
-    """The footprint of physical tables alone."""
+def footprint_of(tables: Iterable[PhysicalTable], *, served: bool = True) -> Footprint:
+    """The footprint of physical tables alone.
+
+    Args:
+        tables: the physical tables.
+        served: whether the serving form holds them as they are.
+    """
     return Footprint(
         tuple(
             TensorFootprint(
@@ -99,6 +109,7 @@ def footprint_of(tables: Iterable[PhysicalTable]) -> Footprint:
                 columns=table.embedding_dim,
                 itemsize=table.data_type_bytes,
                 train_columns=padded_dim(table.embedding_dim),
+                served=served,
             )
             for table in tables
         )

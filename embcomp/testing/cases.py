@@ -56,21 +56,21 @@ def pooled(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> CompressedEmbeddingBagCollection:
-    """The case's pooled collection, its weights drawn with a seed."""
+    """The case's pooled collection in eval mode, its weights drawn with a seed."""
     torch.manual_seed(seed)
     return CompressedEmbeddingBagCollection(
         [table.bag() for table in tables], case.config, is_weighted=is_weighted, device=device
-    )
+    ).eval()
 
 
 def unpooled(
     case: BackendCase, tables: Sequence[Declared], *, seed: int = 0, need_indices: bool = False
 ) -> CompressedEmbeddingCollection:
-    """The case's unpooled collection, its weights drawn with a seed."""
+    """The case's unpooled collection in eval mode, its weights drawn with a seed."""
     torch.manual_seed(seed)
     return CompressedEmbeddingCollection(
         [table.unpooled() for table in tables], case.config, need_indices=need_indices
-    )
+    ).eval()
 
 
 def output_keys(tables: Sequence[Declared]) -> dict[str, tuple[Declared, str]]:

@@ -11,6 +11,7 @@ from embcomp.collection import (
     CompressedEmbeddingCollection,
 )
 from embcomp.data_pipelines.batch import Batch
+from embcomp.learned import AddPenalty
 
 
 class PooledHead(nn.Module):
@@ -69,7 +70,9 @@ class Scorer(nn.Module):
         super().__init__()
         self.tables = tables
         self.head = head
+        self.add_penalty = AddPenalty(tables)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.head(self.tables(batch.sparse))
-        return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        return self.add_penalty(loss), logits

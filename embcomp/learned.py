@@ -1,0 +1,91 @@
+"""State that a method learns beside its rows: codes, maps and masks as buffers, and losses.
+
+DistributedModelParallel turns the buffers of a ``meta`` build into zeros and says nothing. Codes of
+zeros would send every id to one row, so learnt buffers know whether anyone has filled them, and fill
+themselves with a pure function of the config where nobody has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LearnedBuffers(nn.Module):
+    """A module whose persistent buffers hold what was learnt.
+
+    A subclass registers its buffers (their shapes fixed by the config), fills them in
+    ``reset_buffers``, and calls ``ensure_filled`` first thing in its ``forward``.
+    """
+
+    filled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filled", torch.zeros((), dtype=torch.uint8), persistent=False)
+        self._seen: Tensor | None = None
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers in place with what the config alone implies."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def ensure_filled(self) -> None:
+        """Fill the buffers unless that was done, or a state dict brought them."""
+        # Moving the module, or materialising it, makes another tensor: only then is it looked at.
+        if self._seen is self.filled or self.filled.is_meta:
+            return
+        if not bool(self.filled):
+            self.reset_buffers()
+            self.filled.fill_(1)
+        self._seen = self.filled
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.ensure_filled()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        own = [name for name in self._buffers if name != "filled"]
+        if not self.filled.is_meta and all(prefix + name in state_dict for name in own):
+            self.filled.fill_(1)
+
+
+class Penalised(nn.Module):
+    """A combine that adds a term to the training loss.
+
+    Attributes:
+        penalty: () the term of the last forward pass in training mode; None where there is none.
+    """
+
+    penalty: Tensor | None = None
+
+
+def penalty_of(module: nn.Module) -> Tensor | None:
+    """The sum of the penalties that the parts of a module left in their last forward pass."""
+    terms = [
+        part.penalty
+        for part in module.modules()
+        if isinstance(part, Penalised) and part.penalty is not None
+    ]
+    return torch.stack(terms).sum() if terms else None
+
+
+class AddPenalty(nn.Module):
+    """Adds the penalties of a model's methods to its loss; a child that train pipelines can trace.
+
+    Args:
+        model: whose parts are asked after their forward pass. They are not registered here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parts = tuple(part for part in model.modules() if isinstance(part, Penalised))
+
+    def forward(self, loss: Tensor) -> Tensor:
+        for part in self._parts:
+            if part.penalty is not None:
+                loss = loss + part.penalty
+        return loss
