@@ -16,7 +16,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.window import BatchMaker, Window
 from embcomp.errors import CheckpointError, DataError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 DEFAULT_SHUFFLE_BUFFER = 262_144
 
 
@@ -45,6 +45,7 @@ class ParquetLoader:
     Args:
         dataset: the folder that holds `dataset.json`, or what `DatasetInfo.load` made of it.
         split: "train", "valid" or "test".
+        part: from which share of the split's rows to which, in row order; all of them by default.
         batch_size: rows of a batch on each rank.
         rank: which share of the rows to hand out.
         world_size: how many shares there are.
@@ -65,6 +66,7 @@ class ParquetLoader:
         dataset: str | Path | DatasetInfo,
         split: str,
         *,
+        part: tuple[float, float] = (0.0, 1.0),
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -75,11 +77,14 @@ class ParquetLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"part must be two growing shares in [0, 1], got {part}")
         _check_arguments(batch_size, rank, world_size, seed, shuffle_buffer, prefetch, pin_memory)
         self.info = dataset if isinstance(dataset, DatasetInfo) else DatasetInfo.load(dataset)
         self.split = split
+        self._part = part
         _check_group(self.info)
-        self._row_groups = RowGroups(self.info, split)
+        self._row_groups = RowGroups(self.info, split, part)
         self._order = RowOrder(
             sizes=self._row_groups.sizes,
             batch_size=batch_size,
@@ -178,6 +183,7 @@ class ParquetLoader:
         return {
             "state_version": STATE_VERSION,
             "split": self.split,
+            "part": list(self._part),
             "rows": self.num_rows,
             "batch_size": order.batch_size,
             "world_size": order.world_size,

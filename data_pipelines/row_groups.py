@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class _Location:
-    """A row group: its file, its place in that file, and the file's row that it begins with."""
+    """Rows of a row group: its file, its place there, and which of the file's rows are wanted."""
 
     file: Path
     index: int
     first_row: int
+    skipped: int
+    rows: int
 
 
 class RowGroups:
@@ -66,17 +69,23 @@ class RowGroups:
 
     Opening reads only the files' footers and checks columns, types and row counts; `read` decodes
     one row group and checks every value that a model could choke on.
+
+    Args:
+        info: the dataset.
+        split: one of its splits.
+        part: from which share of the split's rows to which; `(0, 0.9)` leaves the last tenth out.
     """
 
-    def __init__(self, info: DatasetInfo, split: str) -> None:
+    def __init__(
+        self, info: DatasetInfo, split: str, part: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
         self.info = info
         self.split = split
         self.single = [feature for feature in info.categorical if not feature.multi_valued]
         self.multi = [feature for feature in info.categorical if feature.multi_valued]
         self._columns = [info.label, *info.feature_names]
         self._metadata: dict[Path, Any] = {}
-        self._locations: list[_Location] = []
-        sizes: list[int] = []
+        locations: list[_Location] = []
         for relative in info.split(split).files:
             file = info.folder / relative
             metadata = _read_footer(file)
@@ -84,16 +93,18 @@ class RowGroups:
             self._metadata[file] = metadata
             first_row = 0
             for index in range(metadata.num_row_groups):
-                self._locations.append(_Location(file, index, first_row))
-                sizes.append(metadata.row_group(index).num_rows)
-                first_row += sizes[-1]
-        self.sizes = np.asarray(sizes, dtype=np.int64)
+                rows = metadata.row_group(index).num_rows
+                locations.append(_Location(file, index, first_row, 0, rows))
+                first_row += rows
+        found = sum(location.rows for location in locations)
         expected = info.split(split).rows
-        if self.num_rows != expected:
+        if found != expected:
             raise DataError(
-                f"split {split!r} of {info.folder} holds {self.num_rows} rows, dataset.json says "
+                f"split {split!r} of {info.folder} holds {found} rows, dataset.json says "
                 f"{expected}; prepare the dataset again"
             )
+        self._locations = list(_part_of(locations, round(part[0] * found), round(part[1] * found)))
+        self.sizes = np.asarray([each.rows for each in self._locations], dtype=np.int64)
 
     @property
     def num_rows(self) -> int:
@@ -106,6 +117,8 @@ class RowGroups:
             file = pq.ParquetFile(location.file, metadata=self._metadata[location.file])
             with file:
                 table = file.read_row_group(location.index, columns=self._columns)
+                if location.rows < table.num_rows:
+                    table = table.slice(location.skipped, location.rows)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"cannot read row group {location.index} of {location.file} ({error}); the file is "
@@ -144,6 +157,17 @@ class RowGroups:
             _check_ids(feature, ids, None, location)
         for feature, bags in zip(self.multi, columns.bags):
             _check_ids(feature, bags.values, bags.offsets, location)
+
+
+def _part_of(locations: list[_Location], first: int, last: int) -> Iterator[_Location]:
+    """What of the row groups lies in rows [first, last) of the split."""
+    start = 0
+    for location in locations:
+        skipped = max(0, first - start)
+        rows = min(location.rows, last - start) - skipped
+        if rows > 0:
+            yield replace(location, skipped=skipped, rows=rows)
+        start += location.rows
 
 
 def _read_footer(file: Path) -> Any:
@@ -213,4 +237,4 @@ def _check_ids(
 
 
 def _where(location: _Location, row: int) -> str:
-    return f"{location.file}, row {location.first_row + row}"
+    return f"{location.file}, row {location.first_row + location.skipped + row}"

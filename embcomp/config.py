@@ -129,6 +129,8 @@ class DataConfig(Section):
         shuffle: Whether the training rows are shuffled in each epoch.
         shuffle_buffer: Rows of the shuffle buffer; None leaves the loader's default.
         drop_last: Whether an epoch's last, smaller training batch is left out.
+        search_share: Share of the training rows, the last ones, that methods which choose their
+            structure on data they do not train on keep for it: the search-validation rows.
     """
 
     path: str
@@ -137,6 +139,7 @@ class DataConfig(Section):
     shuffle: bool = True
     shuffle_buffer: PositiveInt | None = None
     drop_last: bool = False
+    search_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 class InitConfig(Section):
@@ -276,6 +279,20 @@ class EarlyStopConfig(Section):
     patience: PositiveInt = 2
 
 
+class StageConfig(Section):
+    """What differs from a method's own idea of one of its stages.
+
+    Attributes:
+        epochs: Passes over the stage's training rows; 0 only hands over.
+        max_steps: Stop after this many steps.
+        learning_rate: Factor on the learning rates of rows and network.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+
+
 class RunConfig(Section):
     """The loop.
 
@@ -298,6 +315,9 @@ class RunConfig(Section):
         precision: `bf16` runs the dense part under autocast (CUDA only).
         sharding: How tables are spread over ranks; `auto` asks TorchRec's planner.
         rank_timeout: Seconds without a sign of life after which a rank counts as dead.
+        stages: For methods that are trained in stages: stage name to what differs in it.
+        start_from: Folder of a finished run whose best weights stand for the first stage, which is
+            then not trained. Its tables must be stored as that stage stores them.
     """
 
     epochs: PositiveInt = 1
@@ -318,6 +338,8 @@ class RunConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
     rank_timeout: PositiveFloat = 30.0
+    stages: dict[str, StageConfig] = {}
+    start_from: str | None = None
 
     @model_validator(mode="after")
     def _rows_can_be_placed(self) -> RunConfig:
@@ -351,6 +373,18 @@ class TrainConfig(Section):
     tables: TablesConfig
     model: ModelChoice
     train: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _stages_exist(self) -> TrainConfig:
+        methods = [self.tables.method, *self.tables.overrides.values()]
+        known = [stage.name for method in methods for stage in method.settings.stages()]
+        for name in self.train.stages:
+            if name not in known:
+                raise config_error(
+                    f"train.stages: unknown stage {name!r}{did_you_mean(name, known)}; the stages "
+                    f"of {self.tables.method.name} are {listed(dict.fromkeys(known))}"
+                )
+        return self
 
     @field_validator("name")
     @classmethod
