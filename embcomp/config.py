@@ -376,6 +376,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _stages_exist(self) -> TrainConfig:
+        if not self.train.stages:
+            return self
         methods = [self.tables.method, *self.tables.overrides.values()]
         known = [stage.name for method in methods for stage in method.settings.stages()]
         for name in self.train.stages:

@@ -28,6 +28,7 @@ class Stage:
         kind: ``train`` runs the loop; ``search`` trains nothing and asks the method's ``search``.
         epochs: passes over the stage's training rows; None takes the run's ``train.epochs``, 0
             only hands over.
+        max_steps: stop after this many steps, whatever the epochs say.
         rows: whether embedding rows learn.
         network: whether the model around the tables learns.
         structure: whether the parameters of the method's ``combine`` learn.
@@ -35,6 +36,7 @@ class Stage:
             a step on search-validation rows in which it alone learns.
         holds_out: whether search-validation rows are left out of the stage's training rows.
         learning_rate: factor on the run's learning rates of rows and network.
+        restarts: whether the network begins this stage from its initial weights again.
         keeps: the weights that are handed on: those of the best evaluation, or the last.
     """
 
@@ -42,12 +44,14 @@ class Stage:
     purpose: str = ""
     kind: Literal["train", "search"] = "train"
     epochs: int | None = None
+    max_steps: int | None = None
     rows: bool = True
     network: bool = True
     structure: bool = True
     alternate: bool = False
     holds_out: bool = False
     learning_rate: float = 1.0
+    restarts: bool = False
     keeps: Literal["best", "last"] = "best"
 
 

@@ -37,6 +37,7 @@ def report(name: str, method: str, serve_bytes: int, auc: float | None) -> Repor
         train_seconds=1.0,
         wall_seconds=2.0,
         bayes={"auc": 0.82, "log_loss": 0.4},
+        stages=[],
     )
 
 

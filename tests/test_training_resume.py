@@ -91,6 +91,7 @@ def everything(run: Path) -> dict:
     dcp_to_torch_save(str(last), str(run / "all.pt"))
     report = json.loads((run / "report.json").read_text())
     timed = {"samples_per_second", "train_seconds", "wall_seconds"}
+    report["stages"] = [{k: v for k, v in s.items() if k not in timed} for s in report["stages"]]
     return {
         "tensors": torch.load(run / "all.pt", weights_only=False),
         "metrics": (run / "metrics.jsonl").read_bytes(),

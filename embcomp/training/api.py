@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -17,11 +16,13 @@ from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_st
 from embcomp.training.console import RunConsole
 from embcomp.training.data import evaluation_batches
 from embcomp.training.evaluation import Evaluation, evaluate_batches
-from embcomp.training.loop import Training
+from embcomp.training.handover import load_unsharded
+from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.process import Process, process_group
 from embcomp.training.report import Report
-from embcomp.training.run_folder import RunFolder
+from embcomp.training.run import run_stages
+from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.watch import watch_ranks
 
 
@@ -52,12 +53,12 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
         if folder.report.exists():
             console.say(f"{folder.path} is finished; remove it or choose another name to retrain")
             return Report.load(folder.path)
-        return Training(config, folder, process).run(console)
+        return run_stages(config, folder, process, console)
 
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
     """Creates or checks the run's folder, before anything heavy."""
-    DatasetInfo.load(config.data.path)
+    Life.of(config, DatasetInfo.load(config.data.path))
     is_new = folder.is_new
     if not is_new:
         folder.check_same(config)
@@ -84,11 +85,15 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
         info = DatasetInfo.load(config.data.path)
+        life = Life.of(config, info)
+        index = latest_stage(life, folder)
+        place = folder.stage(index, life.names)
         batches = evaluation_batches(config, info, split, process)
         precision = check_precision(config, process)
-        sharded = shard_model(build_model(config, info, torch.device("meta")), config, process)
-        step = best_step(folder)
-        load_weights(checkpoint_folder(folder.checkpoints, step), sharded)
+        unsharded = build_model(config, info, torch.device("meta"), life.plan_of(index, place))
+        sharded = shard_model(unsharded, config, process)
+        step = best_step(folder, place)
+        load_weights(checkpoint_folder(place.checkpoints, step), sharded)
         with precision():
             evaluation = evaluate_batches(sharded, batches, process)
         console.evaluation(split, step, evaluation)
@@ -98,6 +103,8 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
 def load_model(run: str | Path, step: int | None = None) -> nn.Module:
     """A run's network, in one piece on the CPU; no process group is needed.
 
+    Of a run in several stages it is that of the last stage which has a checkpoint.
+
     Args:
         run: The run's folder.
         step: A step that has a checkpoint; None takes the best.
@@ -105,27 +112,34 @@ def load_model(run: str | Path, step: int | None = None) -> nn.Module:
     folder = RunFolder(Path(run))
     config = folder.config()
     info = DatasetInfo.load(config.data.path)
-    model = build_model(config, info, torch.device("cpu")).model
-    tensors = {"model": model.state_dict()}
-    path = checkpoint_folder(folder.checkpoints, best_step(folder) if step is None else step)
-    if not path.exists():
-        raise EmbcompError(f"{path} does not exist; steps with a checkpoint: {_listed(folder)}")
-    with quiet_libraries():
-        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
-    model.load_state_dict(tensors["model"])
-    return model.eval()
+    life = Life.of(config, info)
+    index = latest_stage(life, folder)
+    place = folder.stage(index, life.names)
+    chosen = best_step(folder, place) if step is None else step
+    if not checkpoint_folder(place.checkpoints, chosen).exists():
+        raise EmbcompError(
+            f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
+            f"checkpoint: {_listed(place)}"
+        )
+    return load_unsharded(config, info, life, folder, index, chosen).model.eval()
 
 
-def _listed(folder: RunFolder) -> str:
-    return ", ".join(map(str, saved_steps(folder.checkpoints))) or "none"
+def latest_stage(life: Life, folder: RunFolder) -> int:
+    """The last stage that has a checkpoint; the first one where none has."""
+    begun = [i for i in life.trained if saved_steps(folder.stage(i, life.names).checkpoints)]
+    return begun[-1] if begun else life.trained[0]
 
 
-def best_step(folder: RunFolder) -> int:
+def _listed(place: StageFolder) -> str:
+    return ", ".join(map(str, saved_steps(place.checkpoints))) or "none"
+
+
+def best_step(folder: RunFolder, place: StageFolder) -> int:
     """The step whose weights a finished run reports, or the best one of a run that goes on."""
     if folder.report.exists():
         return Report.load(folder.path).best_step
-    steps = saved_steps(folder.checkpoints)
+    steps = saved_steps(place.checkpoints)
     if not steps:
         raise EmbcompError(f"{folder.path} has no checkpoint yet; train it first")
-    best = read_state(checkpoint_folder(folder.checkpoints, steps[-1]))["best_step"]
+    best = read_state(checkpoint_folder(place.checkpoints, steps[-1]))["best_step"]
     return steps[-1] if best is None else int(best)

@@ -6,8 +6,9 @@ seed, rows are drawn by `initial_rows`, and the placement never changes which op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,34 @@ from embcomp.config import TablesConfig, TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
+from embcomp.learned import AddPenalty
 from embcomp.models.base import ModelInputs
-from embcomp.plan import Plan
+from embcomp.plan import Plan, ResolvedPlan
+from embcomp.tables import specs_from_configs
 from embcomp.training.initial_rows import fill_function, initialize_rows
 from embcomp.training.optimizers import attach_fused_optimizer
 from embcomp.training.placement import make_sharder, plan_sharding
 from embcomp.training.precision import Precision
 from embcomp.training.process import Process
 
+TASK_PREFIX = "model."
+"""What `TrainTask` puts before the names of its model's tensors."""
+
 
 class BatchLoss(nn.Module):
-    """Mean binary cross-entropy of a batch's real rows.
+    """Mean binary cross-entropy of a batch's real rows, and what methods add to it.
 
     Attributes:
         scale: Factor that the loop sets for a step whose ranks do not hold whole batches.
+
+    Args:
+        model: The network whose methods may add a penalty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.scale = 1.0
+        self.add_penalty = AddPenalty(model)
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of (B,) logits."""
@@ -46,7 +56,7 @@ class BatchLoss(nn.Module):
             logits.float(), batch.labels, reduction="none"
         )
         loss = losses.mean() if batch.num_valid is None else _masked_mean(losses, batch.num_valid)
-        return loss if self.scale == 1.0 else loss * self.scale
+        return self.add_penalty(loss if self.scale == 1.0 else loss * self.scale)
 
 
 def _masked_mean(losses: Tensor, num_valid: int) -> Tensor:
@@ -64,7 +74,7 @@ class TrainTask(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.loss = BatchLoss()
+        self.loss = BatchLoss(model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss () to differentiate, and as output the loss's value () and the logits (B,)."""
@@ -94,8 +104,24 @@ class UnshardedModel:
                 yield collection
 
 
+def main_plan(config: TrainConfig, info: DatasetInfo) -> ResolvedPlan | None:
+    """The method of every embedding table, all sizes fixed; None for a model without tables."""
+    if not config.model.settings.uses_embeddings:
+        return None
+    tables = config.tables
+    plan = Plan(
+        default=tables.method.settings,
+        overrides={name: method.settings for name, method in tables.overrides.items()},
+        budget=tables.budget,
+    )
+    return plan.resolve(specs_from_configs(_table_configs(info, tables, tables.embedding_dim)))
+
+
 def build_model(
-    config: TrainConfig, info: DatasetInfo, table_device: torch.device
+    config: TrainConfig,
+    info: DatasetInfo,
+    table_device: torch.device,
+    plan: ResolvedPlan | None = None,
 ) -> UnshardedModel:
     """The network around its tables; dense weights follow the seed.
 
@@ -103,21 +129,23 @@ def build_model(
         config: The run.
         info: The dataset's features.
         table_device: Where rows are allocated; `meta` allocates none.
+        plan: The forms of the embedding tables in a stage of the run; as in the config by default.
     """
     if not info.categorical:
         raise ConfigError(f"dataset {info.name!r} has no categorical feature, so nothing to embed")
     settings, tables = config.model.settings, config.tables
     main = first_order = None
     if settings.uses_embeddings:
-        plan = Plan(
-            default=tables.method.settings,
-            overrides={name: method.settings for name, method in tables.overrides.items()},
-            budget=tables.budget,
+        plan = plan or main_plan(config, info)
+        main = CompressedEmbeddingBagCollection(
+            _table_configs(info, tables, tables.embedding_dim), plan, device=table_device
         )
-        main = _collection(info, tables, tables.embedding_dim, plan, table_device)
     if settings.uses_first_order:
-        plan = Plan(default=tables.first_order.settings)
-        first_order = _collection(info, tables, 1, plan, table_device)
+        first_order = CompressedEmbeddingBagCollection(
+            _table_configs(info, tables, 1),
+            Plan(default=tables.first_order.settings),
+            device=table_device,
+        )
     inputs = ModelInputs(
         feature_names=tuple(info.categorical_names),
         embedding_dim=tables.embedding_dim,
@@ -128,11 +156,9 @@ def build_model(
     return UnshardedModel(settings.build(inputs, main, first_order), main, first_order)
 
 
-def _collection(
-    info: DatasetInfo, tables: TablesConfig, dim: int, plan: Plan, device: torch.device
-) -> CompressedEmbeddingBagCollection:
+def _table_configs(info: DatasetInfo, tables: TablesConfig, dim: int) -> list[EmbeddingBagConfig]:
     pooling = PoolingType.MEAN if tables.pooling == "mean" else PoolingType.SUM
-    configs = [
+    return [
         EmbeddingBagConfig(
             name=feature.name,
             feature_names=[feature.name],
@@ -143,7 +169,6 @@ def _collection(
         )
         for feature in info.categorical
     ]
-    return CompressedEmbeddingBagCollection(configs, plan, device=device)
 
 
 def shard_model(
@@ -164,7 +189,7 @@ def shard_model(
         -(-config.data.batch_size // process.world_size),
     )
     sharded = DistributedModelParallel(task, device=process.device, plan=plan, sharders=[sharder])
-    _draw_rows(sharded, unsharded, config)
+    draw_rows(sharded.state_dict(), unsharded, config)
     return sharded
 
 
@@ -182,9 +207,14 @@ def check_precision(config: TrainConfig, process: Process) -> Precision:
     return Precision(config.train.precision == "bf16", process.device)
 
 
-def _draw_rows(
-    sharded: DistributedModelParallel, unsharded: UnshardedModel, config: TrainConfig
-) -> None:
+def draw_rows(state: Mapping[str, Any], unsharded: UnshardedModel, config: TrainConfig) -> None:
+    """Draws the initial rows of a model, whole or sharded.
+
+    Args:
+        state: Tensors by their names in a `TrainTask`.
+        unsharded: The model that they belong to.
+        config: The run, whose seed the rows follow.
+    """
     init = config.tables.init
     chosen = None if init.scale is None else fill_function(init.name, init.scale)
     physical = {
@@ -195,8 +225,8 @@ def _draw_rows(
         for inner in ("rows", "unpooled_rows")
     }
     drawn = 0
-    for name, weight in sharded.state_dict().items():
-        table = physical.get(name.removeprefix("model."))
+    for name, weight in state.items():
+        table = physical.get(name.removeprefix(TASK_PREFIX))
         if table is not None:
             drawn += 1
             initialize_rows(
@@ -206,4 +236,12 @@ def _draw_rows(
                 name=name,
                 used_columns=table.embedding_dim,
             )
-    assert 2 * drawn == len(physical), "every physical table is found in the sharded state"
+    assert 2 * drawn == len(physical), "every physical table is found in the state"
+
+
+def initial_model(config: TrainConfig, info: DatasetInfo, plan: ResolvedPlan) -> UnshardedModel:
+    """A model before its first step, whole and on the CPU."""
+    unsharded = build_model(config, info, torch.device("cpu"), plan)
+    state = unsharded.model.state_dict()
+    draw_rows({TASK_PREFIX + name: tensor for name, tensor in state.items()}, unsharded, config)
+    return unsharded

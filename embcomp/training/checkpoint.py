@@ -29,10 +29,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embcomp.errors import CheckpointError
+from embcomp.training.build import TASK_PREFIX
 from embcomp.training.process import Process
 
 _STATE_FILE = "state.json"
-_TASK_PREFIX = "model."
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -134,11 +134,11 @@ def remove_old(checkpoints: Path, keep: int, best: int | None) -> None:
 
 def model_state(sharded: DistributedModelParallel) -> dict[str, Any]:
     """The model's tensors under the names they have in the unsharded model."""
-    return {key.removeprefix(_TASK_PREFIX): value for key, value in sharded.state_dict().items()}
+    return {key.removeprefix(TASK_PREFIX): value for key, value in sharded.state_dict().items()}
 
 
 def _load_model_state(sharded: DistributedModelParallel, state: Mapping[str, Any]) -> None:
-    sharded.load_state_dict({_TASK_PREFIX + key: value for key, value in state.items()})
+    sharded.load_state_dict({TASK_PREFIX + key: value for key, value in state.items()})
 
 
 def _check_same_tensors(folder: Path, wanted: Mapping[str, Any]) -> None:

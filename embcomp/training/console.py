@@ -25,6 +25,7 @@ class RunConsole:
     def __init__(self, *, enabled: bool, name: str, stream: TextIO | None = None) -> None:
         self._enabled = enabled
         self._total = 0
+        self._stage = ""
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn(name),
@@ -48,14 +49,15 @@ class RunConsole:
     ) -> None:
         self._progress.stop()
 
-    def start(self, total_steps: int, step: int) -> None:
+    def start(self, total_steps: int, step: int, stage: str = "") -> None:
         """Shows the bar.
 
         Args:
-            total_steps: Steps of the whole run.
+            total_steps: Steps of the stage.
             step: Steps done already.
+            stage: Its name, where the run has several.
         """
-        self._total = total_steps
+        self._total, self._stage = total_steps, f"{stage}: " if stage else ""
         self._progress.update(self._bar, total=total_steps, completed=step)
         self._progress.start()
 
@@ -68,14 +70,14 @@ class RunConsole:
         note = f"loss {loss:.4f}  {rows_per_second:,.0f} rows/s"
         self._progress.update(self._bar, note=note)
         if not self._console.is_terminal:
-            self.say(f"step {step}/{self._total}  {note}")
+            self.say(f"{self._stage}step {step}/{self._total}  {note}")
 
     def evaluation(self, split: str, step: int, evaluation: Evaluation) -> None:
         """An evaluation's result."""
         metrics = evaluation.metrics
         gauc = "" if metrics.gauc != metrics.gauc else f"  gauc {metrics.gauc:.6f}"
         self.say(
-            f"step {step}  {split}: auc {metrics.auc:.6f}{gauc}  log loss {metrics.log_loss:.6f}  "
+            f"{self._stage}step {step}  {split}: auc {metrics.auc:.6f}{gauc}  log loss {metrics.log_loss:.6f}  "
             f"ne {metrics.normalized_entropy:.4f}  calibration {metrics.calibration:.4f}  "
             f"unseen ids {evaluation.unseen_rate:.2%}"
         )

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from embcomp.config import TrainConfig
+from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.training.process import Process
 
+SEARCH = "search"
+"""The name of the search-validation rows, which are cut from the end of the train split."""
 
-def training_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> ParquetLoader:
-    """This rank's share of the training split."""
+
+def training_batches(
+    config: TrainConfig, info: DatasetInfo, process: Process, *, holds_out: bool = False
+) -> ParquetLoader:
+    """This rank's share of the training split.
+
+    Args:
+        config: The run.
+        info: Its dataset.
+        process: The process group.
+        holds_out: Whether the search-validation rows are left out.
+    """
     data = config.data
     return ParquetLoader(
         info,
         "train",
+        part=(0.0, 1 - data.search_share) if holds_out else (0.0, 1.0),
         batch_size=_rows_per_rank("data.batch_size", data.batch_size, process),
         rank=process.rank,
         world_size=process.world_size,
@@ -28,14 +44,52 @@ def training_batches(config: TrainConfig, info: DatasetInfo, process: Process) -
     )
 
 
+def search_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> ParquetLoader:
+    """This rank's share of the search-validation rows in whole batches, shuffled in each epoch."""
+    data = config.data
+    per_rank = _rows_per_rank("data.batch_size", data.batch_size, process)
+    train = info.split("train").rows
+    rows = train - round((1 - data.search_share) * train)
+    if rows < process.world_size:
+        raise ConfigError(
+            f"data.search_share: {data.search_share} of {train} training rows leave {rows} "
+            "search-validation rows, too few to learn from; raise it"
+        )
+    return ParquetLoader(
+        info,
+        "train",
+        part=(1 - data.search_share, 1.0),
+        batch_size=min(per_rank, rows // process.world_size),
+        rank=process.rank,
+        world_size=process.world_size,
+        shuffle=True,
+        seed=config.seed + 1,
+        drop_last=True,
+        shuffle_buffer=data.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def endless(batches: ParquetLoader, step: int) -> Iterator[Batch]:
+    """Epoch after epoch, from the batch that follows the first ``step`` ones."""
+    epoch, done = divmod(step, len(batches))
+    while True:
+        batches.set_epoch(epoch)
+        batches.load_state_dict(batches.state_dict(done))
+        yield from batches
+        epoch, done = epoch + 1, 0
+
+
 def evaluation_batches(
     config: TrainConfig, info: DatasetInfo, split: str, process: Process
 ) -> ParquetLoader:
-    """This rank's share of a split, in order and to the last row."""
+    """This rank's share of a split, or of the search-validation rows, in order to the last row."""
     rows = config.data.eval_batch_size
+    search = split == SEARCH and SEARCH not in info.splits
     return ParquetLoader(
         info,
-        split,
+        "train" if search else split,
+        part=(1 - config.data.search_share, 1.0) if search else (0.0, 1.0),
         batch_size=_rows_per_rank("data.eval_batch_size", rows, process),
         rank=process.rank,
         world_size=process.world_size,

@@ -26,18 +26,26 @@ class RunLogs:
         enabled: Whether this rank writes.
         step: Where the run begins or goes on.
         sizes: Bytes of both files at that step.
+        stage: The stage that records name; empty where a run has one only.
     """
 
     def __init__(
-        self, folder: RunFolder, *, enabled: bool, step: int, sizes: Mapping[str, int]
+        self,
+        folder: RunFolder,
+        *,
+        enabled: bool,
+        step: int,
+        sizes: Mapping[str, int],
+        stage: str = "",
     ) -> None:
         self._enabled = enabled
+        self._stage = {"stage": stage} if stage else {}
         self._files = {"metrics": folder.metrics, "timing": folder.timing}
         self._board: SummaryWriter | None = None
         if enabled:
             for name, path in self._files.items():
                 _cut(path, sizes.get(name, 0))
-            self._board = _open_board(folder.tensorboard, step)
+            self._board = _open_board(folder.tensorboard / stage, step)
 
     def sizes(self) -> dict[str, int]:
         """Bytes written so far, on the first rank."""
@@ -53,7 +61,7 @@ class RunLogs:
             step: Steps done.
             values: Numbers, or mappings from feature to number.
         """
-        self._append("metrics", {"kind": kind, "step": step, **values})
+        self._append("metrics", {**self._stage, "kind": kind, "step": step, **values})
         if self._board is not None:
             for key, value in values.items():
                 if isinstance(value, int | float):
@@ -61,7 +69,7 @@ class RunLogs:
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """Appends to timing.jsonl."""
-        self._append("timing", {"step": step, **values})
+        self._append("timing", {**self._stage, "step": step, **values})
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"timing/{key}", value, step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,13 @@ from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.training.build import build_model, check_precision, loss_of, shard_model
+from embcomp.training.build import (
+    TASK_PREFIX,
+    build_model,
+    check_precision,
+    loss_of,
+    shard_model,
+)
 from embcomp.training.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
@@ -32,14 +38,19 @@ from embcomp.training.checkpoint import (
 from embcomp.training.console import RunConsole
 from embcomp.training.data import (
     check_last_batch,
+    endless,
     evaluation_batches,
     loss_scale,
+    search_batches,
     training_batches,
 )
 from embcomp.training.evaluation import Evaluation, evaluate_batches
+from embcomp.training.handover import load_start, path_of
 from embcomp.training.lazy_decay import LazyDecay
+from embcomp.training.life import Life, StageSetup
 from embcomp.training.logs import RunLogs
-from embcomp.training.optimizers import Optimizers
+from embcomp.training.optimizers import Learners, Optimizers, Phase
+from embcomp.training.outcome import Outcome, write_outcome
 from embcomp.training.process import Process
 from embcomp.training.report import Report, as_record
 from embcomp.training.run_folder import RunFolder
@@ -48,59 +59,106 @@ from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 
 
 class Training:
-    """One run from its first, or its next, step to its report.
+    """One stage of a run, from its first, or its next, step to its end.
 
     Args:
         config: The run.
         folder: Its folder.
         process: The process group.
+        setup: The stage; the only one of its run by default.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, process: Process) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        process: Process,
+        setup: StageSetup | None = None,
+    ) -> None:
         self.config, self.folder, self.process = config, folder, process
         self.info = DatasetInfo.load(config.data.path)
+        self.setup = setup or StageSetup.of(Life.of(config, self.info), 0, folder)
+        stage = self.stage = self.setup.stage
+        self.checkpoints = self.setup.folder.checkpoints
         self.precision = check_precision(config, process)
-        self.batches = training_batches(config, self.info, process)
-        self.unsharded = build_model(config, self.info, torch.device("meta"))
+        self.batches = training_batches(config, self.info, process, holds_out=stage.holds_out)
+        self.unsharded = build_model(config, self.info, torch.device("meta"), self.setup.plan)
         check_last_batch(self.unsharded.model, self.batches, process.world_size)
         self.sharded = shard_model(self.unsharded, config, process)
-        self.optimizers = Optimizers(self.sharded, config.train)
+        self.optimizers = Optimizers(self.sharded, config.train, self._learners())
         rows = config.train.row_optimizer
-        lazy = rows.weight_decay > 0 and not self.optimizers.rows
+        self.fused_rows = not self.optimizers.rows
+        lazy = rows.weight_decay > 0 and self.fused_rows and stage.rows
         self.decay = LazyDecay(self.sharded, rows.weight_decay) if lazy else None
         self.updates = Updates(self.optimizers, self.decay)
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
         self.state = LoopState()
-        steps = config.train.epochs * len(self.batches)
-        self.total_steps = min(steps, config.train.max_steps or steps)
+        self.total_steps = self._planned_steps()
         self._losses: list[Tensor] = []
         self._recorded_seconds = 0.0
+        self._recorded_steps = 0
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
 
-    def run(self, console: RunConsole) -> Report:
-        """Trains to the end, evaluates the best weights and writes the report."""
+    def _learners(self) -> Learners:
+        method, tables = self.setup.life.method, self.unsharded.tables
+        if method is None or tables is None:
+            return Learners(stage=self.stage)
+        return Learners(
+            stage=self.stage,
+            structure_prefix=self.setup.structure_prefix(
+                TASK_PREFIX + path_of(self.unsharded.model, tables)
+            ),
+            structure=lambda parameters: method.structure_optimizer(self.stage, parameters),
+        )
+
+    def _planned_steps(self) -> int:
+        epochs = self.config.train.epochs if self.stage.epochs is None else self.stage.epochs
+        bounds = (self.config.train.max_steps, self.stage.max_steps)
+        return min(
+            epochs * len(self.batches), *(bound for bound in bounds if bound is not None), 2**62
+        )
+
+    def train(self, console: RunConsole, log_sizes: Mapping[str, int]) -> LoopState:
+        """Trains the stage to its end.
+
+        Args:
+            console: What a person sees.
+            log_sizes: Bytes of the run's logs when the stage began.
+
+        Returns:
+            The loop's variables at the end; `finish` or `hand_on` go on from there.
+        """
         self.console = console
-        self._resume()
+        self.state.log_sizes = dict(log_sizes)
+        self._begin()
         self.started = time.perf_counter() - self.state.wall_seconds
         self.logs = RunLogs(
             self.folder,
             enabled=self.process.is_main,
             step=self.state.step,
             sizes=self.state.log_sizes,
+            stage=self.setup.label,
         )
-        console.start(self.total_steps, self.state.step)
+        console.start(self.total_steps, self.state.step, stage=self.setup.label)
+        if self.stage.alternate:
+            loader = search_batches(self.config, self.info, self.process)
+            self._search_batches = endless(loader, self.state.step)
+        if self.total_steps == 0 and not self.state.stopped:
+            self.state.stopped = "nothing to train"
+            self._validate()
+            self._save()
         while not self.state.stopped:
             self._train_epoch()
-        report = self._finish()
-        self.logs.close()
-        return report
+        return self.state
 
     def _train_epoch(self) -> None:
-        """The rest of the current epoch, or less where the run ends."""
+        """The rest of the current epoch, or less where the stage ends."""
         state, train = self.state, self.config.train
         self.batches.set_epoch(state.epoch)
         batches: Iterator[Batch] = iter(self.batches)
+        if self.stage.alternate:
+            batches = _alternating(batches, self._search_batches)
         end_of_epoch = False
         while not (end_of_epoch or state.stopped):
             self._train_step(batches)
@@ -123,15 +181,25 @@ class Training:
         state, begun = self.state, time.perf_counter()
         self.updates.step_number, self.updates.reductions = state.step, state.reductions
         scale = loss_scale(self.batches, state.step_in_epoch, self.process.world_size)
-        loss_of(self.sharded).scale = scale
         self.sharded.train()
-        self._losses.append(self.steps.run(batches))
+        self._losses.append(self._phase("train", scale, batches))
+        if self.stage.alternate:
+            self._phase("search", 1.0, batches)
         if self.process.device.type == "cpu":  # elsewhere, each look at a loss waits for the device
             self._collect_losses()
         state.step += 1
         state.step_in_epoch += 1
         state.train_seconds += time.perf_counter() - begun
         self.console.step(state.step)
+
+    def _phase(self, phase: Phase, scale: float, batches: Iterator[Batch]) -> Tensor:
+        """One forward and backward pass with its update."""
+        self.updates.phase = phase
+        loss_of(self.sharded).scale = scale
+        if self.unsharded.tables is not None and self.fused_rows:
+            # Elsewhere rows rest by having their gradients dropped.
+            self.unsharded.tables.detach_rows(phase == "search" or not self.stage.rows)
+        return self.steps.run(batches)
 
     def _collect_losses(self) -> None:
         for loss in self._losses:
@@ -184,7 +252,7 @@ class Training:
             state.stopped = f"{train.monitor} has not improved in {state.stalled} evaluations"
 
     def _evaluate(self, split: str) -> Evaluation:
-        self._settle()
+        self.settle()
         batches = evaluation_batches(self.config, self.info, split, self.process)
         with self.precision():
             evaluation = evaluate_batches(self.sharded, batches, self.process)
@@ -192,7 +260,7 @@ class Training:
         return evaluation
 
     @torch.no_grad()
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Finishes what training does late, or on each rank by itself, before anyone reads it."""
         self.steps.pause()
         if self.decay is not None:
@@ -207,12 +275,12 @@ class Training:
 
     def _save(self) -> None:
         state = self.state
-        self._settle()
+        self.settle()
         self._share_losses()
         state.wall_seconds = time.perf_counter() - self.started
         state.log_sizes = self.logs.sizes()
         save_checkpoint(
-            self.folder.checkpoints,
+            self.checkpoints,
             state.step,
             self.sharded,
             self.optimizers.combined,
@@ -221,14 +289,16 @@ class Training:
         )
         if self.process.is_main:
             keep = self.config.train.keep_checkpoints
-            remove_old(self.folder.checkpoints, keep, state.best_step)
+            remove_old(self.checkpoints, keep, state.best_step)
 
-    def _resume(self) -> None:
-        """Goes on from the latest checkpoint, if there is one."""
-        steps = saved_steps(self.folder.checkpoints)
+    def _begin(self) -> None:
+        """Goes on from the stage's latest checkpoint, or begins with what was handed to it."""
+        steps = saved_steps(self.checkpoints)
         if not steps:
+            if self.setup.index > self.setup.life.trained[0]:
+                load_start(self.setup.folder, self.sharded)
             return
-        folder = checkpoint_folder(self.folder.checkpoints, steps[-1])
+        folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)
         ranks = saved.pop("world_size")
         self.state = LoopState(**saved)
@@ -237,29 +307,58 @@ class Training:
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
         self.batches.load_state_dict(self.batches.state_dict(self.state.step_in_epoch))
-        self.console.say(f"{self.folder.path}: goes on from step {self.state.step}")
+        self.console.say(f"{self._place}: goes on from step {self.state.step}")
         if ranks != self.process.world_size:
             self.console.say(
                 f"that was on {ranks} rank(s), this is on {self.process.world_size}: from here rows "
                 "come in another order and random numbers differ"
             )
 
-    def _finish(self) -> Report:
-        """Evaluates the best weights on the test split and reports."""
-        state, config = self.state, self.config
-        best = state.step if state.best_step is None else state.best_step
+    @property
+    def _place(self) -> str:
+        """The run, and the stage where there are several."""
+        label = self.setup.label
+        return f"{self.folder.path}, {label}" if label else str(self.folder.path)
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the stage leaves."""
+        best = self.state.best_step
+        return self.state.step if best is None or self.stage.keeps == "last" else best
+
+    def hand_on(self) -> None:
+        """Writes down that the stage is finished and what it leaves."""
+        state = self.state
+        self.logs.close()
+        dist.barrier()
+        if self.process.is_main:
+            write_outcome(
+                self.setup.folder, Outcome.of(self.stage, state, self.kept_step), state.log_sizes
+            )
+        dist.barrier()
+        self.console.say(f"{self._place}: {state.stopped}; hands on step {self.kept_step}")
+
+    def finish(self, before: Sequence[Outcome]) -> Report:
+        """Evaluates the weights that the last stage leaves on the test split and reports.
+
+        Args:
+            before: What earlier stages ended with.
+        """
+        state, config, best = self.state, self.config, self.kept_step
         self.steps.pause()
-        load_weights(checkpoint_folder(self.folder.checkpoints, best), self.sharded)
+        load_weights(checkpoint_folder(self.checkpoints, best), self.sharded)
         test = None
         if "test" in self.info.splits:
             test = as_record(self._evaluate("test"))
             self.logs.metrics("test", best, test)
+        self.logs.close()
         report = Report.of(
             config,
             self.info,
             self.unsharded,
             self.process,
             state,
+            stages=[*before, Outcome.of(self.stage, state, best)],
             best_step=best,
             test=test,
             dense_parameters=sum(weight.numel() for weight in self.optimizers.dense),
@@ -271,6 +370,13 @@ class Training:
         dist.barrier()
         self.console.say(f"{self.folder.path}: {state.stopped}; best at step {best}")
         return report
+
+
+def _alternating(training: Iterator[Batch], searching: Iterator[Batch]) -> Iterator[Batch]:
+    """A batch of training rows, one of search-validation rows, and so on."""
+    for batch in training:
+        yield batch
+        yield next(searching)
 
 
 def make_steps(training: Training, *, pipelined: bool) -> Steps:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embcomp.config import DenseOptimizerConfig, PlateauConfig, RowOptimizerConfig, RunConfig
 from embcomp.errors import ConfigError
+from embcomp.stages import Stage
 from embcomp.training.placement import row_collections
 
 Parameters = Iterable[Tensor]
@@ -52,8 +54,28 @@ def attach_fused_optimizer(
         apply_optimizer_in_backward(kind, collection.parameters(), options)
 
 
+Phase = Literal["train", "search"]
+"""A step on training rows, or one on search-validation rows in which the structure alone learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learners:
+    """What learns in a stage, and what updates the parameters of a method's own modules.
+
+    Attributes:
+        stage: The stage; by default everything learns all the time.
+        structure_prefix: What the names of the method's own parameters begin with; None where no
+            method is trained in stages.
+        structure: Makes their optimizer; None leaves them to the dense optimizer.
+    """
+
+    stage: Stage = field(default_factory=lambda: Stage(name="train"))
+    structure_prefix: str | None = None
+    structure: Callable[[list[nn.Parameter]], torch.optim.Optimizer | None] = lambda _: None
+
+
 class Optimizers:
-    """Both optimizers of a sharded model as one.
+    """The optimizers of a sharded model as one.
 
     Attributes:
         combined: TorchRec's view of them, for checkpoints.
@@ -63,14 +85,23 @@ class Optimizers:
     Args:
         sharded: The model.
         config: The loop's settings.
+        learners: What learns.
     """
 
-    def __init__(self, sharded: DistributedModelParallel, config: RunConfig) -> None:
+    def __init__(
+        self, sharded: DistributedModelParallel, config: RunConfig, learners: Learners | None = None
+    ) -> None:
+        learners = learners or Learners()
         named = dict(in_backward_optimizer_filter(sharded.named_parameters()))
         rows = {name: weight for name, weight in named.items() if _ROWS_PATH in name}
         dense = {name: weight for name, weight in named.items() if name not in rows}
+        prefix = learners.structure_prefix
+        structure = {n: w for n, w in dense.items() if prefix is not None and n.startswith(prefix)}
         self.rows = list(rows.values())
         self.dense = list(dense.values())
+        self._structure = list(structure.values())
+        self._network = [weight for name, weight in dense.items() if name not in structure]
+        self._stage = learners.stage
         self._config = config
         self._row_optimizers: list[KeyedOptimizer] = [sharded.fused_optimizer]
         parts: list[tuple[str, KeyedOptimizer]] = [("fused", sharded.fused_optimizer)]
@@ -78,46 +109,76 @@ class Optimizers:
             kind, options = _row_optimizer_kind(config.row_optimizer)
             self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
             parts.append(("rows", self._row_optimizers[-1]))
+        self._structure_optimizer: KeyedOptimizer | None = None
+        own = learners.structure(self._structure) if structure else None
+        if own is not None:
+            self._structure_optimizer = KeyedOptimizerWrapper(structure, lambda _: own)
+            self._structure_rates = [group["lr"] for group in own.param_groups]
+            parts.append(("structure", self._structure_optimizer))
+            dense = {name: weight for name, weight in dense.items() if name not in structure}
         self._dense_optimizer = KeyedOptimizerWrapper(
             dense, lambda p: _dense_optimizer(p, config.dense_optimizer)
         )
         parts.append(("dense", self._dense_optimizer))
         self.combined = CombinedOptimizer(parts)
 
-    def start_step(self, step: int, reductions: int) -> float:
-        """Clears gradients and sets both learning rates; fused kernels take theirs here.
+    def start_step(self, step: int, reductions: int, phase: Phase = "train") -> float:
+        """Clears gradients and sets the learning rates; fused kernels take theirs here.
 
         Args:
             step: Number of the step, from 0.
             reductions: How often the plateau rule has reduced the learning rates.
+            phase: What kind of step it is.
 
         Returns:
             The rows' learning rate.
         """
         config = self._config
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        warmup *= self._stage.learning_rate
         row_rate = warmup * reduced(config.row_optimizer.learning_rate, reductions, config.plateau)
         dense_rate = warmup * reduced(
             config.dense_optimizer.learning_rate, reductions, config.plateau
         )
         for optimizer in self._row_optimizers:
             _set_learning_rate(optimizer, row_rate)
-        self._decay_whole_tables(row_rate)
+        if phase == "train" and self._stage.rows:
+            self._decay_whole_tables(row_rate)
         _set_learning_rate(self._dense_optimizer, dense_rate)
+        if self._structure_optimizer is not None:
+            factor = config.plateau.factor**reductions if config.plateau else 1.0
+            groups = self._structure_optimizer.param_groups
+            for group, rate in zip(groups, self._structure_rates):
+                group["lr"] = rate * factor
         self.combined.zero_grad()
         return row_rate
 
-    def finish_step(self) -> None:
+    def finish_step(self, phase: Phase = "train") -> None:
         """Regularises, clips and updates everything that was not updated in the backward pass."""
         rows, clip = self._config.row_optimizer, self._config.clip_norm
+        resting = self._resting(phase)
+        for weight in resting:
+            weight.grad = None
         if rows.l2:
             for weight in self.rows:  # the gradient of 0.5 * l2 * ||E||^2, on every row
-                assert weight.grad is not None
-                weight.grad.add_(weight.detach(), alpha=rows.l2)
+                if weight.grad is not None:
+                    weight.grad.add_(weight.detach(), alpha=rows.l2)
         if clip is not None:
             clipped = self.dense + self.rows if rows.mode == "dense" else self.dense
             torch.nn.utils.clip_grad_norm_(clipped, clip)
         self.combined.step()
+
+    def _resting(self, phase: Phase) -> list[Tensor]:
+        """Parameters that do not learn in a step, though a gradient reaches them."""
+        stage = self._stage
+        if phase == "search":
+            return [*self.rows, *self._network]
+        resting: list[Tensor] = [] if stage.rows else list(self.rows)
+        if not stage.network:
+            resting += self._network
+        if stage.alternate or not stage.structure:
+            resting += self._structure
+        return resting
 
     @torch.no_grad()
     def _decay_whole_tables(self, learning_rate: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from embcomp.errors import EmbcompError
 from embcomp.training.build import UnshardedModel
 from embcomp.training.evaluation import Evaluation
 from embcomp.training.logs import without_nan
+from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
 from embcomp.training.run_folder import REPORT_FILE, write_atomically
 from embcomp.training.state import LoopState
@@ -31,9 +33,9 @@ class Report:
         seed: The run's seed.
         world_size: Number of ranks.
         device: `cpu` or `cuda`.
-        steps: Training steps done.
-        epochs: Whole epochs done.
-        best_step: The step whose weights are evaluated here.
+        steps: Training steps done, in all stages.
+        epochs: Whole epochs of the last stage.
+        best_step: The step of the last stage whose weights are evaluated here.
         stopped: Why training ended.
         valid: Validation metrics of the best step.
         test: Test metrics of the best step; None without a test split.
@@ -43,10 +45,12 @@ class Report:
         first_order_bytes: What first-order weights take when served; 0 for models without.
         train_bytes: Rows, padding and row optimizer state while training, first order included.
         dense_parameters: Number of parameters outside the tables.
-        samples_per_second: Training rows per second, evaluations and checkpoints left out.
-        train_seconds: Time of the training steps.
-        wall_seconds: Time of everything, interruptions left out.
+        samples_per_second: Training rows per second of the last stage, evaluations and checkpoints
+            left out.
+        train_seconds: Time of the training steps and searches of all stages.
+        wall_seconds: Time of everything in the last stage, interruptions left out.
         bayes: Best reachable test metrics, where the data was generated.
+        stages: What each stage of the run ended with.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Report:
     train_seconds: float
     wall_seconds: float
     bayes: dict[str, float] | None
+    stages: list[dict[str, Any]]
 
     @classmethod
     def of(
@@ -82,6 +87,7 @@ class Report:
         process: Process,
         state: LoopState,
         *,
+        stages: Sequence[Outcome],
         best_step: int,
         test: dict[str, Any] | None,
         dense_parameters: int,
@@ -94,6 +100,7 @@ class Report:
         if model.first_order is not None:
             first_order = model.first_order.footprint.serve_bytes
         rows = state.step * config.data.batch_size
+        steps = sum(stage.steps for stage in stages)
         optimizer = config.train.row_optimizer.name
         return cls(
             name=config.name,
@@ -103,7 +110,7 @@ class Report:
             seed=config.seed,
             world_size=process.world_size,
             device=process.device.type,
-            steps=state.step,
+            steps=steps,
             epochs=state.epoch,
             best_step=best_step,
             stopped=state.stopped,
@@ -116,9 +123,10 @@ class Report:
             train_bytes=sum(c.footprint.train_bytes(optimizer) for c in model.collections()),
             dense_parameters=dense_parameters,
             samples_per_second=rows / state.train_seconds if state.train_seconds else 0.0,
-            train_seconds=state.train_seconds,
+            train_seconds=sum(stage.train_seconds for stage in stages),
             wall_seconds=wall_seconds,
             bayes=info.bayes.model_dump() if info.bayes else None,
+            stages=[dataclasses.asdict(stage) for stage in stages],
         )
 
     def save(self, folder: Path) -> None:

@@ -1,12 +1,14 @@
 """`runs/<name>/`: what a run leaves behind, and whether it may be continued.
 
 config.yaml (resolved), dataset.json (a copy), metrics.jsonl (the same bytes for the same run),
-timing.jsonl, checkpoints/, tensorboard/ and, when the run is finished, report.json.
+timing.jsonl, checkpoints/, tensorboard/ and, when the run is finished, report.json. A run in several
+stages has a folder for each of them, stages/<number>-<name>/, with the stage's own checkpoints.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,29 @@ _CONFIG_FILE = "config.yaml"
 _DATASET_FILE = "dataset.json"
 
 
+class StageFolder:
+    """Paths of one stage of a run.
+
+    Attributes:
+        checkpoints: The stage's checkpoints.
+        forms: How the tables are stored in this stage; written last of what a stage begins with.
+        start: Tensors that the stage begins with, where they are not drawn afresh.
+        progress: What an unfinished search can go on from.
+        done: What the stage ended with; its presence says that the stage is finished.
+
+    Args:
+        path: The stage's folder; the run's own where it has one stage.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.forms = path / "forms.json"
+        self.start = path / "start.safetensors"
+        self.progress = path / "progress.json"
+        self.done = path / "done.json"
+
+
 class RunFolder:
     """Paths of a run.
 
@@ -27,7 +52,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -38,6 +62,17 @@ class RunFolder:
         """Whether no run has begun here."""
         return not (self.path / _CONFIG_FILE).exists()
 
+    def stage(self, index: int, names: Sequence[str]) -> StageFolder:
+        """The folder of one of the run's stages.
+
+        Args:
+            index: The stage's place.
+            names: The names of all stages.
+        """
+        if len(names) == 1:
+            return StageFolder(self.path)
+        return StageFolder(self.path / "stages" / f"{index + 1}-{names[index]}")
+
     def config(self) -> TrainConfig:
         """The run's resolved config."""
         path = self.path / _CONFIG_FILE
@@ -47,7 +82,7 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         """Writes down what the run is; the config last, as it marks the run as begun."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / _DATASET_FILE, _dataset_text(config))
         write_atomically(self.path / _CONFIG_FILE, config.to_yaml())
 

@@ -11,7 +11,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embcomp.data_pipelines.batch import Batch
 from embcomp.training.lazy_decay import LazyDecay
-from embcomp.training.optimizers import Optimizers
+from embcomp.training.optimizers import Optimizers, Phase
 from embcomp.training.precision import Precision
 from embcomp.training.process import Process
 
@@ -24,9 +24,10 @@ class Updates:
     Attributes:
         step_number: Set by the loop before each step.
         reductions: How often the plateau rule has acted; set by the loop.
+        phase: What kind of step comes; set by the loop.
 
     Args:
-        optimizers: Both optimizers.
+        optimizers: The optimizers.
         decay: Lazy decay of fused rows, if any.
     """
 
@@ -35,16 +36,17 @@ class Updates:
         self._decay = decay
         self.step_number = 0
         self.reductions = 0
+        self.phase: Phase = "train"
 
     def zero_grad(self) -> None:
         """Before the forward pass."""
-        rate = self._optimizers.start_step(self.step_number, self.reductions)
-        if self._decay is not None:
+        rate = self._optimizers.start_step(self.step_number, self.reductions, self.phase)
+        if self._decay is not None and self.phase == "train":
             self._decay.start_step(rate)
 
     def step(self) -> None:
         """After the backward pass."""
-        self._optimizers.finish_step()
+        self._optimizers.finish_step(self.phase)
 
 
 class Steps(ABC):

@@ -1,0 +1,237 @@
+"""From the weights that one stage leaves to those that the next begins with.
+
+The first rank loads the whole model on its CPU, lets the method turn its tables into their next form,
+and writes what comes out; then every rank reads what belongs to it. So the host of the first rank
+must hold the tables once, and no stage depends on how the one before was sharded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.frequencies import id_counts
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError, EmbcompError
+from embcomp.forms import GroupForm
+from embcomp.plan_document import plan_to_document
+from embcomp.stages import Form, Past
+from embcomp.training.build import UnshardedModel, build_model, initial_model
+from embcomp.training.checkpoint import checkpoint_folder, model_state
+from embcomp.training.life import Life
+from embcomp.training.noise import quiet_libraries
+from embcomp.training.outcome import read_outcome
+from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
+
+
+def load_unsharded(
+    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int, step: int
+) -> UnshardedModel:
+    """A stage's weights in one piece on the CPU; no process group is needed.
+
+    Args:
+        config: The run.
+        info: Its dataset.
+        life: Its stages.
+        folder: Its folder.
+        index: The place of a stage that trains.
+        step: A step of that stage that has a checkpoint.
+    """
+    place = folder.stage(index, life.names)
+    unsharded = build_model(config, info, torch.device("cpu"), life.plan_of(index, place))
+    tensors = {"model": unsharded.model.state_dict()}
+    path = checkpoint_folder(place.checkpoints, step)
+    if not path.exists():
+        raise EmbcompError(f"{path} does not exist")
+    with quiet_libraries():
+        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
+    unsharded.model.load_state_dict(tensors["model"])
+    return unsharded
+
+
+def left_by(
+    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int
+) -> UnshardedModel:
+    """What a finished stage hands on; for the first one perhaps another run's best weights."""
+    if config.train.start_from is not None and index == life.trained[0]:
+        return _of_another_run(config, info, life)
+    outcome, _ = read_outcome(folder.stage(index, life.names))
+    return load_unsharded(config, info, life, folder, index, outcome.keeps_step)
+
+
+def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
+    """How often each id of each table occurs in the training rows."""
+    return {name: torch.from_numpy(counts) for name, counts in id_counts(info).items()}
+
+
+def prepare_start(
+    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int
+) -> None:
+    """Writes the form in which a stage after the first begins; for one rank."""
+    assert life.method is not None
+    place = folder.stage(index, life.names)
+    if place.forms.exists():
+        return
+    model = left_by(config, info, life, folder, life.last_trained_before(index))
+    form = life.method.begin(
+        life.stages[index],
+        life.tables,
+        Past(
+            before=form_of(model, life),
+            initial=lambda: _initial_form(config, info, life),
+            counts=counts_of(info),
+            results=search_results(life, folder, index),
+            seed=config.seed,
+        ),
+    )
+    plan = life.with_method(form.config)
+    begun = build_model(config, info, torch.device("meta"), plan)
+    tensors = _tables_start(model, begun, life, form)
+    if not life.stages[index].restarts:
+        tensors |= _network_start(model, begun)
+    place.path.mkdir(parents=True, exist_ok=True)
+    temporary = place.start.with_name(f".{place.start.name}.tmp")
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    temporary.replace(place.start)
+    write_atomically(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
+
+
+def search_results(life: Life, folder: RunFolder, before: int) -> dict[str, Mapping[str, Any]]:
+    """What earlier search stages found, by their names."""
+    return {
+        stage.name: read_outcome(folder.stage(index, life.names))[0].result
+        for index, stage in enumerate(life.stages[:before])
+        if stage.kind == "search"
+    }
+
+
+def form_of(model: UnshardedModel, life: Life) -> Form:
+    """The form of the tables that are trained in stages."""
+    assert model.tables is not None
+    own = life.tables[0].name
+    return next(
+        each.form for each in model.tables.forms() if own in [table.name for table in each.tables]
+    )
+
+
+def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
+    """Fills a sharded model with what its stage begins with; what is not there stays as drawn."""
+    state = model_state(sharded)
+    with safetensors.safe_open(place.start, framework="pt") as file, torch.no_grad():
+        for name in file.keys():
+            whole = file.get_slice(name)
+            for piece, (row, column) in _pieces(state[name]):
+                _fill(piece, whole, tuple(whole.get_shape()), row, column)
+
+
+@torch.no_grad()
+def load_tensors_of(whole: Mapping[str, Tensor], sharded: DistributedModelParallel) -> None:
+    """Fills a sharded model with whole tensors by their names in the unsharded one."""
+    for name, value in model_state(sharded).items():
+        for piece, (row, column) in _pieces(value):
+            _fill(piece, whole[name], tuple(whole[name].shape), row, column)
+
+
+def _pieces(value: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
+    if isinstance(value, ShardedTensor):
+        return [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()]
+    return [(value, [0, 0])]
+
+
+def _fill(piece: Tensor, whole: Any, shape: tuple[int, ...], row: int, column: int) -> None:
+    """Copies a piece's part of a tensor, or of a slice of a file."""
+    if len(shape) != 2:
+        piece.copy_(whole[...])
+        return
+    columns = min(piece.shape[1], shape[1] - column)
+    piece.zero_()  # columns that only pad rows to a kernel's width
+    if columns > 0 and len(piece):
+        piece[:, :columns] = whole[row : row + len(piece), column : column + columns]
+
+
+def _initial_form(config: TrainConfig, info: DatasetInfo, life: Life) -> Form:
+    plan = life.first_plan()
+    assert plan is not None
+    return form_of(initial_model(config, info, plan), life)
+
+
+def _tables_start(
+    model: UnshardedModel, begun: UnshardedModel, life: Life, form: Form
+) -> dict[str, Tensor]:
+    """The tensors of all tables by their names in the model that begins."""
+    assert model.tables is not None
+    assert begun.tables is not None
+    forms = [GroupForm(tables=life.tables, form=form)]
+    forms += [each for each in model.tables.forms() if each.form.config != form.config]
+    path = path_of(begun.model, begun.tables)
+    return {f"{path}.{name}": tensor for name, tensor in begun.tables.state_of(forms).items()}
+
+
+def _network_start(model: UnshardedModel, begun: UnshardedModel) -> dict[str, Tensor]:
+    """What lies outside the embedding tables: the same in every stage."""
+    assert begun.tables is not None
+    inside = path_of(begun.model, begun.tables) + "."
+    wanted = begun.model.state_dict()
+    return {
+        name: tensor
+        for name, tensor in model.model.state_dict().items()
+        if name in wanted and not name.startswith(inside)
+    }
+
+
+def path_of(model: torch.nn.Module, collection: CompressedEmbeddingBagCollection) -> str:
+    """Where a collection is inside a model."""
+    return next(path for path, module in model.named_modules() if module is collection)
+
+
+def check_other_run(config: TrainConfig, info: DatasetInfo, life: Life) -> None:
+    """Raises before any training what `train.start_from` cannot start."""
+    source = config.train.start_from
+    if source is None:
+        return
+    other = RunFolder(Path(source)).config()
+    if other.model != config.model:
+        raise ConfigError(
+            f"train.start_from: {source} trained another model ({other.model.name} with other "
+            f"settings, or another than {config.model.name}); both need the same"
+        )
+    if not RunFolder(Path(source)).report.exists():
+        raise ConfigError(f"train.start_from: {source} is not finished; train it first")
+    _of_another_run(config, info, life)
+
+
+def _of_another_run(config: TrainConfig, info: DatasetInfo, life: Life) -> UnshardedModel:
+    from embcomp.training.api import load_model
+
+    source = config.train.start_from
+    assert source is not None
+    plan = life.first_plan()
+    unsharded = build_model(config, info, torch.device("cpu"), plan)
+    came: Mapping[str, Tensor] = load_model(Path(source)).state_dict()
+    wanted = unsharded.model.state_dict()
+    odd = [n for n in sorted({*came, *wanted}) if _shape(came, n) != _shape(wanted, n)]
+    if odd:
+        raise ConfigError(
+            f"train.start_from: {source} has another model or other tables than the stage "
+            f"{life.names[0]!r}: they differ in {', '.join(odd[:3])}"
+            f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Use the same dataset, model "
+            "and embedding_dim"
+        )
+    unsharded.model.load_state_dict(came)
+    return unsharded
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -1,0 +1,166 @@
+"""A run's stages: which method learns in them, and in which form its tables begin each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from embcomp.backend import BackendConfig
+from embcomp.config import TrainConfig
+from embcomp.config_reading import listed
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.plan import ResolvedPlan
+from embcomp.plan_document import plan_from_document
+from embcomp.stages import Stage
+from embcomp.tables import TableSpec
+from embcomp.training.build import main_plan
+from embcomp.training.run_folder import RunFolder, StageFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """The stages of one run.
+
+    Attributes:
+        plan: The methods as the config has them, sizes fixed; None for a model without tables.
+        method: The method that is trained in stages; None where each is trained once.
+        stages: What is done, in order, with the config's own wishes for each.
+    """
+
+    plan: ResolvedPlan | None
+    method: BackendConfig | None
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, config: TrainConfig, info: DatasetInfo) -> Life:
+        """The stages that a config's methods ask for.
+
+        Raises:
+            ConfigError: When two methods want stages of their own, or first-order weights do.
+        """
+        plan = main_plan(config, info)
+        groups = [] if plan is None else plan.groups
+        staged = [method for method, _ in groups if len(method.stages()) > 1]
+        if len(staged) > 1:
+            raise ConfigError(
+                f"tables: {listed(dict.fromkeys(m.name for m in staged))} with different settings "
+                "are each trained in stages of their own; one run has room for one of them"
+            )
+        first_order = config.tables.first_order.settings
+        if config.model.settings.uses_first_order and len(first_order.stages()) > 1:
+            raise ConfigError(
+                f"tables.first_order: {first_order.name} is trained in stages; first-order weights "
+                "take a method that is trained once"
+            )
+        method = staged[0] if staged else None
+        stages = (Stage(name="train"),) if method is None else method.stages()
+        if config.train.start_from is not None and method is None:
+            raise ConfigError(
+                f"train.start_from: {config.tables.method.name} is trained in one stage, so that "
+                "another run's weights would leave nothing to do; it is for methods in stages"
+            )
+        return cls(plan=plan, method=method, stages=tuple(_wished(s, config) for s in stages))
+
+    @property
+    def names(self) -> list[str]:
+        """The stages' names."""
+        return [stage.name for stage in self.stages]
+
+    @property
+    def tables(self) -> list[TableSpec]:
+        """The tables of the method that is trained in stages."""
+        assert self.plan is not None
+        return [table for table in self.plan.tables if self.plan.methods[table.name] == self.method]
+
+    @property
+    def trained(self) -> list[int]:
+        """The places of the stages that train."""
+        return [index for index, stage in enumerate(self.stages) if stage.kind == "train"]
+
+    def first_plan(self) -> ResolvedPlan | None:
+        """How the tables are stored in the first stage."""
+        return self.plan if self.method is None else self.with_method(self.method.first_form())
+
+    def with_method(self, form: BackendConfig) -> ResolvedPlan:
+        """The plan with another form of the method that is trained in stages."""
+        assert self.plan is not None
+        own = dict.fromkeys((table.name for table in self.tables), form)
+        return ResolvedPlan(self.plan.tables, {**self.plan.methods, **own})
+
+    def plan_of(self, index: int, folder: StageFolder) -> ResolvedPlan | None:
+        """How the tables are stored in a stage that has begun."""
+        if index == self.trained[0]:
+            return self.first_plan()
+        assert self.plan is not None
+        document = json.loads(folder.forms.read_text(encoding="utf-8"))
+        return plan_from_document(document, self.plan.tables, source=str(folder.forms))
+
+    def last_trained_before(self, index: int) -> int:
+        """The stage whose weights a later one begins with."""
+        return max(place for place in self.trained if place < index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSetup:
+    """One stage of a run, ready to begin.
+
+    Attributes:
+        life: All stages.
+        index: The place of this one.
+        plan: How the tables are stored in it.
+        folder: Where its files lie.
+    """
+
+    life: Life
+    index: int
+    plan: ResolvedPlan | None
+    folder: StageFolder
+
+    @classmethod
+    def of(cls, life: Life, index: int, folder: RunFolder) -> StageSetup:
+        """A stage whose forms are known."""
+        own = folder.stage(index, life.names)
+        return cls(life=life, index=index, plan=life.plan_of(index, own), folder=own)
+
+    @property
+    def stage(self) -> Stage:
+        """What it does."""
+        return self.life.stages[self.index]
+
+    @property
+    def label(self) -> str:
+        """The stage's name for logs; empty where there is one stage only."""
+        return self.stage.name if len(self.life.stages) > 1 else ""
+
+    def structure_prefix(self, collection_path: str) -> str | None:
+        """What the names of the method's own parameters begin with inside the model.
+
+        Args:
+            collection_path: The embedding tables' path inside the model.
+        """
+        if self.life.method is None or self.plan is None:
+            return None
+        own = self.life.tables[0].name
+        for index, (_, tables) in enumerate(self.plan.groups):
+            if own in [table.name for table in tables]:
+                return f"{collection_path}.combine.combines.{index}."
+        return None
+
+
+def stage_places(life: Life, folder: RunFolder) -> Sequence[StageFolder]:
+    """The folders of all stages."""
+    return [folder.stage(index, life.names) for index in range(len(life.stages))]
+
+
+def _wished(stage: Stage, config: TrainConfig) -> Stage:
+    wish = config.train.stages.get(stage.name)
+    if wish is None:
+        return stage
+    return replace(
+        stage,
+        epochs=stage.epochs if wish.epochs is None else wish.epochs,
+        max_steps=stage.max_steps if wish.max_steps is None else wish.max_steps,
+        learning_rate=stage.learning_rate if wish.learning_rate is None else wish.learning_rate,
+    )

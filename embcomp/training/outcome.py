@@ -1,0 +1,73 @@
+"""What a stage of a run ended with, as `done.json` of its folder and the report hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embcomp.errors import CheckpointError
+from embcomp.stages import Stage
+from embcomp.training.logs import without_nan
+from embcomp.training.run_folder import StageFolder, write_atomically
+from embcomp.training.state import LoopState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One finished stage.
+
+    Attributes:
+        name: The stage's name.
+        steps: Training steps done.
+        keeps_step: The step whose weights it hands on.
+        stopped: Why it ended.
+        valid: Validation metrics of the best step.
+        train_seconds: Time of the training steps, or of the search.
+        result: What a search found.
+    """
+
+    name: str
+    steps: int = 0
+    keeps_step: int = 0
+    stopped: str = ""
+    valid: Mapping[str, Any] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stage: Stage, state: LoopState, keeps_step: int) -> Outcome:
+        """A stage that trained."""
+        return cls(
+            name=stage.name,
+            steps=state.step,
+            keeps_step=keeps_step,
+            stopped=state.stopped,
+            valid=state.best_valid,
+            train_seconds=state.train_seconds,
+        )
+
+
+def write_outcome(place: StageFolder, outcome: Outcome, log_sizes: Mapping[str, int]) -> None:
+    """Marks a stage as finished.
+
+    Args:
+        place: The stage's folder.
+        outcome: What it ended with.
+        log_sizes: Bytes of the run's logs at its end.
+    """
+    place.path.mkdir(parents=True, exist_ok=True)
+    content = {**dataclasses.asdict(outcome), "log_sizes": dict(log_sizes)}
+    write_atomically(place.done, json.dumps(without_nan(content), indent=1) + "\n")
+
+
+def read_outcome(place: StageFolder) -> tuple[Outcome, dict[str, int]]:
+    """A finished stage, and the bytes of the run's logs at its end."""
+    try:
+        content = json.loads(place.done.read_text(encoding="utf-8"))
+        sizes = content.pop("log_sizes")
+        return Outcome(**content), sizes
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{place.path} is not a finished stage: {error}") from None

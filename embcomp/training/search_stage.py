@@ -1,0 +1,155 @@
+"""A stage that trains nothing: a method tries structures on the model that the stage before left."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embcomp.composite import Combine
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import EmbcompError
+from embcomp.stages import Form
+from embcomp.training.build import build_model, check_precision, shard_model
+from embcomp.training.console import RunConsole
+from embcomp.training.data import SEARCH, evaluation_batches
+from embcomp.training.evaluation import evaluate_batches
+from embcomp.training.handover import counts_of, form_of, left_by, load_tensors_of
+from embcomp.training.life import Life
+from embcomp.training.logs import without_nan
+from embcomp.training.outcome import Outcome
+from embcomp.training.process import Process
+from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
+
+
+class StageSearch:
+    """Runs a method's search; it is a ``SearchContext``.
+
+    Every rank runs the same search on the same scores. The batches are kept in memory, since each
+    candidate looks at all of them.
+
+    Args:
+        config: The run.
+        info: Its dataset.
+        life: Its stages.
+        index: The place of the search.
+        folder: The run's folder.
+        process: The process group.
+        console: What a person sees.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        info: DatasetInfo,
+        life: Life,
+        index: int,
+        folder: RunFolder,
+        process: Process,
+        console: RunConsole,
+    ) -> None:
+        self._config, self._info, self._life = config, info, life
+        self._index, self._process, self._console = index, process, console
+        self._place: StageFolder = folder.stage(index, life.names)
+        self._precision = check_precision(config, process)
+        before = life.last_trained_before(index)
+        plan = life.plan_of(before, folder.stage(before, life.names))
+        left = left_by(config, info, life, folder, before)
+        self._form = form_of(left, life)
+        self._unsharded = build_model(config, info, torch.device("meta"), plan)
+        self._sharded = shard_model(self._unsharded, config, process)
+        load_tensors_of(left.model.state_dict(), self._sharded)
+        self._batches: list[Batch] | None = None
+        self._counts: dict[str, Tensor] | None = None
+        self.evaluations = 0
+
+    def run(self) -> Outcome:
+        """Searches to the end, or goes on where an interrupted search was."""
+        method = self._life.method
+        assert method is not None
+        begun = time.perf_counter()
+        stage = self._life.stages[self._index]
+        self._console.say(f"{stage.name}: {stage.purpose}")
+        self._place.path.mkdir(parents=True, exist_ok=True)
+        result = method.search(stage, self._life.tables, self)
+        dist.barrier()
+        return Outcome(
+            name=stage.name,
+            stopped=f"{self.evaluations} evaluations",
+            train_seconds=time.perf_counter() - begun,
+            result=without_nan(result),
+        )
+
+    @property
+    def form(self) -> Form:
+        """The form that the stage before left, whole and on the CPU."""
+        return self._form
+
+    @property
+    def combine(self) -> nn.Module:
+        """The method's own ``combine`` inside the model that ``evaluate`` runs."""
+        tables = self._unsharded.tables
+        assert tables is not None
+        assert isinstance(tables.combine, Combine)
+        own = self._life.tables[0].name
+        for combine, (_, group) in zip(tables.combine.combines, tables.plan.groups):
+            if own in [table.name for table in group]:
+                return combine
+        raise AssertionError("the method's tables are in no group")
+
+    @property
+    def counts(self) -> Mapping[str, Tensor]:
+        """How often each id of each table occurs in the training rows."""
+        if self._counts is None:
+            self._counts = counts_of(self._info)
+        return self._counts
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self._config.seed
+
+    def evaluate(self, rows: int | None = None) -> float:
+        """Score the model as it is now on search-validation rows; more is better."""
+        self.evaluations += 1
+        with self._precision():
+            found = evaluate_batches(self._sharded, self._first(rows), self._process)
+        metrics, monitor = found.metrics, self._config.train.monitor
+        value = {"auc": metrics.auc, "gauc": metrics.gauc, "log_loss": -metrics.log_loss}[monitor]
+        if math.isnan(value):
+            raise EmbcompError(
+                f"{monitor} of the search-validation rows is undefined; raise data.search_share or "
+                "choose another train.monitor"
+            )
+        return value
+
+    def _first(self, rows: int | None) -> list[Batch]:
+        """The batches of the first so many rows, in whole batches; the same number on each rank."""
+        if self._batches is None:
+            loader = evaluation_batches(self._config, self._info, SEARCH, self._process)
+            self._batches = list(loader)
+        each = self._config.data.eval_batch_size
+        return self._batches if rows is None else self._batches[: max(1, -(-rows // each))]
+
+    def load(self) -> dict[str, Any] | None:
+        """What ``save`` was last given, after an interruption; None at the beginning."""
+        if not self._place.progress.exists():
+            return None
+        return json.loads(self._place.progress.read_text(encoding="utf-8"))
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Keep JSON values that the search can go on from."""
+        if self._process.is_main:
+            write_atomically(self._place.progress, json.dumps(progress) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.say(text)
