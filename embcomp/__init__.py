@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embcomp.backend import BackendConfig
-    from embcomp.backends import BACKENDS, QR, Full, Hash, Unified
+    from embcomp.backends import BACKENDS, QR, Full, Hash, LowDim, Unified
     from embcomp.collection import (
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
@@ -38,6 +38,7 @@ __all__ = [
     "EmbcompError",
     "Full",
     "Hash",
+    "LowDim",
     "Plan",
     "Unified",
 ]
@@ -54,6 +55,7 @@ _HOMES = {
     "EmbcompError": "embcomp.errors",
     "Full": "embcomp.backends",
     "Hash": "embcomp.backends",
+    "LowDim": "embcomp.backends",
     "Plan": "embcomp.plan",
     "QR": "embcomp.backends",
     "Unified": "embcomp.backends",

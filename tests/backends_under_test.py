@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from embcomp.backends import QR, Full, Hash, Unified
+from embcomp.backends import QR, Full, Hash, LowDim, Unified
 from embcomp.testing import BackendCase
 
+FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
 UNIFORM_05 = 0.05 / 3**0.5  # standard deviation of Unified's rows
 
 CASES = {
     "full": BackendCase(config=Full(), injective=True),
     "hash": BackendCase(config=Hash(num_buckets=40, collisionless=0), takes_any_id=True),
+    "low_dim": BackendCase(config=LowDim(width=5), injective=True, init_std=FULL * (5 / 16) ** 0.5),
+    "low_dim_mixed": BackendCase(
+        config=LowDim(width=3, widths={"t0": 5, "t1": 4}),
+        injective=True,
+        init_std=FULL * (4.5 / 16) ** 0.5,
+    ),
+    "low_dim_kept": BackendCase(
+        config=LowDim(width=9, widths={"t0": 7}, kept={"t0": 33, "t1": 50}),
+        init_std=FULL * (8 / 16) ** 0.5,
+    ),
     "qr_mult": BackendCase(config=QR(divisor=9), injective=True),
     "qr_add": BackendCase(config=QR(divisor=9, combine="add"), injective=True),
     "qr_concat": BackendCase(config=QR(divisor=9, combine="concat"), injective=True),

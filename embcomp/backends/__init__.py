@@ -5,12 +5,13 @@ from __future__ import annotations
 from embcomp.backend import BackendConfig
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
+from embcomp.backends.low_dim import LowDim
 from embcomp.backends.qr import QR
 from embcomp.backends.unified import Unified
 
 BACKENDS: dict[str, type[BackendConfig]] = {
-    config.name: config for config in (Full, Hash, QR, Unified)
+    config.name: config for config in (Full, Hash, LowDim, QR, Unified)
 }
 """Every method by the name that configuration files use."""
 
-__all__ = ["BACKENDS", "QR", "Full", "Hash", "Unified"]
+__all__ = ["BACKENDS", "QR", "Full", "Hash", "LowDim", "Unified"]

@@ -1,0 +1,233 @@
+"""Rows narrower than the model sees them, and tables without the rows that pruning dropped.
+
+With one ``width`` it is the baseline that every method should beat: shrink the dimension. With
+``widths`` it holds mixed dimensions, and with ``kept`` rows it is what pruning methods leave behind
+to be retrained and served: nothing pruned is stored. Rows are padded by zeros to ``embedding_dim``
+after pooling, so the model around them does not change (Naumov et al., "Mixed Dimension Embeddings
+with Application to Memory-Efficient Recommendation Systems", ISIT 2021,
+https://arxiv.org/abs/1909.11810 project instead; zeros keep products of embeddings meaningful).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.full import FullRoute, RangeCheck
+from embcomp.budget import largest_int
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint
+from embcomp.kept_rows import KeptRoute, directory_bytes, directory_footprint, pack_all
+from embcomp.stages import Form
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowDim(BackendConfig):
+    """Narrow rows, padded by zeros, of all ids or of those that are kept.
+
+    Args:
+        width: columns of the rows of every table that ``widths`` does not name. A table that is
+            no wider stays full.
+        widths: columns by table; at most ``embedding_dim`` of them are used. Where ``width`` is
+            not given, tables that are not named have ``embedding_dim`` columns.
+        kept: by table, how many ids keep a row of their own. All others share one more row.
+            Until a pruning method says which, the first ids are kept: the most frequent ones of
+            our datasets.
+        multiple_of: a budget gives a ``width`` that is a multiple of this. Training pads rows to
+            multiples of 4 anyway.
+    """
+
+    width: int | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
+    multiple_of: int = 1
+
+    name: ClassVar[str] = "low_dim"
+    size_fields: ClassVar[tuple[str, ...]] = ("width",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least, values in (
+            ("width", 1, {} if self.width is None else {"": self.width}),
+            ("widths", 1, self.widths),
+            ("kept", 0, self.kept),
+            ("multiple_of", 1, {"": self.multiple_of}),
+        ):
+            for table, value in values.items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    where = f"{key} of table {table!r}" if table else key
+                    raise ConfigError(
+                        f"low_dim: {where} must be an integer of at least {least}, got {value!r}"
+                    )
+
+    def require_size(self) -> None:
+        if not self.widths and not self.kept:
+            super().require_size()
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        named = table.name in self.widths or table.name in self.kept
+        return not named and self.columns(table) == table.embedding_dim
+
+    def columns(self, table: TableSpec) -> int:
+        """The width in which a table's rows are stored."""
+        wanted = self.widths.get(table.name, self.width)
+        return table.embedding_dim if wanted is None else min(wanted, table.embedding_dim)
+
+    def is_pruned(self, table: TableSpec) -> bool:
+        """Whether some of a table's ids have no row of their own."""
+        return self.kept.get(table.name, table.num_embeddings) < table.num_embeddings
+
+    def rows(self, table: TableSpec) -> int:
+        """Stored rows, the shared one included."""
+        return self.kept[table.name] + 1 if self.is_pruned(table) else table.num_embeddings
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        self._refuse_unknown_tables(tables)
+        return [
+            PhysicalTable(
+                name=table.name,
+                num_embeddings=self.rows(table),
+                embedding_dim=self.columns(table),
+                keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+                init_fn=table.init_fn or UniformInit(*table.init_bounds),
+                data_type=table.data_type,
+            )
+            for table in tables
+        ]
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        owners = [table for table in tables for _ in table.feature_names]
+        pruned = {t.name: t.num_embeddings for t in tables if self.is_pruned(t)}
+        check = RangeCheck(tables)
+        route: nn.Module = FullRoute(keys, check)
+        if pruned:
+            route = KeptRoute(keys, [table.name for table in owners], pruned, self.kept, check)
+        widths = [(self.columns(table), table.embedding_dim) for table in owners]
+        exact = all(came == wanted for came, wanted in widths)
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=route,
+            combine=nn.Identity() if exact else PadColumns(widths),
+        )
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        return Footprint(
+            tuple(
+                part
+                for table in tables
+                if self.is_pruned(table)
+                for part in directory_footprint(table.name, table.num_embeddings)
+            )
+        )
+
+    def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
+        known = {table.name for table in tables}
+        for key, named in (("widths", self.widths), ("kept", self.kept)):
+            unknown = sorted(set(named) - known)
+            if unknown:
+                raise ConfigError(
+                    f"low_dim: {key} names {', '.join(unknown)}, which this method does not hold; "
+                    f"it holds {', '.join(table.name for table in tables)}"
+                )
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        def fits(step: int) -> bool:
+            return self._at(step).footprint(tables).serve_bytes <= budget
+
+        widest = max(table.embedding_dim for table in tables)
+        step = largest_int(fits, 1, -(-widest // self.multiple_of))
+        return None if step is None else self._at(step)
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self._at(1)
+
+    def _at(self, step: int) -> Self:
+        return self.with_size(width=step * self.multiple_of)
+
+
+class PadColumns(nn.Module):
+    """Adds columns of zeros behind each embedding.
+
+    Args:
+        widths: for each (table, feature), the width that comes and the width that is wanted.
+    """
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self._came = [came for came, _ in widths]
+        self._missing = [wanted - came for came, wanted in widths]
+        self._is_uniform = len(set(widths)) == 1
+
+    def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
+        if self._is_uniform:
+            parts = rows.view(rows.shape[0], len(self._came), self._came[0])
+            return nn.functional.pad(parts, (0, self._missing[0])).flatten(1)
+        zeros = rows.new_zeros(rows.shape[0], max(self._missing))
+        pieces = []
+        for part, missing in zip(rows.split(self._came, dim=1), self._missing):
+            pieces.append(part)
+            if missing:
+                pieces.append(zeros[:, :missing])
+        return torch.cat(pieces, dim=1)
+
+
+def pruned_bytes(table: TableSpec, kept: int, width: int) -> int:
+    """Serving bytes of a table of which so many ids and columns are kept, in the better form."""
+    pruned = (kept + 1) * width * table.itemsize + directory_bytes(table.num_embeddings)
+    return min(pruned, table.num_embeddings * width * table.itemsize)
+
+
+def prunes(table: TableSpec, kept: int, width: int) -> bool:
+    """Whether dropping rows saves more than it costs to know which were dropped."""
+    return pruned_bytes(table, kept, width) < table.num_embeddings * width * table.itemsize
+
+
+def low_dim_form(
+    tables: Sequence[TableSpec],
+    weights: Mapping[str, Tensor],
+    keep_masks: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+) -> Form:
+    """Tables cut down to the rows and columns that a pruning method keeps.
+
+    Pruned ids have embeddings of zeros. A table of which so little is pruned that dropping rows
+    does not pay keeps a row of zeros for each of them.
+
+    Args:
+        tables: the group.
+        weights: for each table, (num_embeddings, at least its width) whole rows on the CPU.
+        keep_masks: for each table, (num_embeddings,) bool; all ids are kept where there is none.
+        widths: columns to keep; ``embedding_dim`` where there are none.
+    """
+    kept: dict[str, int] = {}
+    columns: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    dropped: list[Tensor] = []
+    for table in tables:
+        mask = keep_masks.get(table.name)
+        width = min(widths.get(table.name, table.embedding_dim), table.embedding_dim)
+        columns[table.name] = width
+        rows = weights[table.name][:, :width]
+        if mask is None or bool(mask.all()):
+            tensors[f"rows.{table.name}"] = rows.clone()
+        elif prunes(table, count := int(mask.sum()), width):
+            kept[table.name] = count
+            dropped.append(mask)
+            shared = rows.new_zeros(1, width)
+            tensors[f"rows.{table.name}"] = torch.cat([rows[mask], shared])
+        else:
+            tensors[f"rows.{table.name}"] = rows * mask.unsqueeze(1).to(rows.dtype)
+    if dropped:
+        packed = pack_all(dropped)
+        tensors |= {f"route.{name}": buffer for name, buffer in packed.items()}
+    return Form(config=LowDim(widths=columns, kept=kept), tensors=tensors)
