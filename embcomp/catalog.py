@@ -9,12 +9,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import yaml
 
 from embcomp.config_reading import did_you_mean, listed
 from embcomp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from embcomp.stages import Stage
 
 Kind = Literal["recipes", "methods", "models", "datasets", "formats"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -227,3 +230,20 @@ def _formats() -> list[Entry]:
     from embcomp.data_pipelines.importers import IMPORTERS
 
     return [Entry(name=name, summary=kind.title) for name, kind in IMPORTERS.items()]
+
+
+def stage_facts(stage: Stage) -> tuple[str, str, str, str, str]:
+    """A stage for people: its name, purpose, epochs, what learns, and on which rows of data."""
+    if stage.kind == "search":
+        return stage.name, stage.purpose, "", "nothing", "search-validation"
+    parts = (("rows", stage.rows), ("network", stage.network), ("structure", stage.structure))
+    rows = "train, search-validation held out" if stage.holds_out else "train"
+    if stage.alternate:
+        rows += "; structure on search-validation"
+    return (
+        stage.name,
+        stage.purpose,
+        "train.epochs" if stage.epochs is None else str(stage.epochs),
+        ", ".join(name for name, learns in parts if learns),
+        rows,
+    )

@@ -98,6 +98,7 @@ class Line:
         train: bytes that training keeps.
         serve: bytes of the serving form.
         full: bytes of the uncompressed tables.
+        learnt: whether training finds the size, so that the serving bytes are an upper bound.
     """
 
     tables: tuple[TableSpec, ...]
@@ -110,6 +111,7 @@ class Line:
     train: int
     serve: int
     full: int
+    learnt: bool = False
 
     @property
     def rows(self) -> int:
@@ -248,6 +250,7 @@ def total_line(lines: Sequence[Line]) -> Line:
         train=sum(line.train for line in lines),
         serve=sum(line.serve for line in lines),
         full=sum(line.full for line in lines),
+        learnt=any(line.learnt for line in lines),
     )
 
 
@@ -278,6 +281,7 @@ def _line(config: BackendConfig, tables: tuple[TableSpec, ...], optimizer: RowOp
         train=footprint.train_bytes(optimizer),
         serve=footprint.serve_bytes,
         full=sum(table.full_bytes for table in tables),
+        learnt=config.learns_size,
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from embcomp.cli import console
+
+if TYPE_CHECKING:
+    from embcomp.stages import Stage
 
 
 def ls(
@@ -75,6 +79,7 @@ def cp(
 def _print_settings(name: str, cls: type, key: str) -> None:
     import inspect
 
+    from embcomp.backend import BackendConfig
     from embcomp.catalog import settings_of
 
     out = console.stdout()
@@ -87,6 +92,21 @@ def _print_settings(name: str, cls: type, key: str) -> None:
     for setting in settings_of(cls):
         cells = (setting.name, setting.type, setting.default, setting.doc)
         table.add_row(*(escape(cell) for cell in cells))
+    out.print(table, highlight=False)
+    if issubclass(cls, BackendConfig) and len(cls().stages()) > 1:
+        _print_stages(cls().stages())
+
+
+def _print_stages(stages: Sequence[Stage]) -> None:
+    from embcomp.catalog import stage_facts
+
+    out = console.stdout()
+    out.print("\nIts stages, each settable: [bold]train.stages: {name: {epochs: 1}}[/]")
+    table = Table(box=console.BOX, pad_edge=False)
+    for column in ("stage", "what it does", "epochs", "learns", "rows of data"):
+        table.add_column(column)
+    for stage in stages:
+        table.add_row(*(escape(cell) for cell in stage_facts(stage)))
     out.print(table, highlight=False)
 
 

@@ -105,6 +105,7 @@ def _cells(line: Line, label: str = "") -> list[str]:
         label = ", ".join(names[:NAMES_SHOWN])
         label += f", ... ({len(names)} tables)" if len(names) > NAMES_SHOWN else ""
     dims = {table.embedding_dim for table in line.tables}
+    sizes = [line.weights, line.indices, line.optimizer, line.train]
     return [
         escape(label),
         line.method,
@@ -112,11 +113,9 @@ def _cells(line: Line, label: str = "") -> list[str]:
         str(dims.pop()) if len(dims) == 1 else "",
         f"{line.stored_rows:,}",
         line.stored_dim,
-        *(
-            format_bytes(size)
-            for size in (line.weights, line.indices, line.optimizer, line.train, line.serve)
-        ),
-        f"{line.compression:.2f}x",
+        *(format_bytes(size) for size in sizes),
+        ("<= " if line.learnt else "") + format_bytes(line.serve),
+        (">= " if line.learnt else "") + f"{line.compression:.2f}x",
     ]
 
 
