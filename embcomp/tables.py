@@ -195,6 +195,15 @@ def padded_dim(dim: int) -> int:
     return -(-dim // 4) * 4
 
 
+def splits_by_rows(num_embeddings: int, ranks: int) -> bool:
+    """Whether every rank gets rows of a table that is sharded by rows.
+
+    Where one gets none, FBGEMM's backward pass on the CPU updates wrong rows of the tables beside
+    it, and says nothing.
+    """
+    return -(-num_embeddings // ranks) * (ranks - 1) < num_embeddings
+
+
 def look_up_key(table: str, feature: str, look_up: int = 0) -> str:
     """The name of one physical look-up: unique even where a feature is in several tables."""
     return f"{table}/{feature}#{look_up}"

@@ -21,6 +21,7 @@ from embcomp.tables import (
     UniformInit,
     padded_dim,
     specs_from_configs,
+    splits_by_rows,
 )
 
 
@@ -131,3 +132,11 @@ def test_empty_shards_never_reach_the_users_initialisation():
     assert SkipEmptyShards(refuse)(torch.empty(0)).numel() == 0
     with pytest.raises(RuntimeError, match="xavier"):
         SkipEmptyShards(refuse)(torch.empty(1, 1))
+
+
+def test_a_table_splits_by_rows_where_every_rank_gets_some():
+    for rows in range(1, 40):
+        for ranks in range(1, 9):
+            block = math.ceil(rows / ranks)
+            starts = [rank * block for rank in range(ranks)]
+            assert splits_by_rows(rows, ranks) == all(start < rows for start in starts)

@@ -38,6 +38,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 
 from embcomp.errors import ConfigError
+from embcomp.tables import splits_by_rows
 from embcomp.training.process import Process
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
@@ -107,7 +108,7 @@ def _place(
 ) -> ParameterShardingGenerator:
     if sharding == "data_parallel":
         return data_parallel()
-    if sharding == "row_wise" and not unpooled:
+    if sharding == "row_wise" and not unpooled and splits_by_rows(len(weight), len(loads)):
         return row_wise()
     if sharding == "column_wise":
         # Fused kernels want pieces of a multiple of 4 columns, all of one width.
@@ -136,8 +137,8 @@ def _ask_planner(
     table_only = {
         table
         for path, collection in row_collections(model)
-        if _is_unpooled(path)
-        for table in sharder.shardable_parameters(collection)
+        for table, weight in sharder.shardable_parameters(collection).items()
+        if _is_unpooled(path) or not splits_by_rows(len(weight), process.world_size)
     }
     both = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
     constraints = {
