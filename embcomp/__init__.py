@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embcomp.backend import BackendConfig
-    from embcomp.backends import BACKENDS, QR, Full, Hash, LowDim, Unified
+    from embcomp.backends import BACKENDS, QR, Blocks, Full, Hash, LowDim, Unified
     from embcomp.collection import (
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
@@ -29,6 +29,7 @@ __all__ = [
     "BACKENDS",
     "QR",
     "BackendConfig",
+    "Blocks",
     "BudgetError",
     "CheckpointError",
     "CompressedEmbeddingBagCollection",
@@ -46,6 +47,7 @@ __all__ = [
 _HOMES = {
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backend",
+    "Blocks": "embcomp.backends",
     "BudgetError": "embcomp.errors",
     "CheckpointError": "embcomp.errors",
     "CompressedEmbeddingBagCollection": "embcomp.collection",

@@ -42,6 +42,8 @@ class Backend:
         takes_ids: True when ``combine`` is called with the rows and a ``composite.LookedUp``, which
             knows the logical ids and the samples that they were looked up for. Only with
             ``per_row``.
+        skips: True when ``route`` gives a negative id where an id has no row under a key: nothing
+            is looked up there, and zeros stand for it. Only with one ``ids_per_value``.
     """
 
     physical_tables: Sequence[PhysicalTable]
@@ -51,6 +53,7 @@ class Backend:
     per_row: bool = False
     ids_per_value: int = 1
     takes_ids: bool = False
+    skips: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

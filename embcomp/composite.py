@@ -76,6 +76,7 @@ class CompositeRoute(nn.Module):
         self._sizes = [len(group.instances) for group in groups]
         self._unpooled = [group.unpooled for group in groups]
         self._ids_per_value = [group.backend.ids_per_value for group in groups]
+        self._skips = [group.backend.skips for group in groups]
         self._features = [i.feature for group in groups for i in group.instances]
         self._is_weighted = is_weighted
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
@@ -99,13 +100,13 @@ class CompositeRoute(nn.Module):
         for i, route in enumerate(self.routes):
             if self._unpooled[i]:
                 unpooled.append((route(_without_weights(parts[i])), self._ids_per_value[i]))
+            elif self._skips[i]:
+                pooled.append(_without_skipped(route(parts[i])))
             else:
                 pooled.append(route(parts[i]))
-        return (
-            _concatenated(pooled) if pooled else None,
-            _bags_of_one(unpooled, is_weighted=self._is_weighted) if unpooled else None,
-            features,
-        )
+        skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
+        rows = _bags_of_one(unpooled, is_weighted=self._is_weighted, skips=skips)
+        return _concatenated(pooled) if pooled else None, rows, features
 
     def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the tables want, in their order; never more, never fewer."""
@@ -152,9 +153,26 @@ def _concatenated(parts: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
     return parts[0] if len(parts) == 1 else KeyedJaggedTensor.concat(parts)
 
 
+def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The look-ups less those with negative ids; bags grow shorter."""
+    kept = part.values() >= 0
+    weights = part.weights_or_none()
+    ends = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
+    torch.cumsum(kept, 0, out=ends[1:])
+    offsets = ends[part.offsets().long()]
+    return KeyedJaggedTensor(
+        keys=part.keys(),
+        values=part.values()[kept],
+        weights=None if weights is None else weights[kept],
+        lengths=offsets.diff().to(torch.int32),
+        offsets=offsets,
+        stride=part.stride(),
+    )
+
+
 def _bags_of_one(
-    parts: list[tuple[KeyedJaggedTensor, int]], *, is_weighted: bool
-) -> KeyedJaggedTensor:
+    parts: list[tuple[KeyedJaggedTensor, int]], *, is_weighted: bool, skips: bool
+) -> KeyedJaggedTensor | None:
     """Give each value a bag of its own, the keys padded by empty bags to one stride.
 
     An EmbeddingBagCollection over such bags hands out rows one by one, and trains many times
@@ -163,7 +181,10 @@ def _bags_of_one(
     Args:
         parts: look-ups, and how many physical ids stand for one value in them.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
+        skips: whether bags of negative ids are to be empty.
     """
+    if not parts:
+        return None
     physical = [count for part, _ in parts for count in part.length_per_key()]
     sizes = [ids for part, ids in parts for _ in part.keys()]
     counts = [count // ids for count, ids in zip(physical, sizes)]
@@ -176,13 +197,17 @@ def _bags_of_one(
         filled = torch.arange(stride, device=device) < torch.tensor(counts, device=device)[:, None]
         lengths = (filled * torch.tensor(sizes, device=device)[:, None]).to(torch.int32).view(-1)
     joined = values[0] if len(values) == 1 else torch.cat(values)
+    if skips:
+        firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
+        lengths[lengths > 0] *= torch.cat(firsts) >= 0
+        joined = joined[joined >= 0]
     return KeyedJaggedTensor(
         keys=[key for part, _ in parts for key in part.keys()],
         values=joined,
         weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
         lengths=lengths,
         stride=stride,
-        length_per_key=physical,
+        length_per_key=None if skips else physical,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embcomp.backends import QR, Full, Hash, LowDim, Unified
+from embcomp.backends import QR, Blocks, Full, Hash, LowDim, Unified
 from embcomp.testing import BackendCase
 
 FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
@@ -36,5 +36,12 @@ CASES = {
         config=Unified(num_buckets=120, num_chunks=2, chunks={"t0": 5, "t1": 3}),
         takes_any_id=True,
         init_std=UNIFORM_05,
+    ),
+    "blocks": BackendCase(
+        config=Blocks(
+            widths={"t0": (16, 8), "t1": (16, 0, 4, 12), "t2": (0, 13)},
+            cuts={"t0": (40,), "t1": (5, 10, 20), "t2": (3,)},
+        ),
+        init_std=0.08 / 3**0.5,
     ),
 }
