@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from embcomp.artefact import load, save
     from embcomp.backend import BackendConfig
     from embcomp.backends import BACKENDS, QR, Full, Hash, LowDim, Unified
     from embcomp.collection import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         CompressedEmbeddingCollection,
     )
     from embcomp.errors import (
+        ArtefactError,
         BudgetError,
         CheckpointError,
         ConfigError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "QR",
+    "ArtefactError",
     "BackendConfig",
     "BudgetError",
     "CheckpointError",
@@ -41,9 +44,12 @@ __all__ = [
     "LowDim",
     "Plan",
     "Unified",
+    "load",
+    "save",
 ]
 
 _HOMES = {
+    "ArtefactError": "embcomp.errors",
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backend",
     "BudgetError": "embcomp.errors",
@@ -59,6 +65,8 @@ _HOMES = {
     "Plan": "embcomp.plan",
     "QR": "embcomp.backends",
     "Unified": "embcomp.backends",
+    "load": "embcomp.artefact",
+    "save": "embcomp.artefact",
 }
 
 
