@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from embcomp.artefact import load, save
     from embcomp.backend import BackendConfig
     from embcomp.backends import BACKENDS, QR, Blocks, Full, Hash, LowDim, Unified
     from embcomp.collection import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         CompressedEmbeddingCollection,
     )
     from embcomp.errors import (
+        ArtefactError,
         BudgetError,
         CheckpointError,
         ConfigError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "QR",
+    "ArtefactError",
     "BackendConfig",
     "Blocks",
     "BudgetError",
@@ -42,9 +45,12 @@ __all__ = [
     "LowDim",
     "Plan",
     "Unified",
+    "load",
+    "save",
 ]
 
 _HOMES = {
+    "ArtefactError": "embcomp.errors",
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backend",
     "Blocks": "embcomp.backends",
@@ -61,6 +67,8 @@ _HOMES = {
     "Plan": "embcomp.plan",
     "QR": "embcomp.backends",
     "Unified": "embcomp.backends",
+    "load": "embcomp.artefact",
+    "save": "embcomp.artefact",
 }
 
 

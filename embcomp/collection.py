@@ -41,7 +41,13 @@ from embcomp.tables import PhysicalTable, TableSpec, specs_from_configs
 AnyPlan = Plan | ResolvedPlan | BackendConfig | Mapping[str, BackendConfig] | None
 
 
-def _build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
+def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
+    """The methods of a plan, built for their tables.
+
+    Args:
+        plan: the method of every table.
+        unpooled: whether all methods' rows are looked up one by one, not only those that need it.
+    """
     groups = [
         Group(
             config=config,
@@ -89,7 +95,7 @@ class _Compressed(nn.Module):
         self._device = device or torch.device("cpu")
         self._plan = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
         with self._device:  # learnt buffers, as long as a vocabulary, are made where they belong
-            groups = _build_groups(self._plan, unpooled=unpooled)
+            groups = build_groups(self._plan, unpooled=unpooled)
         self._groups = groups
         self._physical = [t for group in groups for t in group.backend.physical_tables]
         self.route = CompositeRoute(groups, is_weighted=is_weighted)
@@ -122,6 +128,11 @@ class _Compressed(nn.Module):
     def physical_tables(self) -> list[PhysicalTable]:
         """The tables that TorchRec holds."""
         return list(self._physical)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The methods as built, each with its tables."""
+        return list(self._groups)
 
     def inner_collections(self) -> Iterator[nn.Module]:
         """The TorchRec collections that hold the rows, sharded or not."""

@@ -30,5 +30,7 @@ class Constant:
         found = self._on.get(device)
         if found is None:
             found = torch.tensor(self._values, dtype=torch.int64, device=device).view(self._shape)
-            self._on[device] = found
+            # torch.export would leave its own stand-in for the tensor behind.
+            if not torch.compiler.is_exporting():
+                self._on[device] = found
         return found

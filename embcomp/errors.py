@@ -21,3 +21,7 @@ class BudgetError(EmbcompError):
 
 class CheckpointError(EmbcompError):
     """A checkpoint or run folder that does not belong to the run that asks for it."""
+
+
+class ArtefactError(EmbcompError):
+    """An exported folder that is missing, damaged, of another version, or not what was asked for."""

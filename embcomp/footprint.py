@@ -34,6 +34,7 @@ class TensorFootprint:
         trained: whether training holds it.
         served: whether the serving form holds it. Where the serving form is still to be learnt,
             a ``served`` tensor that is not ``trained`` stands for the most that it may take.
+        served_row_bytes: bytes of a served row where rows are served in a type of their own.
     """
 
     name: str
@@ -45,11 +46,15 @@ class TensorFootprint:
     look_up: bool = True
     trained: bool = True
     served: bool = True
+    served_row_bytes: int | None = None
 
     @property
     def serve_bytes(self) -> int:
         """Bytes on disk in the serving form."""
-        return self.rows * self.columns * self.itemsize if self.served else 0
+        if not self.served:
+            return 0
+        own = self.served_row_bytes
+        return self.rows * (self.columns * self.itemsize if own is None else own)
 
     @property
     def train_weight_bytes(self) -> int:

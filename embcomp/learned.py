@@ -35,7 +35,8 @@ class LearnedBuffers(nn.Module):
     def ensure_filled(self) -> None:
         """Fill the buffers unless that was done, or a state dict brought them."""
         # Moving the module, or materialising it, makes another tensor: only then is it looked at.
-        if self._seen is self.filled or self.filled.is_meta:
+        # A program that is exported was filled before, and must not depend on values.
+        if self._seen is self.filled or self.filled.is_meta or torch.compiler.is_exporting():
             return
         if not bool(self.filled):
             self.reset_buffers()

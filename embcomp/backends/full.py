@@ -79,6 +79,9 @@ class RangeCheck(nn.Module):
         if not ids.numel():
             return
         limits = self._limits.on(ids.device)
+        if torch.compiler.is_exporting():
+            self._refuse_in_program(ids.view(len(self._instances), -1), limits.unsqueeze(1))
+            return
         if common_count(features) is not None:  # compare extremes: two passes, nothing stored
             low, high = ids.view(len(self._instances), -1).aminmax(dim=1)
             if not bool(((low < 0) | (high >= limits)).any()):
@@ -87,6 +90,13 @@ class RangeCheck(nn.Module):
         bad = (ids < 0) | (ids >= limit)
         if bool(bad.any()):
             self._refuse(features, int(bad.nonzero()[0]))
+
+    def _refuse_in_program(self, ids: Tensor, limit: Tensor) -> None:
+        """The same for an exported program, which takes rectangles of ids and fails as a whole."""
+        names = ", ".join(dict.fromkeys(feature for _, feature in self._instances))
+        torch._assert_async(
+            ((ids >= 0) & (ids < limit)).all(), f"an id of {names} is not in [0, num_embeddings)"
+        )
 
     def _refuse(self, features: KeyedJaggedTensor, position: int) -> None:
         ends = torch.tensor(features.length_per_key()).cumsum(0)
