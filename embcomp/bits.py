@@ -7,6 +7,7 @@ There is no padding but in the last byte.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from embcomp.errors import ConfigError
 MAX_BITS = 16
 """Codes are at most this wide."""
 
-_CHUNK = 1 << 17  # codes packed at once; a multiple of 8, so that every chunk ends with a byte
+_CHUNK = 1 << 17  # codes packed at once
 
 
 def bits_for(count: int) -> int:
@@ -39,30 +40,48 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (packed_bytes,) uint8.
     """
+    return pack_parts(codes.reshape(-1).split(_CHUNK), bits, codes.numel()).to(codes.device)
+
+
+def pack_parts(parts: Iterable[Tensor], bits: int, count: int) -> Tensor:
+    """Pack codes that come in parts, as if they were one tensor, without holding them all.
+
+    Args:
+        parts: integers in ``[0, 2**bits)``, of any shape.
+        bits: 1 to 16.
+        count: how many codes the parts hold together.
+
+    Returns:
+        (packed_bytes,) uint8, on the CPU.
+    """
     _check_bits(bits)
-    flat = codes.reshape(-1)
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < 1 << bits:
-        raise ConfigError(
-            f"expected codes in [0, {1 << bits}) for {bits} bits; "
-            f"got {int(flat.min())} to {int(flat.max())}"
-        )
-    packed = torch.empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8, device=codes.device)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = _pack(flat[start : start + _CHUNK].to(torch.int64), bits)
-        first = start * bits // 8
-        packed[first : first + len(part)] = part
+    packed = torch.empty(packed_bytes(count, bits), dtype=torch.uint8)
+    rest = torch.empty(0, dtype=torch.int64)
+    start = 0
+    for part in parts:
+        codes = torch.cat([rest, part.reshape(-1).to("cpu", torch.int64)])
+        whole = len(codes) // 8 * 8  # eight codes end with a byte
+        start = _write(packed, start, codes[:whole], bits)
+        rest = codes[whole:]
+    end = _write(packed, start, rest, bits)
+    assert end == len(packed), f"{count} codes of {bits} bits were announced, {end} bytes came"
     return packed
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(n,) int64 -> (packed_bytes,) uint8."""
-    device = codes.device
-    is_set = (codes[:, None] >> torch.arange(bits, device=device)) & 1  # (n, bits)
+def _write(packed: Tensor, start: int, codes: Tensor, bits: int) -> int:
+    """Pack codes into the stream from a byte on; the byte after them."""
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
+        raise ConfigError(
+            f"expected codes in [0, {1 << bits}) for {bits} bits; "
+            f"got {int(codes.min())} to {int(codes.max())}"
+        )
+    is_set = (codes[:, None] >> torch.arange(bits)) & 1  # (n, bits)
     size = packed_bytes(len(codes), bits)
     stream = is_set.new_zeros(size * 8)
     stream[: is_set.numel()] = is_set.view(-1)
-    weights = 1 << torch.arange(8, device=device)
-    return (stream.view(size, 8) * weights).sum(1).to(torch.uint8)
+    weights = 1 << torch.arange(8)
+    packed[start : start + size] = (stream.view(size, 8) * weights).sum(1).to(torch.uint8)
+    return start + size
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -189,9 +189,7 @@ def _mean(weights: Tensor, distances: Tensor) -> float:
     return float((weights * distances).sum() / weights.sum())
 
 
-def _means(
-    points: Tensor, weights: Tensor, codes: Tensor, distances: Tensor, count: int
-) -> Tensor:
+def _means(points: Tensor, weights: Tensor, codes: Tensor, distances: Tensor, count: int) -> Tensor:
     """The centroids' weighted means; those without points move to the points that fit worst."""
     mass = weights.new_zeros(count).index_add_(0, codes, weights)
     sums = weights.new_zeros(count, points.shape[1])
@@ -204,9 +202,7 @@ def _means(
     return means
 
 
-def _faiss(
-    points: Tensor, weights: Tensor, count: int, *, seed: int, iterations: int
-) -> Clusters:
+def _faiss(points: Tensor, weights: Tensor, count: int, *, seed: int, iterations: int) -> Clusters:
     try:
         faiss = import_module("faiss")
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embcomp.backends import QR, Full, Hash, LowDim, Unified
+from embcomp.backends import QR, Coded, Full, Hash, LowDim, Unified
 from embcomp.testing import BackendCase
 
 FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
@@ -36,5 +36,12 @@ CASES = {
         config=Unified(num_buckets=120, num_chunks=2, chunks={"t0": 5, "t1": 3}),
         takes_any_id=True,
         init_std=UNIFORM_05,
+    ),
+    "coded": BackendCase(config=Coded(subvector_dim=2, num_codewords=16)),
+    "coded_table": BackendCase(
+        config=Coded(subvector_dim=4, num_codewords=8, codebooks="table", latent_dim=2)
+    ),
+    "coded_all": BackendCase(
+        config=Coded(subvector_dim=3, num_codewords=10, codebooks="all", latent_dim=2, scale=False)
     ),
 }

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcomp.bits import bits_for, gather_bits, pack_bits, packed_bytes, unpack_bits
+from embcomp.bits import bits_for, gather_bits, pack_bits, pack_parts, packed_bytes, unpack_bits
 from embcomp.errors import ConfigError
 
 
@@ -41,6 +41,8 @@ def test_bits_are_laid_out_from_the_lowest():
 def test_long_streams_are_packed_in_parts():
     codes = random_codes((1 << 18) + 13, 11)
     assert torch.equal(unpack_bits(pack_bits(codes, 11), 11, len(codes)), codes)
+    parts = codes.split([5, 0, 1000, 3, len(codes) - 1008])
+    assert torch.equal(pack_parts(parts, 11, len(codes)), pack_bits(codes, 11))
 
 
 def test_bits_that_tell_values_apart():

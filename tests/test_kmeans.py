@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_error_never_rises(dim, seed):
     weights = 1 / torch.arange(1, 3001) ** 0.5
     errors = kmeans(points, weights, 16, seed=seed).errors
     assert len(errors) > 3
-    assert all(after <= before for before, after in zip(errors, errors[1:]))
+    assert all(after <= before for before, after in pairwise(errors))
     assert errors[-1] < 0.8 * errors[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embcomp.backend import BackendConfig
+from embcomp.backends.coded import Coded
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
@@ -10,8 +11,8 @@ from embcomp.backends.qr import QR
 from embcomp.backends.unified import Unified
 
 BACKENDS: dict[str, type[BackendConfig]] = {
-    config.name: config for config in (Full, Hash, LowDim, QR, Unified)
+    config.name: config for config in (Coded, Full, Hash, LowDim, QR, Unified)
 }
 """Every method by the name that configuration files use."""
 
-__all__ = ["BACKENDS", "QR", "Full", "Hash", "LowDim", "Unified"]
+__all__ = ["BACKENDS", "QR", "Coded", "Full", "Hash", "LowDim", "Unified"]
