@@ -1,10 +1,13 @@
-"""Whether a training step costs the same whatever the number of rows.
+"""What a training step costs: at several numbers of rows, or with several methods.
 
     python benchmarks/step_time.py [--rows 1000000 10000000 50000000] [--batch-size 8192]
         [--optimizer rowwise_adagrad] [--repeats 15]
+    python benchmarks/step_time.py --rows 1000000 --methods full unified optembed
+        '{name: qr, combine: add}'
 
-AutoInt with full tables on 26 features, through the parts of `embcomp train`: sharded model, fused
-row optimizer, dense Adam. The sizes take turns, so that whatever else the machine does slows all of
+The first asks whether a step costs the same whatever the number of rows, the second what the form in
+which a method trains costs over full tables. AutoInt on 26 features, through the parts of `embcomp train`: sharded model, fused
+row optimizer, dense Adam. The subjects take turns, so that whatever else the machine does slows all of
 them; a ratio is the median over the rounds. CPU time is that of this process alone, which others
 disturb less. Ids are drawn beforehand, uniformly (each look-up
 misses the cache, the worst case) and by Zipf's law, as logs have them.
@@ -19,10 +22,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embcomp.backends import BACKENDS
 from embcomp.config import TrainConfig, parse_config
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo, NumericFeature
@@ -40,8 +45,9 @@ BATCHES = 4
 
 @dataclass
 class Subject:
-    """A model of one size, ready to step."""
+    """A model of one size with one method, ready to step."""
 
+    method: str
     rows: int
     steps: PlainSteps
     batches: dict[str, list[Batch]]
@@ -59,15 +65,21 @@ def main() -> None:
     )
     sizes = [1_000_000, 10_000_000, 50_000_000]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes, help="of all tables together")
+    parser.add_argument("--methods", nargs="+", default=["full"], help="as tables.method")
+    parser.add_argument("--budget", default="25%%", help="of methods with an open size")
     parser.add_argument("--batch-size", type=int, default=8192)
     parser.add_argument("--optimizer", default="rowwise_adagrad")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     with quiet_libraries(), process_group("auto") as process:
         subjects = [
-            make_subject(rows, args.batch_size, args.optimizer, process) for rows in args.rows
+            make_subject(method, rows, args, process)
+            for method in args.methods
+            for rows in args.rows
         ]
-        table = Table("ids", "rows", "step", "ratio to the first", "CPU time", "ratio to the first")
+        table = Table(
+            "ids", "method", "rows", "step", "ratio to the first", "CPU time", "ratio to the first"
+        )
         for ids in ("uniform", "zipf"):
             times = measure(subjects, ids, args.repeats)
             for subject, rounds in zip(subjects, times):
@@ -76,12 +88,12 @@ def main() -> None:
                     pairs = [(mine[clock], first[clock]) for mine, first in zip(rounds, times[0])]
                     cells.append(f"{1e3 * statistics.median(mine for mine, _ in pairs):.1f} ms")
                     cells.append(f"{statistics.median(mine / first for mine, first in pairs):.3f}")
-                table.add_row(ids, f"{subject.rows:,}", *cells)
+                table.add_row(ids, subject.method, f"{subject.rows:,}", *cells)
         Console().print(table)
 
 
 def measure(subjects: list[Subject], ids: str, repeats: int) -> list[list[tuple[float, float]]]:
-    """Seconds of each round's step, for each subject; the sizes take turns in changing order."""
+    """Seconds of each round's step, for each subject; they take turns in changing order."""
     times: list[list[tuple[float, float]]] = [[] for _ in subjects]
     for number in range(-2, repeats):  # two rounds to warm up
         order = range(len(subjects)) if number % 2 else reversed(range(len(subjects)))
@@ -92,7 +104,7 @@ def measure(subjects: list[Subject], ids: str, repeats: int) -> list[list[tuple[
     return times
 
 
-def make_subject(rows: int, batch_size: int, optimizer: str, process: Process) -> Subject:
+def make_subject(method: str, rows: int, args: argparse.Namespace, process: Process) -> Subject:
     """Builds and shards a model with so many rows in all."""
     info = DatasetInfo(
         name=f"rows-{rows}",
@@ -103,25 +115,32 @@ def make_subject(rows: int, batch_size: int, optimizer: str, process: Process) -
         ],
         splits={},
     )
-    config = make_config(optimizer)
+    config = make_config(method, args.budget, args.optimizer)
     sharded = shard_model(build_model(config, info, torch.device("meta")), config, process)
     sharded.train()
     updates = Updates(Optimizers(sharded, config.train), None)
     steps = PlainSteps(sharded, updates, process, Precision(False, process.device))
     rng = np.random.default_rng(rows)
     batches = {
-        ids: [draw_batch(rng, ids, rows // FEATURES, batch_size) for _ in range(BATCHES)]
+        ids: [draw_batch(rng, ids, rows // FEATURES, args.batch_size) for _ in range(BATCHES)]
         for ids in ("uniform", "zipf")
     }
-    return Subject(rows, steps, batches)
+    return Subject(config.tables.method.name, rows, steps, batches)
 
 
-def make_config(optimizer: str) -> TrainConfig:
+def make_config(method: str, budget: str, optimizer: str) -> TrainConfig:
+    chosen = yaml.safe_load(method)
+    name = chosen["name"] if isinstance(chosen, dict) else chosen
+    is_open = isinstance(chosen, str) and bool(BACKENDS[name].size_fields)
     return parse_config(
         {
             "name": "step_time",
             "data": {"path": "generated"},
-            "tables": {"embedding_dim": 16, "method": "full"},
+            "tables": {
+                "embedding_dim": 16,
+                "method": chosen,
+                "budget": budget if is_open else None,
+            },
             # Small, so that the tables weigh more in a step.
             "model": {
                 "name": "autoint",

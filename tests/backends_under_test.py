@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embcomp.backends import QR, Blocks, Full, Hash, LowDim, Unified
+from embcomp.backends import QR, Blocks, Coded, Full, Hash, LowDim, Unified
 from embcomp.testing import BackendCase
 
 FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
@@ -43,5 +43,12 @@ CASES = {
             cuts={"t0": (40,), "t1": (5, 10, 20), "t2": (3,)},
         ),
         init_std=0.08 / 3**0.5,
+    ),
+    "coded": BackendCase(config=Coded(subvector_dim=2, num_codewords=16)),
+    "coded_table": BackendCase(
+        config=Coded(subvector_dim=4, num_codewords=8, codebooks="table", latent_dim=2)
+    ),
+    "coded_all": BackendCase(
+        config=Coded(subvector_dim=3, num_codewords=10, codebooks="all", latent_dim=2, scale=False)
     ),
 }

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from embcomp.backend import BackendConfig
 from embcomp.backends.blocks import Blocks
+from embcomp.backends.coded import Coded
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
 from embcomp.backends.qr import QR
 from embcomp.backends.unified import Unified
 
-BACKENDS: dict[str, type[BackendConfig]] = {
-    config.name: config for config in (Blocks, Full, Hash, LowDim, QR, Unified)
-}
+_CONFIGS: tuple[type[BackendConfig], ...] = (
+    Blocks,
+    Coded,
+    Full,
+    Hash,
+    LowDim,
+    QR,
+    Unified,
+)
+
+BACKENDS: dict[str, type[BackendConfig]] = {config.name: config for config in _CONFIGS}
 """Every method by the name that configuration files use."""
 
-__all__ = ["BACKENDS", "QR", "Blocks", "Full", "Hash", "LowDim", "Unified"]
+__all__ = [
+    "BACKENDS",
+    "QR",
+    "Blocks",
+    "Coded",
+    "Full",
+    "Hash",
+    "LowDim",
+    "Unified",
+]

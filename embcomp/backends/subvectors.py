@@ -1,0 +1,210 @@
+"""Rows cut into sub-vectors, and which sub-vectors share a codebook or a projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from embcomp.constants import Constant
+from embcomp.errors import ConfigError
+from embcomp.tables import TableSpec, look_up_key
+
+Sharing = Literal["all", "position", "table"]
+"""Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
+
+
+def check_sharing(method: str, field: str, sharing: str) -> None:
+    """Raise a ConfigError for what is no ``Sharing``."""
+    if sharing not in get_args(Sharing):
+        raise ConfigError(
+            f"{method}: {field} must be one of {', '.join(get_args(Sharing))}, got {sharing!r}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sub-vectors of a group of tables. The last of a row is padded where the width does not divide.
+
+    Args:
+        tables: the group.
+        width: of a sub-vector.
+        sharing: who shares a codebook or projection; these are numbered from 0.
+    """
+
+    tables: Sequence[TableSpec]
+    width: int
+    sharing: Sharing
+
+    def positions(self, table: TableSpec) -> int:
+        """Sub-vectors of a row."""
+        return -(-table.embedding_dim // self.width)
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """The number of each table's first codebook."""
+        if self.sharing != "table":
+            return [0] * len(self.tables)
+        counts = [self.positions(table) for table in self.tables]
+        return [sum(counts[:n]) for n in range(len(counts))]
+
+    @property
+    def num_shared(self) -> int:
+        """How many codebooks or projections there are."""
+        counts = [self.positions(table) for table in self.tables]
+        return {"all": 1, "position": max(counts), "table": sum(counts)}[self.sharing]
+
+    def shared_by(self, table: int) -> list[int]:
+        """The codebook of each of a table's positions.
+
+        Args:
+            table: its place in the group.
+        """
+        count = self.positions(self.tables[table])
+        if self.sharing == "all":
+            return [0] * count
+        return [self._firsts[table] + position for position in range(count)]
+
+    @property
+    def columns(self) -> list[int]:
+        """The codebook of each sub-vector of all (table, feature) pairs, in order."""
+        return [
+            shared
+            for n, table in enumerate(self.tables)
+            for _ in table.feature_names
+            for shared in self.shared_by(n)
+        ]
+
+    @property
+    def keys(self) -> list[str]:
+        """A physical look-up for each of ``columns``."""
+        return [
+            look_up_key(table.name, feature, position)
+            for table in self.tables
+            for feature in table.feature_names
+            for position in range(self.positions(table))
+        ]
+
+    @property
+    def kept(self) -> list[int] | None:
+        """Which columns of the decoded sub-vectors are no padding; None when all are."""
+        found: list[int] = []
+        start = 0
+        for table in self.tables:
+            for _ in table.feature_names:
+                found += range(start, start + table.embedding_dim)
+                start += self.positions(table) * self.width
+        return None if len(found) == start else found
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """(N, embedding_dim) rows as (N, positions, width) sub-vectors, padded by zeros."""
+        positions = -(-rows.shape[1] // self.width)
+        padded = nn.functional.pad(rows.float(), (0, positions * self.width - rows.shape[1]))
+        return padded.view(len(rows), positions, self.width)
+
+
+class Decode(nn.Module):
+    """Turns looked-up latents into embeddings: projected, scaled, padding cut off.
+
+    Args:
+        layout: the group's sub-vectors.
+        latent_dim: width of a latent; None when it is the sub-vector itself.
+        bias: whether a projection adds a learnt vector.
+        scales: the tables' initial scales, where each has a learnt one.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        latent_dim: int | None,
+        bias: bool = False,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self._width = layout.width
+        self._which = Constant(layout.columns)
+        self._kept = None if layout.kept is None else Constant(layout.kept)
+        self.projections = (
+            None
+            if latent_dim is None
+            else Projections(layout.num_shared, latent_dim, layout.width, bias=bias)
+        )
+        self.scales = None if scales is None else Scales(layout, scales)
+
+    def forward(self, latents: Tensor) -> Tensor:  # (R, K * latent width) -> (R, sum of dims)
+        found = latents
+        if self.projections is not None:
+            which = self._which.on(latents.device)
+            found = self.projections(latents.view(len(latents), len(which), -1), which).flatten(1)
+        if self._kept is not None:
+            found = found.index_select(1, self._kept.on(found.device))
+        return found if self.scales is None else self.scales(found)
+
+
+class Projections(nn.Module):
+    """Learnt maps from latents to sub-vectors, orthonormal at first.
+
+    Args:
+        count: how many.
+        latent_dim: width in.
+        width: width out.
+        bias: whether each adds a vector.
+    """
+
+    def __init__(self, count: int, latent_dim: int, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, latent_dim, width))
+        self.bias = nn.Parameter(torch.empty(count, width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Orthonormal rows, no bias."""
+        with torch.no_grad():
+            for weight in self.weight:
+                if not weight.is_meta:
+                    nn.init.orthogonal_(weight)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, latents: Tensor, which: Tensor) -> Tensor:
+        # (R, K, d), (K,) -> (R, K, m)
+        if len(self.weight) == 1:
+            found = latents @ self.weight[0]
+        else:
+            found = torch.einsum("rkd,kdm->rkm", latents, self.weight[which])
+        return found if self.bias is None else found + self.bias[which]
+
+
+class Scales(nn.Module):
+    """One learnt factor for each table.
+
+    Args:
+        layout: the group's sub-vectors.
+        initial: the factors to begin with.
+    """
+
+    def __init__(self, layout: Layout, initial: Sequence[float]) -> None:
+        super().__init__()
+        self._initial = list(initial)
+        self._owner = Constant(
+            [
+                n
+                for n, table in enumerate(layout.tables)
+                for _ in range(len(table.feature_names) * table.embedding_dim)
+            ]
+        )
+        self.weight = nn.Parameter(torch.empty(len(layout.tables)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial factors."""
+        with torch.no_grad():
+            self.weight.copy_(torch.tensor(self._initial))
+
+    def forward(self, rows: Tensor) -> Tensor:  # (R, sum of dims), unchanged in shape
+        return rows * self.weight.index_select(0, self._owner.on(rows.device))

@@ -1,0 +1,221 @@
+"""What methods share that end in codes: their geometry, their bytes, and how a budget is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from typing_extensions import Self
+
+from embcomp.backend import BackendConfig
+from embcomp.backends.subvectors import Layout, Sharing, check_sharing
+from embcomp.bits import MAX_BITS, bits_for, packed_bytes
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit
+
+DEFAULT_CODEWORDS = 256
+_BITS_CHOSEN = range(1, 11)  # widths of a code that a budget may choose: k-means stays quick
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantized(BackendConfig):
+    """Rows in sub-vectors, each a code for one of a few codewords.
+
+    Args:
+        subvector_dim: width of a sub-vector; one code stands for each.
+        num_codewords: codewords in a codebook, at most 65536; 256 unless a budget chooses.
+        codebooks: who shares a codebook: ``all`` sub-vectors, those at one ``position`` of any
+            table, or none but those of one ``table`` at one position.
+        scale: whether every table has a factor of its own, so that tables of different size
+            share codewords. Never where they share none.
+        seed: of clustering, and of the codes of tables that nobody has clustered.
+    """
+
+    subvector_dim: int | None = None
+    num_codewords: int | None = None
+    codebooks: Sharing = "position"
+    scale: bool = True
+    seed: int = 2021
+
+    size_fields: ClassVar[tuple[str, ...]] = ("subvector_dim",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sharing(self.name, "codebooks", self.codebooks)
+        if self.subvector_dim is not None and self.subvector_dim < 1:
+            raise ConfigError(
+                f"{self.name}: subvector_dim must be at least 1, got {self.subvector_dim}"
+            )
+        if self.num_codewords is not None and not 2 <= self.num_codewords <= 1 << MAX_BITS:
+            raise ConfigError(
+                f"{self.name}: num_codewords must be in [2, {1 << MAX_BITS}], "
+                f"got {self.num_codewords}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of a sub-vector."""
+        return self.subvector_dim or 1
+
+    @property
+    def codewords(self) -> int:
+        """Codewords in a codebook."""
+        return self.num_codewords or DEFAULT_CODEWORDS
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return bits_for(self.codewords)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether tables have factors of their own."""
+        return self.scale and self.codebooks != "table"
+
+    @property
+    def stored_latent(self) -> int | None:
+        """Width of a stored codeword that a projection widens; None when none is stored so."""
+        return None
+
+    def layout(self, tables: Sequence[TableSpec]) -> Layout:
+        """The sub-vectors of a group of tables."""
+        return Layout(tables=tables, width=self.width, sharing=self.codebooks)
+
+    def codebook_table(self, tables: Sequence[TableSpec]) -> PhysicalTable:
+        """All codebooks of the serving form, one after another, as one table."""
+        types = {table.data_type for table in tables}
+        if len(types) > 1:
+            raise ConfigError(
+                f"{self.name}: tables that share codewords must have one data_type, "
+                f"got {sorted(map(str, types))}"
+            )
+        layout = self.layout(tables)
+        latent = self.stored_latent
+        std = mean_init_std(tables)
+        return PhysicalTable(
+            name=f"{tables[0].name}__codewords",
+            num_embeddings=layout.num_shared * self.codewords,
+            embedding_dim=latent or self.width,
+            keys=tuple(layout.keys),
+            init_fn=UniformInit.with_std(
+                std if latent is None else std * (self.width / latent) ** 0.5
+            ),
+            data_type=tables[0].data_type,
+        )
+
+    def num_codes(self, tables: Sequence[TableSpec]) -> int:
+        """Codes of all rows of a group."""
+        layout = self.layout(tables)
+        return sum(table.num_embeddings * layout.positions(table) for table in tables)
+
+    def beside_codewords(self, tables: Sequence[TableSpec], *, trained: bool) -> Footprint:
+        """What the serving form holds beside the codewords.
+
+        Args:
+            tables: the group, without those that stay full.
+            trained: whether training holds it as well.
+        """
+        first = tables[0].name
+        tensors = [
+            TensorFootprint(
+                name=f"{first}.codes",
+                role="codes",
+                rows=packed_bytes(self.num_codes(tables), self.bits),
+                columns=1,
+                itemsize=1,
+                train_columns=1,
+                look_up=False,
+                trained=trained,
+            )
+        ]
+        if self.stored_latent is not None:
+            shared = self.layout(tables).num_shared
+            tensors.append(
+                projection_footprint(first, shared, self.stored_latent, self.width, trained=trained)
+            )
+        if self.scaled:
+            tensors.append(scales_footprint(tables, trained=trained))
+        return Footprint(tuple(tensors))
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        """Whether a table's codes, and codewords if it had to bear them alone, are no smaller."""
+        served = footprint_of([self.codebook_table([table])])
+        served += self.beside_codewords([table], trained=True)
+        return served.serve_bytes >= table.full_bytes
+
+    def _sizes(self, tables: Sequence[TableSpec]) -> Iterator[Self]:
+        """The configurations among which a budget chooses."""
+        dims = {table.embedding_dim for table in tables}
+        widths = sorted({m for dim in dims for m in range(1, dim + 1) if dim % m == 0})
+        given = self.num_codewords
+        for width in widths:
+            for count in [given] if given else [1 << bits for bits in _BITS_CHOSEN]:
+                yield replace(self.with_size(subvector_dim=width), num_codewords=count)
+
+    def expected_distortion(self, tables: Sequence[TableSpec]) -> float:
+        """Squared error relative to the rows' variance, as high-resolution theory has it.
+
+        Zador's law for an isotropic Gaussian: ``kappa(m) * k ** (-2 / m)``, with a fit of kappa.
+        It ranks sizes; trained tables come out better.
+        """
+        rows = sum(table.num_embeddings for table in tables)
+        coded = sum(t.num_embeddings for t in tables if not self.keeps_full(t))
+        kappa = 1 + 1.72 * self.width**-0.73
+        return float(coded / rows * kappa * self.codewords ** (-2 / self.width))
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        """The size of least expected distortion; of equals, that of the fewest bytes."""
+        sizes = [(size.footprint(tables).serve_bytes, size) for size in self._sizes(tables)]
+        fitting = [(size.expected_distortion(tables), cost) for cost, size in sizes]
+        best = [
+            (distortion, cost, size)
+            for (distortion, cost), (_, size) in zip(fitting, sizes)
+            if cost <= budget
+        ]
+        return min(best, key=lambda found: found[:2])[2] if best else None
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return min(
+            self._sizes(tables),
+            key=lambda size: (
+                size.footprint(tables).serve_bytes,
+                size.expected_distortion(tables),
+            ),
+        )
+
+
+def mean_init_std(tables: Sequence[TableSpec]) -> float:
+    """The mean over tables of the initial rows' standard deviation."""
+    return sum(table.init_std for table in tables) / len(tables)
+
+
+def projection_footprint(
+    name: str, count: int, latent_dim: int, width: int, *, bias: bool = False, trained: bool = True
+) -> TensorFootprint:
+    """Bytes of projections, a row more for each where they have a bias."""
+    return TensorFootprint(
+        name=f"{name}.projection",
+        role="projection",
+        rows=count * (latent_dim + bias),
+        columns=width,
+        itemsize=4,
+        train_columns=width,
+        look_up=False,
+        trained=trained,
+    )
+
+
+def scales_footprint(tables: Sequence[TableSpec], *, trained: bool) -> TensorFootprint:
+    """Bytes of one factor for each table."""
+    return TensorFootprint(
+        name=f"{tables[0].name}.scales",
+        role="projection",
+        rows=len(tables),
+        columns=1,
+        itemsize=4,
+        train_columns=1,
+        look_up=False,
+        trained=trained,
+    )

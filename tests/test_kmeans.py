@@ -1,0 +1,107 @@
+"""k-means: its error falls, its answers repeat, and nearest means nearest."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import pairwise
+
+import pytest
+import torch
+
+from embcomp.errors import ConfigError
+from embcomp.kmeans import kmeans, nearest
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_error_never_rises(dim, seed):
+    points = drawn(3000, dim, seed=seed)
+    weights = 1 / torch.arange(1, 3001) ** 0.5
+    errors = kmeans(points, weights, 16, seed=seed).errors
+    assert len(errors) > 3
+    assert all(after <= before for before, after in pairwise(errors))
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_the_same_seed_gives_the_same_centroids():
+    points, weights = drawn(9000, 3), torch.ones(9000)
+    one, same, other = (kmeans(points, weights, 20, seed=seed).centroids for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_clusters_that_are_far_apart_are_found():
+    centres = 20 * drawn(12, 4, seed=5)
+    points = centres.repeat(50, 1) + 0.01 * drawn(600, 4, seed=6)
+    found = kmeans(points, torch.ones(600), 12, seed=0)
+    assert torch.cdist(centres, found.centroids).min(1).values.max() < 0.05
+    assert found.errors[-1] < 1e-3
+
+
+def test_weights_pull_centroids():
+    points = torch.tensor([[0.0], [1.0], [10.0]])
+    heavy = kmeans(points, torch.tensor([3.0, 1.0, 1.0]), 2, seed=0).centroids
+    assert sorted(heavy.flatten().tolist()) == pytest.approx([0.25, 10.0])
+    without = kmeans(points, torch.tensor([0.0, 1.0, 1.0]), 2, seed=0)
+    assert sorted(without.centroids.flatten().tolist()) == [1.0, 10.0]
+
+
+def test_few_distinct_points_are_the_centroids():
+    points = torch.tensor([[2.0, 1.0], [0.0, 5.0], [2.0, 1.0], [0.0, 4.0]])
+    found = kmeans(points, torch.ones(4), 5, seed=0)
+    assert found.centroids.tolist() == [[0, 4], [0, 5], [2, 1], [2, 1], [2, 1]]
+    assert found.errors == (0.0,)
+
+
+def test_samples_of_long_inputs_keep_what_is_heavy():
+    points = drawn(20_000, 2)
+    points[7] = torch.tensor([500.0, 500.0])
+    weights = torch.ones(20_000)
+    weights[7] = 1e4
+    found = kmeans(points, weights, 4, seed=3).centroids  # 1024 of the points take part
+    assert torch.cdist(points[7:8], found).min() < 1
+    assert found.abs().sort(0).values[:3].max() < 3
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_nearest_is_what_a_full_search_finds(dim):
+    vectors, codebooks = drawn(400, 5, dim), drawn(3, 33, dim, seed=1)
+    which = torch.tensor([0, 2, 1, 0, 2])
+    codes = nearest(vectors, codebooks, which)
+    for column, book in enumerate(which):
+        distances = (vectors[:, column, None].double() - codebooks[book].double()).square().sum(-1)
+        at_code = distances.gather(1, codes[:, column : column + 1])[:, 0]
+        torch.testing.assert_close(at_code, distances.amin(1), rtol=1e-5, atol=1e-9)
+    alone = torch.cat([nearest(vectors[n : n + 1], codebooks, which) for n in range(50)])
+    assert torch.equal(alone, codes[:50])
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_ties_go_to_the_lowest_index(dim):
+    words = torch.tensor([3.0, 1.0, -1.0, 1.0, 3.0, -1.0]).view(1, -1, 1).repeat(1, 1, dim)
+    vectors = torch.tensor([0.0, 1.0, 2.0, 9.0, -9.0, -1.0]).view(-1, 1, 1).repeat(1, 1, dim)
+    codes = nearest(vectors, words, torch.zeros(1, dtype=torch.int64))
+    assert codes[:, 0].tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_no_vectors_have_no_codes():
+    for dim in (1, 2):
+        found = nearest(torch.empty(0, 4, dim), drawn(1, 8, dim), torch.zeros(4, dtype=torch.int64))
+        assert found.shape == (0, 4)
+
+
+def test_faiss_is_asked_for_by_name():
+    points = drawn(500, 2)
+    with pytest.raises(ConfigError, match="one of torch, faiss, got 'sklearn'"):
+        kmeans(points, torch.ones(500), 4, seed=0, backend="sklearn")
+    if importlib.util.find_spec("faiss") is None:
+        with pytest.raises(ConfigError, match="install faiss-cpu, or set clustering: torch"):
+            kmeans(points, torch.ones(500), 4, seed=0, backend="faiss")
+    else:
+        ours = kmeans(points, torch.ones(500), 4, seed=0).errors[-1]
+        theirs = kmeans(points, torch.ones(500), 4, seed=0, backend="faiss").errors[-1]
+        assert theirs == pytest.approx(ours, rel=0.1)
