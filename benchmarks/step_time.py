@@ -66,7 +66,7 @@ def main() -> None:
     sizes = [1_000_000, 10_000_000, 50_000_000]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes, help="of all tables together")
     parser.add_argument("--methods", nargs="+", default=["full"], help="as tables.method")
-    parser.add_argument("--budget", default="25%%", help="of methods with an open size")
+    parser.add_argument("--budget", default="25%", help="of methods with an open size")
     parser.add_argument("--batch-size", type=int, default=8192)
     parser.add_argument("--optimizer", default="rowwise_adagrad")
     parser.add_argument("--repeats", type=int, default=15)
