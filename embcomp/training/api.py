@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from embcomp.errors import EmbcompError
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_state, saved_steps
 from embcomp.training.console import RunConsole
-from embcomp.training.data import evaluation_batches
+from embcomp.training.data import check_splits, evaluation_batches
 from embcomp.training.evaluation import Evaluation, evaluate_batches
 from embcomp.training.loop import Training
 from embcomp.training.noise import quiet_libraries
@@ -46,6 +47,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
         quiet_libraries(),
         process_group(config.train.device) as process,
         watch_ranks(process, config.train.rank_timeout),
+        folder.locked() if process.is_main else nullcontext(),
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
         _open_folder(folder, config, process)
@@ -57,7 +59,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
     """Creates or checks the run's folder, before anything heavy."""
-    DatasetInfo.load(config.data.path)
+    check_splits(DatasetInfo.load(config.data.path))
     is_new = folder.is_new
     if not is_new:
         folder.check_same(config)

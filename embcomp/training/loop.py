@@ -33,6 +33,7 @@ from embcomp.training.console import RunConsole
 from embcomp.training.data import (
     check_last_batch,
     evaluation_batches,
+    has_rows,
     loss_scale,
     training_batches,
 )
@@ -251,7 +252,7 @@ class Training:
         self.steps.pause()
         load_weights(checkpoint_folder(self.folder.checkpoints, best), self.sharded)
         test = None
-        if "test" in self.info.splits:
+        if has_rows(self.info, "test"):
             test = as_record(self._evaluate("test"))
             self.logs.metrics("test", best, test)
         report = Report.of(

@@ -6,7 +6,10 @@ timing.jsonl, checkpoints/, tensorboard/ and, when the run is finished, report.j
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,28 @@ class RunFolder:
 
     @property
     def is_new(self) -> bool:
-        """Whether no run has begun here."""
-        return not (self.path / _CONFIG_FILE).exists()
+        """Whether there is nothing here to go on from: no checkpoint and no report."""
+        begun = (self.path / _CONFIG_FILE).exists()
+        return not begun or not (self.report.exists() or any(self.checkpoints.glob("step-*")))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out, as two runs in one folder would mix their checkpoints."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is training in {self.path}; wait for it or choose another "
+                    "name"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(handle)
 
     def config(self) -> TrainConfig:
         """The run's resolved config."""
