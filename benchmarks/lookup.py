@@ -5,7 +5,8 @@
 Each method's collection is sharded by DistributedModelParallel on one process, as in training, and
 steps forward and backward with fused SGD. Its peer is one SplitTableBatchedEmbeddingBags kernel
 that is handed the physical ids ready made: the same rows, widths and bags. The two run in turn and
-the ratio is the median of the pairs'.
+the ratio is the median of the pairs'; beside it that of the CPU time, which other processes on the
+machine disturb less.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,26 @@ from embcomp import QR, BackendConfig, CompressedEmbeddingBagCollection, Full, H
 DIM = 16
 FEATURES = 26
 LEARNING_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One step of ours and one of the bare kernel: (seconds, seconds of CPU time) each."""
+
+    ours: tuple[float, float]
+    bare: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method's steps took."""
+
+    name: str
+    rows_read: int
+    pairs: list[Pair]
+
+    def ratios(self, clock: int) -> list[float]:
+        return sorted(pair.ours[clock] / pair.bare[clock] for pair in self.pairs)
 
 
 def main() -> None:
@@ -78,7 +100,7 @@ def methods() -> list[tuple[str, BackendConfig]]:
 
 def measure(
     name: str, config: BackendConfig, args: argparse.Namespace, device: torch.device
-) -> tuple[str, int, float, float, list[float]]:
+) -> Measured:
     torch.manual_seed(0)
     tables = [
         EmbeddingBagConfig(
@@ -92,18 +114,11 @@ def measure(
     physical = [collection.route(batch) for batch in batches]
     rows = [first if first is not None else second for first, second, _ in physical]
     peer = bare_step(collection, device)
-    pairs: list[tuple[float, float]] = []
+    pairs = []
     for i in range(args.repeats + 2):
-        theirs = timed(peer, rows[i % 4], device)
-        pairs.append((timed(ours, batches[i % 4], device), theirs))
-    pairs = pairs[2:]
-    return (
-        name,
-        rows[0].values().numel(),
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        sorted(a / b for a, b in pairs),
-    )
+        bare = timed(peer, rows[i % 4], device)
+        pairs.append(Pair(timed(ours, batches[i % 4], device), bare))
+    return Measured(name, rows[0].values().numel(), pairs[2:])
 
 
 def make_batch(args: argparse.Namespace, device: torch.device) -> KeyedJaggedTensor:
@@ -195,34 +210,36 @@ def bare_step(
 
 def timed(
     step: Callable[[KeyedJaggedTensor], None], batch: KeyedJaggedTensor, device: torch.device
-) -> float:
+) -> tuple[float, float]:
+    """Seconds of one step: of the clock, and of this process's CPU time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     step(batch)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked
 
 
-def report(
-    rows: list[tuple[str, int, float, float, list[float]]], args: argparse.Namespace
-) -> None:
+def report(rows: list[Measured], args: argparse.Namespace) -> None:
     table = Table(
         title=f"forward + backward, batch {args.batch_size}, {FEATURES} features, dim {DIM}, "
         f"{args.rows:,} rows a table, {torch.get_num_threads()} threads"
     )
-    for column in ("method", "rows read", "ours ms", "bare kernel ms", "ratio", "min", "max"):
+    columns = ("method", "rows read", "ours ms", "bare kernel ms", "ratio", "min", "max")
+    for column in (*columns, "CPU time ratio"):
         table.add_column(column, justify="right" if column != "method" else "left")
-    for name, count, ours, bare, ratios in rows:
+    for row in rows:
+        ratios = row.ratios(0)
         table.add_row(
-            name,
-            f"{count:,}",
-            f"{1e3 * ours:.1f}",
-            f"{1e3 * bare:.1f}",
+            row.name,
+            f"{row.rows_read:,}",
+            f"{1e3 * statistics.median(pair.ours[0] for pair in row.pairs):.1f}",
+            f"{1e3 * statistics.median(pair.bare[0] for pair in row.pairs):.1f}",
             f"{statistics.median(ratios):.2f}",
             f"{ratios[0]:.2f}",
             f"{ratios[-1]:.2f}",
+            f"{statistics.median(row.ratios(1)):.2f}",
         )
     Console().print(table)
 

@@ -190,7 +190,7 @@ class Passes:
         raise DataError(
             f"at least {len(bad)} of {total} rows are malformed, more than the share of "
             f"{self.max_bad_rows:g} that is allowed; the first:\n{shown}\nIf the importer and the "
-            f"schema are the right ones, mend the rows or allow a larger share (max_bad_rows)"
+            f"schema are the right ones, mend the rows or allow a larger share (--max-bad-rows)"
         )
 
     def _quarantine(self, counts: PartCounts) -> None:

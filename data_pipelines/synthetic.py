@@ -21,6 +21,7 @@ from embcomp.data_pipelines.criteo_text import to_lines
 from embcomp.data_pipelines.splits import SPLITS, ChronologicalSplit, FileSplit, SplitRule
 from embcomp.data_pipelines.synthetic_rows import CHUNK_ROWS, RowSource, SyntheticConfig
 from embcomp.data_pipelines.truth import BayesMeter, Truth
+from embcomp.data_pipelines.workspace import disk_errors
 from embcomp.errors import ConfigError
 
 TRUTH_SUFFIX = ".truth.json"
@@ -58,7 +59,7 @@ def write_criteo_log(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with disk_errors(path), temporary.open("wb") as file:
             done = 0
             for rows, probability, label in draw(config):
                 to_lines(rows, label, file)

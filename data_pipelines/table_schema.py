@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from embcomp.config_reading import read_yaml
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.data_pipelines.transforms import TRANSFORMS
-from embcomp.errors import DataError
+from embcomp.errors import ConfigError, DataError
 
 _CONDITION = re.compile(r"\s*(<=|>=|==|!=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
@@ -138,6 +138,11 @@ class TableSchema(_Strict):
             raise ValueError(f"features named twice: {double}")
         if "label" in names:
             raise ValueError("'label' is the prepared label's name; no feature may have it")
+        if self.label.column in names:
+            raise ValueError(
+                f"{self.label.column!r} is the label and a feature too: a model would read off "
+                "what it is to predict"
+            )
         if self.group is not None and self.group not in {c.name for c in self.categorical}:
             raise ValueError(f"group {self.group!r} is not one of the categorical features")
         return self
@@ -151,11 +156,9 @@ def load_schema(path: Path) -> TableSchema:
             names each and suggests the nearest valid key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the schema {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML: {error}") from None
+        content = read_yaml(path)
+    except ConfigError as error:
+        raise DataError(f"schema {error}") from None
     try:
         return TableSchema.model_validate(content)
     except ValidationError as error:

@@ -58,8 +58,8 @@ class Workspace:
             )
         if not self.overwrite:
             raise DataError(
-                f"output {self.output} already holds a dataset; name another folder or ask to "
-                f"overwrite it"
+                f"output {self.output} already holds a dataset; name another folder, or "
+                f"replace it with --overwrite"
             )
 
     @contextmanager

@@ -24,13 +24,14 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
-def parse_budget(budget: str | int, *, full_bytes: int | None = None) -> int:
+def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str = "budget") -> int:
     """Read a budget.
 
     Args:
         budget: a number of bytes, ``"64MiB"`` (also B, KB, MB, GB, TB, KiB, GiB, TiB), or a share
             of what the full tables take, ``"10%"``.
         full_bytes: bytes of the full tables, needed to resolve a share.
+        name: what an error calls it.
 
     Returns:
         Bytes, rounded down; 0 for a share whose ``full_bytes`` is not given (only the syntax is
@@ -39,25 +40,25 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None) -> int:
     Raises:
         ConfigError: when it is not positive or cannot be read.
     """
-    wanted = "expected a positive number of bytes such as 67108864, '64MiB' or '10%'"
+    wanted = f"{name}: expected a positive number of bytes such as 67108864, '64MiB' or '10%'"
     if isinstance(budget, bool) or not isinstance(budget, int | str):
-        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+        raise ConfigError(f"{wanted}; got {budget!r}")
     if isinstance(budget, int):
         if budget < 1:
-            raise ConfigError(f"budget: {wanted}; got {budget}")
+            raise ConfigError(f"{wanted}; got {budget}")
         return budget
     share = _SHARE.fullmatch(budget)
     if share:
         part = Fraction(share[1]) / 100
         if part <= 0:
-            raise ConfigError(f"budget: {wanted}; got {budget!r}")
+            raise ConfigError(f"{wanted}; got {budget!r}")
         return 0 if full_bytes is None else int(part * full_bytes)
     size = _BYTES.fullmatch(budget)
     if not size or size[2].upper() not in _UNITS:
-        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+        raise ConfigError(f"{wanted}; got {budget!r}")
     value = int(Fraction(size[1]) * _UNITS[size[2].upper()])
     if value < 1:
-        raise ConfigError(f"budget: {wanted}; got {budget!r}")
+        raise ConfigError(f"{wanted}; got {budget!r}")
     return value
 
 

@@ -176,7 +176,7 @@ class TablesConfig(Section):
 
     embedding_dim: PositiveInt = 16
     method: MethodConfig
-    budget: PositiveInt | str | None = None
+    budget: int | str | None = None
     overrides: dict[str, MethodConfig] = {}
     first_order: MethodConfig = Field(default_factory=lambda: MethodConfig.model_validate("full"))
     pooling: Literal["sum", "mean"] = "mean"
@@ -193,17 +193,20 @@ class TablesConfig(Section):
         registered = isinstance(options, Mapping) and options.get("name") in MethodConfig.registry()
         if not registered:
             return value  # the method's own check says what is wrong
+        if _unreadable(value["budget"]):
+            return value  # the budget's own check says so, once
         sizes = MethodConfig.registry()[options["name"]].size_fields
         for key in (*sizes, "budget"):
             if options.get(key) is not None:
                 raise config_error(f"give either budget or method.{key}; both would fix the size")
         return {**value, "method": {**options, "budget": value["budget"]}}
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _budget_is_readable(cls, budget: int | str | None) -> int | str | None:
-        if budget is not None:
-            parse_budget(budget)
+    def _budget_is_readable(cls, budget: Any) -> Any:
+        problem = None if budget is None else _unreadable(budget)
+        if problem:
+            raise config_error(problem)
         return budget
 
     @model_serializer(mode="wrap")
@@ -212,6 +215,15 @@ class TablesConfig(Section):
         if self.budget is not None:
             del plain_self["method"]["budget"]
         return plain_self
+
+
+def _unreadable(budget: Any) -> str:
+    """What is wrong with a budget; empty if nothing is."""
+    try:
+        parse_budget(budget)
+    except ConfigError as error:
+        return str(error).removeprefix("budget: ")
+    return ""
 
 
 class RowOptimizerConfig(Section):

@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from embcomp.cli import app
+from embcomp.data_pipelines import synthetic
+from embcomp.data_pipelines.synthetic import write_criteo_log
+from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.demo import METHODS, demo_run
 from embcomp.planning import plan_config, sizes_of_dataset
@@ -28,6 +31,43 @@ def test_generated_logs_have_criteos_format_and_a_known_best_auc(tmp_path):
     prepared = run("prepare", "criteo", tmp_path / "raw.txt", tmp_path / "data", "--min-count", "2")
     assert prepared.exit_code == 0, prepared.output
     assert '"bayes"' in (tmp_path / "data" / "dataset.json").read_text()
+
+
+def test_generate_writes_by_default_what_the_library_does(tmp_path):
+    assert run("generate", tmp_path / "cli.txt", "--rows", "200").exit_code == 0
+    write_criteo_log(tmp_path / "lib.txt", SyntheticConfig(rows=200))
+    assert (tmp_path / "cli.txt").read_bytes() == (tmp_path / "lib.txt").read_bytes()
+    shown = run("generate", "--help").stdout
+    assert f"{SyntheticConfig().rows}" in shown
+
+
+def test_generate_says_that_the_disk_is_full_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device (os error 28)")  # as polars raises it
+
+    monkeypatch.setattr(synthetic, "to_lines", full)
+    result = run("generate", tmp_path / "raw.txt", "--rows", "200")
+    assert result.exit_code == 1
+    assert f"the disk of {tmp_path} is full" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "file/raw.txt", "--rows", "10"],
+        ["prepare", "criteo", "file", "file/data"],
+        ["cp", "criteo_autoint_hash", "file/mine.yaml"],
+    ],
+)
+def test_a_file_where_a_folder_should_be_is_one_message(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", "file", "--rows", "10").exit_code == 0
+    before = (tmp_path / "file").read_bytes()
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.count("error:") == 1 and "file" in result.stderr
+    assert (tmp_path / "file").read_bytes() == before
 
 
 def test_same_seed_same_bytes(tmp_path):

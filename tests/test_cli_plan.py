@@ -182,7 +182,8 @@ def test_bad_table_sizes_are_named(files, tmp_path, text, message):
         (["tables.embedding_dim=-4"], "tables.embedding_dim"),
         (["tables.method=unifed"], "did you mean 'unified'"),
         (["tables.overrides={usr: full}"], "no table is called 'usr'"),
-        (["--device-memory", "40GiBs"], "expected a positive number of bytes"),
+        (["--device-memory", "40GiBs"], "--device-memory: expected a positive number of bytes"),
+        (["--device-memory", "1GiB", "--reserve", "some"], "--reserve: expected a positive number"),
         (["nonsense"], "expected key.path=value"),
     ],
 )

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from embcomp.cli import app
 from embcomp.config import load_config
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.training.run_folder import RunFolder
 
 CONFIG = """
 name: toy_run
@@ -29,6 +33,7 @@ def workplace(tmp_path, monkeypatch):
     """A folder with a dataset and a config, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     write_toy_dataset("toy")
+    write_toy_dataset("no_valid", rows=(64, 0, 0))
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -78,8 +83,10 @@ def test_a_run_leaves_its_folder_and_prints_its_report(workplace):
             "the smallest hash reaches",
         ),
         (["train", "config.yaml", "train.row_optimizer.name=adam"], "dense"),
+        (["train", "config.yaml", "data.path=no_valid"], "no rows in its valid split"),
+        (["train", "config.yaml", "--runs", "config.yaml"], "config.yaml"),
         (["evaluate", "runs/none"], "runs/none"),
-        (["compare", "runs/none"], "runs/none"),
+        (["compare", "runs/none"], "runs/none does not exist"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_no_run(workplace, arguments, message):
@@ -88,6 +95,33 @@ def test_bad_input_is_one_message_and_leaves_no_run(workplace, arguments, messag
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not list((workplace / "runs").rglob("report.json"))
+
+
+def test_a_run_that_never_began_does_not_stand_in_the_way(workplace):
+    assert run("train", "config.yaml", "train.row_optimizer.name=adam").exit_code == 1
+    mended = run("train", "config.yaml", "train.max_steps=1", "--quiet")
+    assert mended.exit_code == 0, mended.output
+
+
+def test_labels_that_are_all_the_same_are_reported_as_such(workplace):
+    info = DatasetInfo.load("toy")
+    for path in [Path("toy", file) for split in info.splits.values() for file in split.files]:
+        table = pq.read_table(path)
+        column = table.column_names.index("label")
+        zeros = pa.array([0.0] * len(table), pa.float32())
+        pq.write_table(table.set_column(column, table.schema.field("label"), zeros), path)
+    result = run("train", "config.yaml", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("auc undefined  log loss 0.") == 2
+
+
+def test_two_trainings_in_one_folder_do_not_mix(workplace):
+    folder = RunFolder(workplace / "runs" / "toy_run")
+    with folder.locked():
+        result = run("train", "config.yaml", "--quiet")
+    assert result.exit_code == 1
+    assert "another process is training in runs/toy_run" in result.stderr
+    assert run("train", "config.yaml", "train.max_steps=1", "--quiet").exit_code == 0
 
 
 def free_port() -> str:

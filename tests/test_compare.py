@@ -83,6 +83,9 @@ def test_the_picture_is_a_png_and_the_same_runs_draw_the_same_bytes(folders, tmp
 
 
 def test_a_folder_without_a_finished_run_is_named(folders, tmp_path):
+    with pytest.raises(EmbcompError, match="nowhere does not exist"):
+        compare([*folders, tmp_path / "nowhere"])
+    (tmp_path / "unfinished").mkdir()
     with pytest.raises(EmbcompError, match="unfinished has no report.json: the run has not"):
         compare([*folders, tmp_path / "unfinished"])
     with pytest.raises(EmbcompError, match="nothing to compare"):

@@ -286,8 +286,10 @@ def test_parquet_lists_and_numbers_are_read_by_the_schema(tmp_path, monkeypatch)
         ("{name: a, label: y, categorical: [u, u]}", "named twice"),
         ("{name: a, label: y, categorical: [u], group: v}", "group 'v'"),
         ("{name: a, label: y, categorical: [u], split: {kind: files, seed: 1}}", "seed"),
-        ("{name: a", "is not YAML"),
-        ("just text", "expected|valid"),
+        ("{name: a", "not valid YAML"),
+        ("{name: a, label: y, label: z, categorical: [u]}", "'label' appears twice"),
+        ("{name: a, label: y, categorical: [y, u]}", "'y' is the label and a feature too"),
+        ("just text", "expected a mapping"),
     ],
 )
 def test_a_wrong_schema_is_explained(tmp_path, text, message):

@@ -163,6 +163,8 @@ def test_training_stops_early_and_learning_rates_fall_when_the_metric_stalls(dat
 
 def test_state_counts_improvements_and_ignores_undefined_values():
     state = LoopState(step=1)
+    assert not state.see(None, {"auc": None}, 1e-3)
+    assert (state.stalled, state.best_step, state.best_valid) == (1, None, {"auc": None})
     assert state.see(0.5, {"auc": 0.5}, 1e-3)
     state.step = 2
     assert not state.see(0.5005, {}, 1e-3)

@@ -178,7 +178,10 @@ def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
     (tmp_path / "toy" / "report.json").unlink()
     checkpoint = checkpoint_folder(tmp_path / "toy" / "checkpoints", 2)
     (checkpoint / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="step-0000000002 is not a readable checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-0000000002 is not a readable checkpoint: .* goes on from its start",
+    ):
         train(config, runs=tmp_path, quiet=True)
 
 
@@ -189,7 +192,9 @@ def test_a_truncated_checkpoint_is_named(dataset, tmp_path):
     checkpoint = checkpoint_folder(tmp_path / "toy" / "checkpoints", 2)
     for part in checkpoint.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="step-0000000002 could not be read: rank 0: "):
+    with pytest.raises(
+        CheckpointError, match=r"step-0000000002 could not be read: .* from its start"
+    ):
         train(config, runs=tmp_path, quiet=True)
 
 
@@ -208,9 +213,12 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint(dataset, tmp_pa
     monkeypatch.setattr(filesystem, "_write_item", write_item)
     train(config, runs=tmp_path / "counted", quiet=True)
     written, calls = len(calls) * 3 // 4, []  # in the middle of the second of two checkpoints
-    with pytest.raises(CheckpointError, match="step-0000000004 could not be written.*No space"):
+    with pytest.raises(
+        CheckpointError, match=r"step-0000000004 could not be written.*No space.* free"
+    ):
         train(config, runs=tmp_path / "full", quiet=True)
     assert saved_steps(tmp_path / "full" / "toy" / "checkpoints") == [2]
+    assert not list((tmp_path / "full" / "toy" / "checkpoints").glob(".step-*"))
     monkeypatch.setattr(filesystem, "_write_item", whole)
     train(config, runs=tmp_path / "full", quiet=True)
     metrics = [

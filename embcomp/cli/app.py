@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Annotated, Any
 
 import typer
@@ -37,14 +36,13 @@ class _Verbs(TyperGroup):
                 f"{error}; run `embcomp doctor` to see what is wrong with the installation"
             )
         except OSError as error:
-            # A full disk or a missing file is the machine's state, not our defect. Libraries that
-            # cannot be loaded raise without a number. The rest is a defect.
+            # A full disk, a missing file or a file where a folder should be is the machine's state,
+            # not our defect. Libraries that cannot be loaded raise without a number.
             if error.errno is None:
                 console.fail(f"{error}; if a library is at fault, `embcomp doctor` knows more")
-            elif error.errno in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EDQUOT):
-                console.fail(str(error))
             else:
-                raise
+                names = [str(name) for name in (error.filename, error.filename2) if name]
+                console.fail(": ".join([*names, error.strerror or str(error)]))
         raise typer.Exit(1)
 
 

@@ -16,7 +16,7 @@ def generate(
     scale: Annotated[
         float, typer.Option(help="What Criteo's cardinalities are multiplied with.")
     ] = 0.001,
-    exponent: Annotated[float, typer.Option(help="Of the Zipf law of values.")] = 1.1,
+    exponent: Annotated[float, typer.Option(help="Of the Zipf law of values.")] = 1.3,
     drift: Annotated[
         float, typer.Option(help="How far effects change over the log, 0 to 1.")
     ] = 0.0,

@@ -53,7 +53,9 @@ def plan(
 
     loaded = load_config(find_recipe(config), overrides or [])
     sizes = read_sizes(tables) if tables else sizes_of_dataset(loaded.data.path)
-    memory = None if device_memory is None else parse_budget(device_memory)
+    memory = None
+    if device_memory is not None:
+        memory = parse_budget(device_memory, name="--device-memory")
     try:
         found = plan_config(loaded, sizes)
     except BudgetError as error:
@@ -65,7 +67,9 @@ def plan(
     _print_lines(found)
     if memory is None:
         return
-    kept = 0 if reserve in ("0", "0%") else parse_budget(reserve, full_bytes=memory)
+    kept = (
+        0 if reserve in ("0", "0%") else parse_budget(reserve, full_bytes=memory, name="--reserve")
+    )
     if found.dense_rows:
         _replicate(found, world_size, memory - kept)
     else:

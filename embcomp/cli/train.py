@@ -56,7 +56,8 @@ def print_report(report: Report, folder: Path) -> None:
     }
     for split, metrics in (("valid", report.valid), ("test", report.test)):
         if metrics:
-            lines[split] = f"auc {metrics['auc']:.6f}  log loss {metrics['log_loss']:.6f}"
+            shown = [_shown(metrics[key]) for key in ("auc", "log_loss")]
+            lines[split] = f"auc {shown[0]}  log loss {shown[1]}"
     if report.bayes:
         best = "  ".join(
             f"{key.replace('_', ' ')} {value:.6f}" for key, value in report.bayes.items()
@@ -66,3 +67,8 @@ def print_report(report: Report, folder: Path) -> None:
     lines["folder"] = str(folder)
     for key, value in lines.items():
         print(f"{key:<14} {value}")
+
+
+def _shown(metric: float | None) -> str:
+    """A metric's six digits; AUC does not exist where all labels are the same."""
+    return "undefined" if metric is None else f"{metric:.6f}"

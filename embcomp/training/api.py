@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from embcomp.errors import EmbcompError
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_state, saved_steps
 from embcomp.training.console import RunConsole
-from embcomp.training.data import evaluation_batches
+from embcomp.training.data import check_splits, evaluation_batches
 from embcomp.training.evaluation import Evaluation, evaluate_batches
 from embcomp.training.handover import load_unsharded
 from embcomp.training.life import Life
@@ -47,6 +48,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
         quiet_libraries(),
         process_group(config.train.device) as process,
         watch_ranks(process, config.train.rank_timeout),
+        folder.locked() if process.is_main else nullcontext(),
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
         _open_folder(folder, config, process)
@@ -58,7 +60,9 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
     """Creates or checks the run's folder, before anything heavy."""
-    Life.of(config, DatasetInfo.load(config.data.path))
+    info = DatasetInfo.load(config.data.path)
+    check_splits(info)
+    Life.of(config, info)
     is_new = folder.is_new
     if not is_new:
         folder.check_same(config)

@@ -7,6 +7,7 @@ only when it is complete.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from embcomp.budget import format_bytes
 from embcomp.errors import CheckpointError
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.process import Process
@@ -70,9 +72,17 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
-    with _as_checkpoint_error(f"{final} could not be written"):
-        save_tensors(tensors, checkpoint_id=str(temporary))
-    torch.save(_random_state(process), temporary / f"random-{process.rank}.pt")
+    try:
+        with _as_checkpoint_error(f"{final} could not be written"):
+            save_tensors(tensors, checkpoint_id=str(temporary))
+    except CheckpointError as error:
+        free = shutil.disk_usage(checkpoints).free
+        if process.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{error}; its disk had {format_bytes(free)} free") from error
+    packed = io.BytesIO()  # torch reports a disk that is full as an internal assertion
+    torch.save(_random_state(process), packed)
+    (temporary / f"random-{process.rank}.pt").write_bytes(packed.getvalue())
     dist.barrier()
     if process.is_main:
         content = {**state, "step": step, "world_size": process.world_size}
@@ -95,7 +105,7 @@ def load_checkpoint(
     """
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
     _check_same_tensors(folder, tensors)
-    with _as_checkpoint_error(f"{folder} could not be read"):
+    with _as_checkpoint_error(f"{folder} could not be read", _way_back(folder)):
         load_tensors(tensors, checkpoint_id=str(folder))
     _load_model_state(sharded, tensors["model"])
     optimizer.load_state_dict(tensors["optim"])
@@ -112,7 +122,7 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
     """
     tensors = {"model": model_state(sharded)}
     _check_same_tensors(folder, tensors)
-    with _as_checkpoint_error(f"{folder} could not be read"):
+    with _as_checkpoint_error(f"{folder} could not be read", _way_back(folder)):
         load_tensors(tensors, checkpoint_id=str(folder))
     _load_model_state(sharded, tensors["model"])
 
@@ -122,7 +132,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / _STATE_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: {error}") from None
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: {error}. {_way_back(folder)}"
+        ) from None
 
 
 def remove_old(checkpoints: Path, keep: int, best: int | None) -> None:
@@ -170,20 +182,31 @@ def _check_same_tensors(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
+def _as_checkpoint_error(what: str, way_out: str = "") -> Iterator[None]:
     """Torch's own exception shows a traceback of every rank, and `except Exception` misses it."""
     try:
         yield
     except CheckpointException as error:
         reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
-        raise CheckpointError(f"{what}: {'; '.join(reasons)}") from error
+        text = f"{what}: {'; '.join(reasons)}"
+        raise CheckpointError(f"{text}. {way_out}" if way_out else text) from error
+
+
+def _way_back(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    step = int(folder.name.removeprefix("step-"))
+    earlier = [saved for saved in saved_steps(folder.parent) if saved < step]
+    place = f"step {earlier[-1]}" if earlier else "its start"
+    return f"If it is damaged, remove it: an unfinished run then goes on from {place}"
 
 
 def _read_metadata(folder: Path) -> Metadata:
     try:
         return FileSystemReader(str(folder)).read_metadata()
     except (OSError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from None
+        raise CheckpointError(
+            f"{folder} is not a readable checkpoint: {error}. {_way_back(folder)}"
+        ) from None
 
 
 def _shapes(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...] | None]:

@@ -10,11 +10,27 @@ from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, DataError
 from embcomp.training.process import Process
 
 SEARCH = "search"
 """The name of the search-validation rows, which are cut from the end of the train split."""
+
+
+def check_splits(info: DatasetInfo) -> None:
+    """Raises before training when there would be nothing to choose the best weights by."""
+    for split in ("train", "valid"):
+        if not has_rows(info, split):
+            raise DataError(
+                f"dataset {info.name!r} has no rows in its {split} split, which training needs; "
+                "prepare it with other shares (--split random --shares 0.8,0.1,0.1), or give files "
+                f"with --{split}"
+            )
+
+
+def has_rows(info: DatasetInfo, split: str) -> bool:
+    """Whether a split is there and not empty."""
+    return split in info.splits and info.splits[split].rows > 0
 
 
 def training_batches(

@@ -40,6 +40,7 @@ from embcomp.training.data import (
     check_last_batch,
     endless,
     evaluation_batches,
+    has_rows,
     loss_scale,
     search_batches,
     training_batches,
@@ -348,7 +349,7 @@ class Training:
         self.steps.pause()
         load_weights(checkpoint_folder(self.checkpoints, best), self.sharded)
         test = None
-        if "test" in self.info.splits:
+        if has_rows(self.info, "test"):
             test = as_record(self._evaluate("test"))
             self.logs.metrics("test", best, test)
         self.logs.close()

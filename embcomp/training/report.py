@@ -142,6 +142,8 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(**content)
         except FileNotFoundError:
+            if not Path(folder).exists():
+                raise EmbcompError(f"{folder} does not exist; name a run's folder") from None
             raise EmbcompError(
                 f"{folder} has no {REPORT_FILE}: the run has not finished; start it again to go on"
             ) from None

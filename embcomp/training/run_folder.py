@@ -7,8 +7,10 @@ stages has a folder for each of them, stages/<number>-<name>/, with the stage's 
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,30 @@ class RunFolder:
 
     @property
     def is_new(self) -> bool:
-        """Whether no run has begun here."""
-        return not (self.path / _CONFIG_FILE).exists()
+        """Whether there is nothing here to go on from: no checkpoint and no report."""
+        if not (self.path / _CONFIG_FILE).exists():
+            return True
+        begun = ("checkpoints/step-*", "stages/*/*")
+        return not (self.report.exists() or any(any(self.path.glob(each)) for each in begun))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out, as two runs in one folder would mix their checkpoints."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is training in {self.path}; wait for it or choose another "
+                    "name"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(handle)
 
     def stage(self, index: int, names: Sequence[str]) -> StageFolder:
         """The folder of one of the run's stages.

@@ -51,6 +51,8 @@ class LoopState:
             min_delta: By how much the best value must be beaten.
         """
         if value is None or (self.best_value is not None and value <= self.best_value + min_delta):
+            if self.best_step is None:  # undefined so far: the last weights are reported
+                self.best_valid = valid
             self.stalled += 1
             return False
         self.best_value, self.best_step, self.best_valid = value, self.step, valid
