@@ -76,12 +76,13 @@ class Saved:
     Attributes:
         path: The folder.
         config: Its description.
-        row_error: For each quantised physical table, the largest error of a weight.
+        row_error: For ``tables`` and ``first_order``, the largest error of a weight in each
+            physical table whose rows are not float32.
     """
 
     path: Path
     config: ArtefactConfig
-    row_error: Mapping[str, float]
+    row_error: Mapping[str, Mapping[str, float]]
 
 
 def save(
@@ -131,7 +132,8 @@ def save_model(
         row_type: as for `save`.
         budget: serving bytes that the embedding tables may take, first-order ones not counted.
         dataset: whose description and vocabularies go along.
-        extra: writes further files into the folder, before it is given its name.
+        extra: is called with the folder and its description before the folder gets its name. It
+            may read the artefact, write further files and describe them, or raise.
     """
     wanted = check_row_type(row_type)
     children = dict(model.named_children())
@@ -278,11 +280,16 @@ def _write(
             network_bytes=sizes.get("network", 0),
             sha256=_sha256(file),
         )
+        _write_config(folder, config)
         if extra is not None:
             config = extra(folder, config)
-        (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    errors = {n: e for part in parts.values() for n, e in part.row_error.items()}
+            _write_config(folder, config)
+    errors = {role: part.row_error for role, part in parts.items()}
     return Saved(path=path, config=config, row_error=errors)
+
+
+def _write_config(folder: Path, config: ArtefactConfig) -> None:
+    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
 @contextmanager
@@ -300,6 +307,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         folder.chmod(0o755)  # mkdtemp keeps others out
         for file in folder.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 _flush(file)
         _refuse_existing(path)
         folder.rename(path)

@@ -25,3 +25,7 @@ class CheckpointError(EmbcompError):
 
 class ArtefactError(EmbcompError):
     """An exported folder that is missing, damaged, of another version, or not what was asked for."""
+
+
+class ParityError(EmbcompError):
+    """An artefact that does not answer as the trained model does."""

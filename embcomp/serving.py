@@ -7,7 +7,7 @@ same ``route``, the same ``combine``, nothing that training needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -273,6 +273,7 @@ class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
         return [[i.key for i in instances if i.table is t] for t in self._plan.tables]
 
 
+@final
 class ServingModel(nn.Module):
     """A CTR model from an artefact: a network around serving tables.
 

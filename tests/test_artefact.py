@@ -114,7 +114,7 @@ def test_narrow_rows_answer_as_their_restored_weights(case, row_type, tmp_path):
             back = unpack(stored, table.embedding_dim, types[table.name])
             error = (back - rows).abs().max().item()
             if types[table.name] != "fp32":
-                assert error == pytest.approx(written.row_error[table.name])
+                assert error == pytest.approx(written.row_error["tables"][table.name])
             steps = {"fp32": 0, "fp16": 2**-11, "int8": 1 / 255, "int4": 1 / 15}
             spread = (rows.amax(1) - rows.amin(1)).max().item() + rows.abs().max().item() * 2**-7
             assert error <= 0.51 * steps[types[table.name]] * spread + rows.abs().max() * 2**-10

@@ -14,6 +14,7 @@ from embcomp.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     generate,
     plan,
     prepare,
@@ -81,6 +82,7 @@ app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("ls")(catalog.ls)

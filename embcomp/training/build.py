@@ -146,14 +146,19 @@ def build_model(
             Plan(default=tables.first_order.settings),
             device=table_device,
         )
-    inputs = ModelInputs(
-        feature_names=tuple(info.categorical_names),
-        embedding_dim=tables.embedding_dim,
-        num_dense=len(info.numeric),
-        pooling=tables.pooling,
-    )
     torch.manual_seed(config.seed)
-    return UnshardedModel(settings.build(inputs, main, first_order), main, first_order)
+    model = settings.build(model_inputs(config, info), main, first_order)
+    return UnshardedModel(model, main, first_order)
+
+
+def model_inputs(config: TrainConfig, info: DatasetInfo) -> ModelInputs:
+    """What the run's model is told of the data and the tables."""
+    return ModelInputs(
+        feature_names=tuple(info.categorical_names),
+        embedding_dim=config.tables.embedding_dim,
+        num_dense=len(info.numeric),
+        pooling=config.tables.pooling,
+    )
 
 
 def _table_configs(info: DatasetInfo, tables: TablesConfig, dim: int) -> list[EmbeddingBagConfig]:

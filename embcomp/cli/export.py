@@ -1,0 +1,85 @@
+"""`embcomp export`: a finished run's best weights as an artefact to serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from embcomp.training.export import Export
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, as runs/name.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="The folder to make; RUN/artefact by default.")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8", "int4"], typer.Option(help="The type of stored rows.")
+    ] = "fp32",
+    format: Annotated[
+        Literal["safetensors", "pt2"],
+        typer.Option(help="pt2 adds a program that runs where only torch is installed."),
+    ] = "safetensors",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes of the embedding tables, as 64MiB or 10%; the run's by default."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to compare on, at most.")] = 16_384,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Allowed difference of a probability; by type by default."),
+    ] = None,
+) -> None:
+    """Export a run's best weights, checked against the trained model on real rows."""
+    from embcomp.training.export import export_run
+
+    found = export_run(
+        run,
+        out,
+        row_type=dtype,
+        formats=[format],
+        budget=budget,
+        rows=rows,
+        tolerance=tolerance,
+    )
+    print_export(found)
+
+
+def print_export(found: Export) -> None:
+    """Prints what was found, one line each."""
+    from embcomp.budget import format_bytes
+
+    assert found.saved is not None
+    assert found.parity is not None
+    config, parity = found.saved.config, found.parity
+    lines: dict[str, str] = {}
+    for role, part in (("tables", config.tables), ("first_order", config.first_order)):
+        if part is not None:
+            types = "/".join(sorted(set(part.row_types.values())))
+            line = f"{format_bytes(part.bytes)} ({part.bytes:,} bytes), rows {types}"
+            errors = found.saved.row_error[role].values()
+            line += f", off by {max(errors):.2g} at most" if errors else ""
+            lines[role.replace("_", " ")] = line
+    lines["network"] = format_bytes(config.network_bytes)
+    if config.budget is not None:
+        lines["budget"] = f"{config.budget:,} bytes, kept"
+    lines["parity"] = (
+        f"probabilities differ by {parity.max_error:.2g} at most over {parity.served.rows:,} rows "
+        f"of {parity.split} (allowed {parity.tolerance:g})"
+    )
+    lines["auc"] = f"{parity.served.auc:.6f}, trained {parity.trained.auc:.6f}"
+    lines["log loss"] = f"{parity.served.log_loss:.6f}, trained {parity.trained.log_loss:.6f}"
+    for each in found.latencies:
+        lines[f"batch {each.batch}"] = (
+            f"{each.microseconds:,.0f} us for {each.look_ups:,} look-ups, "
+            f"{each.nanoseconds_per_look_up:,.0f} ns each"
+        )
+    if found.program_error is not None:
+        lines["program"] = f"program.pt2, differs from the artefact by {found.program_error:.2g}"
+    size = sum(file.stat().st_size for file in found.saved.path.rglob("*") if file.is_file())
+    lines["folder"] = f"{found.saved.path}, {format_bytes(size)} with vocabularies"
+    for key, value in lines.items():
+        print(f"{key:<12} {value}")

@@ -1,0 +1,291 @@
+"""From a finished run to an artefact that was checked against the trained model.
+
+The artefact is written beside its place, read back, and compared with the trained model on rows of
+the test split; only then it gets its name. What fails leaves nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.artefact import Saved, load, save_model
+from embcomp.artefact_config import ArtefactConfig
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ArtefactError, ParityError
+from embcomp.program import Program, program_inputs, write_program
+from embcomp.row_types import RowType
+from embcomp.serving import ServingModel
+from embcomp.training.api import load_model
+from embcomp.training.build import model_inputs
+from embcomp.training.metrics import Metrics, compute_metrics
+from embcomp.training.noise import quiet_libraries
+from embcomp.training.run_folder import RunFolder
+
+Format = Literal["safetensors", "pt2"]
+
+TOLERANCES: dict[RowType, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.02, "int4": 0.1}
+"""How far a click probability may be from the trained model's, by row type."""
+PROGRAM_TOLERANCE = 1e-5
+"""How far a program's probability may be from the artefact's."""
+LATENCY_BATCHES = (1, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """What looking up the embedding tables costs.
+
+    Attributes:
+        batch: Rows of a batch.
+        microseconds: Median time of a batch.
+        look_ups: Ids in the batch.
+    """
+
+    batch: int
+    microseconds: float
+    look_ups: int
+
+    @property
+    def nanoseconds_per_look_up(self) -> float:
+        """Time of one id."""
+        return 1000 * self.microseconds / max(1, self.look_ups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The artefact against the trained model, on the same rows.
+
+    Attributes:
+        split: Where the rows are from.
+        max_error: Largest difference of a probability.
+        tolerance: What was allowed.
+        trained: The trained model's metrics.
+        served: The artefact's.
+    """
+
+    split: str
+    max_error: float
+    tolerance: float
+    trained: Metrics
+    served: Metrics
+
+
+@dataclass(kw_only=True)
+class Export:
+    """What an export found out on its way; `saved` comes last."""
+
+    parity: Parity | None = None
+    latencies: list[Latency] = field(default_factory=list)
+    program_error: float | None = None
+    saved: Saved | None = None
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    row_type: RowType = "fp32",
+    formats: Sequence[Format] = ("safetensors",),
+    budget: str | int | None = None,
+    rows: int = 16_384,
+    tolerance: float | None = None,
+) -> Export:
+    """Write the artefact of a finished run's best weights.
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; `artefact` in the run's folder by default.
+        row_type: how rows are stored.
+        formats: `pt2` adds a torch.export program to the tensors.
+        budget: serving bytes of the embedding tables; the run's own by default.
+        rows: how many rows the artefact is compared on, at most.
+        tolerance: how far a probability may be from the trained model's; by row type by default.
+
+    Raises:
+        ArtefactError: the run is not finished, or the folder exists.
+        BudgetError: the tables are over the budget.
+        ParityError: the artefact does not answer as the trained model does.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    if not folder.report.exists():
+        raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
+    info = DatasetInfo.load(config.data.path)
+    found = Export()
+    with quiet_libraries():
+        model = load_model(run)
+        check = _Checks(
+            model=model,
+            info=info,
+            found=found,
+            formats=tuple(formats),
+            rows=rows,
+            tolerance=TOLERANCES[row_type] if tolerance is None else tolerance,
+        )
+        found.saved = save_model(
+            model,
+            folder.path / "artefact" if out is None else out,
+            settings=config.model.settings,
+            inputs=model_inputs(config, info),
+            row_type=row_type,
+            budget=_budget_of(config) if budget is None else budget,
+            dataset=info,
+            extra=check,
+        )
+    return found
+
+
+def _budget_of(config: TrainConfig) -> str | int | None:
+    """What the run's embedding tables were to stay within, if it says so."""
+    tables = config.tables
+    if tables.budget is not None or tables.overrides:
+        return tables.budget
+    return tables.method.settings.budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checks:
+    """Reads the written artefact back and compares it; writes the program where one is wanted."""
+
+    model: nn.Module
+    info: DatasetInfo
+    found: Export
+    formats: tuple[Format, ...]
+    rows: int
+    tolerance: float
+
+    def __call__(self, folder: Path, config: ArtefactConfig) -> ArtefactConfig:
+        serving = _load(folder, "auto")
+        split = "test" if self.info.splits.get("test") else "valid"
+        batches = read_batches(self.info, split, self.rows)
+        self.found.parity = compare(self.model, serving, batches, split, self.tolerance)
+        self.found.latencies += [measure(serving, batch) for batch in _timed(batches)]
+        if "pt2" not in self.formats:
+            return config
+        bags = any(feature.multi_valued for feature in self.info.categorical)
+        program = Program(_load(folder, "torch"), bags=bags)
+        described = write_program(program, folder, config)
+        self.found.program_error = check_program(
+            folder / "program.pt2", program, serving, batches[:2]
+        )
+        return described
+
+
+def _load(folder: Path, rows: Literal["auto", "torch"]) -> ServingModel:
+    serving = load(folder, rows=rows)
+    assert isinstance(serving, ServingModel)
+    return serving
+
+
+def read_batches(info: DatasetInfo, split: str, rows: int) -> list[Batch]:
+    """The first so many rows of a split, in batches of at most 4096."""
+    info.split(split)
+    size = min(rows, 4096)
+    batches: list[Batch] = []
+    for batch in ParquetLoader(info, split, batch_size=size, shuffle=False, drop_last=False):
+        batches.append(batch)
+        if len(batches) * size >= rows:
+            break
+    return batches
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, serving: nn.Module, batches: Sequence[Batch], split: str, tolerance: float
+) -> Parity:
+    """Score the same rows with both.
+
+    Raises:
+        ParityError: a probability differs by more than the tolerance.
+    """
+    trained = torch.cat([model(batch.dense, batch.sparse).float() for batch in batches])
+    served = torch.cat([serving(batch.dense, batch.sparse).float() for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches]).numpy()
+    error = float((trained.sigmoid() - served.sigmoid()).abs().max())
+    found = Parity(
+        split=split,
+        max_error=error,
+        tolerance=tolerance,
+        trained=compute_metrics(trained.numpy(), labels),
+        served=compute_metrics(served.numpy(), labels),
+    )
+    if not error <= tolerance:
+        raise ParityError(
+            f"the artefact does not answer as the trained model: over {len(labels)} rows of "
+            f"{split}, a click probability differs by {error:.2g}, more than {tolerance:g} "
+            f"(AUC {found.served.auc:.6f} against {found.trained.auc:.6f}); nothing was written. "
+            "Export wider rows, or allow it with --tolerance"
+        )
+    return found
+
+
+def _timed(batches: Sequence[Batch]) -> list[Batch]:
+    """A batch of one row and a large one."""
+    first = batches[0]
+    keys = first.sparse.keys()
+    one = {key: first.sparse[key] for key in keys}
+    lengths = {key: int(jagged.lengths()[0]) for key, jagged in one.items()}
+    sparse = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat([one[key].values()[: lengths[key]] for key in keys]),
+        lengths=torch.tensor(list(lengths.values()), dtype=torch.int32),
+        stride=1,
+    )
+    return [Batch(dense=first.dense[:1], sparse=sparse, labels=first.labels[:1]), first]
+
+
+@torch.no_grad()
+def measure(serving: ServingModel, batch: Batch, repeats: int = 20) -> Latency:
+    """The median time of looking up a batch in the embedding tables."""
+    tables = serving.tables or serving.first_order
+    assert tables is not None
+    return Latency(
+        batch=batch.sparse.stride(),
+        microseconds=1e6 * median_time(lambda: tables(batch.sparse), repeats),
+        look_ups=batch.sparse.values().numel(),
+    )
+
+
+def median_time(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a call, after two that are not counted."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+@torch.no_grad()
+def check_program(
+    path: Path, program: Program, serving: ServingModel, batches: Sequence[Batch]
+) -> float:
+    """The largest difference between a written program's probabilities and the artefact's.
+
+    Raises:
+        ParityError: it is more than `PROGRAM_TOLERANCE`.
+    """
+    loaded = torch.export.load(path).module()
+    errors: list[Tensor] = []
+    for batch in batches:
+        found = loaded(program_inputs(program, batch.dense, batch.sparse))["logits"].sigmoid()
+        wanted = serving(batch.dense, batch.sparse).sigmoid()
+        errors.append((found - wanted).abs().max())
+    error = float(torch.stack(errors).max())
+    if not error <= PROGRAM_TOLERANCE:
+        raise ParityError(
+            f"the program differs from the artefact by {error:.2g} in a click probability, more "
+            f"than {PROGRAM_TOLERANCE:g}; nothing was written. Please report this"
+        )
+    return error
