@@ -7,12 +7,15 @@ from embcomp.backends.coded import Coded
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
+from embcomp.backends.low_rank import LowRank
+from embcomp.backends.lr2vq import LR2VQ
+from embcomp.backends.pq import PQ
 from embcomp.backends.qr import QR
 from embcomp.backends.unified import Unified
 
 BACKENDS: dict[str, type[BackendConfig]] = {
-    config.name: config for config in (Coded, Full, Hash, LowDim, QR, Unified)
+    config.name: config for config in (Coded, Full, Hash, LowDim, LowRank, LR2VQ, PQ, QR, Unified)
 }
 """Every method by the name that configuration files use."""
 
-__all__ = ["BACKENDS", "QR", "Coded", "Full", "Hash", "LowDim", "Unified"]
+__all__ = ["BACKENDS", "LR2VQ", "PQ", "QR", "Coded", "Full", "Hash", "LowDim", "LowRank", "Unified"]
