@@ -233,7 +233,7 @@ class Moments:
         for n, (table, weight) in enumerate(zip(rows, weights)):
             which = torch.tensor(layout.shared_by(n))
             scale = 1.0 if scales is None else scales[n]
-            for part, mass in zip(table.split(_ROWS_AT_ONCE), weight.split(_ROWS_AT_ONCE)):
+            for part, mass in zip(table.split(_ROWS_AT_ONCE), weight.double().split(_ROWS_AT_ONCE)):
                 cut = layout.cut(part).double() / scale
                 weighted = cut * mass[:, None, None]
                 masses.index_add_(0, which, mass.sum().expand(len(which)))
