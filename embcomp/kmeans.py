@@ -1,7 +1,7 @@
 """Weighted k-means, and the nearest codeword of many vectors at once.
 
 Seeds are drawn as by Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA
-2007, and refined by Lloyd's iterations. At most 256 points per centroid take part; they are drawn by
+2007, and refined by Lloyd's iterations. At most 256 points per centroid take part by default; they are drawn by
 priority sampling (Duffield, Lund, Thorup, 2007), which keeps heavy points and gives light ones the
 weight of those that were left out. Ties always go to the lowest index, and the same seed gives the
 same centroids.
@@ -95,6 +95,7 @@ def kmeans(
     seed: int,
     iterations: int = 25,
     backend: Clustering = "torch",
+    points_per_centroid: int = POINTS_PER_CENTROID,
 ) -> Clusters:
     """Cluster weighted points.
 
@@ -108,13 +109,14 @@ def kmeans(
         seed: of all that is drawn.
         iterations: at most so many of Lloyd's; they end when the error falls no more.
         backend: ``torch``, or ``faiss`` where it is installed.
+        points_per_centroid: at most so many take part.
     """
     if backend not in get_args(Clustering):
         raise ConfigError(
             f"clustering must be one of {', '.join(get_args(Clustering))}, got {backend!r}"
         )
     random = torch.Generator().manual_seed(seed)
-    points, weights = _distinct(*_sample(points, weights, POINTS_PER_CENTROID * count, random))
+    points, weights = _distinct(*_sample(points, weights, points_per_centroid * count, random))
     if len(points) <= count:
         last = points[-1:].expand(count - len(points), -1)
         return Clusters(centroids=torch.cat([points, last]), errors=(0.0,))

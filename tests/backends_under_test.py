@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embcomp.backends import QR, Blocks, Coded, Full, Hash, LowDim, Unified
+from embcomp.backends import LR2VQ, PQ, QR, Blocks, Coded, Full, Hash, LowDim, LowRank, Unified
 from embcomp.testing import BackendCase
 
 FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
@@ -51,4 +51,28 @@ CASES = {
     "coded_all": BackendCase(
         config=Coded(subvector_dim=3, num_codewords=10, codebooks="all", latent_dim=2, scale=False)
     ),
+    "low_rank": BackendCase(config=LowRank(latent_dim=3), injective=True),
+    "low_rank_parts": BackendCase(
+        config=LowRank(latent_dim=2, subvector_dim=3, projections="all", from_dense=False),
+        injective=True,
+    ),
+    "low_rank_bias": BackendCase(
+        config=LowRank(latent_dim=2, subvector_dim=4, projections="position", bias=True),
+        injective=True,
+    ),
+    "lr2vq": BackendCase(
+        config=LR2VQ(subvector_dim=4, num_codewords=32, codebooks="all", revive_every=2)
+    ),
+    "lr2vq_folded": BackendCase(
+        config=LR2VQ(
+            subvector_dim=2,
+            num_codewords=8,
+            latent_dim=2,
+            from_dense=False,
+            factored=False,
+            revive_every=2,
+        )
+    ),
+    "lr2vq_table": BackendCase(config=LR2VQ(subvector_dim=3, num_codewords=16, codebooks="table")),
+    "pq": BackendCase(config=PQ(subvector_dim=2, num_codewords=16)),
 }

@@ -8,6 +8,9 @@ from embcomp.backends.coded import Coded
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
+from embcomp.backends.low_rank import LowRank
+from embcomp.backends.lr2vq import LR2VQ
+from embcomp.backends.pq import PQ
 from embcomp.backends.qr import QR
 from embcomp.backends.unified import Unified
 
@@ -17,6 +20,9 @@ _CONFIGS: tuple[type[BackendConfig], ...] = (
     Full,
     Hash,
     LowDim,
+    LowRank,
+    LR2VQ,
+    PQ,
     QR,
     Unified,
 )
@@ -26,11 +32,14 @@ BACKENDS: dict[str, type[BackendConfig]] = {config.name: config for config in _C
 
 __all__ = [
     "BACKENDS",
+    "LR2VQ",
+    "PQ",
     "QR",
     "Blocks",
     "Coded",
     "Full",
     "Hash",
     "LowDim",
+    "LowRank",
     "Unified",
 ]

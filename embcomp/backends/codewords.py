@@ -1,0 +1,199 @@
+"""Codewords that follow the latents which they stand for, while those learn.
+
+Van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", NeurIPS 2017: the nearest
+codeword stands for a latent, the gradient passes straight through to the latent, and codewords are
+moving means of the latents that chose them (its appendix A.1), over all ranks. A codeword that nobody
+chooses is moved beside one that fits badly, as in Linde, Buzo and Gray's splitting (1980).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from embcomp.backends.subvectors import Decode, Layout
+from embcomp.composite import LookedUp
+from embcomp.constants import Constant
+from embcomp.hashing import hash_rows, salt, to_signed
+from embcomp.kmeans import nearest
+from embcomp.learned import LearnedBuffers, Penalised
+
+_DEAD = 1e-3  # share of the mean usage below which a codeword is moved
+_LEAST_MASS = 1e-9
+
+
+class Codewords(LearnedBuffers):
+    """Codebooks, and what is known of their use.
+
+    Args:
+        count: codebooks.
+        size: codewords in each.
+        latent_dim: width of a codeword.
+        decay: of the moving means, in a step.
+        revive_every: steps between two searches for codewords that nobody chose.
+        std: deviation of the first codewords.
+        seed: of the first codewords, and of where dead ones are moved.
+    """
+
+    words: Tensor
+    masses: Tensor
+    uses: Tensor
+    errors: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        latent_dim: int,
+        *,
+        decay: float,
+        revive_every: int,
+        std: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._decay, self._revive_every = decay, revive_every
+        self._std, self._seed = std, seed
+        self.register_buffer("words", torch.zeros(count, size, latent_dim))
+        self.register_buffer("masses", torch.zeros(count, size))
+        self.register_buffer("uses", torch.zeros(count, size))
+        self.register_buffer("errors", torch.zeros(count, size))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        """Random codewords, spread as fresh latents are."""
+        random = torch.Generator().manual_seed(self._seed % (1 << 63))
+        bound = self._std * 3**0.5
+        drawn = torch.empty(self.words.shape).uniform_(-bound, bound, generator=random)
+        self.words.copy_(drawn)
+        self.masses.fill_(1 / self.masses.numel())
+
+    @torch.no_grad()
+    def learn(self, latents: Tensor, codes: Tensor, which: Tensor, chosen: Tensor | None) -> None:
+        """Move codewords towards the latents that chose them; the same on every rank.
+
+        Args:
+            latents: (R, K, d).
+            codes: (R, K).
+            which: (K,) the codebook of each column.
+            chosen: (R, K) whether a row was looked up, or only pads; None when all were.
+        """
+        if chosen is not None:
+            latents, slots = latents[chosen], (which * self.words.shape[1] + codes)[chosen]
+        else:
+            slots = (which * self.words.shape[1] + codes).view(-1)
+        latents = latents.reshape(-1, self.words.shape[2]).float()
+        uses, sums, errors = self._totals(latents, slots)
+        self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
+        # A moving mean: masses weigh what the codeword was by how much of them is old.
+        share = ((1 - self._decay) * uses / self.masses).clamp_(max=1)
+        means = sums / uses.clamp(min=1e-30).unsqueeze(2)
+        self.words.lerp_(means, share.unsqueeze(2))
+        self.uses.add_(uses)
+        self.errors.add_(errors)
+        self.steps.add_(1)
+        if int(self.steps) % self._revive_every == 0:
+            self._revive()
+
+    def _totals(self, latents: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Over all ranks, per codeword: share of uses, sums of latents, squared errors alike."""
+        count, size, width = self.words.shape
+        gaps = (latents - self.words.view(-1, width)[slots]).square().sum(1)
+        columns = torch.cat([torch.ones_like(gaps)[:, None], latents, gaps[:, None]], dim=1)
+        totals = columns.new_zeros(count * size, width + 2).index_add_(0, slots, columns)
+        totals = _over_ranks(totals)
+        # Shares, not numbers: a process that sees the whole batch must count as its ranks do.
+        totals /= totals[:, 0].sum().clamp(min=1)
+        uses, sums, errors = totals.view(count, size, -1).split([1, width, 1], dim=2)
+        return uses.squeeze(2), sums, errors.squeeze(2)
+
+    def _revive(self) -> None:
+        """Put unused codewords beside those of the largest total error, and share their mass."""
+        size, width = self.words.shape[1:]
+        dead = self.uses < _DEAD * self.uses.mean(1, keepdim=True)
+        order = torch.where(dead, -1.0, self.errors).sort(dim=1, descending=True, stable=True)
+        rank = dead.long().cumsum(1) - 1  # the n-th dead goes to the n-th worst
+        moved = dead & (rank < (~dead).sum(1, keepdim=True))
+        if bool(moved.any()):
+            book, code = moved.nonzero(as_tuple=True)
+            donor = order.indices[book, rank[book, code]]
+            spread = self.errors[book, donor] / self.uses[book, donor].clamp(min=1e-30) / width
+            offset = self._signs(book * size + code) * (spread.sqrt() / 2).unsqueeze(1)
+            self.words[book, code] = self.words[book, donor] + offset
+            self.words[book, donor] -= offset
+            self.masses[book, donor] /= 2
+            self.masses[book, code] = self.masses[book, donor]
+        self.uses.zero_()
+        self.errors.zero_()
+
+    def _signs(self, words: Tensor) -> Tensor:
+        """(n, d) of -1 and 1, drawn from (seed, step, codeword, axis)."""
+        axes = torch.arange(self.words.shape[2], device=words.device)
+        own = torch.tensor(to_signed(salt(self._seed, 0, int(self.steps))), device=words.device)
+        two = torch.tensor(2, device=words.device)
+        return hash_rows(words[:, None] * len(axes) + axes, own, two) * 2.0 - 1.0
+
+
+def _over_ranks(totals: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return totals
+    on = totals if dist.get_backend() == "nccl" else totals.cpu()
+    dist.all_reduce(on)
+    return on.to(totals.device)
+
+
+class Quantise(Penalised):
+    """Puts the nearest codeword in the place of every looked-up latent, and decodes it.
+
+    Codes are never stored: each look-up chooses anew, so that none is out of date.
+
+    Args:
+        layout: the group's sub-vectors.
+        codewords: the codebooks.
+        decode: turns latents into embeddings.
+        commitment: weight of the squared distance of latents from their codewords, summed over a
+            sample's latents and averaged over samples, in the training loss.
+    """
+
+    def __init__(
+        self, layout: Layout, codewords: Codewords, decode: Decode, *, commitment: float
+    ) -> None:
+        super().__init__()
+        self._which = Constant(layout.columns)
+        self._positions = [
+            layout.positions(table) for table in layout.tables for _ in table.feature_names
+        ]
+        self._commitment = commitment
+        self.codewords = codewords
+        self.decode = decode
+
+    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+        # (R, K * d) -> (R, sum of dims)
+        self.codewords.ensure_filled()
+        which = self._which.on(rows.device)
+        latents = rows.view(len(rows), len(which), -1)
+        codes = nearest(latents.detach(), self.codewords.words, which)
+        found = self.codewords.words[which, codes].to(latents.dtype)
+        self.penalty = None
+        if self.training and torch.is_grad_enabled():
+            chosen = self._chosen(looked_up, rows.device)
+            gaps = (latents - found).square().sum(2)
+            if chosen is not None:
+                gaps = gaps * chosen
+            self.penalty = self._commitment * gaps.sum() / looked_up.features.stride()
+            self.codewords.learn(latents.detach(), codes, which, chosen)
+            found = latents + (found - latents).detach()
+        return self.decode(found.flatten(1))
+
+    def _chosen(self, looked_up: LookedUp, device: torch.device) -> Tensor | None:
+        """(R, K) whether a row was looked up for a value; None when none only pads."""
+        counts = looked_up.features.length_per_key()[looked_up.own]
+        if counts == [looked_up.rows] * len(counts):
+            return None
+        places = torch.arange(looked_up.rows, device=device)[:, None]
+        limits = torch.tensor(counts, device=device).repeat_interleave(
+            torch.tensor(self._positions, device=device), output_size=len(self._which.on(device))
+        )
+        return places < limits

@@ -1,0 +1,125 @@
+"""How wide latents should be, guessed from trained full tables before anything else is trained.
+
+With orthonormal projections the squared error of a quantised low-rank table is a sum: what ``d`` axes
+leave out, and what clustering loses within them. The first falls with ``d``, the second rises.
+
+The sum itself always favours the full width: the best clusters of whole sub-vectors are never worse
+than those of their projections. Narrow latents win only because a low-rank model, trained on, regains
+most of what was left out. Nothing measured on the full tables says how much; we count a tenth of it.
+The width is the narrowest whose sum is within five per cent of the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embcomp.backends.clustering import find_scales, members
+from embcomp.backends.low_rank import Moments
+from embcomp.backends.subvectors import Layout
+from embcomp.kmeans import Clustering, kmeans
+
+NOT_REGAINED = 0.1
+"""The share of the low-rank residual that further training is taken to leave."""
+TOLERANCE = 1.05
+"""A narrower latent is preferred as long as its error is at most this many times the least."""
+
+_POINTS_PER_CENTROID = 64
+_ITERATIONS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentChoice:
+    """What was measured for each width from 1, and the width that follows.
+
+    Args:
+        left_out: variance outside the axes, as a share of the whole.
+        clustering: what k-means loses within the axes, as a share of the whole.
+    """
+
+    left_out: tuple[float, ...]
+    clustering: tuple[float, ...]
+
+    @property
+    def expected(self) -> list[float]:
+        """The error to expect after training, for each width."""
+        return [NOT_REGAINED * r + q for r, q in zip(self.left_out, self.clustering)]
+
+    @property
+    def latent_dim(self) -> int:
+        """The narrowest width that is about as good as the best."""
+        enough = TOLERANCE * min(self.expected)
+        return 1 + next(n for n, error in enumerate(self.expected) if error <= enough)
+
+    def document(self) -> dict[str, Any]:
+        """For a run's records."""
+        return {
+            "latent_dim": self.latent_dim,
+            "left_out": list(self.left_out),
+            "clustering": list(self.clustering),
+            "expected": self.expected,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [
+            f"latent_dim {n}: {r:.2%} of the variance left out, {q:.2%} lost in clusters, "
+            f"{e:.2%} expected"
+            for n, (r, q, e) in enumerate(zip(self.left_out, self.clustering, self.expected), 1)
+        ]
+        return [
+            *lines,
+            f"latent_dim {self.latent_dim}: the narrowest within {TOLERANCE - 1:.0%} of the least",
+        ]
+
+
+def choose_latent_dim(
+    layout: Layout,
+    rows: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    count: int,
+    scaled: bool,
+    seed: int,
+    backend: Clustering = "torch",
+) -> LatentChoice:
+    """Measure both errors for every width.
+
+    Args:
+        layout: the group's sub-vectors.
+        rows: (N, embedding_dim) of each table, trained.
+        weights: (N,) of each table.
+        count: codewords in a codebook.
+        scaled: whether tables have factors of their own.
+        seed: of the clusterings.
+        backend: what runs k-means.
+    """
+    cuts = [layout.cut(table) for table in rows]
+    scales = find_scales(cuts, weights, scaled=scaled)
+    moments = Moments.of(layout, rows, weights, centred=False, scales=scales)
+    variances, axes = moments.variances(), moments.axes()  # (G, m), (G, m, m)
+    shares = moments.masses / moments.masses.sum()
+    whole = float((shares * variances.sum(1)).sum()) or 1.0
+    left_out = 1 - (shares[:, None] * variances).sum(0).cumsum(0) / whole
+    lost = torch.zeros(layout.width, dtype=torch.float64)
+    for shared in range(layout.num_shared):
+        points, masses = members(layout, shared, cuts, weights, scales)
+        latents = points @ axes[shared].t().float()  # (n, m), most variance first
+        for width in range(1, layout.width + 1):
+            found = kmeans(
+                latents[:, :width],
+                masses,
+                count,
+                seed=seed,
+                backend=backend,
+                iterations=_ITERATIONS,
+                points_per_centroid=_POINTS_PER_CENTROID,
+            )
+            lost[width - 1] += shares[shared] * found.errors[-1] / whole
+    return LatentChoice(
+        left_out=tuple(left_out.clamp(min=0).tolist()), clustering=tuple(lost.tolist())
+    )

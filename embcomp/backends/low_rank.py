@@ -1,0 +1,256 @@
+"""Narrow latents that a small matrix widens: ``e = concat_j(z_j P)``, or one ``z P`` for a whole row.
+
+With one sub-vector a row it is the factorisation of Lan et al., "ALBERT", ICLR 2020 (section 3.1); with
+several it is the low-rank stage of Zhu, Zhou, Zhong, "Learning Low-Rank Representations for Model
+Compression", IJCNN 2023, https://arxiv.org/abs/2211.11397, in which sub-vectors are later clustered.
+
+Without a bias it is linear in the looked-up latents, so bags are pooled before they are widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.clustering import id_weights
+from embcomp.backends.full import Full, FullRoute, RangeCheck
+from embcomp.backends.subvectors import Decode, Layout, Sharing, check_sharing
+from embcomp.backends.vector_quantized import projection_footprint
+from embcomp.budget import largest_int
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint
+from embcomp.stages import Form, Past, Stage
+from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+DENSE = Stage(name="dense", purpose="train the full tables")
+"""The first stage of methods that compress trained tables."""
+
+_ROWS_AT_ONCE = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(BackendConfig):
+    """Latents as rows, and learnt projections. Ids must lie in ``[0, num_embeddings)``.
+
+    Args:
+        latent_dim: width of a latent.
+        subvector_dim: what one latent stands for; None for the whole embedding.
+        projections: who shares a projection: ``all`` sub-vectors, those at one ``position`` of
+            any table, or none but those of one ``table`` at one position.
+        bias: whether a projection adds a learnt vector; latents are then widened one by one.
+        from_dense: whether to train full tables first and begin with their best approximation,
+            rather than from random latents.
+    """
+
+    latent_dim: int | None = None
+    subvector_dim: int | None = None
+    projections: Sharing = "table"
+    bias: bool = False
+    from_dense: bool = True
+
+    name: ClassVar[str] = "low_rank"
+    size_fields: ClassVar[tuple[str, ...]] = ("latent_dim",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sharing(self.name, "projections", self.projections)
+        for key, value in (("latent_dim", self.latent_dim), ("subvector_dim", self.subvector_dim)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{self.name}: {key} must be at least 1, got {value}")
+
+    def layout(self, tables: Sequence[TableSpec]) -> Layout:
+        """The sub-vectors of a group of tables."""
+        widest = max(table.embedding_dim for table in tables)
+        return Layout(tables=tables, width=self.subvector_dim or widest, sharing=self.projections)
+
+    def latent(self, tables: Sequence[TableSpec]) -> int:
+        """Width of a latent: never more than what it stands for."""
+        return min(self.latent_dim or 1, self.layout(tables).width)
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        layout, latent = self.layout([table]), self.latent([table])
+        row = layout.positions(table) * latent * table.itemsize
+        projections = self.dense_footprint([table]).serve_bytes
+        return table.num_embeddings * row + projections >= table.full_bytes
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        layout = self.layout(tables)
+        return latent_tables(layout, self.latent(tables))
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        layout = self.layout(tables)
+        return Footprint(
+            (
+                projection_footprint(
+                    tables[0].name,
+                    layout.num_shared,
+                    self.latent(tables),
+                    layout.width,
+                    bias=self.bias,
+                ),
+            )
+        )
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        decode = Decode(self.layout(tables), latent_dim=self.latent(tables), bias=self.bias)
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=FullRoute(keys, RangeCheck(tables)),
+            combine=decode,
+            per_row=self.bias,
+        )
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        def fits(latent: int) -> bool:
+            return self.with_size(latent_dim=latent).footprint(tables).serve_bytes <= budget
+
+        latent = largest_int(fits, 1, self.layout(tables).width)
+        return None if latent is None else self.with_size(latent_dim=latent)
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self.with_size(latent_dim=1)
+
+    def stages(self) -> tuple[Stage, ...]:
+        if not self.from_dense:
+            return super().stages()
+        return (
+            DENSE,
+            Stage(
+                name="low_rank",
+                purpose="train the best low-rank approximation on",
+                epochs=1,
+                learning_rate=1 / 3,
+            ),
+        )
+
+    def first_form(self) -> BackendConfig:
+        return Full() if self.from_dense else self
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        weights = id_weights(tables, past.counts)
+        return factorise(self, tables, past.before, weights)
+
+
+def latent_tables(layout: Layout, latent_dim: int) -> list[PhysicalTable]:
+    """A physical table of latents for each logical one.
+
+    Orthonormal projections make rows of the declared deviation of them.
+    """
+    return [
+        PhysicalTable(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=layout.positions(table) * latent_dim,
+            keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+            init_fn=UniformInit.with_std(table.init_std * (layout.width / latent_dim) ** 0.5),
+            data_type=table.data_type,
+        )
+        for table in layout.tables
+    ]
+
+
+def factorise(
+    config: LowRank,
+    tables: Sequence[TableSpec],
+    dense: Form,
+    weights: Mapping[str, Tensor],
+) -> Form:
+    """The best approximation of full tables: principal axes of all sub-vectors that share.
+
+    Args:
+        config: what to approximate with.
+        tables: the group.
+        dense: a form with the tables' full rows.
+        weights: what each id counts, by table.
+    """
+    layout, latent = config.layout(tables), config.latent(tables)
+    rows = [dense.rows(table.name) for table in tables]
+    moments = Moments.of(layout, rows, [weights[t.name] for t in tables], centred=config.bias)
+    axes = moments.axes()[:, :latent]  # (G, d, m)
+    tensors = {}
+    for n, table in enumerate(tables):
+        which = layout.shared_by(n)
+        parts = [
+            torch.einsum(
+                "rjm,jdm->rjd", layout.cut(part).double() - moments.means[which], axes[which]
+            )
+            for part in rows[n].split(_ROWS_AT_ONCE)
+        ]
+        latents = torch.cat(parts).flatten(1)
+        tensors[f"rows.{table.name}"] = latents.to(rows[n].dtype)
+    tensors["combine.projections.weight"] = axes.float()
+    if config.bias:
+        tensors["combine.projections.bias"] = moments.means.float()
+    return Form(config=config, tensors=tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Weighted moments of the sub-vectors that share, in float64.
+
+    Args:
+        masses: (G,) sums of weights.
+        means: (G, m); zeros where nothing is centred.
+        seconds: (G, m, m) mean products, centred or not.
+    """
+
+    masses: Tensor
+    means: Tensor
+    seconds: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        rows: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        *,
+        centred: bool,
+        scales: Sequence[float] | None = None,
+    ) -> Moments:
+        """Measure the tables' full rows.
+
+        Args:
+            layout: the group's sub-vectors.
+            rows: (N, embedding_dim) of each table.
+            weights: (N,) of each table.
+            centred: whether the mean is taken out.
+            scales: what each table's rows are divided by.
+        """
+        count, width = layout.num_shared, layout.width
+        masses = torch.zeros(count, dtype=torch.float64)
+        sums = torch.zeros(count, width, dtype=torch.float64)
+        seconds = torch.zeros(count, width, width, dtype=torch.float64)
+        for n, (table, weight) in enumerate(zip(rows, weights)):
+            which = torch.tensor(layout.shared_by(n))
+            scale = 1.0 if scales is None else scales[n]
+            for part, mass in zip(table.split(_ROWS_AT_ONCE), weight.double().split(_ROWS_AT_ONCE)):
+                cut = layout.cut(part).double() / scale
+                weighted = cut * mass[:, None, None]
+                masses.index_add_(0, which, mass.sum().expand(len(which)))
+                sums.index_add_(0, which, weighted.sum(0))
+                seconds.index_add_(0, which, torch.einsum("njm,njo->jmo", weighted, cut))
+        safe = masses.clamp(min=1e-300)
+        means = sums / safe[:, None] if centred else torch.zeros_like(sums)
+        seconds = seconds / safe[:, None, None] - means[:, :, None] * means[:, None, :]
+        return cls(masses=masses, means=means, seconds=seconds)
+
+    def axes(self) -> Tensor:
+        """(G, m, m): principal axes as rows, those of most variance first, of a fixed sign."""
+        _, vectors = torch.linalg.eigh(self.seconds)
+        axes = vectors.flip(2).transpose(1, 2)
+        largest = axes.abs().argmax(2, keepdim=True)
+        return axes * axes.gather(2, largest).sign()
+
+    def variances(self) -> Tensor:
+        """(G, m): along the axes, falling."""
+        return torch.linalg.eigvalsh(self.seconds).flip(1).clamp(min=0)

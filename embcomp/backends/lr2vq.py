@@ -1,0 +1,309 @@
+"""LR2VQ: sub-vectors as codewords of a low-rank space.
+
+Zhu, Zhou, Zhong, "Learning Low-Rank Representations for Model Compression", IJCNN 2023,
+https://arxiv.org/abs/2211.11397. A row is cut into sub-vectors; each is a latent of ``d`` numbers that
+a projection widens; latents are clustered, so that a row is stored as a few codes. The bytes follow
+from the sub-vectors' width and the number of codewords, while ``d`` is free.
+
+The paper compresses convolutions and we could read its outline only, so the stages are ours, put
+together from methods whose code is public: a low-rank model is trained on from the dense one; its
+latents are clustered and trained with the codewords in their place (``embcomp.backends.codewords``);
+then codes are frozen and codewords trained (Martinez et al., "Permute, Quantize, and Fine-tune", CVPR
+2021). With ``latent_dim`` as wide as the sub-vector and ``from_dense: false`` it is the vector-quantised
+form of DPQ (Chen, Li, Sun, "Differentiable Product Quantization", ICML 2020), but for codes, which
+are chosen in every look-up, and so are never out of date for ids that are seldom seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from embcomp.backend import Backend, BackendConfig, full_table
+from embcomp.backends.clustering import Codebooks, cluster, encode, id_weights, share_cold_rows
+from embcomp.backends.coded import Coded, pack_codes
+from embcomp.backends.codewords import Codewords, Quantise
+from embcomp.backends.full import Full, FullRoute, RangeCheck
+from embcomp.backends.latent_choice import choose_latent_dim
+from embcomp.backends.low_rank import DENSE, LowRank, factorise, latent_tables
+from embcomp.backends.subvectors import Decode
+from embcomp.backends.vector_quantized import (
+    VectorQuantized,
+    mean_init_std,
+    projection_footprint,
+    scales_footprint,
+)
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.kmeans import Clustering
+from embcomp.stages import Form, Past, SearchContext, Stage
+from embcomp.tables import PhysicalTable, TableSpec
+
+_AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LR2VQ(VectorQuantized):
+    """Latents snapped to codewords, then widened. Ids must lie in ``[0, num_embeddings)``.
+
+    Args:
+        latent_dim: width of a latent; half of ``subvector_dim`` when not given. ``auto`` chooses
+            it from the trained full tables.
+        factored: whether to serve codewords and projections apart where that takes fewer bytes
+            than their products. Not with ``auto``, whose bytes must not depend on the choice.
+        commitment: weight of the squared distance of latents from their codewords.
+        decay: of the moving means that codewords are, in a step.
+        revive_every: steps between two searches for codewords that nobody chose.
+        clustering: what runs k-means: ``torch``, or ``faiss`` where it is installed.
+        from_dense: whether to begin with full tables and their low-rank approximation, rather
+            than from random latents.
+    """
+
+    latent_dim: int | Literal["auto"] | None = None
+    factored: bool = True
+    commitment: float = 0.25
+    decay: float = 0.99
+    revive_every: int = 100
+    clustering: Clustering = "torch"
+    from_dense: bool = True
+
+    name: ClassVar[str] = "lr2vq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        latent = self.latent_dim
+        if isinstance(latent, str) and latent != _AUTO or isinstance(latent, int) and latent < 1:
+            raise ConfigError(
+                f"{self.name}: latent_dim must be at least 1, or {_AUTO!r}, got {latent!r}"
+            )
+        if not self.commitment >= 0:
+            raise ConfigError(f"{self.name}: commitment must be at least 0, got {self.commitment}")
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"{self.name}: decay must be in [0, 1), got {self.decay}")
+        if self.revive_every < 1:
+            raise ConfigError(
+                f"{self.name}: revive_every must be at least 1, got {self.revive_every}"
+            )
+        if latent == _AUTO and not self.from_dense:
+            raise ConfigError(
+                f"{self.name}: latent_dim: auto looks at trained full tables, which from_dense: "
+                "false never has; give a number"
+            )
+
+    @property
+    def latent(self) -> int:
+        """Width of a latent, as far as it is known before training."""
+        given = self.latent_dim if isinstance(self.latent_dim, int) else math.ceil(self.width / 2)
+        return min(given, self.width)
+
+    @property
+    def stored_latent(self) -> int | None:
+        if self.latent_dim == _AUTO or not self.factored:
+            return None
+        whole = self.codewords * self.width
+        apart = self.codewords * self.latent + self.latent * self.width
+        return self.latent if apart < whole else None
+
+    @property
+    def serving(self) -> Coded:
+        """The method that holds the tables once their codes are frozen."""
+        return Coded(
+            subvector_dim=self.width,
+            num_codewords=self.codewords,
+            codebooks=self.codebooks,
+            scale=self.scale,
+            seed=self.seed,
+            latent_dim=self.stored_latent,
+        )
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        self.codebook_table(tables)  # refuses tables that cannot share
+        return latent_tables(self.layout(tables), self.latent)
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        served = footprint_of(self.serving.physical_tables(tables)).tensors
+        served += self.beside_codewords(tables, trained=False).tensors
+        return Footprint(
+            tuple(replace(tensor, trained=False) for tensor in served)
+            + tuple(replace(tensor, served=False) for tensor in self._learners(tables))
+        )
+
+    def _learners(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
+        """What training holds beside the latents."""
+        shared = self.layout(tables).num_shared
+        words = TensorFootprint(
+            name=f"{tables[0].name}.codewords",
+            role="codebook",
+            rows=shared * self.codewords,
+            columns=self.latent + 3,
+            itemsize=4,
+            train_columns=self.latent + 3,
+            look_up=False,
+        )
+        steps = replace(words, name=f"{tables[0].name}.steps", rows=1, train_columns=1, itemsize=8)
+        learners = [
+            words,
+            steps,
+            projection_footprint(tables[0].name, shared, self.latent, self.width),
+        ]
+        return [*learners, scales_footprint(tables, trained=True)] if self.scaled else learners
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        self.require_size()
+        small = [table for table in tables if not self.keeps_full(table)]
+        total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
+        if small:
+            total += footprint_of(self.physical_tables(small), served=False)
+            total += self.dense_footprint(small)
+        return total
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        layout = self.layout(tables)
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        mean = mean_init_std(tables)
+        codewords = Codewords(
+            layout.num_shared,
+            self.codewords,
+            self.latent,
+            decay=self.decay,
+            revive_every=self.revive_every,
+            std=mean * (self.width / self.latent) ** 0.5,
+            seed=self.seed,
+        )
+        scales = [1.0] * len(tables) if self.scaled else None
+        decode = Decode(layout, latent_dim=self.latent, scales=scales)
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=FullRoute(keys, RangeCheck(tables)),
+            combine=Quantise(layout, codewords, decode, commitment=self.commitment),
+            per_row=True,
+            takes_ids=True,
+        )
+
+    def stages(self) -> tuple[Stage, ...]:
+        quantize = Stage(
+            name="quantize",
+            purpose="train latents with the nearest codewords in their place",
+            epochs=2,
+            learning_rate=1 / 3,
+        )
+        codes = Stage(
+            name="codes",
+            purpose="freeze the codes and train the codewords",
+            epochs=1,
+            learning_rate=0.1,
+        )
+        if not self.from_dense:
+            return (replace(quantize, epochs=None, learning_rate=1.0), codes)
+        choice = Stage(name="latent_dim", purpose="choose the width of latents", kind="search")
+        low_rank = Stage(
+            name="low_rank",
+            purpose="train the best low-rank approximation on",
+            epochs=1,
+            learning_rate=1 / 3,
+        )
+        chosen = (choice,) if self.latent_dim == _AUTO else ()
+        return (DENSE, *chosen, low_rank, quantize, codes)
+
+    def first_form(self) -> BackendConfig:
+        return Full() if self.from_dense else self
+
+    def search(
+        self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
+    ) -> Mapping[str, Any]:
+        choice = choose_latent_dim(
+            self.layout(tables),
+            [context.form.rows(table.name) for table in tables],
+            list(id_weights(tables, context.counts).values()),
+            count=self.codewords,
+            scaled=self.scaled,
+            seed=self.seed,
+            backend=self.clustering,
+        )
+        for line in choice.lines():
+            context.say(line)
+        return choice.document()
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        if stage.name == "codes":
+            assert isinstance(past.before.config, LR2VQ)
+            return past.before.config.compact(tables, past.before)
+        weights = id_weights(tables, past.counts)
+        if stage.name == "quantize":
+            return self._quantized(tables, past.before, weights)
+        chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
+        low_rank = LowRank(latent_dim=chosen, subvector_dim=self.width, projections=self.codebooks)
+        return factorise(low_rank, tables, past.before, weights)
+
+    def _quantized(
+        self, tables: Sequence[TableSpec], low_rank: Form, weights: Mapping[str, Tensor]
+    ) -> Form:
+        """Cluster the latents of a low-rank form, made orthonormal first.
+
+        Only then is the distance of two latents that of the sub-vectors which they stand for.
+        """
+        assert isinstance(low_rank.config, LowRank)
+        layout, latent = self.layout(tables), low_rank.config.latent(tables)
+        projection = low_rank.tensors["combine.projections.weight"].double()  # (G, d, m)
+        basis, turn = torch.linalg.qr(projection.transpose(1, 2))  # P^T = basis @ turn
+        masses = [weights[table.name] for table in tables]
+        latents = []
+        for n, table in enumerate(tables):
+            rows = low_rank.rows(table.name).double().view(table.num_embeddings, -1, latent)
+            which = torch.tensor(layout.shared_by(n))
+            turned = torch.einsum("njd,jed->nje", rows, turn[which])
+            latents.append(share_cold_rows(turned, masses[n]).float())
+        found = cluster(
+            layout,
+            latents,
+            masses,
+            count=self.codewords,
+            seed=self.seed,
+            scaled=self.scaled,
+            backend=self.clustering,
+        )
+        tensors = {
+            f"rows.{table.name}": (z / scale).flatten(1)
+            for table, z, scale in zip(tables, latents, found.scales)
+        }
+        size = found.words.shape[:2]
+        tensors |= {
+            "combine.codewords.words": found.words,
+            "combine.codewords.masses": torch.full(size, 1 / size.numel()),
+            "combine.codewords.uses": torch.zeros(size),
+            "combine.codewords.errors": torch.zeros(size),
+            "combine.codewords.steps": torch.zeros(1, dtype=torch.int64),
+            "combine.decode.projections.weight": basis.transpose(1, 2).float().contiguous(),
+        }
+        if self.scaled:
+            tensors["combine.decode.scales.weight"] = torch.tensor(found.scales)
+        settled = replace(self, latent_dim=latent, factored=self.stored_latent is not None)
+        return Form(config=settled, tensors=tensors)
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """Freeze the code of every id, and fold the projections into the codewords."""
+        layout, serving = self.layout(tables), self.serving
+        latents = [
+            form.rows(table.name).float().reshape(table.num_embeddings, -1, self.latent)
+            for table in tables
+        ]
+        words = form.tensors["combine.codewords.words"]
+        codebooks = Codebooks(words=words, scales=(1.0,) * len(tables))
+        projection = form.tensors["combine.decode.projections.weight"]
+        stored = words if serving.latent_dim is not None else words @ projection
+        tensors = {
+            f"rows.{serving.codebook_table(tables).name}": stored.flatten(0, 1),
+            "route.codes": pack_codes(encode(layout, latents, codebooks), serving, tables),
+        }
+        if serving.latent_dim is not None:
+            tensors["combine.projections.weight"] = projection
+        if self.scaled:
+            tensors["combine.scales.weight"] = form.tensors["combine.decode.scales.weight"]
+        return Form(config=serving, tensors=tensors)

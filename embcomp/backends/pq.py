@@ -1,0 +1,96 @@
+"""Product quantisation of trained tables, and training of the codewords.
+
+Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 2011; codewords are trained
+on as in Martinez et al., "Permute, Quantize, and Fine-tune", CVPR 2021, without the permutation. It is
+LR2VQ with latents as wide as sub-vectors and without the stages in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.clustering import cluster, encode, id_weights, share_cold_rows
+from embcomp.backends.coded import Coded, pack_codes
+from embcomp.backends.full import Full
+from embcomp.backends.low_rank import DENSE
+from embcomp.backends.vector_quantized import VectorQuantized
+from embcomp.footprint import Footprint
+from embcomp.kmeans import Clustering
+from embcomp.stages import Form, Past, Stage
+from embcomp.tables import PhysicalTable, TableSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PQ(VectorQuantized):
+    """Full tables, clustered when trained. Ids must lie in ``[0, num_embeddings)``.
+
+    Args:
+        clustering: what runs k-means: ``torch``, or ``faiss`` where it is installed.
+    """
+
+    clustering: Clustering = "torch"
+
+    name: ClassVar[str] = "pq"
+
+    @property
+    def serving(self) -> Coded:
+        """The method that holds the tables once their codes are frozen."""
+        return Coded(
+            subvector_dim=self.width,
+            num_codewords=self.codewords,
+            codebooks=self.codebooks,
+            scale=self.scale,
+            seed=self.seed,
+        )
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return self.serving.physical_tables(tables)
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        return self.serving.dense_footprint(tables)
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        return self.serving.build(tables)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            DENSE,
+            Stage(
+                name="codes",
+                purpose="freeze the codes and train the codewords",
+                epochs=1,
+                learning_rate=0.1,
+            ),
+        )
+
+    def first_form(self) -> BackendConfig:
+        return Full()
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        layout = self.layout(tables)
+        weights = list(id_weights(tables, past.counts).values())
+        latents = [
+            layout.cut(share_cold_rows(past.before.rows(table.name), mass))
+            for table, mass in zip(tables, weights)
+        ]
+        found = cluster(
+            layout,
+            latents,
+            weights,
+            count=self.codewords,
+            seed=self.seed,
+            scaled=self.scaled,
+            backend=self.clustering,
+        )
+        tensors = {
+            f"rows.{self.codebook_table(tables).name}": found.words.flatten(0, 1),
+            "route.codes": pack_codes(encode(layout, latents, found), self.serving, tables),
+        }
+        if self.scaled:
+            tensors["combine.scales.weight"] = torch.tensor(found.scales)
+        return Form(config=self.serving, tensors=tensors)
