@@ -25,4 +25,29 @@ class StagedCase:
     ranks: int = 2
 
 
-STAGED: dict[str, StagedCase] = {}
+SHORT = {"epochs": 1, "max_steps": 6}
+
+STAGED: dict[str, StagedCase] = {
+    "low_rank": StagedCase(
+        method={"name": "low_rank", "subvector_dim": 4, "latent_dim": 2},
+        stages={"dense": SHORT},
+        starts_from_full=True,
+    ),
+    "lr2vq": StagedCase(
+        method={
+            "name": "lr2vq",
+            "subvector_dim": 4,
+            "num_codewords": 8,
+            "latent_dim": "auto",
+            "revive_every": 2,
+        },
+        stages={"dense": SHORT, "low_rank": SHORT, "quantize": SHORT, "codes": SHORT},
+        starts_from_full=True,
+    ),
+    "pq": StagedCase(
+        method={"name": "pq", "subvector_dim": 2, "num_codewords": 8},
+        stages={"dense": SHORT, "codes": SHORT},
+        starts_from_full=True,
+        ranks=4,
+    ),
+}

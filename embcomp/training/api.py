@@ -17,7 +17,7 @@ from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_st
 from embcomp.training.console import RunConsole
 from embcomp.training.data import check_splits, evaluation_batches
 from embcomp.training.evaluation import Evaluation, evaluate_batches
-from embcomp.training.handover import load_unsharded
+from embcomp.training.handover import check_other_run, load_unsharded
 from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.process import Process, process_group
@@ -43,6 +43,9 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
         CheckpointError: The folder's checkpoint does not belong to the run.
         RankFailedError: Another rank died; the text has its number.
     """
+    info = DatasetInfo.load(config.data.path)
+    check_splits(info)
+    check_other_run(config, info, Life.of(config, info))
     folder = RunFolder(Path(runs) / config.name)
     with (
         quiet_libraries(),
@@ -60,9 +63,6 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
     """Creates or checks the run's folder, before anything heavy."""
-    info = DatasetInfo.load(config.data.path)
-    check_splits(info)
-    Life.of(config, info)
     is_new = folder.is_new
     if not is_new:
         folder.check_same(config)

@@ -209,7 +209,8 @@ def check_other_run(config: TrainConfig, info: DatasetInfo, life: Life) -> None:
         )
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
-    _of_another_run(config, info, life)
+    with quiet_libraries():
+        _of_another_run(config, info, life)
 
 
 def _of_another_run(config: TrainConfig, info: DatasetInfo, life: Life) -> UnshardedModel:

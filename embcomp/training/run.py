@@ -7,7 +7,7 @@ import torch.distributed as dist
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.console import RunConsole
-from embcomp.training.handover import check_other_run, prepare_start
+from embcomp.training.handover import prepare_start
 from embcomp.training.life import Life, StageSetup
 from embcomp.training.loop import Training
 from embcomp.training.outcome import Outcome, read_outcome, write_outcome
@@ -30,7 +30,6 @@ def run_stages(
     """
     info = DatasetInfo.load(config.data.path)
     life = Life.of(config, info)
-    check_other_run(config, info, life)
     outcomes: list[Outcome] = []
     log_sizes: dict[str, int] = {}
     for index, stage in enumerate(life.stages):
