@@ -4,23 +4,30 @@
         --methods hash,unified --budgets 50%,10% --seeds 3 [key=value ...]
 
 Every run is an ordinary training run under ``--runs``, so a benchmark that is stopped goes on where
-it was. The recipe's method is replaced; everything else stays as it says. Prints one row for each
-method and budget: bytes, mean and standard deviation of the test AUC and log loss over the seeds,
-and what is lost against the full tables.
+it was. The recipe's method is replaced; everything else stays as it says. A method whose first stage
+trains full tables on all rows begins with the full run of its seed. Every table is exported, and the
+bytes are those of its tensors on disk. Prints one row for each method and budget: bytes, mean and
+standard deviation of the test AUC and log loss over the seeds, what is lost against the full tables,
+and the training time, that of the full run included where a method began with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from embcomp.artefact import header_bytes, save
+from embcomp.artefact_config import TENSORS_FILE
+from embcomp.backends import BACKENDS, Full
+from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import load_config
-from embcomp.training import Report, train
+from embcomp.training import Report, load_model, train
 
 METHODS: dict[str, dict[str, object]] = {
     "full": {"name": "full"},
@@ -30,16 +37,25 @@ METHODS: dict[str, dict[str, object]] = {
     "unified-1": {"name": "unified", "num_chunks": 1},
     "unified": {"name": "unified", "num_chunks": 2},
     "unified-4": {"name": "unified", "num_chunks": 4},
+    "low_dim": {"name": "low_dim"},
+    "pq": {"name": "pq"},
+    "lr2vq": {"name": "lr2vq"},
+    "low_rank": {"name": "low_rank"},
+    "optembed": {"name": "optembed"},
+    "dnis": {"name": "dnis"},
+    "matryoshka": {"name": "matryoshka"},
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget: one report for each seed."""
+    """A method at a budget: for each seed a report, its bytes on disk and its training time."""
 
     method: str
     budget: str | None
     reports: list[Report]
+    bytes_on_disk: list[int]
+    seconds: list[float]
 
     def test(self, metric: str) -> list[float]:
         return [float((report.test or {})[metric]) for report in self.reports]
@@ -63,7 +79,7 @@ def main() -> None:
 
 
 def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
-    reports = []
+    cell = Cell(method, budget, [], [], [])
     for seed in range(1, args.seeds + 1):
         share = "" if budget is None else f"_{budget.rstrip('%')}"
         name = f"{args.recipe.stem}_{method.replace(', ', '_').replace(' ', '_')}{share}_{seed}"
@@ -74,30 +90,55 @@ def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
             f"tables.method={METHODS[method]}",
             f"tables.budget={'null' if budget is None else budget}",
         ]
-        reports.append(train(load_config(args.recipe, overrides), runs=args.runs, quiet=True))
-        last = reports[-1]
+        full = args.runs / f"{args.recipe.stem}_full_{seed}"
+        shared = begins_with_full_tables(method)
+        if shared:
+            overrides.append(f"train.start_from={full}")
+        last = train(load_config(args.recipe, overrides), runs=args.runs, quiet=True)
+        cell.reports.append(last)
+        cell.bytes_on_disk.append(bytes_on_disk(args.runs / name))
+        earlier = Report.load(full).train_seconds if shared else 0.0
+        cell.seconds.append(last.train_seconds + earlier)
         print(
-            f"{name}: test AUC {(last.test or {})['auc']:.5f}, {last.wall_seconds:.0f} s",
+            f"{name}: test AUC {(last.test or {})['auc']:.5f}, {cell.bytes_on_disk[-1]:,} bytes, "
+            f"{cell.seconds[-1]:.0f} s",
             flush=True,
         )
-    return Cell(method, budget, reports)
+    return cell
+
+
+def begins_with_full_tables(method: str) -> bool:
+    """Whether the run on full tables can stand for the method's first stage."""
+    settings = BACKENDS[str(METHODS[method]["name"])]()
+    stages = settings.stages()
+    return len(stages) > 1 and isinstance(settings.first_form(), Full) and not stages[0].holds_out
+
+
+def bytes_on_disk(run: Path) -> int:
+    """Bytes of the tables' tensors in the file that an export writes."""
+    tables = load_model(run).get_submodule("tables")
+    assert isinstance(tables, CompressedEmbeddingBagCollection)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save(tables, Path(folder) / "artefact")
+        return header_bytes(saved.path / TENSORS_FILE)["tables"]
 
 
 def report(args: argparse.Namespace, cells: list[Cell]) -> None:
     full = statistics.mean(cells[0].test("auc"))
     table = Table(title=f"{args.recipe.stem}, {args.seeds} seed(s): test split")
-    for column in ("method", "bytes", "share", "AUC", "log loss", "AUC - full", "samples/s"):
+    columns = ("method", "bytes on disk", "share", "AUC", "log loss", "AUC - full", "training")
+    for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     for cell in cells:
-        first, auc = cell.reports[0], cell.test("auc")
+        auc, size = cell.test("auc"), round(statistics.mean(cell.bytes_on_disk))
         table.add_row(
             cell.method,
-            f"{first.serve_bytes:,}",
-            f"{100 * first.serve_bytes / first.full_bytes:.1f} %",
+            f"{size:,}",
+            f"{100 * size / cell.reports[0].full_bytes:.1f} %",
             spread(auc),
             spread(cell.test("log_loss")),
             f"{statistics.mean(auc) - full:+.4f}",
-            f"{statistics.mean(r.samples_per_second for r in cell.reports):,.0f}",
+            f"{statistics.mean(cell.seconds):,.0f} s",
         )
     console = Console(width=110)
     console.print(table)
