@@ -203,7 +203,7 @@ class _Part:
         errors: dict[str, float] = {}
         for index, (each, group) in enumerate(zip(compacted.forms(), compacted.groups)):
             physical = group.backend.physical_tables
-            own = row_types(physical, each.form.config.footprint(each.tables), wanted)
+            own = row_types(physical, wanted)
             types |= own
             for name, tensor in each.form.tensors.items():
                 part, _, rest = name.partition(".")

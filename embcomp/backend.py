@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from embcomp.budget import parse_budget
@@ -161,6 +161,15 @@ class BackendConfig(ABC):
     ) -> torch.optim.Optimizer | None:
         """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
         return None
+
+    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+        """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method; its rows may be missing.
+        """
+        return {}
 
     def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
         """The serving form: the same answers from nothing but what must be resident for them.

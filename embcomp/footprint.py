@@ -109,7 +109,7 @@ def footprint_of(tables: Iterable[PhysicalTable], *, served: bool = True) -> Foo
         tuple(
             TensorFootprint(
                 name=table.name,
-                role="weights",
+                role="codebook" if table.is_codebook else "weights",
                 rows=table.num_embeddings,
                 columns=table.embedding_dim,
                 itemsize=table.data_type_bytes,

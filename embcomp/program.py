@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embcomp.artefact_config import PROGRAM_FILE, ArtefactConfig, ProgramRecord
-from embcomp.composite import Group, LookedUp, instances_of
+from embcomp.composite import instances_of
 from embcomp.errors import ArtefactError
 from embcomp.serving import ServingEmbeddingBagCollection, ServingModel
-from embcomp.serving_rows import TorchRows
+from embcomp.single_ids import SingleIds
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,11 @@ class RectangleTables(nn.Module):
         super().__init__()
         if serving.is_weighted():
             raise ArtefactError("weighted tables have no program; serve them with embcomp.load")
+        self.single = SingleIds(serving)
         self._groups = serving.groups
         self._sources = [
             [feature_names.index(i.feature) for i in group.instances] for group in self._groups
         ]
-        self.routes = nn.ModuleList(group.backend.route for group in self._groups)
-        self.combines = nn.ModuleList(group.backend.combine for group in self._groups)
-        self.rows, self.unpooled_rows = _torch(serving.rows), _torch(serving.unpooled_rows)
         came = [instance for group in self._groups for instance in group.instances]
         wanted = instances_of(serving.plan.tables)
         self.keys = [instance.key for instance in wanted]
@@ -70,37 +68,12 @@ class RectangleTables(nn.Module):
         parts: list[Tensor] = []
         for index, group in enumerate(self._groups):
             ids = batch.ids[:, self._sources[index]]  # (B, features, L)
-            values = self._embed(index, group, ids.permute(1, 0, 2).flatten(1))
+            values = self.single(index, ids.permute(1, 0, 2).flatten(1))
             parts += values.split([i.table.embedding_dim for i in group.instances], dim=1)
         if batch.filled is not None:
             parts = self._pooled(parts, batch.filled)
         values = torch.cat([parts[n] for n in self._order], dim=1)
         return KeyedTensor(keys=self.keys, length_per_key=self.dims, values=values)
-
-    def _embed(self, index: int, group: Group, ids: Tensor) -> Tensor:
-        """(N, sum of dims) embeddings of single ids (features, N)."""
-        count = ids.shape[1]
-        features = KeyedJaggedTensor(
-            keys=[instance.key for instance in group.instances],
-            values=ids.reshape(-1),
-            lengths=torch.ones_like(ids, dtype=torch.int32).reshape(-1),
-            stride=count,
-            length_per_key=[count] * len(group.instances),
-        )
-        physical = self.routes[index](features)
-        look_ups = physical.keys()
-        held = self.unpooled_rows if group.unpooled else self.rows
-        found: dict[str, Tensor] = {}
-        if look_ups:
-            assert held is not None
-            each = physical.values().view(len(look_ups), count, group.backend.ids_per_value)
-            found = held.rectangle(look_ups, each)
-        keys = group.backend.keys
-        rows = torch.cat([found[key] for key in keys], dim=1) if keys else ids.new_zeros(count, 0)
-        combine = self.combines[index]
-        if group.backend.takes_ids:
-            return combine(rows, LookedUp(features, slice(0, len(group.instances)), count))
-        return combine(rows)
 
     def _pooled(self, parts: list[Tensor], filled: Tensor) -> list[Tensor]:
         batch, _, length = filled.shape
@@ -115,12 +88,6 @@ class RectangleTables(nn.Module):
 
     def _flat_sources(self) -> list[int]:
         return [source for group in self._sources for source in group]
-
-
-def _torch(rows: nn.Module | None) -> TorchRows | None:
-    if rows is None or isinstance(rows, TorchRows):
-        return rows
-    raise ArtefactError('a program is made of an artefact that was loaded with rows="torch"')
 
 
 class Program(nn.Module):

@@ -63,22 +63,17 @@ def narrowest(dim: int, trained: RowType, wanted: RowType) -> RowType:
     return min(candidates, key=lambda each: row_bytes(dim, each))
 
 
-def row_types(
-    tables: Sequence[PhysicalTable], footprint: Footprint, wanted: RowType
-) -> dict[str, RowType]:
+def row_types(tables: Sequence[PhysicalTable], wanted: RowType) -> dict[str, RowType]:
     """The type in which each physical table of a method is served.
 
     Args:
         tables: the method's physical tables.
-        footprint: the method's, which says what is rows and what is codewords.
         wanted: the type asked for.
     """
-    roles = {tensor.name: tensor.role for tensor in footprint.tensors if tensor.look_up}
     found: dict[str, RowType] = {}
     for table in tables:
         trained: RowType = "fp16" if table.data_type is DataType.FP16 else "fp32"
-        shared = roles.get(table.name) == "codebook"
-        allowed: RowType = "fp16" if shared and wanted in _BITS else wanted
+        allowed: RowType = "fp16" if table.is_codebook and wanted in _BITS else wanted
         found[table.name] = narrowest(table.embedding_dim, trained, allowed)
     return found
 

@@ -72,7 +72,6 @@ class _Serving(nn.Module):
         self._device = device
         self._configs = record.configs()
         self._plan = record.resolved_plan(source)
-        self._tensors = dict(tensors)
         unpooled = record.kind == "unpooled"
         with torch.random.fork_rng(devices=[]):  # parts are drawn, then loaded
             self._groups = build_groups(self._plan, unpooled=unpooled)
@@ -156,18 +155,12 @@ class _Serving(nn.Module):
         return served_footprint(self._plan.footprint, self._record.row_types)
 
     def form(self, index: int) -> Form:
-        """A method in its serving form; its rows are as stored."""
-        config, _ = self._plan.groups[index]
-        names = {f"rows.{t.name}" for t in self._groups[index].backend.physical_tables}
-        tensors = {name: self._tensors[name] for name in names}
-        for part in ("route", "combine"):
-            prefix = f"{part}.{index}."
-            tensors |= {
-                f"{part}.{name.removeprefix(prefix)}": tensor
-                for name, tensor in self._tensors.items()
-                if name.startswith(prefix)
-            }
-        return Form(config=config, tensors=tensors)
+        """A method in its serving form, without its rows: they are in another type."""
+        group = self._groups[index]
+        tensors: dict[str, Tensor] = {}
+        for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
+            tensors |= {f"{part}.{n}": t for n, t in persistent_tensors(module).items()}
+        return Form(config=group.config, tensors=tensors)
 
 
 class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):

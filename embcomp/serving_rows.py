@@ -176,12 +176,15 @@ class TorchRows(nn.Module):
             values=torch.cat([found[key] for key in self._owners], dim=1),
         )
 
-    def rectangle(self, keys: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    def rectangle(
+        self, keys: Sequence[str], ids: Tensor, *, skips: bool = False
+    ) -> dict[str, Tensor]:
         """Rows of look-ups that all have as many ids, in bags of one size.
 
         Args:
             keys: the look-ups.
             ids: (look-ups, bags, bag size) int64.
+            skips: whether negative ids stand for zeros.
 
         Returns:
             For each look-up, (bags, dim) sums.
@@ -190,7 +193,10 @@ class TorchRows(nn.Module):
         for table in dict.fromkeys(self._owners[key] for key in keys):
             own = [n for n, key in enumerate(keys) if self._owners[key] == table]
             picked = ids if len(own) == len(keys) else torch.stack([ids[n] for n in own])
-            rows = self.rows_of(table, picked.reshape(-1))
+            flat = picked.reshape(-1)
+            rows = self.rows_of(table, flat.clamp(min=0) if skips else flat)
+            if skips:
+                rows = torch.where(flat.unsqueeze(1) >= 0, rows, 0.0)
             bags = rows.view(*picked.shape, rows.shape[1])
             summed = bags.squeeze(2) if picked.shape[2] == 1 else bags.sum(dim=2)
             found |= {keys[n]: part for n, part in zip(own, summed)}

@@ -163,6 +163,7 @@ class PhysicalTable:
         keys: the look-ups made in it, unique in the collection.
         init_fn: initialisation of a shard of any shape.
         data_type: type of the weights.
+        is_codebook: whether rows are codewords that many ids are made of.
     """
 
     name: str
@@ -171,6 +172,7 @@ class PhysicalTable:
     keys: tuple[str, ...]
     init_fn: InitFn
     data_type: DataType = DataType.FP32
+    is_codebook: bool = False
 
     @property
     def data_type_bytes(self) -> int:

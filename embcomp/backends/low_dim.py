@@ -23,7 +23,14 @@ from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.budget import largest_int
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint
-from embcomp.kept_rows import KeptRoute, directory_bytes, directory_footprint, pack_all
+from embcomp.kept_rows import (
+    KeptRoute,
+    directory_bytes,
+    directory_footprint,
+    num_blocks,
+    pack_all,
+    unpack,
+)
 from embcomp.stages import Form
 from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
@@ -129,6 +136,14 @@ class LowDim(BackendConfig):
                 for part in directory_footprint(table.name, table.num_embeddings)
             )
         )
+
+    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+        own = [table for table in tables if self.is_pruned(table)]
+        if not own:
+            return {}
+        blocks = [num_blocks(table.num_embeddings) for table in own]
+        words = form.tensors["route.words"].split(blocks)
+        return {t.name: ~unpack(part, t.num_embeddings) for t, part in zip(own, words)}
 
     def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
         known = {table.name for table in tables}

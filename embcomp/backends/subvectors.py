@@ -140,7 +140,7 @@ class Decode(nn.Module):
         found = latents
         if self.projections is not None:
             which = self._which.on(latents.device)
-            found = self.projections(latents.view(len(latents), len(which), -1), which).flatten(1)
+            found = self.projections(latents.unflatten(1, (len(which), -1)), which).flatten(1)
         if self._kept is not None:
             found = found.index_select(1, self._kept.on(found.device))
         return found if self.scales is None else self.scales(found)

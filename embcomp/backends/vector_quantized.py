@@ -103,6 +103,7 @@ class VectorQuantized(BackendConfig):
                 std if latent is None else std * (self.width / latent) ** 0.5
             ),
             data_type=tables[0].data_type,
+            is_codebook=True,
         )
 
     def num_codes(self, tables: Sequence[TableSpec]) -> int:

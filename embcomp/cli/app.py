@@ -16,6 +16,7 @@ from embcomp.cli import (
     evaluate,
     export,
     generate,
+    inspect,
     plan,
     prepare,
     train,
@@ -83,6 +84,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("ls")(catalog.ls)
