@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embcomp.artefact import load, save
     from embcomp.backend import BackendConfig
-    from embcomp.backends import BACKENDS, QR, Blocks, Full, Hash, LowDim, Unified
+    from embcomp.backends import (
+        BACKENDS,
+        DNIS,
+        QR,
+        Blocks,
+        DNISSearch,
+        Full,
+        Hash,
+        LowDim,
+        Sparse,
+        Unified,
+    )
     from embcomp.collection import (
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
@@ -29,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "DNIS",
     "QR",
     "ArtefactError",
     "BackendConfig",
@@ -38,12 +50,14 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingCollection",
     "ConfigError",
+    "DNISSearch",
     "DataError",
     "EmbcompError",
     "Full",
     "Hash",
     "LowDim",
     "Plan",
+    "Sparse",
     "Unified",
     "load",
     "save",
@@ -59,6 +73,8 @@ _HOMES = {
     "CompressedEmbeddingBagCollection": "embcomp.collection",
     "CompressedEmbeddingCollection": "embcomp.collection",
     "ConfigError": "embcomp.errors",
+    "DNIS": "embcomp.backends",
+    "DNISSearch": "embcomp.backends",
     "DataError": "embcomp.errors",
     "EmbcompError": "embcomp.errors",
     "Full": "embcomp.backends",
@@ -66,6 +82,7 @@ _HOMES = {
     "LowDim": "embcomp.backends",
     "Plan": "embcomp.plan",
     "QR": "embcomp.backends",
+    "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
     "load": "embcomp.artefact",
     "save": "embcomp.artefact",

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from embcomp.backends import LR2VQ, PQ, QR, Blocks, Coded, Full, Hash, LowDim, LowRank, Unified
+from embcomp.backends import (
+    DNIS,
+    LR2VQ,
+    PQ,
+    QR,
+    Blocks,
+    Coded,
+    DNISSearch,
+    Full,
+    Hash,
+    LowDim,
+    LowRank,
+    Sparse,
+    Unified,
+)
 from embcomp.testing import BackendCase
 
 FULL = 0.1 / 3**0.5  # standard deviation of the full table's rows
@@ -75,4 +89,14 @@ CASES = {
     ),
     "lr2vq_table": BackendCase(config=LR2VQ(subvector_dim=3, num_codewords=16, codebooks="table")),
     "pq": BackendCase(config=PQ(subvector_dim=2, num_codewords=16)),
+    "dnis": BackendCase(config=DNIS(serve_bytes=10**9), injective=True),
+    "dnis_search": BackendCase(
+        config=DNISSearch(cuts={"t0": (10, 30), "t1": ()}, l1=0.01), injective=True
+    ),
+    "dnis_search_prefix": BackendCase(
+        config=DNISSearch(cuts={"t1": (7,)}, selection="prefix", l1=0.0), injective=True
+    ),
+    "sparse": BackendCase(
+        config=Sparse(nonzeros={"t0": 500, "t1": 700, "t2": 600}), init_std=0.029 / 3**0.5
+    ),
 }

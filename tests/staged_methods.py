@@ -50,4 +50,9 @@ STAGED: dict[str, StagedCase] = {
         starts_from_full=True,
         ranks=4,
     ),
+    "dnis": StagedCase(
+        method={"name": "dnis", "quantiles": [0.5, 0.9], "learning_rate": 0.1, "decay": 0.5},
+        budget="40%",
+        starts_from_full=True,
+    ),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from embcomp.backend import BackendConfig
 from embcomp.backends.blocks import Blocks
 from embcomp.backends.coded import Coded
+from embcomp.backends.dnis import DNIS
+from embcomp.backends.dnis_search import DNISSearch
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
@@ -12,11 +14,14 @@ from embcomp.backends.low_rank import LowRank
 from embcomp.backends.lr2vq import LR2VQ
 from embcomp.backends.pq import PQ
 from embcomp.backends.qr import QR
+from embcomp.backends.sparse import Sparse
 from embcomp.backends.unified import Unified
 
 _CONFIGS: tuple[type[BackendConfig], ...] = (
     Blocks,
     Coded,
+    DNIS,
+    DNISSearch,
     Full,
     Hash,
     LowDim,
@@ -24,6 +29,7 @@ _CONFIGS: tuple[type[BackendConfig], ...] = (
     LR2VQ,
     PQ,
     QR,
+    Sparse,
     Unified,
 )
 
@@ -32,14 +38,17 @@ BACKENDS: dict[str, type[BackendConfig]] = {config.name: config for config in _C
 
 __all__ = [
     "BACKENDS",
+    "DNIS",
     "LR2VQ",
     "PQ",
     "QR",
     "Blocks",
     "Coded",
+    "DNISSearch",
     "Full",
     "Hash",
     "LowDim",
     "LowRank",
+    "Sparse",
     "Unified",
 ]

@@ -105,7 +105,7 @@ class Optimizers:
         self._config = config
         self._row_optimizers: list[KeyedOptimizer] = [sharded.fused_optimizer]
         parts: list[tuple[str, KeyedOptimizer]] = [("fused", sharded.fused_optimizer)]
-        if rows:
+        if rows and self._stage.rows:
             kind, options = _row_optimizer_kind(config.row_optimizer)
             self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
             parts.append(("rows", self._row_optimizers[-1]))
@@ -116,10 +116,15 @@ class Optimizers:
             self._structure_rates = [group["lr"] for group in own.param_groups]
             parts.append(("structure", self._structure_optimizer))
             dense = {name: weight for name, weight in dense.items() if name not in structure}
-        self._dense_optimizer = KeyedOptimizerWrapper(
-            dense, lambda p: _dense_optimizer(p, config.dense_optimizer)
-        )
-        parts.append(("dense", self._dense_optimizer))
+        # What never learns has no optimizer: its state would never exist, and checkpoints need it.
+        at_rest = {id(weight) for weight in self._never_learning()}
+        dense = {name: weight for name, weight in dense.items() if id(weight) not in at_rest}
+        self._dense_optimizer: KeyedOptimizer | None = None
+        if dense:
+            self._dense_optimizer = KeyedOptimizerWrapper(
+                dense, lambda p: _dense_optimizer(p, config.dense_optimizer)
+            )
+            parts.append(("dense", self._dense_optimizer))
         self.combined = CombinedOptimizer(parts)
 
     def start_step(self, step: int, reductions: int, phase: Phase = "train") -> float:
@@ -144,7 +149,8 @@ class Optimizers:
             _set_learning_rate(optimizer, row_rate)
         if phase == "train" and self._stage.rows:
             self._decay_whole_tables(row_rate)
-        _set_learning_rate(self._dense_optimizer, dense_rate)
+        if self._dense_optimizer is not None:
+            _set_learning_rate(self._dense_optimizer, dense_rate)
         if self._structure_optimizer is not None:
             factor = config.plateau.factor**reductions if config.plateau else 1.0
             groups = self._structure_optimizer.param_groups
@@ -167,6 +173,14 @@ class Optimizers:
             clipped = self.dense + self.rows if rows.mode == "dense" else self.dense
             torch.nn.utils.clip_grad_norm_(clipped, clip)
         self.combined.step()
+
+    def _never_learning(self) -> list[nn.Parameter]:
+        """Dense parameters that rest in every step of the stage."""
+        stage = self._stage
+        resting = [] if stage.network else list(self._network)
+        if not (stage.structure or stage.alternate):
+            resting += self._structure
+        return resting
 
     def _resting(self, phase: Phase) -> list[Tensor]:
         """Parameters that do not learn in a step, though a gradient reaches them."""

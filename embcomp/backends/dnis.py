@@ -1,0 +1,244 @@
+"""DNIS and AutoSrh: which columns of an embedding which ids need, learnt by frequency block.
+
+Cheng, Shen, Huang, "Differentiable Neural Input Search for Recommender Systems", 2020,
+https://arxiv.org/abs/2006.04466, and its journal version "An Embedding Dimensionality Search
+Framework for Tabular Data Prediction" (AutoSrh), TKDE 2023. Ids ranked by frequency are cut into blocks; each
+block has a soft selection of the columns, in [0, 1], learnt on rows that the embeddings do not
+train on, in steps that alternate with theirs. Then the table is pruned to a budget, and retrained.
+
+Where we depart from the authors' code, and why:
+
+- Blocks are cut per table, and by cumulative traffic (50, 80, 90, 97 and 99.5 %): blocks of equally
+  many ids put almost all look-ups into one of them. Explicit ``cuts`` give any others. Unseen ids
+  are in the block of the id that our pipelines map them to (1), not in the last.
+- Pruning keeps columns of blocks rather than single elements, so that what is left is dense and the
+  column lists cost bytes per block, not per element. ``structure="element"`` prunes as the paper
+  does, by the size of selection times weight.
+- Retraining always follows, and trains what is left and nothing else: the serving form has no place
+  where a pruned weight could grow back. The network rests during the search, so what comes out of
+  the search is badly calibrated and is never reported.
+- The search rows are left out of the warm start too, so that no selection is fitted on rows that the
+  weights have seen.
+- Selections and their optimizer are first-order. The authors' second-order option unrolls an Adam
+  step over the looked-up rows, which fused row optimizers do not allow.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.blocks import column_dtype
+from embcomp.backends.dnis_elements import elements_form, least_element_bytes
+from embcomp.backends.dnis_optimizer import SelectionSGD
+from embcomp.backends.dnis_pruning import blocks_form, choose_columns, column_scores
+from embcomp.backends.dnis_search import DNISSearch, Selection
+from embcomp.backends.full import Full
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint
+from embcomp.frequency import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
+from embcomp.stages import Form, Past, Stage
+from embcomp.tables import PhysicalTable, TableSpec
+
+Structure = Literal["block", "element"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNIS(BackendConfig):
+    """Columns by frequency block, learnt and then pruned to a number of bytes.
+
+    Args:
+        serve_bytes: the most that the group's serving form may take. A budget sets it.
+        quantiles: shares of a table's look-ups at which its blocks end. Look-ups are counted in
+            the training rows; where nobody counted, ids are taken to follow Zipf's law. Ids must
+            be ranked by frequency, as ``embcomp prepare`` ranks them.
+        cuts: for single tables by name, the first ids of all blocks but the first, in place of
+            those that the quantiles give.
+        selection: ``free`` learns a number for every column of a block; ``prefix`` one length, so
+            that blocks keep their first columns.
+        structure: ``block`` keeps columns of whole blocks, in dense tables; ``element`` keeps
+            single weights, in sparse rows that are slower and take 4 bytes for every id.
+        l1: factor of the selections' sum in the search's loss.
+        learning_rate: mean size of a selection's step; its gradients are normalised.
+        decay: after t steps of the search, selections' steps are ``1 + decay * t`` times smaller.
+        freezes_network: whether the model around the tables rests during the search.
+    """
+
+    serve_bytes: int | None = None
+    quantiles: tuple[float, ...] = TRAFFIC_QUANTILES
+    cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    selection: Selection = "free"
+    structure: Structure = "block"
+    l1: float = 1e-5
+    learning_rate: float = 0.01
+    decay: float = 0.0
+    freezes_network: bool = True
+
+    name: ClassVar[str] = "dnis"
+    size_fields: ClassVar[tuple[str, ...]] = ("serve_bytes",)
+    learns_size: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "quantiles", tuple(self.quantiles))
+        cuts = {table: tuple(values) for table, values in self.cuts.items()}
+        object.__setattr__(self, "cuts", cuts)  # JSON and YAML know lists only
+        for table, values in cuts.items():
+            check_cuts(self.name, table, values, None)
+        shares = (0.0, *self.quantiles, 1.0)
+        if not all(low < high for low, high in itertools.pairwise(shares)):
+            raise ConfigError(
+                f"dnis: quantiles must rise strictly within (0, 1), got {list(self.quantiles)}"
+            )
+        for key, value, known in (
+            ("selection", self.selection, get_args(Selection)),
+            ("structure", self.structure, get_args(Structure)),
+        ):
+            if value not in known:
+                raise ConfigError(f"dnis: {key} must be one of {', '.join(known)}, got {value!r}")
+        for key, number, fits in (
+            ("serve_bytes", self.serve_bytes, self.serve_bytes is None or self.serve_bytes > 0),
+            ("l1", self.l1, self.l1 >= 0),
+            ("learning_rate", self.learning_rate, self.learning_rate > 0),
+            ("decay", self.decay, self.decay >= 0),
+        ):
+            if not fits:
+                least = "at least 0" if key in ("l1", "decay") else "positive"
+                raise ConfigError(f"dnis: {key} must be {least}, got {number}")
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        return False  # what a table is worth is learnt
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(name="warm", purpose="full tables and the network", holds_out=True),
+            Stage(
+                name="search",
+                purpose="selections of columns by frequency block, on held-out rows",
+                epochs=1,
+                network=not self.freezes_network,
+                alternate=True,
+                holds_out=True,
+            ),
+            Stage(name="retrain", purpose="what is left within the budget", epochs=1),
+        )
+
+    def first_form(self) -> BackendConfig:
+        return Full()
+
+    def structure_optimizer(
+        self, stage: Stage, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer | None:
+        if stage.name != "search":
+            return None
+        return SelectionSGD(parameters, lr=self.learning_rate, decay=self.decay)
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        if stage.name == "search":
+            return self._search(tables, past)
+        return self.pruned(tables, past.before)
+
+    def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
+        cuts = {
+            table.name: self.cuts.get(table.name)
+            or traffic_cuts(table.num_embeddings, past.counts.get(table.name), self.quantiles)
+            for table in tables
+        }
+        search = DNISSearch(cuts=cuts, selection=self.selection, l1=self.l1)
+        rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
+        return Form(config=search, tensors=rows | search.fresh_selections(tables))
+
+    def pruned(self, tables: Sequence[TableSpec], searched: Form) -> Form:
+        """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
+
+        Args:
+            tables: the group.
+            searched: what the search left: a form of ``DNISSearch``.
+
+        Raises:
+            BudgetError: when not even one weight fits.
+        """
+        self.require_size()
+        search = searched.config
+        if not isinstance(search, DNISSearch):
+            raise ConfigError(f"dnis: expected a form of dnis_search to prune, got {search.name}")
+        budget = self.serve_bytes or 0
+        selections = search.selections(tables, searched)
+        rows = {table.name: searched.rows(table.name) for table in tables}
+        cuts = {table.name: search.cuts_of(table) for table in tables}
+        if self.structure == "element":
+            return elements_form(tables, rows, selections, cuts, budget)
+        scores = {
+            table.name: column_scores(
+                table,
+                rows[table.name],
+                selections[table.name],
+                cuts[table.name],
+                nested=self.selection == "prefix",
+            )
+            for table in tables
+        }
+        chosen = choose_columns(tables, scores, cuts, budget)
+        own = {name: selections[name][source] for name, source in chosen.source.items()}
+        return blocks_form(tables, rows, own, chosen.kept, chosen.cuts)
+
+    def _as_search(self) -> DNISSearch:
+        """What a collection holds that was built without stages: the search from its beginning."""
+        return DNISSearch(cuts=self.cuts, selection=self.selection, l1=self.l1)
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return self._as_search().physical_tables(tables)
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        return self._as_search().build(tables)
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        self.require_size()
+        search = self._as_search().footprint(tables)
+        trained = Footprint(tuple(tensor for tensor in search.tensors if tensor.trained))
+        most = min(self.serve_bytes or 0, search.serve_bytes)
+        served = TensorFootprint(
+            name=f"{tables[0].name}.kept",
+            role="weights",
+            rows=1,
+            columns=most,
+            itemsize=1,
+            train_columns=0,
+            look_up=False,
+            trained=False,
+        )
+        return trained + Footprint((served,))
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        return self.with_size(serve_bytes=budget) if budget >= self._least(tables) else None
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self.with_size(serve_bytes=self._least(tables))
+
+    def _least(self, tables: Sequence[TableSpec]) -> int:
+        if self.structure == "element":
+            return least_element_bytes(tables)
+        return min(table.itemsize for table in tables) + column_dtype(tables).itemsize
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """Columns that the search closed cut off; nothing is pruned that still has an effect.
+
+        Raises:
+            ConfigError: where that takes more than ``serve_bytes``, as before ``retrain``.
+        """
+        compacted = self._as_search().compact(tables, form)
+        found = compacted.config.footprint(tables).serve_bytes
+        if self.serve_bytes is not None and found > self.serve_bytes:
+            raise ConfigError(
+                f"dnis: the tables take {found:,} bytes and may take {self.serve_bytes:,}: they "
+                "have not been pruned. Train them in their stages, or go on with the form that "
+                "DNIS.pruned makes."
+            )
+        return compacted

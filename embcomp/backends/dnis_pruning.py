@@ -1,0 +1,221 @@
+"""What a search leaves, cut to a budget of bytes: columns of blocks, or single elements.
+
+Columns are chosen by what they contribute for their bytes, as in a fractional knapsack: the best
+column that no longer fits goes to the most frequent ids of its block only, which makes one block
+more and uses the budget to a few bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embcomp.backends.blocks import Blocks, block_table, column_dtype
+from embcomp.errors import BudgetError
+from embcomp.frequency import block_ranges
+from embcomp.stages import Form
+from embcomp.tables import TableSpec
+
+Cuts = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The columns that blocks keep.
+
+    Args:
+        cuts: for each table by name, the first ids of all its blocks but the first.
+        kept: for each table by name, (blocks, embedding_dim) whether a column is kept.
+        source: for each table by name, the block of the search that each block was part of.
+    """
+
+    cuts: dict[str, tuple[int, ...]]
+    kept: dict[str, Tensor]
+    source: dict[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class _Candidate:
+    """A column of a block; the order is that of preference."""
+
+    minus_worth: float
+    table: int
+    block: int
+    column: int
+
+
+def column_scores(
+    table: TableSpec, rows: Tensor, selections: Tensor, cuts: Sequence[int], *, nested: bool
+) -> Tensor:
+    """How much the columns of a table's blocks contribute: selection times root mean square.
+
+    Args:
+        table: the table.
+        rows: (num_embeddings, embedding_dim) its weights.
+        selections: (blocks, embedding_dim) what multiplies them.
+        cuts: the first ids of the blocks but the first.
+        nested: whether no column may score above one before it.
+
+    Returns:
+        (blocks, embedding_dim) float64.
+    """
+    means = [
+        rows[low:high].to(torch.float64).square().mean(0)
+        for low, high in block_ranges(cuts, table.num_embeddings)
+    ]
+    scores = torch.stack(means).sqrt() * selections.to(torch.float64)
+    return scores.cummin(1).values if nested else scores
+
+
+def choose_columns(
+    tables: Sequence[TableSpec], scores: Mapping[str, Tensor], cuts: Cuts, budget: int
+) -> Chosen:
+    """The columns that contribute most for their bytes, within a budget.
+
+    Columns of score 0 are never kept, so less than the budget is used where the search closed more
+    than it had to.
+
+    Args:
+        tables: the tables.
+        scores: for each by name, (blocks, embedding_dim).
+        cuts: the blocks.
+        budget: bytes of rows and of column lists together.
+
+    Raises:
+        BudgetError: when it does not hold one number of one row.
+    """
+    index = column_dtype(tables).itemsize
+    sizes = {
+        t.name: [h - l for l, h in block_ranges(cuts[t.name], t.num_embeddings)] for t in tables
+    }
+    candidates = []
+    for n, table in enumerate(tables):
+        for block, row in enumerate(scores[table.name].tolist()):
+            cost = sizes[table.name][block] * table.itemsize + index
+            candidates += [
+                _Candidate(minus_worth=-score / cost, table=n, block=block, column=column)
+                for column, score in enumerate(row)
+                if score > 0
+            ]
+    chosen = Chosen(
+        cuts=dict(cuts),
+        kept={t.name: torch.zeros(scores[t.name].shape, dtype=torch.bool) for t in tables},
+        source={t.name: list(range(len(sizes[t.name]))) for t in tables},
+    )
+    left = budget
+    for candidate in sorted(candidates):
+        table = tables[candidate.table]
+        cost = sizes[table.name][candidate.block] * table.itemsize + index
+        if cost > left:
+            _split(chosen, table, candidate, left, index)
+            break
+        chosen.kept[table.name][candidate.block, candidate.column] = True
+        left -= cost
+    if not any(bool(kept.any()) for kept in chosen.kept.values()):
+        _keep_one(chosen, tables, budget, index)
+    return chosen
+
+
+def _split(chosen: Chosen, table: TableSpec, candidate: _Candidate, left: int, index: int) -> None:
+    """Gives a column to as many of a block's first ids as the bytes that are left can hold."""
+    kept, cuts = chosen.kept[table.name], chosen.cuts[table.name]
+    own = kept[candidate.block]
+    rows = (left - (int(own.sum()) + 1) * index) // table.itemsize
+    if rows < 1:
+        return
+    low = (0, *cuts)[candidate.block]
+    head = own.clone()
+    head[candidate.column] = True
+    at = candidate.block
+    chosen.cuts[table.name] = (*cuts[:at], low + rows, *cuts[at:])
+    chosen.kept[table.name] = torch.cat([kept[:at], head[None], kept[at:]])
+    chosen.source[table.name].insert(at, at)
+
+
+def _keep_one(chosen: Chosen, tables: Sequence[TableSpec], budget: int, index: int) -> None:
+    """A collection without any row cannot be built: the first column of some rows stays."""
+    table = min(tables, key=lambda table: (table.itemsize, table.num_embeddings))
+    if budget < table.itemsize + index:
+        raise BudgetError(
+            f"dnis: {budget:,} bytes do not hold one number and the index of its column, which "
+            f"take {table.itemsize + index}. Raise the budget."
+        )
+    rows = min((budget - index) // table.itemsize, table.num_embeddings)
+    kept = torch.zeros(1, table.embedding_dim, dtype=torch.bool)
+    kept[0, 0] = True
+    chosen.cuts[table.name], chosen.source[table.name] = (), [0]
+    if rows < table.num_embeddings:
+        kept = torch.cat([kept, torch.zeros_like(kept)])
+        chosen.cuts[table.name], chosen.source[table.name] = (rows,), [0, 0]
+    chosen.kept[table.name] = kept
+
+
+def blocks_form(
+    tables: Sequence[TableSpec],
+    rows: Mapping[str, Tensor],
+    selections: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    cuts: Cuts,
+) -> Form:
+    """Dense blocks of the columns that are kept, selections absorbed.
+
+    Args:
+        tables: the tables.
+        rows: for each by name, (num_embeddings, embedding_dim) weights.
+        selections: for each by name, (blocks, embedding_dim) what multiplies them.
+        kept: for each by name, (blocks, embedding_dim) whether a column is kept; if none is at
+            all, a column of the smallest block is, so that there is something to look up.
+        cuts: for each by name, the first ids of all its blocks but the first.
+    """
+    if not any(bool(each.any()) for each in kept.values()):
+        kept = _with_one(tables, kept, cuts)
+    widths: dict[str, tuple[int, ...]] = {}
+    starts: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Tensor] = {}
+    columns: list[Tensor] = []
+    for table in tables:
+        name = table.name
+        merged = _equal_neighbours(kept[name])
+        ranges = block_ranges(cuts[name], table.num_embeddings)
+        starts[name] = tuple(ranges[blocks[0]][0] for blocks in merged[1:])
+        widths[name] = tuple(int(kept[name][blocks[0]].sum()) for blocks in merged)
+        for index, blocks in enumerate(merged):
+            own = kept[name][blocks[0]].nonzero().flatten()
+            if len(own):
+                columns.append(own)
+                parts = [
+                    rows[name][slice(*ranges[b])][:, own] * selections[name][b, own] for b in blocks
+                ]
+                stored = torch.cat(parts).to(rows[name].dtype)
+                tensors[f"rows.{block_table(name, index)}"] = stored
+    tensors["combine.columns"] = torch.cat(columns).to(column_dtype(tables))
+    return Form(config=Blocks(widths=widths, cuts=starts), tensors=tensors)
+
+
+def _equal_neighbours(kept: Tensor) -> list[list[int]]:
+    """Runs of blocks that keep the same columns, so that one table can hold them."""
+    runs: list[list[int]] = []
+    for block, own in enumerate(kept):
+        if runs and torch.equal(kept[runs[-1][-1]], own):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+def _with_one(
+    tables: Sequence[TableSpec], kept: Mapping[str, Tensor], cuts: Cuts
+) -> dict[str, Tensor]:
+    """The same with the first column of the smallest block."""
+    sizes = [
+        (high - low, table.name, block)
+        for table in tables
+        for block, (low, high) in enumerate(block_ranges(cuts[table.name], table.num_embeddings))
+    ]
+    _, name, block = min(sizes)
+    changed = {other: each.clone() for other, each in kept.items()}
+    changed[name][block, 0] = True
+    return changed

@@ -1,0 +1,291 @@
+"""The search form of DNIS: whole rows, times the soft selection of their frequency block.
+
+``embcomp.backends.dnis`` cites the papers. Every block of ids of every table has a selection in
+[0, 1] for each column, 1 at first. An embedding is its row times its block's selection; what the
+search brings to 0 is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from embcomp.backend import Backend, BackendConfig, full_table
+from embcomp.backends.blocks import column_dtype
+from embcomp.backends.dnis_pruning import blocks_form
+from embcomp.backends.full import FullRoute, RangeCheck
+from embcomp.composite import LookedUp
+from embcomp.constants import Constant
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.frequency import check_cuts, traffic_cuts
+from embcomp.learned import Penalised
+from embcomp.stages import Form
+from embcomp.tables import PhysicalTable, TableSpec
+
+Selection = Literal["free", "prefix"]
+
+_NEVER = 2**63 - 1  # no id reaches it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNISSearch(BackendConfig):
+    """Full tables whose rows are multiplied by the selection of their frequency block.
+
+    Args:
+        cuts: for each table by name, the first ids of all its blocks but the first. Tables that
+            are not named are cut as if their ids' frequencies followed Zipf's law.
+        selection: ``free`` learns a number for every column of a block; ``prefix`` one length for
+            a block, which selects its first columns and a part of the next.
+        l1: factor of the selections' sum in the loss.
+    """
+
+    cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    selection: Selection = "free"
+    l1: float = 1e-5
+
+    name: ClassVar[str] = "dnis_search"
+    learns_size: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cuts = {table: tuple(values) for table, values in self.cuts.items()}
+        object.__setattr__(self, "cuts", cuts)  # JSON and YAML know lists only
+        if self.selection not in get_args(Selection):
+            raise ConfigError(
+                f"{self.name}: selection must be one of {', '.join(get_args(Selection))}, "
+                f"got {self.selection!r}"
+            )
+        if not self.l1 >= 0:
+            raise ConfigError(f"{self.name}: l1 must be at least 0, got {self.l1}")
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        return False
+
+    def cuts_of(self, table: TableSpec) -> tuple[int, ...]:
+        """The first ids of a table's blocks but the first."""
+        cuts = self.cuts.get(table.name)
+        if cuts is None:
+            return traffic_cuts(table.num_embeddings)
+        check_cuts(self.name, table.name, cuts, table.num_embeddings)
+        return cuts
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return [full_table(table) for table in tables]
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=FullRoute(keys, RangeCheck(tables)),
+            combine=BlockGate(
+                [(t.embedding_dim, self.cuts_of(t), len(t.feature_names)) for t in tables],
+                selection=self.selection,
+                l1=self.l1,
+            ),
+            per_row=True,
+            takes_ids=True,
+        )
+
+    def _blocks_by_width(self, tables: Sequence[TableSpec]) -> dict[int, int]:
+        blocks: dict[int, int] = {}
+        for table in tables:
+            width = table.embedding_dim
+            blocks[width] = blocks.get(width, 0) + len(self.cuts_of(table)) + 1
+        return blocks
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        rows = footprint_of(self.physical_tables(tables), served=False)
+        return rows + self._selections(tables) + Footprint(self._most(tables))
+
+    def _selections(self, tables: Sequence[TableSpec]) -> Footprint:
+        return Footprint(
+            tuple(
+                TensorFootprint(
+                    name=f"{tables[0].name}.selection_{width}",
+                    role="mask",
+                    rows=blocks,
+                    columns=(columns := width if self.selection == "free" else 1),
+                    itemsize=4,
+                    train_columns=columns,
+                    look_up=False,
+                    served=False,
+                )
+                for width, blocks in self._blocks_by_width(tables).items()
+            )
+        )
+
+    def _most(self, tables: Sequence[TableSpec]) -> tuple[TensorFootprint, ...]:
+        """Each table as it is served if no block loses a column."""
+        index = column_dtype(tables).itemsize
+        return tuple(
+            TensorFootprint(
+                name=f"{table.name}.blocks",
+                role="weights",
+                rows=1,
+                columns=table.full_bytes
+                + (len(self.cuts_of(table)) + 1) * table.embedding_dim * index,
+                itemsize=1,
+                train_columns=0,
+                look_up=False,
+                trained=False,
+            )
+            for table in tables
+        )
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        return self if self.footprint(tables).serve_bytes <= budget else None
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        return self
+
+    def selections(self, tables: Sequence[TableSpec], form: Form) -> dict[str, Tensor]:
+        """(blocks, embedding_dim) for each table by name: what multiplies its columns."""
+        found: dict[str, Tensor] = {}
+        begun: dict[int, int] = {}
+        for table in tables:
+            width, blocks = table.embedding_dim, len(self.cuts_of(table)) + 1
+            start = begun.get(width, 0)
+            begun[width] = start + blocks
+            alpha = form.tensors[f"combine.{selection_name(width)}"][start : start + blocks]
+            found[table.name] = multipliers(alpha, width)
+        return found
+
+    def fresh_selections(self, tables: Sequence[TableSpec]) -> dict[str, Tensor]:
+        """The tensors of a form in which every block selects every column."""
+        return {
+            f"combine.{selection_name(width)}": torch.ones(
+                blocks, width if self.selection == "free" else 1
+            )
+            for width, blocks in self._blocks_by_width(tables).items()
+        }
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """Selections absorbed by the rows; columns that a block closed are gone."""
+        selections = self.selections(tables, form)
+        return blocks_form(
+            tables,
+            {table.name: form.rows(table.name) for table in tables},
+            selections,
+            {name: values > 0 for name, values in selections.items()},
+            {table.name: self.cuts_of(table) for table in tables},
+        )
+
+
+def selection_name(width: int) -> str:
+    """The selections' name in the state dict of ``BlockGate``, for embeddings of one width."""
+    return f"selections.{width}.alpha"
+
+
+def multipliers(alpha: Tensor, width: int) -> Tensor:
+    """What selections multiply columns by.
+
+    Args:
+        alpha: (L, width) free selections, or (L, 1) lengths as shares of the width.
+        width: columns.
+    """
+    if alpha.shape[1] == width:
+        return alpha
+    columns = torch.arange(width, device=alpha.device)
+    return (width * alpha - columns).clamp(0, 1)  # the last column but k is whole at length k + 1
+
+
+class BlockSelections(nn.Module):
+    """The selections of all blocks of tables of one width.
+
+    It is a module of its own because a ``meta`` build is filled module by module.
+
+    Attributes:
+        alpha: (blocks, width), or (blocks, 1) for lengths; in [0, 1].
+    """
+
+    def __init__(self, blocks: int, width: int, *, selection: Selection) -> None:
+        super().__init__()
+        self._width = width
+        self.alpha = nn.Parameter(torch.ones(blocks, width if selection == "free" else 1))
+
+    def reset_parameters(self) -> None:
+        """Everything is selected."""
+        nn.init.ones_(self.alpha)
+
+    def forward(self) -> Tensor:
+        """(blocks, width) what the columns are multiplied by."""
+        return multipliers(self.alpha, self._width)
+
+
+class BlockGate(Penalised):
+    """Multiplies rows by the selections of their ids' blocks.
+
+    Args:
+        tables: for each table its width, its cuts, and how many features look up in it.
+        selection: what is learnt for each block.
+        l1: factor of the penalty, the sum of all that rows are multiplied by.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[tuple[int, Sequence[int], int]],
+        *,
+        selection: Selection,
+        l1: float,
+    ) -> None:
+        super().__init__()
+        self._l1 = l1
+        blocks: dict[int, int] = {}
+        pairs: list[tuple[int, int, Sequence[int]]] = []  # width, first block, cuts
+        for width, cuts, features in tables:
+            pairs += [(width, blocks.get(width, 0), cuts)] * features
+            blocks[width] = blocks.get(width, 0) + len(cuts) + 1
+        self.selections = nn.ModuleDict(
+            {
+                str(width): BlockSelections(count, width, selection=selection)
+                for width, count in blocks.items()
+            }
+        )
+        self._first = Constant([first for _, first, _ in pairs])
+        most = max(len(cuts) for _, _, cuts in pairs)
+        padded = [[*cuts, *[_NEVER] * (most - len(cuts))] for _, _, cuts in pairs]
+        self._cuts = Constant([cut for cuts in padded for cut in cuts], (len(pairs), most))
+        widths = [width for width, _, _ in pairs]
+        self._pairs = {
+            width: Constant([n for n, own in enumerate(widths) if own == width]) for width in blocks
+        }
+        self._order = _order(widths) if len(blocks) > 1 else None
+
+    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+        # (R, sum of widths) -> (R, sum of widths)
+        ids = looked_up.ids()  # (R, P)
+        block = self._first.on(ids.device).expand_as(ids).clone()
+        for cut in self._cuts.on(ids.device).unbind(1):
+            block += ids >= cut
+        parts, penalties = [], []
+        for width, selections in self.selections.items():
+            values = selections()
+            penalties.append(values.sum())
+            own = block.index_select(1, self._pairs[int(width)].on(ids.device))
+            parts.append(values.index_select(0, own.reshape(-1)).view(len(rows), -1))
+        gates = parts[0] if self._order is None else torch.cat(parts, dim=1)
+        if self._order is not None:
+            gates = gates.index_select(1, self._order.on(gates.device))
+        self.penalty = self._l1 * torch.stack(penalties).sum() if self.training else None
+        return rows * gates
+
+
+def _order(widths: Sequence[int]) -> Constant:
+    """Where the columns of pairs in order are among those of pairs grouped by width."""
+    starts, start = {}, 0
+    for width in dict.fromkeys(widths):
+        for pair, own in enumerate(widths):
+            if own == width:
+                starts[pair] = start
+                start += width
+    return Constant(
+        [starts[pair] + column for pair, width in enumerate(widths) for column in range(width)]
+    )
