@@ -27,6 +27,7 @@ from embcomp.artefact_config import TENSORS_FILE
 from embcomp.backends import BACKENDS, Full
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import load_config
+from embcomp.errors import BudgetError
 from embcomp.training import Report, load_model, train
 
 METHODS: dict[str, dict[str, object]] = {
@@ -74,7 +75,11 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     cells = [run_cell(args, "full", None)]
     for budget in args.budgets.split(","):
-        cells += [run_cell(args, method, budget) for method in args.methods.split(",")]
+        for method in args.methods.split(","):
+            try:
+                cells.append(run_cell(args, method, budget))
+            except BudgetError as error:
+                print(f"{method} at {budget}: {error}", flush=True)
     report(args, cells)
 
 

@@ -265,7 +265,7 @@ def test_pruned_tables_keep_what_they_keep_exactly_and_use_the_budget(structure,
     form, specs = collection.forms()[0].form, collection.plan.tables
     budget = int(share * sum(table.full_bytes for table in specs))
     method = DNIS(structure=structure, serve_bytes=budget)
-    pruned = holding(tables, method.pruned(specs, form))
+    pruned = holding(tables, method.pruned_form(specs, form))
     size = pruned.footprint.serve_bytes
     assert size == sum(t.numel() * t.element_size() for t in pruned.serving_tensors().values())
     closed = all(
@@ -359,7 +359,7 @@ def test_searches_that_close_everything_leave_a_row_that_can_learn(structure):
             alpha.zero_()
     form = collection.forms()[0].form
     method = DNIS(serve_bytes=600, structure=structure)
-    pruned = holding(tables, method.pruned(collection.plan.tables, form))
+    pruned = holding(tables, method.pruned_form(collection.plan.tables, form))
     assert not any(bool(rows.any()) for rows in embed_ids(pruned, tables).values())
     assert 0 < pruned.footprint.serve_bytes <= 600
 
@@ -371,8 +371,8 @@ def test_budgets_below_the_floor_are_refused_with_a_way_out(structure):
     form, specs = collection.forms()[0].form, collection.plan.tables
     floor = least_element_bytes(specs) if structure == "element" else 5
     with pytest.raises(BudgetError, match="Raise the budget"):
-        DNIS(serve_bytes=floor - 1, structure=structure).pruned(specs, form)
-    least = holding(tables, DNIS(serve_bytes=floor, structure=structure).pruned(specs, form))
+        DNIS(serve_bytes=floor - 1, structure=structure).pruned_form(specs, form)
+    least = holding(tables, DNIS(serve_bytes=floor, structure=structure).pruned_form(specs, form))
     assert least.footprint.serve_bytes <= floor
 
 

@@ -143,7 +143,7 @@ class DNIS(BackendConfig):
     def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
         if stage.name == "search":
             return self._search(tables, past)
-        return self.pruned(tables, past.before)
+        return self.pruned_form(tables, past.before)
 
     def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
         cuts = {
@@ -155,7 +155,7 @@ class DNIS(BackendConfig):
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
         return Form(config=search, tensors=rows | search.fresh_selections(tables))
 
-    def pruned(self, tables: Sequence[TableSpec], searched: Form) -> Form:
+    def pruned_form(self, tables: Sequence[TableSpec], searched: Form) -> Form:
         """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
 
         Args:
