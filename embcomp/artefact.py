@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import polars as pl
 import safetensors.torch
 import torch
 from pydantic_core import PydanticCustomError
@@ -120,6 +121,7 @@ def save_model(
     row_type: RowType = "fp32",
     budget: str | int | None = None,
     dataset: DatasetInfo | None = None,
+    rewritten: RewrittenDataset | None = None,
     extra: Extra | None = None,
 ) -> Saved:
     """Write a CTR model of `embcomp.models` with its tables' serving forms.
@@ -132,6 +134,7 @@ def save_model(
         row_type: as for `save`.
         budget: serving bytes that the embedding tables may take, first-order ones not counted.
         dataset: whose description and vocabularies go along.
+        rewritten: what of them differs.
         extra: is called with the folder and its description before the folder gets its name. It
             may read the artefact, write further files and describe them, or raise.
     """
@@ -174,6 +177,7 @@ def save_model(
         budget=allowed,
         model=record,
         info=dataset,
+        rewritten=rewritten,
         extra=extra,
     )
 
@@ -247,6 +251,7 @@ def _write(
     budget: int | None,
     model: ModelRecord | None,
     info: DatasetInfo | None,
+    rewritten: RewrittenDataset | None = None,
     extra: Extra | None = None,
 ) -> Saved:
     tensors = {
@@ -268,7 +273,7 @@ def _write(
                 f"{budget:,} bytes; nothing was written. Export narrower rows (int8, int4) or "
                 "widths, or raise the budget"
             )
-        dataset = None if info is None else _copy_dataset(info, folder)
+        dataset = None if info is None else _copy_dataset(info, rewritten, folder)
         config = ArtefactConfig(
             embcomp_version=version("embcomp"),
             row_type=row_type,
@@ -355,10 +360,25 @@ def fingerprint(info: DatasetInfo) -> str:
     return hashlib.sha256((info.folder / DATASET_FILE).read_bytes()).hexdigest()
 
 
-def _copy_dataset(info: DatasetInfo, folder: Path) -> DatasetRecord:
+@dataclass(frozen=True, kw_only=True)
+class RewrittenDataset:
+    """What an artefact says of its dataset when ids were numbered anew.
+
+    Attributes:
+        info: The description with the new counts.
+        vocabularies: By feature, the new columns id, value, count; other features keep theirs.
+    """
+
+    info: DatasetInfo
+    vocabularies: Mapping[str, pl.DataFrame]
+
+
+def _copy_dataset(
+    info: DatasetInfo, rewritten: RewrittenDataset | None, folder: Path
+) -> DatasetRecord:
     """The dataset without its rows: description and vocabularies, which encode raw values."""
-    record = DatasetRecord(name=info.name, fingerprint=fingerprint(info))
-    copied = info.model_copy(deep=True)
+    copied = (info if rewritten is None else rewritten.info).model_copy(deep=True)
+    vocabularies = {} if rewritten is None else rewritten.vocabularies
     for split in copied.splits.values():
         split.files = []
     copied.save(folder)
@@ -366,8 +386,13 @@ def _copy_dataset(info: DatasetInfo, folder: Path) -> DatasetRecord:
         if feature.vocabulary:
             target = folder / feature.vocabulary
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(info.folder / feature.vocabulary, target)
-    return record
+            if feature.name in vocabularies:
+                vocabularies[feature.name].write_parquet(target)
+            else:
+                shutil.copyfile(info.folder / feature.vocabulary, target)
+    return DatasetRecord(
+        name=info.name, fingerprint=fingerprint(info), renumbered=sorted(vocabularies)
+    )
 
 
 def load(

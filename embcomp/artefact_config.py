@@ -120,10 +120,17 @@ class ModelRecord(_Strict):
 
 
 class DatasetRecord(_Strict):
-    """The dataset that ids come from; the fingerprint is the SHA-256 of its `dataset.json`."""
+    """The dataset that ids come from.
+
+    Attributes:
+        name: Its name.
+        fingerprint: The SHA-256 of its `dataset.json`.
+        renumbered: Features whose ids are not the dataset's own any more.
+    """
 
     name: str
     fingerprint: str
+    renumbered: list[str] = []
 
 
 class ProgramRecord(_Strict):

@@ -162,6 +162,24 @@ class BackendConfig(ABC):
         """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
         return None
 
+    def slice_form(
+        self, tables: Sequence[TableSpec], form: Form, widths: Mapping[str, int]
+    ) -> Form:
+        """Trained tables cut to fewer columns, where every prefix of a row was trained to serve.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method.
+            widths: columns by table; tables that are not named stay as they are.
+
+        Raises:
+            ConfigError: for a table or a width that is not there, or a method that cannot.
+        """
+        raise ConfigError(
+            f"{self.name}: {', '.join(widths)} cannot be cut to fewer columns, as its rows were not "
+            "trained for that; matryoshka rows are"
+        )
+
     def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
         """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
 

@@ -207,6 +207,28 @@ class _Compressed(nn.Module):
             return self
         return self._with_forms(compacted)
 
+    def sliced(self, widths: Mapping[str, int]) -> Self:
+        """The same tables with fewer columns, of methods that train every prefix of a row.
+
+        Args:
+            widths: columns by table.
+
+        Raises:
+            ConfigError: for a table or a width that is not there, or a method that cannot.
+        """
+        known = [table.name for table in self._plan.tables]
+        unknown = [name for name in widths if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"no table is called {', '.join(unknown)}; the tables are {', '.join(known)}"
+            )
+        cut: list[GroupForm] = []
+        for each in self.forms():
+            own = {t.name: widths[t.name] for t in each.tables if t.name in widths}
+            form = each.form.config.slice_form(each.tables, each.form, own) if own else each.form
+            cut.append(GroupForm(tables=each.tables, form=form))
+        return self._with_forms(cut)
+
     def _with_forms(self, forms: Sequence[GroupForm]) -> Self:
         """This collection rebuilt from other forms of its tables."""
         methods = {t.name: each.form.config for each in forms for t in each.tables}

@@ -23,6 +23,14 @@ def export(
         Literal["safetensors", "pt2"],
         typer.Option(help="pt2 adds a program that runs where only torch is installed."),
     ] = "safetensors",
+    dim: Annotated[
+        str | None,
+        typer.Option(help="Columns of matryoshka tables, as C3=8,C12=4; others stay whole."),
+    ] = None,
+    rewrite_vocabulary: Annotated[
+        bool,
+        typer.Option("--rewrite-vocabulary", help="Drop pruned values from the vocabulary."),
+    ] = False,
     budget: Annotated[
         str | None,
         typer.Option(help="Bytes of the embedding tables, as 64MiB or 10%; the run's by default."),
@@ -41,11 +49,27 @@ def export(
         out,
         row_type=dtype,
         formats=[format],
+        dims=_widths(dim),
+        rewrite=rewrite_vocabulary,
         budget=budget,
         rows=rows,
         tolerance=tolerance,
     )
     print_export(found)
+
+
+def _widths(text: str | None) -> dict[str, int]:
+    from embcomp.errors import ConfigError
+
+    found: dict[str, int] = {}
+    for part in [] if text is None else text.split(","):
+        name, equals, width = part.strip().rpartition("=")
+        if not equals or not name or not width.isdigit() or name in found:
+            raise ConfigError(
+                f"--dim: expected TABLE=COLUMNS, comma, ... as C3=8,C12=4; got {text!r}"
+            )
+        found[name] = int(width)
+    return found
 
 
 def print_export(found: Export) -> None:
@@ -67,9 +91,14 @@ def print_export(found: Export) -> None:
     if config.budget is not None:
         lines["budget"] = f"{config.budget:,} bytes, kept"
     lines["parity"] = (
-        f"probabilities differ by {parity.max_error:.2g} at most over {parity.served.rows:,} rows "
+        f"probabilities differ by {parity.max_error:.2g} at most over {parity.compared:,} rows "
         f"of {parity.split} (allowed {parity.tolerance:g})"
     )
+    if parity.compared < parity.served.rows:
+        lines["rewritten"] = (
+            f"{parity.served.rows - parity.compared:,} more rows have values that are dropped or "
+            "unseen; all rows count below"
+        )
     lines["auc"] = f"{parity.served.auc:.6f}, trained {parity.trained.auc:.6f}"
     lines["log loss"] = f"{parity.served.log_loss:.6f}, trained {parity.trained.log_loss:.6f}"
     for each in found.latencies:

@@ -6,8 +6,9 @@ the test split; only then it gets its name. What fails leaves nothing.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.artefact import Saved, load, save_model
 from embcomp.artefact_config import ArtefactConfig
+from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import ParquetLoader
@@ -32,6 +34,7 @@ from embcomp.training.build import model_inputs
 from embcomp.training.metrics import Metrics, compute_metrics
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.vocabulary_rewrite import Rewrite, rewrite_vocabulary
 
 Format = Literal["safetensors", "pt2"]
 
@@ -68,13 +71,15 @@ class Parity:
 
     Attributes:
         split: Where the rows are from.
-        max_error: Largest difference of a probability.
+        compared: Rows whose probabilities are to agree: all, unless the vocabulary was rewritten.
+        max_error: Largest difference of a probability among them.
         tolerance: What was allowed.
         trained: The trained model's metrics.
         served: The artefact's.
     """
 
     split: str
+    compared: int
     max_error: float
     tolerance: float
     trained: Metrics
@@ -97,6 +102,8 @@ def export_run(
     *,
     row_type: RowType = "fp32",
     formats: Sequence[Format] = ("safetensors",),
+    dims: Mapping[str, int] | None = None,
+    rewrite: bool = False,
     budget: str | int | None = None,
     rows: int = 16_384,
     tolerance: float | None = None,
@@ -108,6 +115,8 @@ def export_run(
         out: the folder to make; `artefact` in the run's folder by default.
         row_type: how rows are stored.
         formats: `pt2` adds a torch.export program to the tensors.
+        dims: columns of single tables, of methods that train every prefix of a row.
+        rewrite: whether pruned values leave the vocabulary, in place of a record of them.
         budget: serving bytes of the embedding tables; the run's own by default.
         rows: how many rows the artefact is compared on, at most.
         tolerance: how far a probability may be from the trained model's; by row type by default.
@@ -125,8 +134,12 @@ def export_run(
     found = Export()
     with quiet_libraries():
         model = load_model(run)
+        if dims:
+            model = sliced_model(model, dims)
+        rewritten = rewrite_vocabulary(model, info) if rewrite else None
         check = _Checks(
             model=model,
+            rewritten=rewritten,
             info=info,
             found=found,
             formats=tuple(formats),
@@ -134,16 +147,28 @@ def export_run(
             tolerance=TOLERANCES[row_type] if tolerance is None else tolerance,
         )
         found.saved = save_model(
-            model,
+            model if rewritten is None else rewritten.model,
             folder.path / "artefact" if out is None else out,
             settings=config.model.settings,
             inputs=model_inputs(config, info),
             row_type=row_type,
             budget=_budget_of(config) if budget is None else budget,
             dataset=info,
+            rewritten=None if rewritten is None else rewritten.dataset,
             extra=check,
         )
     return found
+
+
+def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
+    """The same model around embedding tables with fewer columns."""
+    tables = dict(model.named_children()).get("tables")
+    if not isinstance(tables, CompressedEmbeddingBagCollection):
+        raise ArtefactError("the model has no embedding tables to cut")
+    cut = copy.copy(model)
+    cut._modules = dict(model._modules)
+    cut.add_module("tables", tables.sliced(dims))
+    return cut
 
 
 def _budget_of(config: TrainConfig) -> str | int | None:
@@ -159,6 +184,7 @@ class _Checks:
     """Reads the written artefact back and compares it; writes the program where one is wanted."""
 
     model: nn.Module
+    rewritten: Rewrite | None
     info: DatasetInfo
     found: Export
     formats: tuple[Format, ...]
@@ -169,7 +195,11 @@ class _Checks:
         serving = _load(folder, "auto")
         split = "test" if self.info.splits.get("test") else "valid"
         batches = read_batches(self.info, split, self.rows)
-        self.found.parity = compare(self.model, serving, batches, split, self.tolerance)
+        self.found.parity = compare(
+            self.model, serving, batches, split, self.tolerance, self.rewritten
+        )
+        if self.rewritten is not None:
+            batches = [_encoded(batch, self.rewritten) for batch in batches]
         self.found.latencies += [measure(serving, batch) for batch in _timed(batches)]
         if "pt2" not in self.formats:
             return config
@@ -200,21 +230,45 @@ def read_batches(info: DatasetInfo, split: str, rows: int) -> list[Batch]:
     return batches
 
 
+def _encoded(batch: Batch, rewritten: Rewrite) -> Batch:
+    return Batch(dense=batch.dense, sparse=rewritten.encode(batch.sparse), labels=batch.labels)
+
+
 @torch.no_grad()
 def compare(
-    model: nn.Module, serving: nn.Module, batches: Sequence[Batch], split: str, tolerance: float
+    model: nn.Module,
+    serving: nn.Module,
+    batches: Sequence[Batch],
+    split: str,
+    tolerance: float,
+    rewritten: Rewrite | None = None,
 ) -> Parity:
     """Score the same rows with both.
+
+    Args:
+        model: the trained one.
+        serving: the artefact.
+        batches: rows.
+        split: where they are from.
+        tolerance: how far a probability may be off.
+        rewritten: the artefact's own encoding, if it has one. Rows with a value that it drops may
+            differ, and are left out of the largest difference.
 
     Raises:
         ParityError: a probability differs by more than the tolerance.
     """
+    own = [batch if rewritten is None else _encoded(batch, rewritten) for batch in batches]
     trained = torch.cat([model(batch.dense, batch.sparse).float() for batch in batches])
-    served = torch.cat([serving(batch.dense, batch.sparse).float() for batch in batches])
+    served = torch.cat([serving(batch.dense, batch.sparse).float() for batch in own])
     labels = torch.cat([batch.labels for batch in batches]).numpy()
-    error = float((trained.sigmoid() - served.sigmoid()).abs().max())
+    same = torch.ones(len(trained), dtype=torch.bool)
+    if rewritten is not None:
+        same = torch.cat([rewritten.unchanged(batch.sparse) for batch in batches])
+    differences = (trained.sigmoid() - served.sigmoid()).abs()[same]
+    error = float(differences.max()) if len(differences) else 0.0
     found = Parity(
         split=split,
+        compared=len(differences),
         max_error=error,
         tolerance=tolerance,
         trained=compute_metrics(trained.numpy(), labels),

@@ -1,0 +1,275 @@
+"""Drops pruned ids from the vocabulary itself, so that an artefact needs no record of them.
+
+A pruning method leaves tables whose dropped ids share one row, and a bitmap that says which they
+are. Here the ids that are left are numbered anew instead, in their old order: 0 stays the missing
+value, 1 the unseen one, and kept values follow from 2. A dropped value is an unseen one from now
+on: it is not in the vocabulary, so the encoder gives it id 1. The row of id 1 stands for all of them
+and becomes the mean of what they had, weighted by how often each occurs in the train split.
+
+Rows of data without a dropped or unseen value are therefore scored as before; the others change.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.artefact import RewrittenDataset
+from embcomp.backend import BackendConfig
+from embcomp.backends import Full, LowDim
+from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.data_pipelines.frequencies import id_counts
+from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.forms import GroupForm
+from embcomp.plan import ResolvedPlan
+from embcomp.stages import Form
+from embcomp.tables import TableSpec
+
+_CHUNK = 1 << 16  # rows that are averaged together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renumbering:
+    """New ids of one feature.
+
+    Attributes:
+        kept: (new num_embeddings,) int64, the old id of each new one.
+        new: (old num_embeddings,) int64, the new id of each old one.
+        weights: (old num_embeddings,) float64, what each old id counts in the row of id 1; zero
+            for ids that keep a row of their own.
+    """
+
+    kept: Tensor
+    new: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, pruned: Tensor, counts: Tensor | None) -> Renumbering:
+        """Number the ids that are left.
+
+        Args:
+            pruned: (num_embeddings,) bool.
+            counts: (num_embeddings,) occurrences in the train split; None weighs all ids equally.
+        """
+        ids = torch.arange(len(pruned))
+        stays = ~pruned
+        stays[: min(FIRST_ID, len(pruned))] = True
+        kept = ids[stays]
+        new = torch.full_like(ids, UNSEEN_ID)
+        new[kept] = torch.arange(len(kept))
+        merged = (~stays) | (ids == UNSEEN_ID)
+        traffic = torch.ones(len(ids)) if counts is None else counts
+        weights = torch.where(merged, traffic.double(), 0.0)
+        if not float(weights.sum()):
+            weights = merged.double()
+        return cls(kept=kept, new=new, weights=weights / weights.sum())
+
+    @property
+    def dropped(self) -> int:
+        """How many values leave the vocabulary."""
+        return len(self.new) - len(self.kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """A model and a dataset without the pruned ids.
+
+    Attributes:
+        model: The network around renumbered tables.
+        dataset: What changes in the dataset's description and vocabularies.
+        features: The renumbering of each feature that has one.
+    """
+
+    model: nn.Module
+    dataset: RewrittenDataset
+    features: Mapping[str, Renumbering]
+
+    def encode(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """A batch of old ids as the new encoder would have made it."""
+        values = sparse.values().clone()
+        for key, low, high in _spans(sparse):
+            if key in self.features:
+                values[low:high] = self.features[key].new[values[low:high].long()].to(values.dtype)
+        return KeyedJaggedTensor(
+            keys=sparse.keys(),
+            values=values,
+            lengths=sparse.lengths(),
+            stride=sparse.stride(),
+            length_per_key=sparse.length_per_key(),
+        )
+
+    def unchanged(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """(B,) bool: rows of a batch of old ids without a dropped or unseen value."""
+        stays = torch.ones(sparse.stride(), dtype=torch.bool)
+        lengths = sparse.lengths().view(len(sparse.keys()), -1).long()
+        for n, (key, low, high) in enumerate(_spans(sparse)):
+            if key in self.features:
+                changed = self.features[key].new[sparse.values()[low:high].long()] == UNSEEN_ID
+                rows = torch.arange(len(stays)).repeat_interleave(lengths[n])
+                stays[rows[changed]] = False
+        return stays
+
+
+def _spans(sparse: KeyedJaggedTensor) -> list[tuple[str, int, int]]:
+    ends = sparse.offset_per_key()
+    return list(zip(sparse.keys(), ends[:-1], ends[1:]))
+
+
+def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
+    """Renumber the features whose tables lost rows.
+
+    Args:
+        model: unsharded, of `embcomp.models`.
+        info: its dataset, with vocabularies.
+
+    Raises:
+        ConfigError: nothing was pruned, or a feature's other tables do not store a row per id.
+    """
+    children = dict(model.named_children())
+    main = children.get("tables")
+    if not isinstance(main, CompressedEmbeddingBagCollection):
+        raise ConfigError("--rewrite-vocabulary: the model has no embedding tables")
+    main = main.compact()
+    counts = {name: torch.from_numpy(count) for name, count in id_counts(info).items()}
+    pruned: dict[str, Tensor] = {}
+    for each in main.forms():
+        if isinstance(each.form.config, LowDim):
+            pruned |= each.form.config.pruned(each.tables, each.form)
+    if not pruned:
+        raise ConfigError(
+            "--rewrite-vocabulary: no table has pruned rows, so there is nothing to drop"
+        )
+    features = {name: Renumbering.of(mask, counts.get(name)) for name, mask in pruned.items()}
+    _check_vocabularies(info, features)
+    rewritten = copy.copy(model)
+    rewritten._modules = dict(model._modules)
+    rewritten.add_module("tables", renumbered(main, features))
+    first_order = children.get("first_order_tables")
+    if isinstance(first_order, CompressedEmbeddingBagCollection):
+        rewritten.add_module("first_order_tables", renumbered(first_order.compact(), features))
+    return Rewrite(model=rewritten, dataset=_dataset(info, features, counts), features=features)
+
+
+def _check_vocabularies(info: DatasetInfo, features: Mapping[str, Renumbering]) -> None:
+    for feature in info.categorical:
+        if feature.name in features and not feature.vocabulary:
+            raise ConfigError(
+                f"--rewrite-vocabulary: feature {feature.name!r} has no vocabulary to rewrite"
+            )
+
+
+def renumbered(
+    collection: CompressedEmbeddingBagCollection, features: Mapping[str, Renumbering]
+) -> CompressedEmbeddingBagCollection:
+    """A compacted collection for the new ids.
+
+    Args:
+        collection: of serving forms.
+        features: the renumbering of single tables, by name.
+    """
+    configs = [
+        dataclasses.replace(config, num_embeddings=len(features[config.name].kept))
+        if config.name in features
+        else config
+        for config in collection.embedding_bag_configs()
+    ]
+    specs = {
+        spec.name: dataclasses.replace(spec, num_embeddings=config.num_embeddings)
+        for spec, config in zip(collection.plan.tables, configs)
+    }
+    forms = [_renumbered_form(each, features) for each in collection.forms()]
+    moved = [
+        GroupForm(tables=[specs[t.name] for t in each.tables], form=each.form) for each in forms
+    ]
+    methods: dict[str, BackendConfig] = {
+        table.name: each.form.config for each in moved for table in each.tables
+    }
+    made = CompressedEmbeddingBagCollection(configs, ResolvedPlan(tuple(specs.values()), methods))
+    made.load_forms(moved)
+    return made.eval()
+
+
+def _renumbered_form(each: GroupForm, features: Mapping[str, Renumbering]) -> GroupForm:
+    config, form = each.form.config, each.form
+    own = [table for table in each.tables if table.name in features]
+    if not own:
+        return each
+    if not isinstance(config, (Full, LowDim)):
+        raise ConfigError(
+            f"--rewrite-vocabulary: {', '.join(t.name for t in own)} are also held by "
+            f"{config.name}, whose rows follow from the old ids; export without it"
+        )
+    tensors: dict[str, Tensor] = {}
+    for table in each.tables:
+        rows, place = form.rows(table.name), _places(config, table, form, each.tables)
+        renumbering = features.get(table.name)
+        if renumbering is None:
+            tensors[f"rows.{table.name}"] = rows
+            continue
+        moved = rows[place[renumbering.kept]].clone()
+        moved[UNSEEN_ID] = _mean_row(rows, place, renumbering.weights)
+        tensors[f"rows.{table.name}"] = moved
+    if isinstance(config, LowDim):
+        widths = {table.name: config.columns(table) for table in each.tables}
+        return GroupForm(
+            tables=each.tables, form=Form(config=LowDim(widths=widths), tensors=tensors)
+        )
+    return GroupForm(tables=each.tables, form=Form(config=config, tensors=tensors))
+
+
+def _places(
+    config: BackendConfig, table: TableSpec, form: Form, tables: Sequence[TableSpec]
+) -> Tensor:
+    """(old num_embeddings,) the stored row of each old id."""
+    pruned = config.pruned(tables, form).get(table.name)
+    if pruned is None:
+        return torch.arange(table.num_embeddings)
+    kept = ~pruned
+    return torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
+
+
+def _mean_row(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    ids = torch.nonzero(weights)[:, 0]
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for part in ids.split(_CHUNK):
+        total += weights[part] @ rows[place[part]].double()
+    return total.to(rows.dtype)
+
+
+def _dataset(
+    info: DatasetInfo, features: Mapping[str, Renumbering], counts: Mapping[str, Tensor]
+) -> RewrittenDataset:
+    changed = info.model_copy(deep=True)
+    vocabularies: dict[str, pl.DataFrame] = {}
+    for feature in changed.categorical:
+        renumbering = features.get(feature.name)
+        if renumbering is None:
+            continue
+        new = renumbering.new.numpy()
+        frame = pl.read_parquet(info.folder / feature.vocabulary)
+        ids = pl.Series("id", new[frame["id"].to_numpy()].astype(np.int32))
+        vocabularies[feature.name] = frame.with_columns(ids).filter(pl.col("id") >= FIRST_ID)
+        feature.num_embeddings = len(renumbering.kept)
+        feature.frequency_quantiles = _quantiles(
+            feature.frequency_quantiles, counts[feature.name], renumbering
+        )
+        for split in changed.splits.values():
+            split.unseen_rate.pop(feature.name, None)  # it rose, by what nobody has counted
+    return RewrittenDataset(info=changed, vocabularies=vocabularies)
+
+
+def _quantiles(old: Mapping[str, int], counts: Tensor, renumbering: Renumbering) -> dict[str, int]:
+    merged = torch.zeros(len(renumbering.kept), dtype=torch.int64)
+    merged.index_add_(0, renumbering.new, counts.to(torch.int64))
+    shares = (merged.cumsum(0).double() / max(1, int(merged.sum()))).numpy()
+    last = len(renumbering.kept) - 1
+    return {share: min(last, int(np.searchsorted(shares, float(share)))) for share in old}
