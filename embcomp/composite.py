@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embcomp.backend import Backend, BackendConfig
@@ -296,6 +297,7 @@ class Combine(nn.Module):
 
         What a sharded collection returns is awaited by the first attribute read, so no isinstance.
         """
+        sharded = isinstance(pooled, LazyAwaitable) or isinstance(unpooled, LazyAwaitable)
         parts = iter(self.pooled(pooled) if pooled is not None else [])
         rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
         found, start = [], 0
@@ -305,7 +307,7 @@ class Combine(nn.Module):
             part = next(rows if is_unpooled else parts)
             if takes_ids:
                 own = slice(start, start + len(instances))
-                combined = combine(part, LookedUp(features, own, len(part)))
+                combined = combine(part, LookedUp(features, own, len(part), sharded))
             else:
                 combined = combine(part)
             found.append((instances, is_unpooled, combined))
@@ -321,11 +323,13 @@ class LookedUp:
         features: the batch's bags, one key for each (table, feature) of all methods.
         own: the method's keys among them.
         rows: how many rows were looked up for each key; those beyond a key's values only pad.
+        sharded: whether this is one rank's share of a step.
     """
 
     features: KeyedJaggedTensor
     own: slice
     rows: int
+    sharded: bool = False
 
     def ids(self) -> Tensor:
         """The logical ids: (rows, number of keys) int64, 0 where a row only pads."""
@@ -343,6 +347,21 @@ class LookedUp:
         if counts != [batch] * len(counts) or not bool((lengths == 1).all()):
             each = each.repeat_interleave(lengths.reshape(-1).long(), output_size=sum(counts))
         return self._by_row(each, counts)
+
+    def global_samples(self) -> Tensor:
+        """The same, counted over the batches of all ranks in their order.
+
+        What is drawn from these numbers does not depend on how many ranks share a step.
+        """
+        if not self.sharded:
+            return self.samples()
+        return self.samples() + dist.get_rank() * self.features.stride()
+
+    def are_values(self) -> Tensor:
+        """Which rows were looked up for a value and do not only pad: (rows, number of keys) bool."""
+        counts = self._counts()
+        row = torch.arange(self.rows, device=self.features.device())
+        return row.unsqueeze(1) < torch.tensor(counts, device=row.device)
 
     def _counts(self) -> list[int]:
         return self.features.length_per_key()[self.own]

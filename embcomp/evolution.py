@@ -175,7 +175,7 @@ def evolve(
         children = _children(archive, settings, seed, seeds)
         for candidate in children:
             if candidate not in archive.scores:
-                archive.scores[candidate] = _comparable(score(candidate))
+                archive.scores[candidate] = comparable(score(candidate))
                 keep()
         best = archive.best(1)[0]
         archive.best_so_far.append(archive.scores[best])
@@ -188,10 +188,12 @@ def evolve(
         archive.generation += 1
         archive.known_before = len(archive.scores)
         keep()
+        if not children:
+            break  # nothing is left to try
     if final_score is not None:
         for candidate in archive.best(settings.finalists):
             if candidate not in archive.final_scores:
-                archive.final_scores[candidate] = _comparable(final_score(candidate))
+                archive.final_scores[candidate] = comparable(final_score(candidate))
                 keep()
     widths, best_score = archive.best_finalist()
     return Found(
@@ -203,7 +205,7 @@ def evolve(
     )
 
 
-def _comparable(score: float) -> float:
+def comparable(score: float) -> float:
     """A score that sorts, and that JSON can hold."""
     return float(score) if math.isfinite(score) else -sys.float_info.max
 

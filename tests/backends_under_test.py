@@ -14,6 +14,8 @@ from embcomp.backends import (
     Hash,
     LowDim,
     LowRank,
+    Matryoshka,
+    OptEmbed,
     Sparse,
     Unified,
 )
@@ -35,6 +37,9 @@ CASES = {
         config=LowDim(width=9, widths={"t0": 7}, kept={"t0": 33, "t1": 50}),
         init_std=FULL * (8 / 16) ** 0.5,
     ),
+    "optembed": BackendCase(config=OptEmbed(), injective=True),
+    "optembed_rows": BackendCase(config=OptEmbed(prune="rows", norm=2), injective=True),
+    "matryoshka": BackendCase(config=Matryoshka(weights={16: 3.0}), injective=True),
     "qr_mult": BackendCase(config=QR(divisor=9), injective=True),
     "qr_add": BackendCase(config=QR(divisor=9, combine="add"), injective=True),
     "qr_concat": BackendCase(config=QR(divisor=9, combine="concat"), injective=True),

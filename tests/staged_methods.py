@@ -55,4 +55,14 @@ STAGED: dict[str, StagedCase] = {
         budget="40%",
         starts_from_full=True,
     ),
+    "optembed": StagedCase(
+        method={"name": "optembed", "generations": 1, "population": 4, "alpha": 0.01},
+        budget="40%",
+        stages={"supernet": SHORT, "retrain": SHORT},
+    ),
+    "matryoshka": StagedCase(
+        method={"name": "matryoshka", "width_grid": 4},
+        budget="60%",
+        stages={"nested": SHORT},
+    ),
 }

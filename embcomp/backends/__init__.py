@@ -12,6 +12,8 @@ from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
 from embcomp.backends.low_rank import LowRank
 from embcomp.backends.lr2vq import LR2VQ
+from embcomp.backends.matryoshka import Matryoshka
+from embcomp.backends.optembed import OptEmbed
 from embcomp.backends.pq import PQ
 from embcomp.backends.qr import QR
 from embcomp.backends.sparse import Sparse
@@ -25,6 +27,8 @@ _CONFIGS: tuple[type[BackendConfig], ...] = (
     Full,
     Hash,
     LowDim,
+    Matryoshka,
+    OptEmbed,
     LowRank,
     LR2VQ,
     PQ,
@@ -49,6 +53,8 @@ __all__ = [
     "Hash",
     "LowDim",
     "LowRank",
+    "Matryoshka",
+    "OptEmbed",
     "Sparse",
     "Unified",
 ]

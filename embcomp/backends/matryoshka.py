@@ -1,0 +1,219 @@
+"""Matryoshka tables: trained once so that every prefix of an embedding is an embedding.
+
+Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, https://arxiv.org/abs/2205.13147,
+brought to tables: in training each embedding is cut to a width drawn for its sample and field and padded
+by zeros, so that its first columns learn what matters most. The paper sums the losses of all widths,
+one forward pass each; drawing one width per sample and field costs one pass and lets every field have
+a width of its own afterwards. Which widths, a search finds that trains nothing; they can also be given
+by hand, again and again, from one training (``slice_form``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from embcomp.backend import Backend
+from embcomp.backends.full import FullRoute, RangeCheck
+from embcomp.backends.low_dim import low_dim_form
+from embcomp.backends.searched_size import SearchedSize
+from embcomp.errors import ConfigError
+from embcomp.evolution import Evolution, evolve
+from embcomp.footprint import TensorFootprint
+from embcomp.greedy_widths import allocate_greedily
+from embcomp.stages import Form, Past, SearchContext, Stage
+from embcomp.supernet import Supernet, Trial
+from embcomp.tables import TableSpec
+from embcomp.width_masks import WidthDraws, draws_footprint
+from embcomp.width_space import Widths, WidthSpace
+
+Choose = Literal["greedy", "evolution"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matryoshka(SearchedSize):
+    """Nested widths, learnt in one training.
+
+    Without a budget the tables stay whole and can be cut afterwards; with one, widths are searched
+    that fit into it, and training may go on from there.
+
+    Args:
+        target_bytes: serving bytes of the compressed tables together; what a budget comes to.
+        width_grid: widths that are trained and may be chosen: multiples of this, or a list. A
+            table's full width is always among them.
+        weights: by width, how often it is drawn in training, where others have 1.
+        choose: how widths are found: ``greedy`` scores each field's widths alone, ``evolution``
+            whole candidates.
+        finetune_epochs: passes over the training rows after the widths are chosen.
+        search_rows: search-validation rows that a candidate is scored on; the best are scored
+            again on all of them.
+        generations: of the evolution.
+        population: candidates that the evolution begins with.
+        mutants: candidates by mutation in each generation.
+        crossovers: candidates by crossover in each generation.
+        seed: of the widths that are drawn.
+    """
+
+    width_grid: int | tuple[int, ...] = 2
+    weights: Mapping[int, float] = field(default_factory=dict)
+    choose: Choose = "greedy"
+    finetune_epochs: int = 0
+    search_rows: int = 200_000
+    generations: int = 30
+    population: int = 20
+    mutants: int = 10
+    crossovers: int = 10
+    seed: int = 2021
+
+    name: ClassVar[str] = "matryoshka"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.choose not in get_args(Choose):
+            raise ConfigError(
+                f"matryoshka: choose must be one of {', '.join(get_args(Choose))}, "
+                f"got {self.choose!r}"
+            )
+        for width, weight in self.weights.items():
+            if not weight > 0:
+                raise ConfigError(
+                    f"matryoshka: the weight of width {width} must be positive, got {weight}"
+                )
+        if self.finetune_epochs < 0 or self.search_rows < 1:
+            raise ConfigError(
+                "matryoshka: finetune_epochs must be at least 0 and search_rows at least 1, got "
+                f"{self.finetune_epochs} and {self.search_rows}"
+            )
+        self._evolution()
+
+    def _evolution(self) -> Evolution:
+        return Evolution(
+            generations=self.generations,
+            population=self.population,
+            mutants=self.mutants,
+            crossovers=self.crossovers,
+        )
+
+    def least_bytes(self, table: TableSpec) -> int:
+        return table.num_embeddings * self.choices(table)[0] * table.itemsize
+
+    def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
+        return [draws_footprint("matryoshka.draws")]
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        choices = [self.choices(table) for table in tables for _ in table.feature_names]
+        weights = [[self.weights.get(width, 1.0) for width in widths] for widths in choices]
+        draws = WidthDraws(choices, weights if self.weights else None, self.seed)
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=FullRoute(keys, RangeCheck(tables)),
+            combine=Supernet(tables, draws=draws),
+            per_row=True,
+            takes_ids=True,
+        )
+
+    def stages(self) -> tuple[Stage, ...]:
+        if self.target_bytes is None and self.budget is None:
+            return (Stage(name="nested", purpose="learn all widths at once"),)
+        return (
+            Stage(name="nested", purpose="learn all widths at once", holds_out=True),
+            Stage(name="search", purpose="choose widths by search-validation rows", kind="search"),
+            Stage(
+                name="finetune",
+                purpose="go on with the chosen widths alone",
+                epochs=self.finetune_epochs,
+            ),
+        )
+
+    def search(
+        self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
+    ) -> Mapping[str, Any]:
+        trial, space = Trial(tables, context), self._space(tables)
+
+        def score(widths: Widths) -> float:
+            return trial.score(widths, self.search_rows)
+
+        def score_on_all(widths: Widths) -> float:
+            return trial.score(widths, None)
+
+        if self.choose == "greedy":
+            widths, best, candidates = allocate_greedily(
+                space, score, final_score=score_on_all, load=context.load, save=context.save
+            )
+        else:
+            found = evolve(
+                space,
+                score,
+                self._evolution(),
+                seed=context.seed,
+                final_score=score_on_all,
+                load=context.load,
+                save=context.save,
+                say=context.say,
+            )
+            widths, best, candidates = found.widths, found.score, found.evaluations
+        trial.release()
+        return {
+            "widths": space.named(widths),
+            "score": best,
+            "bytes": space.size(widths),
+            "candidates": candidates,
+        }
+
+    def _space(self, tables: Sequence[TableSpec]) -> WidthSpace:
+        choices = tuple(self.choices(table) for table in tables)
+        return WidthSpace(
+            names=tuple(table.name for table in tables),
+            choices=choices,
+            sizes=tuple(
+                tuple(table.num_embeddings * width * table.itemsize for width in widths)
+                for table, widths in zip(tables, choices)
+            ),
+            rows=tuple(table.num_embeddings for table in tables),
+            budget=self.target_bytes,
+        )
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        return self.slice_form(tables, past.before, past.results["search"]["widths"])
+
+    def slice_form(
+        self, tables: Sequence[TableSpec], form: Form, widths: Mapping[str, int]
+    ) -> Form:
+        """Trained tables cut to any widths, ready to serve or to train on.
+
+        Args:
+            tables: the group.
+            form: of this method.
+            widths: by table; tables that are not named stay whole.
+
+        Raises:
+            ConfigError: for a table that is not there, or a width that it has not.
+        """
+        dims = {table.name: table.embedding_dim for table in tables}
+        for name, width in widths.items():
+            if name not in dims:
+                raise ConfigError(
+                    f"matryoshka: no table {name!r} to cut; there are {', '.join(dims)}"
+                )
+            if isinstance(width, bool) or not isinstance(width, int):
+                raise ConfigError(f"matryoshka: width of {name!r} must be whole, got {width!r}")
+            if not 1 <= width <= dims[name]:
+                raise ConfigError(
+                    f"matryoshka: table {name!r} has widths from 1 to {dims[name]}, got {width}"
+                )
+        weights = {table.name: form.rows(table.name) for table in tables}
+        return low_dim_form(tables, weights, {}, widths)
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """Whole tables without the machinery of training.
+
+        Where ``target_bytes`` is given, each table is cut to one share of its width instead: for
+        those who train by themselves, without stages.
+        """
+        space = self._space(tables)
+        widths = space.widest if space.budget is None else space.power_law(0) or space.narrowest
+        return self.slice_form(tables, form, space.named(widths))

@@ -1,0 +1,318 @@
+"""OptEmbed: rows pruned by learnt thresholds, widths found by evolution, then trained again.
+
+Lyu, Tang, Zhu, Guo, Zhang, Tang, Liu, "OptEmbed: Learning Optimal Embedding Table for Click-through
+Rate Prediction", CIKM 2022, https://arxiv.org/abs/2208.04482. One training of a **supernet** learns
+rows, a threshold per table and, with widths drawn for every sample and field, every width at once. A
+**search** tries widths on it. **Retraining** starts the chosen rows and columns from their initial
+weights, and they are all there is: pruned rows and columns are not stored.
+
+Where we depart from the paper and its code:
+
+- norms are measured in units of their mean (``embcomp.row_gate``), so that thresholds learn whatever
+  the width and the initial weights are;
+- with a budget, rows are ranked by norm times count and widths are searched within the bytes; how
+  many rows to keep is tried out. Without one, thresholds decide as they were learnt, and the search
+  looks at the score alone: that is the paper's method;
+- an id that training rows never hold is pruned. In the paper the dense optimizer's L2 pulls its row to
+  zero; fused optimizers leave it as it was drawn, so its norm means nothing. Rows that are rarely
+  touched need ``train.row_optimizer.weight_decay`` for the same reason;
+- pruned ids share one row, which starts at zero and learns (``low_dim``);
+- the evolution has none of the mistakes of the public code (``embcomp.evolution``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from embcomp.backend import Backend
+from embcomp.backends.full import FullRoute, RangeCheck
+from embcomp.backends.low_dim import low_dim_form, pruned_bytes
+from embcomp.backends.searched_size import SearchedSize
+from embcomp.errors import ConfigError
+from embcomp.evolution import Evolution, evolve
+from embcomp.footprint import TensorFootprint
+from embcomp.row_gate import Norm, relative_norms, row_norms
+from embcomp.row_order import RowOrder, counts_or_ranks
+from embcomp.stages import Form, Past, SearchContext, Stage
+from embcomp.supernet import Supernet, Trial
+from embcomp.tables import TableSpec
+from embcomp.width_masks import WidthDraws, draws_footprint
+from embcomp.width_space import WidthSpace
+
+Prune = Literal["both", "rows", "widths"]
+Importance = Literal["norm_and_count", "norm"]
+
+_KEEP_EXPONENTS = (0.25, 0.5, 0.75)  # shares of rows to try: powers of the share of bytes
+_LAWS_TRIED = (0.0, 0.2, 0.5)  # power laws of widths that each share of rows is tried with
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptEmbed(SearchedSize):
+    """Learnt rows and widths: a supernet, a search, a retraining.
+
+    Without a budget, rows are pruned as their thresholds were learnt and widths are those that score
+    best, whatever they take. With one, both are fitted into it.
+
+    Args:
+        target_bytes: serving bytes of the compressed tables together; what a budget comes to.
+        prune: ``rows`` alone (OptEmbed-E), ``widths`` alone (OptEmbed-D), or both.
+        norm: 1 or 2, of the rows' norms that are held against the thresholds.
+        alpha: weight of ``exp(-threshold)`` in the loss, which pushes thresholds up.
+        threshold_learning_rate: of the plain SGD that thresholds have to themselves.
+        importance: by what a budget ranks rows: norm times count, or norm alone.
+        width_grid: widths that a table may have: multiples of this, or a list. Its full width is
+            always among them.
+        inherit: whether the retraining goes on from trained weights rather than initial ones.
+        search_rows: search-validation rows that a candidate is scored on; the best are scored
+            again on all of them.
+        generations: of the search over widths.
+        population: candidates that the search begins with.
+        mutants: candidates by mutation in each generation.
+        crossovers: candidates by crossover in each generation.
+        seed: of the widths that are drawn.
+    """
+
+    prune: Prune = "both"
+    norm: Norm = 1
+    alpha: float = 1e-3
+    threshold_learning_rate: float = 0.1
+    importance: Importance = "norm_and_count"
+    inherit: bool = False
+    search_rows: int = 200_000
+    generations: int = 30
+    population: int = 20
+    mutants: int = 10
+    crossovers: int = 10
+    seed: int = 2021
+
+    name: ClassVar[str] = "optembed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, choices in (("prune", Prune), ("norm", Norm), ("importance", Importance)):
+            if self.__dict__[key] not in get_args(choices):
+                raise ConfigError(
+                    f"optembed: {key} must be one of {', '.join(map(str, get_args(choices)))}, "
+                    f"got {self.__dict__[key]!r}"
+                )
+        for key, least in (("alpha", 0), ("threshold_learning_rate", 0), ("search_rows", 1)):
+            if self.__dict__[key] < least:
+                raise ConfigError(
+                    f"optembed: {key} must be at least {least}, got {self.__dict__[key]}"
+                )
+        self._evolution()
+
+    def _evolution(self) -> Evolution:
+        return Evolution(
+            generations=0 if self.prune == "rows" else self.generations,
+            population=self.population,
+            mutants=self.mutants,
+            crossovers=self.crossovers,
+        )
+
+    def choices(self, table: TableSpec) -> tuple[int, ...]:
+        return (table.embedding_dim,) if self.prune == "rows" else super().choices(table)
+
+    def least_bytes(self, table: TableSpec) -> int:
+        kept = table.num_embeddings if self.prune == "widths" else 0
+        return pruned_bytes(table, kept, self.choices(table)[0])
+
+    def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
+        parts = []
+        if self.prune != "widths":
+            parts += [_number_each(tables, "thresholds"), _number_each(tables, "norm means")]
+        if self.prune != "rows":
+            parts.append(draws_footprint("optembed.draws"))
+        return parts
+
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
+        keys = [key for table in physical for key in table.keys]
+        return Backend(
+            physical_tables=physical,
+            keys=keys,
+            route=FullRoute(keys, RangeCheck(tables)),
+            combine=Supernet(
+                tables,
+                norm=self.norm,
+                alpha=self.alpha,
+                gates=self.prune != "widths",
+                draws=None if self.prune == "rows" else self._draws(tables),
+            ),
+            per_row=True,
+            takes_ids=True,
+        )
+
+    def _draws(self, tables: Sequence[TableSpec]) -> WidthDraws:
+        choices = [self.choices(table) for table in tables for _ in table.feature_names]
+        return WidthDraws(choices, None, self.seed)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(
+                name="supernet",
+                purpose="learn rows, thresholds and all widths at once",
+                holds_out=True,
+            ),
+            Stage(
+                name="search",
+                purpose="choose rows and widths by search-validation rows",
+                kind="search",
+            ),
+            Stage(
+                name="retrain",
+                purpose="train the chosen rows and columns alone",
+                restarts=not self.inherit,
+            ),
+        )
+
+    def structure_optimizer(
+        self, stage: Stage, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer | None:
+        return torch.optim.SGD(parameters, lr=self.threshold_learning_rate)
+
+    def search(
+        self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
+    ) -> Mapping[str, Any]:
+        order = self._order(tables, context.form, context.counts)
+        trial = Trial(tables, context)
+        progress = context.load() or {}
+        if "kept" not in progress:
+            progress["kept"] = self._choose_kept(tables, order, trial)
+            context.save(progress)
+        kept: int = progress["kept"]
+        trial.fix_rows(order.masks(kept))
+
+        def save(evolution: Mapping[str, Any]) -> None:
+            context.save({"kept": kept, "evolution": evolution})
+
+        space = self._space(tables, order.counts(kept))
+        found = evolve(
+            space,
+            lambda widths: trial.score(widths, self.search_rows),
+            self._evolution(),
+            seed=context.seed,
+            final_score=lambda widths: trial.score(widths, None),
+            load=lambda: progress.get("evolution"),
+            save=save,
+            say=context.say,
+        )
+        trial.release()
+        return {
+            "kept": kept,
+            "widths": space.named(found.widths),
+            "score": found.score,
+            "bytes": found.size,
+            "best_so_far": list(found.best_so_far),
+            "candidates": found.evaluations,
+        }
+
+    def _choose_kept(self, tables: Sequence[TableSpec], order: RowOrder, trial: Trial) -> int:
+        """How many rows to keep in all tables together."""
+        if self.target_bytes is None or self.prune == "widths":
+            return order.most
+        full = {table.name: table.embedding_dim for table in tables}
+        rows_alone = order.within(self.target_bytes, full)
+        if self.prune == "rows":
+            assert rows_alone is not None, "a budget below the floor is refused earlier"
+            return rows_alone
+        narrowest = {table.name: self.choices(table)[0] for table in tables}
+        at_most = order.within(self.target_bytes, narrowest)
+        assert at_most is not None
+        rows = sum(table.num_embeddings for table in tables)
+        share = self.target_bytes / sum(table.full_bytes for table in tables)
+        wanted = {min(at_most, round(share**power * rows)) for power in _KEEP_EXPONENTS}
+        scores: dict[int, float] = {}
+        for kept in sorted({*wanted, rows_alone or at_most}):
+            trial.fix_rows(order.masks(kept))
+            space = self._space(tables, order.counts(kept))
+            candidates = space.power_laws(_LAWS_TRIED)
+            scores[kept] = max(trial.score(widths, self.search_rows) for widths in candidates)
+            trial.say(f"{kept:,} of {rows:,} rows: best score {scores[kept]:.5f}")
+        return max(scores, key=lambda kept: (scores[kept], kept))
+
+    def _space(self, tables: Sequence[TableSpec], kept: Mapping[str, int]) -> WidthSpace:
+        choices = tuple(self.choices(table) for table in tables)
+        return WidthSpace(
+            names=tuple(table.name for table in tables),
+            choices=choices,
+            sizes=tuple(
+                tuple(pruned_bytes(table, kept[table.name], width) for width in widths)
+                for table, widths in zip(tables, choices)
+            ),
+            rows=tuple(kept[table.name] for table in tables),
+            budget=self.target_bytes,
+        )
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        found = past.results["search"]
+        masks = self._order(tables, past.before, past.counts).masks(found["kept"])
+        source = past.before if self.inherit else past.initial()
+        weights = {table.name: source.rows(table.name) for table in tables}
+        return low_dim_form(tables, weights, masks, found["widths"])
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """The supernet without the rows that its thresholds prune.
+
+        Where ``target_bytes`` is given and this is larger, the least important rows go too, and
+        columns where rows alone do not do: for those who train by themselves, without stages.
+        """
+        weights = {table.name: form.rows(table.name) for table in tables}
+        if self.target_bytes is None:
+            return low_dim_form(tables, weights, self._passing(tables, form), {})
+        order = self._order(tables, form, {})
+        fewest = order.most if self.prune == "widths" else 0
+        space = self._space(tables, order.counts(fewest))
+        widest = space.power_law(0) or space.narrowest
+        widths = space.named(widest)
+        kept = order.within(self.target_bytes, widths)
+        assert kept is not None, "no rows at these widths fit"
+        return low_dim_form(tables, weights, order.masks(kept), widths)
+
+    def _order(
+        self, tables: Sequence[TableSpec], form: Form, counts: Mapping[str, Tensor]
+    ) -> RowOrder:
+        """All rows by importance; those that learnt thresholds prune, or nobody saw, are out."""
+        if self.prune == "widths":
+            return RowOrder(tables, {t.name: torch.ones(t.num_embeddings) for t in tables})
+        passing = self._passing(tables, form)
+        importance = {}
+        for table in tables:
+            seen = counts_or_ranks(table, counts)
+            value = row_norms(form.rows(table.name).float(), self.norm).double()
+            if self.importance == "norm_and_count":
+                value = value * seen
+            keeps = passing[table.name] & (seen > 0)
+            importance[table.name] = torch.where(keeps, value, -torch.inf)
+        return RowOrder(tables, importance)
+
+    def _passing(self, tables: Sequence[TableSpec], form: Form) -> dict[str, Tensor]:
+        """For each table, (N,) bool which rows are above the threshold; nothing without gates."""
+        if self.prune == "widths":
+            return {}
+        thresholds = form.tensors["combine.thresholds.values"]
+        means = form.tensors["combine.norms.means"]
+        return {
+            table.name: relative_norms(row_norms(form.rows(table.name), self.norm), mean) - limit
+            > 0
+            for table, mean, limit in zip(tables, means, thresholds)
+        }
+
+
+def _number_each(tables: Sequence[TableSpec], what: str) -> TensorFootprint:
+    """A float32 for each table, of which serving has no need."""
+    return TensorFootprint(
+        name=f"optembed.{what}",
+        role="mask",
+        rows=len(tables),
+        columns=1,
+        itemsize=4,
+        train_columns=1,
+        look_up=False,
+        served=False,
+    )

@@ -1,0 +1,111 @@
+"""What methods share whose serving size is found by a search: full tables in training, then a budget."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from typing_extensions import Self
+
+from embcomp.backend import BackendConfig, full_table
+from embcomp.errors import ConfigError
+from embcomp.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.width_space import width_choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedSize(BackendConfig):
+    """Trains full tables and cuts them afterwards, into ``target_bytes`` where that is given.
+
+    Args:
+        target_bytes: serving bytes of the compressed tables together; what a budget comes to.
+        width_grid: widths that a table may have: multiples of this, or a list. Its full width is
+            always among them.
+    """
+
+    target_bytes: int | None = None
+    width_grid: int | tuple[int, ...] = 1
+
+    size_fields: ClassVar[tuple[str, ...]] = ("target_bytes",)
+    learns_size: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.width_grid, list):
+            object.__setattr__(self, "width_grid", tuple(self.width_grid))
+        width_choices(self.width_grid, 1)
+        if self.target_bytes is not None and self.target_bytes < 1:
+            raise ConfigError(
+                f"{self.name}: target_bytes must be positive, got {self.target_bytes}"
+            )
+
+    def require_size(self) -> None:
+        """Without a size, what is learnt decides."""
+
+    def choices(self, table: TableSpec) -> tuple[int, ...]:
+        """The widths that a table may have in the end."""
+        return width_choices(self.width_grid, table.embedding_dim)
+
+    @abstractmethod
+    def least_bytes(self, table: TableSpec) -> int:
+        """What is left of a table when as much is cut off as may be."""
+
+    @abstractmethod
+    def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
+        """What training holds beside the full tables."""
+
+    def keeps_full(self, table: TableSpec) -> bool:
+        return self.least_bytes(table) >= table.full_bytes
+
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return [full_table(table) for table in tables]
+
+    def first_form(self) -> BackendConfig:
+        return replace(self, target_bytes=None, budget=None)
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        small = [table for table in tables if not self.keeps_full(table)]
+        total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
+        if not small:
+            return total
+        rows = footprint_of(self.physical_tables(small), served=False)
+        return total + rows + self.dense_footprint(small)
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        bound = TensorFootprint(
+            name=f"{self.name}.kept",
+            role="weights",
+            rows=1,
+            columns=self._most_bytes(tables),
+            itemsize=1,
+            train_columns=0,
+            trained=False,
+        )
+        return Footprint((bound, *self.train_only(tables)))
+
+    def _most_bytes(self, tables: Sequence[TableSpec]) -> int:
+        full = sum(table.full_bytes for table in tables)
+        if self.target_bytes is None:
+            return full
+        least = sum(self.least_bytes(table) for table in tables)
+        if self.target_bytes < least:
+            raise ConfigError(
+                f"{self.name}: target_bytes is {self.target_bytes:,}, but {len(tables)} table(s) take "
+                f"{least:,} bytes when as much is pruned as may be"
+            )
+        return min(full, self.target_bytes)
+
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        small = [table for table in tables if not self.keeps_full(table)]
+        left = budget - sum(table.full_bytes for table in tables if self.keeps_full(table))
+        if left < sum(self.least_bytes(table) for table in small):
+            return None
+        most = sum(table.full_bytes for table in small)
+        return self.with_size(target_bytes=max(1, min(left, most)))
+
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        small = [table for table in tables if not self.keeps_full(table)]
+        return self.with_size(target_bytes=max(1, sum(map(self.least_bytes, small))))

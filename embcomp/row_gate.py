@@ -1,0 +1,114 @@
+"""Gates that open for rows whose norm is above a learnt threshold.
+
+The row pruning of Lyu et al., "OptEmbed", CIKM 2022, https://arxiv.org/abs/2208.04482. Norms are
+measured in units of their own running mean, where public code takes them as they are: the gradient
+of the step is zero beyond a distance of 1, so with raw norms neither thresholds nor gates would learn
+unless width and initial weights happened to make norms of that size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from embcomp.learned import LearnedBuffers
+
+Norm = Literal[1, 2]
+
+_MOMENTUM = 0.99
+
+
+class Step(torch.autograd.Function):
+    """1 where the argument is positive, else 0, with a gradient for lack of a useful one.
+
+    The gradient is ``2 - 4 |u|`` up to a distance of 0.4, then 0.4 up to 1, then nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (u,) = ctx.saved_tensors
+        far = u.abs()
+        slope = torch.where(far <= 0.4, 2 - 4 * far, torch.where(far <= 1, 0.4, 0.0))
+        return grad * slope
+
+
+def row_norms(rows: Tensor, norm: Norm) -> Tensor:
+    """(..., D) -> (...) the rows' L1 or L2 norms."""
+    return rows.abs().sum(-1) if norm == 1 else rows.square().sum(-1).sqrt()
+
+
+def relative_norms(norms: Tensor, means: Tensor) -> Tensor:
+    """Norms over their mean; as they are where no mean was measured yet."""
+    return norms / torch.where(means > 0, means, 1.0)
+
+
+class NormMeans(LearnedBuffers):
+    """The running mean of the norms of the rows that training looks up, table by table.
+
+    Args:
+        num_tables: of the group.
+    """
+
+    means: Tensor
+
+    def __init__(self, num_tables: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(num_tables))
+
+    def reset_buffers(self) -> None:
+        self.means.zero_()
+
+    @torch.no_grad()
+    def update(self, norms: Tensor, are_values: Tensor, tables: Tensor, *, shared: bool) -> None:
+        """Take in the rows of a step.
+
+        Args:
+            norms: (R, pairs).
+            are_values: (R, pairs) bool, which of them count.
+            tables: (pairs,) the table of each pair.
+            shared: whether other ranks have the rest of the step's rows.
+        """
+        self.ensure_filled()
+        counted = torch.stack(((norms * are_values).sum(0), are_values.sum(0).to(norms.dtype)))
+        total = norms.new_zeros(2, len(self.means)).index_add_(1, tables, counted)
+        if shared and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        found = total[0] / total[1].clamp(min=1)
+        moved = torch.where(self.means > 0, _MOMENTUM * self.means + (1 - _MOMENTUM) * found, found)
+        self.means.copy_(torch.where(total[1] > 0, moved, self.means))
+
+    def forward(self) -> Tensor:
+        """(num_tables,) the means; 0 where nothing was looked up."""
+        self.ensure_filled()
+        return self.means
+
+
+class Thresholds(nn.Module):
+    """One threshold a table, in units of the mean norm; all rows but those of zeros pass at first.
+
+    Args:
+        num_tables: of the group.
+    """
+
+    def __init__(self, num_tables: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(num_tables))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to zero."""
+        nn.init.zeros_(self.values)
+
+    def forward(self) -> Tensor:
+        """(num_tables,) the thresholds."""
+        return self.values

@@ -1,0 +1,135 @@
+"""A model for many structures: rows that may be gated, embeddings cut to any of their widths.
+
+Trained with gates and drawn widths, it can be asked afterwards how any choice of rows and widths does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from embcomp.composite import LookedUp
+from embcomp.constants import Constant
+from embcomp.learned import Penalised
+from embcomp.row_gate import Norm, NormMeans, Step, Thresholds, relative_norms
+from embcomp.stages import SearchContext
+from embcomp.tables import TableSpec
+from embcomp.width_masks import Columns, WidthDraws
+from embcomp.width_space import Widths
+
+
+class Supernet(Penalised):
+    """Gates rows by thresholds, and in training cuts each embedding to a width drawn for it.
+
+    In evaluation rows have their full width, unless a search has fixed other ones.
+
+    Args:
+        tables: the group.
+        draws: draws widths in training; None leaves embeddings whole.
+        gates: whether there are thresholds.
+        norm: 1 or 2; which norm is held against the thresholds.
+        alpha: weight of ``exp(-threshold)`` in the loss.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableSpec],
+        *,
+        draws: WidthDraws | None,
+        gates: bool = False,
+        norm: Norm = 1,
+        alpha: float = 0.0,
+    ) -> None:
+        super().__init__()
+        owners = [n for n, table in enumerate(tables) for _ in table.feature_names]
+        sizes = [table.num_embeddings for table in tables]
+        self._columns = Columns([tables[owner].embedding_dim for owner in owners])
+        self._tables = Constant(owners)
+        self._starts = Constant([sum(sizes[:owner]) for owner in owners])
+        self._norm, self._alpha = norm, alpha
+        self.thresholds = Thresholds(len(tables)) if gates else None
+        self.norms = NormMeans(len(tables)) if gates else None
+        self.draws = draws
+        self._fixed_rows: Tensor | None = None
+        self._fixed_widths: Tensor | None = None
+
+    def fix_rows(self, masks: Sequence[Tensor] | None) -> None:
+        """In evaluation, let these rows pass instead of those above the thresholds.
+
+        Args:
+            masks: for each table, (N,) bool; None goes back to the thresholds.
+        """
+        self._fixed_rows = None if masks is None else torch.cat(list(masks))
+
+    def fix_widths(self, widths: Sequence[int] | None) -> None:
+        """In evaluation, cut the embeddings of each table to a width; None leaves them whole."""
+        self._fixed_widths = None if widths is None else torch.tensor(widths)
+
+    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+        # (R, sum of dims) -> (R, sum of dims)
+        self.penalty = None
+        if self.training:
+            rows = self._gated(rows, looked_up)
+            if self.thresholds is not None:
+                self.penalty = self._alpha * torch.exp(-self.thresholds()).sum()
+            if self.draws is not None:
+                rows = rows * self._columns.prefixes(self.draws(looked_up))
+            return rows
+        if self._fixed_rows is None:
+            rows = self._gated(rows, looked_up)
+        else:
+            passing = self._fixed_rows = self._fixed_rows.to(rows.device)
+            kept = passing[looked_up.ids() + self._starts.on(rows.device)]
+            rows = rows * self._columns.spread(kept)
+        if self._fixed_widths is not None:
+            widths = self._fixed_widths.to(rows.device)[self._tables.on(rows.device)]
+            rows = rows * self._columns.prefixes(widths.unsqueeze(0))
+        return rows
+
+    def _gated(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+        if self.thresholds is None or self.norms is None:
+            return rows
+        tables = self._tables.on(rows.device)
+        norms = self._columns.sums(rows.abs() if self._norm == 1 else rows.square())
+        if self._norm == 2:
+            norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
+        if self.training:
+            values = looked_up.are_values()
+            self.norms.update(norms.detach(), values, tables, shared=looked_up.sharded)
+        distances = relative_norms(norms, self.norms()[tables]) - self.thresholds()[tables]
+        return rows * self._columns.spread(Step.apply(distances))
+
+
+class Trial:
+    """Scores structures on the supernet of a search stage.
+
+    Args:
+        tables: the group.
+        context: the stage's.
+    """
+
+    def __init__(self, tables: Sequence[TableSpec], context: SearchContext) -> None:
+        supernet = context.combine
+        assert isinstance(supernet, Supernet)
+        self._names = [table.name for table in tables]
+        self._context, self._supernet = context, supernet
+
+    def fix_rows(self, masks: Mapping[str, Tensor]) -> None:
+        """From now on these rows pass: for each table, (N,) bool."""
+        self._supernet.fix_rows([masks[name] for name in self._names])
+
+    def score(self, widths: Widths, rows: int | None) -> float:
+        """Of the tables at these widths, on so many search-validation rows or on all."""
+        self._supernet.fix_widths(widths)
+        return self._context.evaluate(rows)
+
+    def release(self) -> None:
+        """Leave the supernet as it was."""
+        self._supernet.fix_rows(None)
+        self._supernet.fix_widths(None)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._context.say(text)

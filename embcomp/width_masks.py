@@ -1,0 +1,132 @@
+"""Prefixes of embeddings: how wide each is drawn to be, and the columns that this leaves.
+
+Training with widths drawn anew for every sample and field orders an embedding's columns by use: any
+prefix works afterwards, with no further training. OptEmbed searches over such widths, Matryoshka
+tables are cut to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embcomp.composite import LookedUp
+from embcomp.constants import Constant
+from embcomp.footprint import TensorFootprint
+from embcomp.hashing import hash_rows, salt, to_signed
+from embcomp.learned import LearnedBuffers
+
+_FINENESS = 1 << 30  # of probabilities
+
+
+class Columns:
+    """The columns of a group's embeddings, side by side.
+
+    Args:
+        dims: width of each (table, feature)'s embedding.
+    """
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        self.dims = list(dims)
+        self._uniform = len(set(dims)) == 1
+        self._owner = Constant([pair for pair, dim in enumerate(dims) for _ in range(dim)])
+        self._place = Constant([column for dim in dims for column in range(dim)])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(R, pairs) -> (R, sum of dims): each value over its embedding's columns."""
+        if self._uniform:
+            wide = values.unsqueeze(2).expand(-1, -1, self.dims[0])
+            return wide.reshape(len(values), -1)
+        return values.index_select(1, self._owner.on(values.device))
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """(R, sum of dims) -> (R, pairs): the sum over each embedding's columns."""
+        if self._uniform:
+            return rows.view(len(rows), len(self.dims), -1).sum(2)
+        owner = self._owner.on(rows.device)
+        return rows.new_zeros(len(rows), len(self.dims)).index_add(1, owner, rows)
+
+    def prefixes(self, widths: Tensor) -> Tensor:
+        """(R or 1, pairs) widths -> (R or 1, sum of dims) bool, true in the first columns."""
+        return self._place.on(widths.device) < self.spread(widths)
+
+
+class WidthDraws(LearnedBuffers):
+    """Draws a width for each sample and (table, feature), other ones in each step.
+
+    Draws are hashes of the step and the sample's number in the whole step, so they do not depend on
+    the number of ranks, and a resumed training draws what it would have drawn.
+
+    Args:
+        choices: for each (table, feature), the widths to draw from.
+        weights: for each, the probability of each width up to a factor; equal when None.
+        seed: of the draws.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        choices: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]] | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        most = max(len(widths) for widths in choices)
+        shape = (len(choices), most)
+        self._choices = Constant(
+            [w for ws in choices for w in (*ws, *[ws[-1]] * (most - len(ws)))], shape
+        )
+        self._salts = Constant([to_signed(salt(seed, pair, 0)) for pair in range(len(choices))])
+        self._counts = Constant([len(widths) for widths in choices])
+        self._bounds = None
+        if weights is not None:
+            bounds = [_bounds(parts, most) for parts in weights]
+            self._bounds = Constant([bound for part in bounds for bound in part], shape)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        self.step.zero_()
+
+    def forward(self, looked_up: LookedUp) -> Tensor:
+        """The widths of one training step: (rows, pairs) int64; bags of a sample have one width."""
+        self.ensure_filled()
+        samples = looked_up.global_samples()
+        device = samples.device
+        key = self.step * (1 << 31) + samples
+        salts = self._salts.on(device)
+        if self._bounds is None:
+            index = hash_rows(key, salts, self._counts.on(device))
+        else:
+            drawn = hash_rows(key, salts, torch.full_like(salts, _FINENESS))
+            index = (drawn.unsqueeze(2) >= self._bounds.on(device)).sum(2)
+        with torch.no_grad():
+            self.step += 1
+        pairs = torch.arange(samples.shape[1], device=device)
+        return self._choices.on(device)[pairs, index]
+
+
+def _bounds(weights: Sequence[float], length: int) -> list[int]:
+    """Where each choice's share of [0, 1) ends, the last one's beyond every draw."""
+    total, ends, sum_so_far = sum(weights), [], 0.0
+    for weight in weights:
+        sum_so_far += weight
+        ends.append(round(sum_so_far / total * _FINENESS))
+    ends[-1] = _FINENESS
+    return ends + [_FINENESS] * (length - len(ends))
+
+
+def draws_footprint(name: str) -> TensorFootprint:
+    """The step counter of ``WidthDraws``, which serving does not need."""
+    return TensorFootprint(
+        name=name,
+        role="mask",
+        rows=1,
+        columns=1,
+        itemsize=8,
+        train_columns=1,
+        look_up=False,
+        served=False,
+    )
