@@ -239,6 +239,6 @@ class DNIS(BackendConfig):
             raise ConfigError(
                 f"dnis: the tables take {found:,} bytes and may take {self.serve_bytes:,}: they "
                 "have not been pruned. Train them in their stages, or go on with the form that "
-                "DNIS.pruned makes."
+                "DNIS.pruned_form makes."
             )
         return compacted

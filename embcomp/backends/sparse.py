@@ -27,6 +27,8 @@ from embcomp.constants import Constant
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint
 from embcomp.learned import LearnedBuffers
+from embcomp.routing import Copies, per_value, renamed
+from embcomp.stages import Form
 from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
@@ -95,22 +97,20 @@ class Sparse(BackendConfig):
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
-        stored = {table.name for table in physical}
+        stored = [table.name for table in physical]
         pairs = [table for table in tables for _ in table.feature_names]
         route = SparseRoute(
             keys,
             RangeCheck(tables),
             [
-                (table.num_embeddings, table.embedding_dim, self.elements(table))
-                for table in tables
-                if table.name in stored
+                SparseTable(
+                    rows=table.num_embeddings,
+                    columns=table.embedding_dim,
+                    elements=self.elements(table),
+                )
+                for table in self._stored(tables)
             ],
-            sources=[n for n, table in enumerate(pairs) if table.name in stored],
-            owners=[
-                n
-                for n, table in enumerate(t for t in tables if t.name in stored)
-                for _ in table.feature_names
-            ],
+            [stored.index(t.name) if t.name in stored else None for t in pairs],
             dtype=column_dtype(tables),
         )
         widths = [(table.embedding_dim, table.name in stored) for table in pairs]
@@ -145,6 +145,17 @@ class Sparse(BackendConfig):
             )
         )
 
+    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+        lost = {
+            table.name: torch.ones(table.num_embeddings, dtype=torch.bool)
+            for table in tables
+            if not self.elements(table)
+        }
+        stored = self._stored(tables)
+        pointers = form.tensors["route.pointers"].split([t.num_embeddings + 1 for t in stored])
+        lost |= {table.name: own.diff() == 0 for table, own in zip(stored, pointers)}
+        return {name: ids for name, ids in lost.items() if bool(ids.any())}
+
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None
 
@@ -157,6 +168,15 @@ def pointer_dtype(elements: Sequence[int]) -> torch.dtype:
     return torch.int32 if max(elements) < 2**31 else torch.int64
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseTable:
+    """The size of a table of elements: its rows, its columns, and how many are stored."""
+
+    rows: int
+    columns: int
+    elements: int
+
+
 class SparseRoute(LearnedBuffers):
     """Finds the elements of each id's row, column by column.
 
@@ -166,11 +186,11 @@ class SparseRoute(LearnedBuffers):
         columns: (sum of elements,) the elements' columns.
 
     Args:
-        keys: names of the look-ups, one for each column of each (table, feature).
+        keys: names of the look-ups, one for each column of each (table, feature) that is stored.
         check: refuses ids that no table holds.
-        tables: for each table that stores anything, its rows, width and elements.
-        sources: for each (table, feature) of these, its position among the incoming keys.
-        owners: for each of them, its table.
+        tables: those that store anything.
+        owners: for each incoming (table, feature), its place in ``tables``; None where its table
+            stores nothing.
         dtype: of ``columns``.
     """
 
@@ -181,78 +201,69 @@ class SparseRoute(LearnedBuffers):
         self,
         keys: Sequence[str],
         check: RangeCheck,
-        tables: Sequence[tuple[int, int, int]],
+        tables: Sequence[SparseTable],
+        owners: Sequence[int | None],
         *,
-        sources: Sequence[int],
-        owners: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.check = check
-        self._keys = list(keys)
         self._tables = list(tables)
-        self._sources = list(sources)
-        self._widths = [tables[owner][1] for owner in owners]
-        self._source_of_key = Constant(
-            [n for n, width in enumerate(self._widths) for _ in range(width)]
-        )
-        rows = [rows + 1 for rows, _, _ in tables]
-        elements = [count for _, _, count in tables]
-        self._starts = [(sum(rows[:owner]), sum(elements[:owner])) for owner in owners]
-        self.register_buffer("pointers", torch.zeros(sum(rows), dtype=pointer_dtype(elements)))
+        self._keys = list(keys)
+        self._width = max(table.columns for table in tables)
+        look_ups = [
+            (source, column)
+            for source, owner in enumerate(owners)
+            if owner is not None
+            for column in range(tables[owner].columns)
+        ]
+        self.copies = Copies(keys, [source for source, _ in look_ups])
+        self._columns = Constant([column for _, column in look_ups])
+        before = [
+            (sum(t.rows + 1 for t in tables[:owner]), sum(t.elements for t in tables[:owner]))
+            for owner in (owner or 0 for owner in owners)
+        ]
+        self._first_rows = Constant([row for row, _ in before])
+        self._first_elements = Constant([element for _, element in before])
+        elements = [table.elements for table in tables]
+        rows = sum(table.rows + 1 for table in tables)
+        self.register_buffer("pointers", torch.zeros(rows, dtype=pointer_dtype(elements)))
         self.register_buffer("columns", torch.zeros(sum(elements), dtype=dtype))
 
     def reset_buffers(self) -> None:
         pointers, columns = [], []
-        for rows, _, count in self._tables:
-            ends = torch.arange(rows + 1) * count // rows
+        for table in self._tables:
+            ends = torch.arange(table.rows + 1) * table.elements // table.rows
             pointers.append(ends)
-            owner = torch.arange(rows).repeat_interleave(ends.diff())
-            columns.append(torch.arange(count) - ends[owner])
+            owner = torch.arange(table.rows).repeat_interleave(ends.diff())
+            columns.append(torch.arange(table.elements) - ends[owner])
         self.pointers.copy_(torch.cat(pointers))
         self.columns.copy_(torch.cat(columns))
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         self.ensure_filled()
-        offsets, weights = features.offset_per_key(), features.weights_or_none()
-        rows, repeated, counts = [], [], []
-        for source, width, (row, element) in zip(self._sources, self._widths, self._starts):
-            own = slice(offsets[source], offsets[source + 1])
-            ids = features.values()[own].to(torch.int64)
-            rows.append(self._elements(ids + row, width, element).t().reshape(-1))
-            counts += [len(ids)] * width
-            if weights is not None:
-                repeated.append(weights[own].repeat(width))
-        picked = torch.tensor(self._sources, device=features.device())
-        picked = picked[self._source_of_key.on(features.device())]
-        lengths = features.lengths().view(len(features.keys()), -1)
-        return KeyedJaggedTensor(
-            keys=self._keys,
-            values=torch.cat(rows),
-            weights=torch.cat(repeated) if repeated else None,
-            lengths=lengths.index_select(0, picked).view(-1),
-            stride=features.stride(),
-            length_per_key=counts,
-        )
+        elements = self._elements(features)
+        places = torch.arange(elements.shape[0], device=elements.device)
+        copies = self.copies(renamed(features, features.keys(), places))
+        columns = per_value(self._columns.on(elements.device), copies)
+        return renamed(copies, self._keys, elements[copies.values(), columns])
 
-    def _elements(self, places: Tensor, width: int, first: int) -> Tensor:
-        """(ids, width) the elements of some ids' rows, -1 where a row has none.
-
-        Args:
-            places: (ids,) where the ids are in ``pointers``.
-            width: the table's.
-            first: where its elements begin in ``columns``.
-        """
-        begins, ends = self.pointers[places].long(), self.pointers[places + 1].long()
-        counts = ends - begins
-        owner = torch.arange(len(places), device=places.device).repeat_interleave(counts)
-        before = counts.cumsum(0) - counts
-        within = torch.arange(len(owner), device=places.device) - before[owner]
-        elements = begins[owner] + within
-        found = torch.full((len(places), width), -1, dtype=torch.int64, device=places.device)
-        found[owner, self.columns[first + elements].long()] = elements
-        return found
+    def _elements(self, features: KeyedJaggedTensor) -> Tensor:
+        """(ids, widest table) each id's elements by column, -1 where there is none."""
+        ids = features.values().to(torch.int64)
+        rows = ids + per_value(self._first_rows.on(ids.device), features)
+        rows = rows.clamp(max=self.pointers.shape[0] - 2)  # of tables that store nothing
+        begins = self.pointers[rows].long().unsqueeze(1)
+        counts = self.pointers[rows + 1].long().unsqueeze(1) - begins
+        nth = torch.arange(self._width, device=ids.device)
+        elements = begins + nth  # of which the first ``counts`` are the row's own
+        first = per_value(self._first_elements.on(ids.device), features).unsqueeze(1)
+        columns = self.columns[(first + elements).clamp(max=self.columns.shape[0] - 1)].long()
+        # One more column takes what is not the row's own.
+        columns = torch.where(nth < counts, columns, self._width)
+        found = ids.new_full((ids.shape[0], self._width + 1), -1)
+        return found.scatter(1, columns, elements)[:, : self._width]
 
 
 class ZeroColumns(nn.Module):
