@@ -189,7 +189,7 @@ def _as_checkpoint_error(what: str, way_out: str = "") -> Iterator[None]:
     except CheckpointException as error:
         reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
         text = f"{what}: {'; '.join(reasons)}"
-        raise CheckpointError(f"{text}. {way_out}" if way_out else text) from error
+        raise CheckpointError(f"{text.rstrip('.')}. {way_out}" if way_out else text) from error
 
 
 def _way_back(folder: Path) -> str:
