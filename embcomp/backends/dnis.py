@@ -2,9 +2,10 @@
 
 Cheng, Shen, Huang, "Differentiable Neural Input Search for Recommender Systems", 2020,
 https://arxiv.org/abs/2006.04466, and its journal version "An Embedding Dimensionality Search
-Framework for Tabular Data Prediction" (AutoSrh), TKDE 2023. Ids ranked by frequency are cut into blocks; each
-block has a soft selection of the columns, in [0, 1], learnt on rows that the embeddings do not
-train on, in steps that alternate with theirs. Then the table is pruned to a budget, and retrained.
+Framework for Tabular Data Prediction" (AutoSrh), TKDE 2023. Ids ranked by frequency are cut into
+blocks; each block has a soft selection of the columns, in [0, 1], learnt on rows that the embeddings
+do not train on, in steps that alternate with theirs. Then the table is pruned to a budget, and
+retrained.
 
 Where we depart from the authors' code, and why:
 
