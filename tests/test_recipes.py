@@ -48,7 +48,8 @@ def test_recipe_is_named_after_its_file_and_says_what_it_is(path):
 def test_recipe_runs(path, dataset, tmp_path):
     config = load_config(path, [f"data.path={dataset}", *SHORT])
     report = train(config, runs=tmp_path, quiet=True)
-    assert report.steps == 4
+    trained = [stage for stage in report.stages if stage["steps"]]
+    assert report.steps == 4 * max(1, len(trained))
     assert report.test is not None and 0 < report.test["auc"] < 1
     planned = sum(line.serve for line in plan_config(config, sizes_of_dataset(dataset)).lines())
     assert report.serve_bytes == planned
