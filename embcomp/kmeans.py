@@ -182,9 +182,29 @@ def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, iterations: int) 
 
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Each point's centroid (n,) and its squared distance (n,)."""
-    only = torch.zeros(1, dtype=torch.int64)
-    codes = nearest(points.unsqueeze(1), centroids.unsqueeze(0), only)[:, 0]
+    if points.shape[1] == 1:
+        codes = _nearest_on_a_line(points, centroids[None, :, 0], torch.zeros(1).long())[:, 0]
+    else:
+        codes = _nearest_by_products(points, centroids)
     return codes, (points - centroids[codes]).square().sum(1)
+
+
+def _nearest_by_products(points: Tensor, centroids: Tensor) -> Tensor:
+    """As ``nearest``, but a few times faster, and rounded like a matrix product.
+
+    A point between two centroids may go to either, which does not matter while they move.
+    """
+    centre = centroids.mean(0)
+    moved = centroids - centre
+    halves = moved.square().sum(1) / 2
+    count = len(centroids)
+    places = torch.arange(count, dtype=torch.float32)
+    found = []
+    for rows in points.split(max(1, _AT_ONCE // count)):
+        scores = torch.addmm(halves, rows - centre, moved.t(), alpha=-1)
+        least = scores.amin(1, keepdim=True)
+        found.append(torch.where(scores <= least, places, count - 1.0).amin(1).long())
+    return torch.cat(found)
 
 
 def _mean(weights: Tensor, distances: Tensor) -> float:

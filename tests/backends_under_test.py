@@ -86,6 +86,7 @@ CASES = {
         config=LR2VQ(
             subvector_dim=2,
             num_codewords=8,
+            codebooks="position",
             latent_dim=2,
             from_dense=False,
             factored=False,

@@ -28,7 +28,16 @@ from embcomp.footprint import Footprint
 from embcomp.hashing import hash_rows, salt, to_signed
 from embcomp.learned import LearnedBuffers
 from embcomp.routing import Copies, common_count, per_value, renamed
+from embcomp.stages import Stage
 from embcomp.tables import PhysicalTable, TableSpec
+
+FREEZE = Stage(
+    name="codes",
+    purpose="freeze the codes and train the codewords",
+    epochs=1,
+    learning_rate=0.01,
+)
+"""The last stage of methods that end in codes."""
 
 _ROWS_AT_ONCE = 1 << 16
 

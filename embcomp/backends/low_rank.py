@@ -30,6 +30,13 @@ from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 DENSE = Stage(name="dense", purpose="train the full tables")
 """The first stage of methods that compress trained tables."""
+NARROW = Stage(
+    name="low_rank",
+    purpose="train the best low-rank approximation on",
+    epochs=1,
+    learning_rate=0.2,
+)
+"""The stage after it, where latents take the place of rows."""
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -122,15 +129,7 @@ class LowRank(BackendConfig):
     def stages(self) -> tuple[Stage, ...]:
         if not self.from_dense:
             return super().stages()
-        return (
-            DENSE,
-            Stage(
-                name="low_rank",
-                purpose="train the best low-rank approximation on",
-                epochs=1,
-                learning_rate=1 / 3,
-            ),
-        )
+        return (DENSE, NARROW)
 
     def first_form(self) -> BackendConfig:
         return Full() if self.from_dense else self

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from embcomp.backend import Backend, BackendConfig, full_table
 from embcomp.backends.clustering import Codebooks, cluster, encode, id_weights, share_cold_rows
-from embcomp.backends.coded import Coded, pack_codes
+from embcomp.backends.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.codewords import Codewords, Quantise
 from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.latent_choice import choose_latent_dim
-from embcomp.backends.low_rank import DENSE, LowRank, factorise, latent_tables
-from embcomp.backends.subvectors import Decode
+from embcomp.backends.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
+from embcomp.backends.subvectors import Decode, Sharing
 from embcomp.backends.vector_quantized import (
     VectorQuantized,
     mean_init_std,
@@ -52,6 +52,8 @@ class LR2VQ(VectorQuantized):
     """Latents snapped to codewords, then widened. Ids must lie in ``[0, num_embeddings)``.
 
     Args:
+        codebooks: as in ``pq``, for projections too. Tables differ in what few dimensions their
+            rows need, so each has its own by default.
         latent_dim: width of a latent; half of ``subvector_dim`` when not given. ``auto`` chooses
             it from the trained full tables.
         factored: whether to serve codewords and projections apart where that takes fewer bytes
@@ -64,6 +66,7 @@ class LR2VQ(VectorQuantized):
             than from random latents.
     """
 
+    codebooks: Sharing = "table"
     latent_dim: int | Literal["auto"] | None = None
     factored: bool = True
     commitment: float = 0.25
@@ -188,29 +191,19 @@ class LR2VQ(VectorQuantized):
         )
 
     def stages(self) -> tuple[Stage, ...]:
+        # Trained tables overfit with every further pass, and Adagrad begins each stage with steps
+        # as long as its rate: so the rates fall from stage to stage.
         quantize = Stage(
             name="quantize",
             purpose="train latents with the nearest codewords in their place",
-            epochs=2,
-            learning_rate=1 / 3,
-        )
-        codes = Stage(
-            name="codes",
-            purpose="freeze the codes and train the codewords",
             epochs=1,
-            learning_rate=0.1,
+            learning_rate=0.03,
         )
         if not self.from_dense:
-            return (replace(quantize, epochs=None, learning_rate=1.0), codes)
+            return (replace(quantize, epochs=None, learning_rate=1.0), FREEZE)
         choice = Stage(name="latent_dim", purpose="choose the width of latents", kind="search")
-        low_rank = Stage(
-            name="low_rank",
-            purpose="train the best low-rank approximation on",
-            epochs=1,
-            learning_rate=1 / 3,
-        )
         chosen = (choice,) if self.latent_dim == _AUTO else ()
-        return (DENSE, *chosen, low_rank, quantize, codes)
+        return (DENSE, *chosen, NARROW, quantize, FREEZE)
 
     def first_form(self) -> BackendConfig:
         return Full() if self.from_dense else self

@@ -15,7 +15,7 @@ import torch
 
 from embcomp.backend import Backend, BackendConfig
 from embcomp.backends.clustering import cluster, encode, id_weights, share_cold_rows
-from embcomp.backends.coded import Coded, pack_codes
+from embcomp.backends.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.full import Full
 from embcomp.backends.low_rank import DENSE
 from embcomp.backends.vector_quantized import VectorQuantized
@@ -58,15 +58,7 @@ class PQ(VectorQuantized):
         return self.serving.build(tables)
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            DENSE,
-            Stage(
-                name="codes",
-                purpose="freeze the codes and train the codewords",
-                epochs=1,
-                learning_rate=0.1,
-            ),
-        )
+        return (DENSE, FREEZE)
 
     def first_form(self) -> BackendConfig:
         return Full()
