@@ -29,6 +29,7 @@ fix: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 

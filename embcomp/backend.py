@@ -180,7 +180,7 @@ class BackendConfig(ABC):
             "trained for that; matryoshka rows are"
         )
 
-    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+    def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
         """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
 
         Args:

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from embcomp.backend import Backend, BackendConfig
 from embcomp.constants import Constant
+from embcomp.routing import key_offsets
 from embcomp.tables import PhysicalTable, TableSpec
 
 
@@ -333,7 +334,7 @@ class LookedUp:
 
     def ids(self) -> Tensor:
         """The logical ids: (rows, number of keys) int64, 0 where a row only pads."""
-        offsets, counts = self.features.offset_per_key(), self._counts()
+        offsets, counts = key_offsets(self.features), self._counts()
         ids = self.features.values()[offsets[self.own.start] : offsets[self.own.stop]]
         return self._by_row(ids.to(torch.int64), counts)
 

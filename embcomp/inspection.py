@@ -1,8 +1,8 @@
 """What an artefact's tables hold, as numbers: rows, widths, norms, collisions, codes, neighbours.
 
 Everything here follows from looking up every id once, through the artefact's own ``route`` and
-``combine``, so that it works for any method. What a method alone knows, as which ids were pruned,
-it adds with ``BackendConfig.pruned``.
+``combine``, so that it works for any method. Ids whose look-ups are all skipped were pruned; where
+pruned ids share a row instead, the method says which they are (``BackendConfig.pruned_ids``).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def inspect_tables(serving: Tables, counts: Mapping[str, Tensor]) -> list[TableF
     found: dict[str, TableFacts] = {}
     for index, group in enumerate(serving.groups):
         uses = _Uses.of(group)
-        pruned = group.config.pruned(group.tables, serving.form(index))
+        pruned = group.config.pruned_ids(group.tables, serving.form(index))
         sizes = _bytes_by_table(serving, group, uses)
         for table in group.tables:
             found[table.name] = _facts(
@@ -256,7 +256,10 @@ def _facts(
     is_set = rows != 0
     norms = rows.norm(dim=1)
     alive = norms > _DEAD
-    pruned = torch.zeros(len(rows), dtype=torch.bool) if pruned is None else pruned.cpu()
+    skipped = torch.ones(len(rows), dtype=torch.bool)
+    for _, places in placed:
+        skipped &= places < 0
+    pruned = skipped if pruned is None else skipped | pruned.cpu()
     together = _together(placed, len(rows))
     others = torch.bincount(together)[together] > 1
     count = sum(len(part) for part in reached.values())

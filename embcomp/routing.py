@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ def common_count(features: KeyedJaggedTensor) -> int | None:
     """
     counts = features.length_per_key()
     return counts[0] if counts and counts.count(counts[0]) == len(counts) else None
+
+
+def key_offsets(features: KeyedJaggedTensor) -> list[int]:
+    """Where each key's values begin, and where the last one's end; also in exported programs.
+
+    TorchRec's ``offset_per_key`` calls an operator of FBGEMM there.
+    """
+    return [0, *accumulate(features.length_per_key())]
 
 
 def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:

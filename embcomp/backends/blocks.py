@@ -31,7 +31,6 @@ from embcomp.footprint import Footprint, TensorFootprint
 from embcomp.frequency import block_ranges, check_cuts
 from embcomp.learned import LearnedBuffers
 from embcomp.routing import Copies, common_count, per_value, renamed
-from embcomp.stages import Form
 from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
@@ -182,16 +181,6 @@ class Blocks(BackendConfig):
                 if (kept := sum(block.width for block in self.blocks(table)))
             )
         )
-
-    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for table in tables:
-            mask = torch.ones(table.num_embeddings, dtype=torch.bool)
-            for block in self.blocks(table):
-                mask[block.low : block.high] = False
-            if bool(mask.any()):
-                found[table.name] = mask
-        return found
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None

@@ -137,7 +137,7 @@ class LowDim(BackendConfig):
             )
         )
 
-    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+    def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
         own = [table for table in tables if self.is_pruned(table)]
         if not own:
             return {}

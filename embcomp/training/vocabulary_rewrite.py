@@ -143,7 +143,7 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
     pruned: dict[str, Tensor] = {}
     for each in main.forms():
         if isinstance(each.form.config, LowDim):
-            pruned |= each.form.config.pruned(each.tables, each.form)
+            pruned |= each.form.config.pruned_ids(each.tables, each.form)
     if not pruned:
         raise ConfigError(
             "--rewrite-vocabulary: no table has pruned rows, so there is nothing to drop"
@@ -230,7 +230,7 @@ def _places(
     config: BackendConfig, table: TableSpec, form: Form, tables: Sequence[TableSpec]
 ) -> Tensor:
     """(old num_embeddings,) the stored row of each old id."""
-    pruned = config.pruned(tables, form).get(table.name)
+    pruned = config.pruned_ids(tables, form).get(table.name)
     if pruned is None:
         return torch.arange(table.num_embeddings)
     kept = ~pruned

@@ -1,0 +1,166 @@
+"""What a look-up in an artefact costs over a raw gather of float32 rows.
+
+    python benchmarks/serving.py [--batch-sizes 1 4096] [--row-types fp32 int8] [--rows 100000]
+
+Each method's serving form is saved and loaded as `embcomp.load` does it. Its peer reads one row per
+id of the same batch from one flat float32 table with `torch.nn.functional.embedding`, ids ready
+made: the least that an uncompressed model can do. The two run in turn and the ratio is the median of
+the pairs'. Methods that end in another method's form (a pruned `low_dim`, frequency `blocks`,
+frozen codes) are measured by that form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp import (
+    QR,
+    BackendConfig,
+    CompressedEmbeddingBagCollection,
+    Full,
+    Hash,
+    LowDim,
+    Unified,
+    load,
+    save,
+)
+from embcomp.backends import BACKENDS, Blocks, Coded
+from embcomp.row_types import ROW_TYPES, RowType
+
+DIM = 16
+FEATURES = 26
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4096])
+    parser.add_argument("--row-types", nargs="+", choices=ROW_TYPES, default=["fp32", "int8"])
+    parser.add_argument("--rows", type=int, default=100_000, help="ids of each of the 26 tables")
+    parser.add_argument("--repeats", type=int, default=50)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    table = torch.rand(FEATURES * args.rows, DIM)
+    lines: list[Sequence[str]] = []
+    for name, config in methods(args.rows):
+        for row_type in args.row_types:
+            lines += measure(name, config, row_type, table, args)
+    report(lines, args)
+    unlisted = sorted(set(BACKENDS) - {config.name for _, config in methods(args.rows)})
+    Console().print(f"served in another method's form: {', '.join(unlisted) or 'none'}")
+
+
+def methods(rows: int) -> list[tuple[str, BackendConfig]]:
+    names = [f"t{i}" for i in range(FEATURES)]
+    cuts = (rows // 100, rows // 10)
+    return [
+        ("full", Full()),
+        ("hash, 10 %", Hash(ratio=0.1)),
+        ("qr mult, 10 %", QR(budget="10%")),
+        ("qr add, 10 %", QR(budget="10%", combine="add")),
+        ("qr concat, 10 %", QR(budget="10%", combine="concat")),
+        ("unified, 10 %", Unified(budget="10%")),
+        ("low_dim, width 4", LowDim(width=4)),
+        ("low_dim, 10 % kept", LowDim(kept=dict.fromkeys(names, rows // 10))),
+        (
+            "blocks of 16, 8, 2",
+            Blocks(widths=dict.fromkeys(names, (16, 8, 2)), cuts=dict.fromkeys(names, cuts)),
+        ),
+        ("coded, 4 x 8 bits", Coded(subvector_dim=4, num_codewords=256)),
+    ]
+
+
+def measure(
+    name: str,
+    config: BackendConfig,
+    row_type: RowType,
+    table: torch.Tensor,
+    args: argparse.Namespace,
+) -> list[Sequence[str]]:
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t{i}", embedding_dim=DIM, num_embeddings=args.rows, feature_names=[f"f{i}"]
+        )
+        for i in range(FEATURES)
+    ]
+    collection = CompressedEmbeddingBagCollection(tables, config).eval()
+    found: list[Sequence[str]] = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "artefact"
+        record = save(collection, path, row_type=row_type).config.tables
+        saved = 0 if record is None else record.bytes
+        kernel, plain = load(path), load(path, rows="torch")
+        for size in args.batch_sizes:
+            ids = torch.randint(0, args.rows, (FEATURES, size))
+            batch = KeyedJaggedTensor(
+                keys=[f"f{i}" for i in range(FEATURES)],
+                values=ids.reshape(-1),
+                lengths=torch.ones(FEATURES * size, dtype=torch.int32),
+                stride=size,
+                length_per_key=[size] * FEATURES,
+            )
+            flat = (ids + torch.arange(FEATURES).unsqueeze(1) * args.rows).t().reshape(-1)
+            calls = [
+                partial(kernel, batch),
+                partial(plain, batch),
+                partial(torch.nn.functional.embedding, flat, table),
+            ]
+            times = in_turn(calls, args.repeats)
+            ours, by_torch, raw = (1e6 * statistics.median(column) for column in zip(*times))
+            ratio = statistics.median(row[0] / row[2] for row in times)
+            cells = [f"{ours:,.0f}", f"{by_torch:,.0f}", f"{raw:,.0f}", f"{ratio:.1f}"]
+            each = f"{1000 * ours / (size * FEATURES):,.0f}"
+            found.append([name, row_type, f"{saved:,}", str(size), *cells, each])
+    return found
+
+
+def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each call, one row for each repeat, after three that are not counted."""
+    rows = []
+    for _ in range(repeats + 3):
+        row = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            row.append(time.perf_counter() - start)
+        rows.append(row)
+    return rows[3:]
+
+
+def report(lines: Sequence[Sequence[str]], args: argparse.Namespace) -> None:
+    table = Table(
+        title=f"look-up, {FEATURES} features, dim {DIM}, {args.rows:,} ids a table, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for column in (
+        "method",
+        "rows",
+        "bytes",
+        "batch",
+        "us",
+        "us in torch",
+        "raw us",
+        "ratio",
+        "ns an id",
+    ):
+        table.add_column(column, justify="left" if column in ("method", "rows") else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
