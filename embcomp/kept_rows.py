@@ -126,6 +126,7 @@ class KeptRoute(LearnedBuffers):
         self._all_pruned = all(owner in starts for owner in owners)
         self.register_buffer("words", torch.zeros(total, _WORDS, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
+        self._derived: tuple[Tensor, int, Tensor] | None = None
 
     def reset_buffers(self) -> None:
         packed = pack_all([torch.arange(n) < kept for n, kept in self._sizes])
@@ -157,15 +158,25 @@ class KeptRoute(LearnedBuffers):
         blocks = ids.bitwise_right_shift(8).add_(starts)
         if not self._all_pruned:
             blocks = torch.where(starts >= 0, blocks, 0)
-        words = self.words[blocks]  # (..., 4)
-        bit = ids & (_BLOCK - 1)
-        word, place = bit.bitwise_right_shift(6), bit & 63
-        own = words.gather(-1, word.unsqueeze(-1)).squeeze(-1)
-        is_kept = own.bitwise_right_shift(place) & 1
-        before = torch.arange(_WORDS, device=ids.device) < word.unsqueeze(-1)
-        lower = own & torch.bitwise_left_shift(torch.ones_like(place), place).sub_(1)
-        preceding = (count_bits(words) * before).sum(-1) + count_bits(lower)
-        return torch.where(is_kept == 1, self.counts[blocks] + preceding, shared)
+        place = ids & 63
+        at = (blocks << 2).add_(ids.bitwise_right_shift(6).bitwise_and_(_WORDS - 1))
+        word = self.words.view(-1)[at]
+        lower = word & torch.bitwise_left_shift(torch.ones_like(place), place).sub_(1)
+        rank = count_bits(lower) + self.counts[blocks] + self._before_words()[at]
+        return torch.where(word.bitwise_right_shift_(place).bitwise_and_(1) == 1, rank, shared)
+
+    def _before_words(self) -> Tensor:
+        """(4 blocks,) uint8 the set bits of each block before each of its words."""
+        # Followed by version, as checkpoints are read into the buffer without asking this module.
+        version = 0 if self.words.is_inference() else self.words._version
+        if self._derived is not None:
+            words, seen, before = self._derived
+            if words is self.words and seen == version:
+                return before
+        bits = count_bits(self.words)
+        before = (bits.cumsum(1) - bits).to(torch.uint8).view(-1)  # at most 192
+        self._derived = (self.words, version, before)
+        return before
 
 
 def count_bits(words: Tensor) -> Tensor:

@@ -80,6 +80,20 @@ def test_ids_beyond_float_precision_find_their_rows():
     assert routed == [i - 1000 for i in ids[:-1]] + [rows - 1000]
 
 
+def test_bits_that_are_read_into_a_route_in_use_are_followed():
+    tables = plain_tables(8, rows=(600,))
+    collection = collection_of(tables, LowDim(kept={"t0": 300}))
+    batch = batch_of({"f0": [[i] for i in range(600)]})
+    collection.route(batch)
+    mask = torch.arange(600) % 2 == 1
+    words, counts = pack(mask)
+    route = collection.route.routes[0]
+    route.words.copy_(words)
+    route.counts.copy_(counts)
+    routed = collection.route(batch)[0].values()
+    assert torch.equal(routed, torch.where(mask, mask.cumsum(0) - 1, 300))
+
+
 def test_first_ids_are_kept_until_a_method_says_which():
     tables = plain_tables(8)
     config = LowDim(kept={"t0": 20, "t1": 40, "t2": 0})
