@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from embcomp.artefact import header_bytes
 from embcomp.backends import BACKENDS
 from embcomp.config import TrainConfig, load_config, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -18,6 +19,7 @@ from embcomp.errors import ConfigError
 from embcomp.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
 from embcomp.training.checkpoint import saved_steps
+from embcomp.training.export import export_run
 from embcomp.training.handover import load_unsharded, path_of
 from embcomp.training.life import Life, StageSetup
 from embcomp.training.outcome import read_outcome
@@ -112,6 +114,20 @@ def test_the_last_stage_leaves_what_the_report_and_the_plan_say(finished, method
     assert Report.load(run).serve_bytes == served == tables.compact().footprint.serve_bytes
     planned = life.plan.footprint.serve_bytes
     assert served <= planned if life.method.learns_size else served == planned
+
+
+@pytest.mark.parametrize("method", STAGED)
+def test_a_finished_run_becomes_an_artefact_of_the_reported_bytes(finished, method, tmp_path):
+    run = finished(method)
+    found = export_run(run, tmp_path / "artefact")
+    assert found.parity.max_error <= 1e-5
+    assert found.saved.config.budget is None or found.saved.config.tables.bytes <= (
+        found.saved.config.budget
+    )
+    measured = header_bytes(tmp_path / "artefact" / "model.safetensors")["tables"]
+    assert measured == Report.load(run).serve_bytes
+    narrow = export_run(run, tmp_path / "narrow", row_type="int8", tolerance=1)
+    assert narrow.saved.config.tables.bytes < measured
 
 
 @pytest.mark.parametrize("method", STAGED)

@@ -232,3 +232,23 @@ def test_a_renumbered_form_keeps_every_kept_row():
     batch = batch_of({"f0": [[0], [0]], **single})
     for key in ("f1", "f2"):
         assert torch.equal(after(batch)[key], pruned(batch)[key])
+
+
+def test_one_matryoshka_training_is_exported_at_other_widths(run, tmp_path):
+    method = "tables.method={name: matryoshka, width_grid: 2}"
+    config = toy_config(run.parent / "data", "name=nested", method)
+    train(config, runs=tmp_path, quiet=True)
+    whole = load_model(tmp_path / "nested")
+    sizes = []
+    for dim in ("C1=4,C2=2", "C1=2"):
+        result = export(tmp_path / "nested", tmp_path / dim, "--dim", dim)
+        assert result.exit_code == 0, result.output
+        sizes.append(header_bytes(tmp_path / dim / "model.safetensors")["tables"])
+    assert sizes == [4 * (62 * 4 + 32 * 2 + 10 * 8), 4 * (62 * 2 + 32 * 8 + 10 * 8)]
+    ids = {name: torch.arange(10) for name in ("C1", "C2", "C3")}
+    batch = as_features(ids, list(ids), is_weighted=False, device=torch.device("cpu"))
+    served = load(tmp_path / "C1=4,C2=2").tables(batch)
+    trained = whole.tables(batch)
+    for name, width in (("C1", 4), ("C2", 2), ("C3", 8)):
+        assert torch.equal(served[name][:, :width], trained[name][:, :width])
+        assert not served[name][:, width:].any()

@@ -28,7 +28,6 @@ from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint
 from embcomp.learned import LearnedBuffers
 from embcomp.routing import Copies, per_value, renamed
-from embcomp.stages import Form
 from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
@@ -144,17 +143,6 @@ class Sparse(BackendConfig):
                 )
             )
         )
-
-    def pruned(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
-        lost = {
-            table.name: torch.ones(table.num_embeddings, dtype=torch.bool)
-            for table in tables
-            if not self.elements(table)
-        }
-        stored = self._stored(tables)
-        pointers = form.tensors["route.pointers"].split([t.num_embeddings + 1 for t in stored])
-        lost |= {table.name: own.diff() == 0 for table, own in zip(stored, pointers)}
-        return {name: ids for name, ids in lost.items() if bool(ids.any())}
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None
