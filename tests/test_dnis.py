@@ -401,18 +401,23 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         DNIS(**settings)
 
 
+def test_cuts_of_a_table_that_is_not_there_are_refused():
+    with pytest.raises(ConfigError, match="cuts name other, which this method does not hold"):
+        collection_of(plain_tables(4), DNIS(budget="20%", cuts={"other": (3,)}))
+
+
 def test_a_search_begins_with_the_weights_that_it_was_given_and_blocks_by_count():
-    tables = plain_tables(4, rows=(60, 30))
+    tables = plain_tables(4, rows=(60, 30, 20))
     collection = collection_of(tables, Full())
     specs, full = collection.plan.tables, collection.forms()[0].form
-    method = DNIS(serve_bytes=200, quantiles=(0.5,), cuts={"t1": (7,)})
+    method = DNIS(serve_bytes=200, quantiles=(0.5,), cuts={"t1": (7,), "t2": ()})
     past = Past(
         before=full,
         initial=lambda: full,
         counts={"t0": torch.cat([torch.full((6,), 10), torch.full((54,), 1)])},
     )
     form = method.begin(method.stages()[1], specs, past)
-    assert form.config.cuts == {"t0": (6,), "t1": (7,)}
+    assert form.config.cuts == {"t0": (6,), "t1": (7,), "t2": ()}
     there = embed_ids(holding(tables, form), tables)
     for key, rows in embed_ids(collection, tables).items():
         assert torch.equal(there[key], rows)
@@ -460,7 +465,9 @@ def test_rare_ids_get_fewer_columns_than_frequent_ones(tmp_path):
     step = saved_steps(place.checkpoints)[-1]
     tables = load_unsharded(config, info, life, folder, 1, step).tables
     form = tables.forms()[0].form
-    selections = form.config.selections(life.tables, form)["C1"].mean(1)
+    selections = form.config.selections(life.tables, form)["C1"]
+    assert 0 <= selections.min() <= selections.max() <= 1
+    selections = selections.mean(1)
     assert selections[0] > selections[-1] + 0.2
     kept = load_model(tmp_path / "planted").tables.forms()[0].form.config
     assert kept.widths["C1"][0] > kept.widths["C1"][-1]

@@ -148,8 +148,9 @@ class DNIS(BackendConfig):
 
     def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
         cuts = {
-            table.name: self.cuts.get(table.name)
-            or traffic_cuts(table.num_embeddings, past.counts.get(table.name), self.quantiles)
+            table.name: self.cuts[table.name]
+            if table.name in self.cuts
+            else traffic_cuts(table.num_embeddings, past.counts.get(table.name), self.quantiles)
             for table in tables
         }
         search = DNISSearch(cuts=cuts, selection=self.selection, l1=self.l1)

@@ -76,6 +76,12 @@ class DNISSearch(BackendConfig):
         return cuts
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        unknown = sorted(set(self.cuts) - {table.name for table in tables})
+        if unknown:
+            raise ConfigError(
+                f"dnis: cuts name {', '.join(unknown)}, which this method does not hold; "
+                f"it holds {', '.join(table.name for table in tables)}"
+            )
         return [full_table(table) for table in tables]
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
