@@ -22,8 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from embcomp.artefact import header_bytes, save
+from embcomp.artefact import save
 from embcomp.artefact_config import TENSORS_FILE
+from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS, Full
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import load_config

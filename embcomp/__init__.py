@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from embcomp.artefact import load, save
+    from embcomp.artefact import save
+    from embcomp.artefact_loading import load
     from embcomp.backend import BackendConfig
     from embcomp.backends import (
         BACKENDS,
@@ -102,7 +103,7 @@ _HOMES = {
     "QR": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
-    "load": "embcomp.artefact",
+    "load": "embcomp.artefact_loading",
     "save": "embcomp.artefact",
 }
 

@@ -13,8 +13,9 @@ import polars as pl
 import torch
 from torch import nn
 
-from embcomp.artefact import header_bytes, load
 from embcomp.artefact_config import TENSORS_FILE, ArtefactConfig
+from embcomp.artefact_folder import header_bytes
+from embcomp.artefact_loading import load
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FILE_NAME, MISSING_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import DataError

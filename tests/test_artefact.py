@@ -13,7 +13,7 @@ import torch
 from torchrec.models.dlrm import DLRM
 
 from embcomp import Full, Hash, Plan, load, save
-from embcomp.artefact import header_bytes
+from embcomp.artefact_folder import header_bytes
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ArtefactError, BudgetError, ConfigError, DataError
 from embcomp.footprint import count_bytes

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from embcomp import load
-from embcomp.artefact import header_bytes
+from embcomp.artefact_folder import header_bytes
 from embcomp.cli import app
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo

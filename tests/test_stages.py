@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from embcomp.artefact import header_bytes
+from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS
 from embcomp.config import TrainConfig, load_config, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo

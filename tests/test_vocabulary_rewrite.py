@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typer.testing import CliRunner
 
 from embcomp import Full, LowDim, load
-from embcomp.artefact import header_bytes
+from embcomp.artefact_folder import header_bytes
 from embcomp.backends.low_dim import low_dim_form
 from embcomp.cli import app
 from embcomp.collection import CompressedEmbeddingBagCollection
@@ -48,6 +48,13 @@ def run(tmp_path_factory):
     )
     train(config, runs=folder, quiet=True)
     return folder / "toy"
+
+
+def test_a_share_is_one_of_the_whole_tables_whatever_was_dropped(run, tmp_path):
+    full = (62 + 32 + 10) * 8 * 4
+    result = export(run, tmp_path / "a", "--rewrite-vocabulary", "--budget", "50%")
+    assert result.exit_code == 0, result.output
+    assert f"{full // 2:,} bytes, kept" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.artefact import Saved, load, save_model
+from embcomp.artefact import Saved, save_model
 from embcomp.artefact_config import ArtefactConfig
+from embcomp.artefact_loading import load
+from embcomp.budget import parse_budget
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
@@ -134,6 +136,7 @@ def export_run(
     found = Export()
     with quiet_libraries():
         model = load_model(run)
+        allowed = _allowed(model, _budget_of(config) if budget is None else budget)
         if dims:
             model = sliced_model(model, dims)
         rewritten = rewrite_vocabulary(model, info) if rewrite else None
@@ -152,7 +155,7 @@ def export_run(
             settings=config.model.settings,
             inputs=model_inputs(config, info),
             row_type=row_type,
-            budget=_budget_of(config) if budget is None else budget,
+            budget=allowed,
             dataset=info,
             rewritten=None if rewritten is None else rewritten.dataset,
             extra=check,
@@ -169,6 +172,14 @@ def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
     cut._modules = dict(model._modules)
     cut.add_module("tables", tables.sliced(dims))
     return cut
+
+
+def _allowed(model: nn.Module, budget: str | int | None) -> int | None:
+    """A budget in bytes; a share is one of the run's own tables, whatever is cut from them."""
+    tables = dict(model.named_children()).get("tables")
+    if budget is None or not isinstance(tables, CompressedEmbeddingBagCollection):
+        return None
+    return parse_budget(budget, full_bytes=tables.plan.full_bytes)
 
 
 def _budget_of(config: TrainConfig) -> str | int | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.artefact import RewrittenDataset
+from embcomp.artefact_folder import RewrittenDataset
 from embcomp.backend import BackendConfig
 from embcomp.backends import Full, LowDim
 from embcomp.collection import CompressedEmbeddingBagCollection
