@@ -63,6 +63,10 @@ class Penalised(nn.Module):
 
     penalty: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A penalty hangs on the graph of a forward pass, which no copy of the module can have.
+        return {**self.__dict__, "penalty": None}
+
 
 def penalty_of(module: nn.Module) -> Tensor | None:
     """The sum of the penalties that the parts of a module left in their last forward pass."""

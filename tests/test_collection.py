@@ -21,6 +21,7 @@ from embcomp.backends import QR, Full, Hash, Unified
 from embcomp.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from embcomp.errors import ConfigError
 from embcomp.hashing import salt, splitmix64
+from embcomp.testing.cases import pooled
 from embcomp.testing.data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
@@ -312,7 +313,7 @@ def test_missing_weights_are_named():
 def test_weights_are_ignored_by_an_unweighted_collection():
     tables = plain_tables()
     for case in CASES.values():
-        collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], case.config)
+        collection = pooled(case, tables)
         weighted = random_batch(tables, seed=0, weighted=True)
         plain = KeyedJaggedTensor(
             keys=weighted.keys(), values=weighted.values(), lengths=weighted.lengths()
@@ -354,7 +355,9 @@ def test_unpooled_tables_must_be_equally_wide():
 @pytest.mark.parametrize("case", CASES)
 def test_a_copied_collection_answers_alike(case):
     tables = awkward_tables()
-    collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], CASES[case].config)
+    collection = pooled(CASES[case], tables)
     batch = random_batch(tables, seed=4)
+    collection.train()(batch)  # a penalty may be left of it, with its graph
+    collection.eval()
     wanted = collection(batch).values()
     assert torch.equal(copy.deepcopy(collection)(batch).values(), wanted)

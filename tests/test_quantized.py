@@ -19,7 +19,8 @@ from tests.backends_under_test import CASES
 @pytest.mark.parametrize("case", CASES)
 def test_int8_rows_answer_within_their_step(case):
     tables = awkward_tables((16, 8, 10))
-    collection = pooled(CASES[case], tables).eval()
+    # As it is served: rows that are still to be gated or snapped to codewords may jump.
+    collection = pooled(CASES[case], tables).compact()
     batch = random_batch(tables, seed=1, batch_size=50)
     wanted = collection(batch)
     quantized = quantize_inference_model(
