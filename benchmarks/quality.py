@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, object]] = {
     "pq": {"name": "pq"},
     "lr2vq": {"name": "lr2vq"},
     "low_rank": {"name": "low_rank"},
-    "optembed": {"name": "optembed"},
+    "optembed": {"name": "optembed", "generations": 6},
     "dnis": {"name": "dnis"},
     "matryoshka": {"name": "matryoshka"},
 }
