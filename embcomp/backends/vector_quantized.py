@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from typing_extensions import Self
@@ -156,15 +158,10 @@ class VectorQuantized(BackendConfig):
                 yield replace(self.with_size(subvector_dim=width), num_codewords=count)
 
     def expected_distortion(self, tables: Sequence[TableSpec]) -> float:
-        """Squared error relative to the rows' variance, as high-resolution theory has it.
-
-        Zador's law for an isotropic Gaussian: ``kappa(m) * k ** (-2 / m)``, with a fit of kappa.
-        It ranks sizes; trained tables come out better.
-        """
+        """Squared error relative to the rows' variance, to rank sizes before any training."""
         rows = sum(table.num_embeddings for table in tables)
         coded = sum(t.num_embeddings for t in tables if not self.keeps_full(t))
-        kappa = 1 + 1.72 * self.width**-0.73
-        return float(coded / rows * kappa * self.codewords ** (-2 / self.width))
+        return coded / rows * quantisation_error(self.width, self.codewords)
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         """The size of least expected distortion; of equals, that of the fewest bytes."""
@@ -185,6 +182,28 @@ class VectorQuantized(BackendConfig):
                 size.expected_distortion(tables),
             ),
         )
+
+
+@lru_cache
+def quantisation_error(width: int, count: int) -> float:
+    """What the best codewords lose of a sub-vector's variance, as high-resolution theory has it.
+
+    Zador's law for a Gaussian, ``kappa(d) * d * (product of variances) ** (1 / d) * k ** (-2 / d)``
+    with a fit of kappa, over as many axes as pay; those left out lose their variance. The variances
+    fall as ``axis ** -1.5``: with equal ones the law ranks sub-vectors of 2 with 8 codewords before
+    sub-vectors of 8 with 256, which on MovieLens-1M lose half as much; with a faster fall it would
+    have whole rows as sub-vectors, which lose more.
+    """
+    variances = [axis**-1.5 for axis in range(1, width + 1)]
+    whole = left = sum(variances)
+    least, logarithms = 1.0, 0.0
+    for axes, variance in enumerate(variances, 1):
+        left -= variance
+        logarithms += math.log(variance)
+        kappa = 1 + 1.72 * axes**-0.73
+        within = kappa * axes * math.exp(logarithms / axes) * count ** (-2 / axes)
+        least = min(least, (within + max(left, 0.0)) / whole)
+    return least
 
 
 def mean_init_std(tables: Sequence[TableSpec]) -> float:
