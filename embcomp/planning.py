@@ -6,7 +6,8 @@ or from a small YAML when there is none yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ class Line:
         weights: serving bytes of rows, projections and codebooks.
         indices: serving bytes of codes, remaps and masks.
         optimizer: bytes of the row optimizer's state.
-        train: bytes that training keeps.
+        train: bytes that training keeps, in the stage that keeps most.
         serve: bytes of the serving form.
         full: bytes of the uncompressed tables.
         learnt: whether training finds the size, so that the serving bytes are an upper bound.
@@ -174,8 +175,15 @@ class ConfigPlan:
         return [plan for plan in (self.main, self.first_order) if plan is not None]
 
 
-def plan_config(config: TrainConfig, sizes: Sequence[TableSize]) -> ConfigPlan:
+def plan_config(
+    config: TrainConfig, sizes: Sequence[TableSize], forms: ResolvedPlan | None = None
+) -> ConfigPlan:
     """Sizes the tables of a config.
+
+    Args:
+        config: the run.
+        sizes: the features.
+        forms: how the embedding tables are stored, where training has found that already.
 
     Raises:
         ConfigError: for an override of a feature that does not exist.
@@ -184,7 +192,7 @@ def plan_config(config: TrainConfig, sizes: Sequence[TableSize]) -> ConfigPlan:
     main = first_order = None
     model = config.model.settings
     if model.uses_embeddings:
-        main = config_to_plan(config).resolve(table_specs(config, sizes))
+        main = forms or config_to_plan(config).resolve(table_specs(config, sizes))
     if model.uses_first_order:
         first_order = Plan(default=config.tables.first_order.settings).resolve(
             table_specs(config, sizes, embedding_dim=1)
@@ -258,7 +266,7 @@ def _storage_units(
     config: BackendConfig, group: list[TableSpec]
 ) -> Iterator[tuple[TableSpec, ...]]:
     """Single tables when the method stores each by itself, else the whole group."""
-    alone = [config.footprint([table]) for table in group]
+    alone = [_for_table(config, table).footprint([table]) for table in group]
     names = [tensor.name for footprint in alone for tensor in footprint.tensors]
     together = config.footprint(group)
     if len(names) == len(set(names)) and set(names) == {t.name for t in together.tensors}:
@@ -267,7 +275,20 @@ def _storage_units(
         yield tuple(group)
 
 
+def _for_table(config: BackendConfig, table: TableSpec) -> BackendConfig:
+    """A method with no settings for single tables but those of this one."""
+    own = {
+        field.name: {key: value for key, value in given.items() if key == table.name}
+        for field in dataclasses.fields(config)
+        if isinstance(given := vars(config)[field.name], Mapping)
+        and all(isinstance(key, str) for key in given)
+    }
+    return dataclasses.replace(config, **own)  # type: ignore[arg-type]
+
+
 def _line(config: BackendConfig, tables: tuple[TableSpec, ...], optimizer: RowOptimizer) -> Line:
+    if len(tables) == 1:
+        config = _for_table(config, tables[0])
     footprint = config.footprint(tables)
     stored = [tensor for tensor in footprint.tensors if tensor.look_up]
     return Line(
@@ -278,7 +299,9 @@ def _line(config: BackendConfig, tables: tuple[TableSpec, ...], optimizer: RowOp
         weights=_serve_bytes(footprint, weights=True),
         indices=_serve_bytes(footprint, weights=False),
         optimizer=footprint.optimizer_bytes(optimizer),
-        train=footprint.train_bytes(optimizer),
+        train=max(
+            form.footprint(tables).train_bytes(optimizer) for form in (config, config.first_form())
+        ),
         serve=footprint.serve_bytes,
         full=sum(table.full_bytes for table in tables),
         learnt=config.learns_size,
@@ -304,9 +327,18 @@ def _on_meta(plan: ResolvedPlan) -> CompressedEmbeddingBagCollection:
         )
         for table in plan.tables
     ]
+    methods = {name: _largest_form(config, plan) for name, config in plan.methods.items()}
     return CompressedEmbeddingBagCollection(
-        configs, Plan(overrides=plan.methods), device=torch.device("meta")
+        configs, ResolvedPlan(plan.tables, methods), device=torch.device("meta")
     )
+
+
+def _largest_form(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
+    """The form that takes most in training: a method in stages may begin with full tables."""
+    tables = [table for table in plan.tables if plan.methods[table.name] == config]
+    first = config.first_form()
+    sizes = [form.footprint(tables).train_bytes() for form in (config, first)]
+    return first if sizes[1] > sizes[0] else config
 
 
 def _feature(key: str) -> str:

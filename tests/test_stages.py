@@ -17,7 +17,9 @@ from embcomp.config import TrainConfig, load_config, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.footprint import count_bytes
+from embcomp.planning import plan_config, sizes_of_dataset
 from embcomp.training import Report, evaluate, load_model, train
+from embcomp.training.api import forms_of_run
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.export import export_run
 from embcomp.training.handover import load_unsharded, path_of
@@ -108,10 +110,12 @@ def test_the_stages_are_run_logged_and_reported_under_their_names(finished, meth
 @pytest.mark.parametrize("method", STAGED)
 def test_the_last_stage_leaves_what_the_report_and_the_plan_say(finished, method):
     run = finished(method)
-    _config, _info, life, _ = life_of(run)
+    config, _info, life, _ = life_of(run)
     tables = load_model(run).tables
     served = count_bytes(tables.serving_tensors())
     assert Report.load(run).serve_bytes == served == tables.compact().footprint.serve_bytes
+    found = plan_config(config, sizes_of_dataset(config.data.path), forms_of_run(run))
+    assert sum(line.serve for line in found.lines()) == served
     planned = life.plan.footprint.serve_bytes
     assert served <= planned if life.method.learns_size else served == planned
 

@@ -21,7 +21,9 @@ NAMES_SHOWN = 3
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="A training YAML, or a recipe's name.")],
+    config: Annotated[
+        str, typer.Argument(help="A training YAML, a recipe's name, or a run's folder.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
@@ -44,20 +46,31 @@ def plan(
         str, typer.Option(help="Memory of each device kept for all but tables: 4GiB or 10%.")
     ] = "0%",
 ) -> None:
-    """Show bytes per table and in total; exit code 1 when over budget or not placeable."""
+    """Show bytes per table and in total; exit code 1 when over budget or not placeable.
+
+    Of a method that finds its size by training a config says the most that it may take, and a run
+    what it has found.
+    """
     from embcomp.budget import parse_budget
     from embcomp.catalog import find_recipe
     from embcomp.config import load_config
     from embcomp.errors import BudgetError
     from embcomp.planning import plan_config, read_sizes, sizes_of_dataset
 
-    loaded = load_config(find_recipe(config), overrides or [])
+    forms = None
+    if (Path(config) / "config.yaml").is_file():
+        from embcomp.training.api import forms_of_run
+
+        loaded = load_config(Path(config) / "config.yaml", overrides or [])
+        forms = forms_of_run(config)
+    else:
+        loaded = load_config(find_recipe(config), overrides or [])
     sizes = read_sizes(tables) if tables else sizes_of_dataset(loaded.data.path)
     memory = None
     if device_memory is not None:
         memory = parse_budget(device_memory, name="--device-memory")
     try:
-        found = plan_config(loaded, sizes)
+        found = plan_config(loaded, sizes, forms)
     except BudgetError as error:
         from embcomp.ways_out import for_budget
 

@@ -12,6 +12,7 @@ from torch import nn
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
+from embcomp.plan import ResolvedPlan
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_state, saved_steps
 from embcomp.training.console import RunConsole
@@ -126,6 +127,15 @@ def load_model(run: str | Path, step: int | None = None) -> nn.Module:
             f"checkpoint: {_listed(place)}"
         )
     return load_unsharded(config, info, life, folder, index, chosen).model.eval()
+
+
+def forms_of_run(run: str | Path) -> ResolvedPlan | None:
+    """How a run's tables are stored in its last stage so far; None for a model without any."""
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    life = Life.of(config, DatasetInfo.load(config.data.path))
+    index = latest_stage(life, folder)
+    return life.plan_of(index, folder.stage(index, life.names))
 
 
 def latest_stage(life: Life, folder: RunFolder) -> int:
