@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/search_speed.py
 
 ## Quality over seeds and budgets on generated logs: an hour on two cores.
 bench-quality: $(VENV)/.installed

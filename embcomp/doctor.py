@@ -32,6 +32,8 @@ RUNTIME = (
     "matplotlib",
     "plotly",
     "psutil",
+    "optuna",
+    "cmaes",
 )
 OPTIONAL = {"tensorboard": "training writes no TensorBoard logs; metrics.jsonl has them all"}
 

@@ -20,6 +20,7 @@ from torch.distributed.optim import (  # type: ignore[attr-defined]
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     KernelConfig,
@@ -31,6 +32,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
@@ -42,6 +44,9 @@ Device = Literal["cpu", "cuda"]
 
 SHARDING = ("table_wise", "row_wise")
 """What may be chosen from by default; row-wise splits a table that is too big for one device."""
+
+Signature = tuple[int, int, int, tuple[float, ...]]
+"""All of a table that the planner's bytes depend on: rows, width, bytes of a weight, bag lengths."""
 
 _OPTIMIZERS: dict[RowOptimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -206,6 +211,46 @@ def smallest_world(tables: nn.Module, query: Query, most: int = 1024) -> int | N
             return world
         world *= 2
     return None
+
+
+def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int, ...]]:
+    """What the planner counts on each rank for tables that are split row-wise, table by table.
+
+    A table's bytes do not depend on its neighbours, so they may be added up.
+
+    Args:
+        tables: rows, width, bytes of a weight and the mean bag length of each look-up.
+        query: devices; its pooling factors are not looked at.
+    """
+    types = {4: DataType.FP32, 2: DataType.FP16}
+    configs = [
+        EmbeddingBagConfig(
+            name=f"t{i}",
+            num_embeddings=rows,
+            embedding_dim=width,
+            feature_names=[f"t{i}_{k}" for k in range(len(lengths))],
+            data_type=types[itemsize],
+        )
+        for i, (rows, width, itemsize, lengths) in enumerate(tables)
+    ]
+    module = nn.ModuleDict(
+        {"rows": EmbeddingBagCollection(tables=configs, device=torch.device("meta"))}
+    )
+    attach_optimizer(module, query.optimizer)
+    constraints = {
+        f"t{i}": ParameterConstraints(sharding_types=["row_wise"], pooling_factors=list(lengths))
+        for i, (_, _, _, lengths) in enumerate(tables)
+    }
+    with _quiet():
+        options = EmbeddingEnumerator(
+            topology=_topology(query), batch_size=query.batch_size, constraints=constraints
+        ).enumerate(module, [_EveryType()])
+    by_name = {option.name: option for option in options}
+    found = []
+    for config in configs:
+        storages = [shard.storage for shard in by_name[config.name].shards]
+        found.append(tuple(each.ddr if query.device == "cpu" else each.hbm for each in storages))
+    return found
 
 
 def _fits(tables: nn.Module, query: Query, memory: int) -> bool:

@@ -16,6 +16,7 @@ from embcomp.catalog import find_recipe
 from embcomp.cli import app
 from embcomp.config import parse_config
 from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.search.config import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,6 +97,8 @@ def test_whole_configs_in_yaml_blocks_are_valid(page):
         document = yaml.safe_load(block)
         if isinstance(document, dict) and {"name", "data", "model"} <= set(document):
             parse_config(document)
+        if isinstance(document, dict) and {"name", "recipe", "groups"} <= set(document):
+            find_recipe(parse_search(document).recipe)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from embcomp.cli import app
 from embcomp.config import load_config
 from embcomp.data_pipelines.table import TableImporter
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.planning import plan_config, sizes_of_dataset
+from embcomp.search.api import search
+from embcomp.search.config import is_search, load_search
 from embcomp.training.api import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = sorted((CONFIGS / "datasets").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(SCHEMAS))
+SEARCHES = sorted(path for path in CONFIGS.glob("*.yaml") if is_search(path))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - {*SCHEMAS, *SEARCHES})
 # The run is cut short, never changed in kind: models, methods and optimizers stay the recipe's.
 SHORT = ["data.batch_size=64", "data.eval_batch_size=256", "train.epochs=1", "train.max_steps=4"]
 
@@ -31,6 +36,7 @@ def dataset(tmp_path_factory) -> Path:
 def test_recipes_are_found():
     assert len(RECIPES) >= 11
     assert SCHEMAS
+    assert len(SEARCHES) >= 2
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.stem)
@@ -60,6 +66,28 @@ def test_recipe_runs(path, dataset, tmp_path):
         assert report.serve_bytes == planned
     if config.tables.budget == "10%":
         assert report.compression >= 10
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_search_is_named_after_its_file_and_shows_its_space(path, dataset):
+    assert load_search(path).name == path.stem
+    assert path.read_text().startswith("# ")
+    result = CliRunner().invoke(
+        app, ["search", str(path), f"overrides.data.path={dataset}", "--dry-run"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("of the budget") >= 1
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_search_runs(path, dataset, tmp_path):
+    short = ["trials.count=1", "trials.devices=cpu", "fidelity={max_steps: 2, valid_rows: 50}"]
+    small = [f"overrides.data={{path: {dataset}, batch_size: 64, eval_batch_size: 256}}"]
+    config = load_search(path, [*short, *small, "finals.points=0"])
+    result = search(config, folder=tmp_path, quiet=True)
+    (candidate,) = result.candidates
+    assert candidate.state == "complete", candidate.message
+    assert 0 < candidate.serve_bytes <= result.budget
 
 
 @pytest.mark.parametrize(

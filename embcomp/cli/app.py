@@ -19,6 +19,7 @@ from embcomp.cli import (
     inspect,
     plan,
     prepare,
+    search,
     train,
     validate,
 )
@@ -82,6 +83,7 @@ app.command("prepare")(prepare.prepare)
 app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("search")(search.search)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)

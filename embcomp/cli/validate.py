@@ -38,11 +38,30 @@ def _validate_config(target: str, overrides: list[str]) -> None:
     from embcomp.config import load_config
     from embcomp.data_pipelines.schema import FILE_NAME
     from embcomp.planning import plan_config, sizes_of_dataset
+    from embcomp.search.config import is_search
 
     path = find_recipe(target)
+    if is_search(path):
+        _validate_search(path, overrides)
+        return
     config = load_config(path, overrides)
     if not (Path(config.data.path) / FILE_NAME).is_file():
         print(f"{path}: a sound config; its dataset {config.data.path} is not here to compare with")
         return
     plan_config(config, sizes_of_dataset(config.data.path))
     print(f"{path}: a sound config that agrees with the dataset {config.data.path}")
+
+
+def _validate_search(path: Path, overrides: list[str]) -> None:
+    from embcomp.data_pipelines.schema import FILE_NAME
+    from embcomp.search.config import load_search
+
+    search = load_search(path, overrides)
+    data = search.base().data.path
+    if not (Path(data) / FILE_NAME).is_file():
+        print(f"{path}: a sound search; its dataset {data} is not here to compare with")
+        return
+    from embcomp.search.api import prepare_search
+
+    prepare_search(search)
+    print(f"{path}: a sound search that agrees with the dataset {data}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as plotly
@@ -116,9 +117,12 @@ def _table(comparison: Comparison) -> str:
 
 
 def _ticks(comparison: Comparison) -> list[int]:
-    """Powers of two around the runs' bytes, few enough to be read."""
-    sizes = [max(run.serve_bytes, 1) for run in comparison.runs]
-    low, high = min(sizes).bit_length() - 1, max(sizes).bit_length()
+    return byte_ticks([run.serve_bytes for run in comparison.runs])
+
+
+def byte_ticks(sizes: Sequence[int]) -> list[int]:
+    """Powers of two around some sizes, few enough to be read."""
+    low, high = max(min(sizes), 1).bit_length() - 1, max(*sizes, 1).bit_length()
     every = -(-(high - low) // 8) or 1
     return [2**exponent for exponent in range(low, high + 1, every)]
 

@@ -1,0 +1,229 @@
+"""What the command line and other programs call: prepare a search, run it, read its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.pruners import NopPruner
+
+from embcomp.budget import parse_budget
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.planning import TableSize, sizes_of_dataset
+from embcomp.search.candidate_jobs import CandidateJobs
+from embcomp.search.config import QUALITIES, SearchConfig
+from embcomp.search.costs import Costs
+from embcomp.search.devices import Devices, limits_of
+from embcomp.search.finals import (
+    FinalJobs,
+    FinalsSampler,
+    Point,
+    choose_points,
+    finals_name,
+    write_recipes,
+)
+from embcomp.search.ledger import Ledger
+from embcomp.search.live import SearchConsole
+from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source
+from embcomp.search.repair import Repair
+from embcomp.search.results import SearchResult, gather
+from embcomp.search.rungs import make_pruner
+from embcomp.search.runner import Worker
+from embcomp.search.space import Space, build_space
+from embcomp.search.storage import explained, open_storage, open_study
+from embcomp.search.training_evaluator import TrainingEvaluator, make_slots
+
+SEARCHES = "searches"
+
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A search before its first candidate.
+
+    Attributes:
+        config: The search.
+        base: The training recipe.
+        space: What may be chosen.
+        repair: Brings any candidate into the limits.
+    """
+
+    config: SearchConfig
+    base: TrainConfig
+    space: Space
+    repair: Repair
+
+    @property
+    def budget(self) -> int:
+        """Serving bytes."""
+        return self.repair.budget
+
+
+def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = None) -> Prepared:
+    """Builds the space and checks that something in it is within the limits.
+
+    Args:
+        config: The search.
+        sizes: The features; None takes those of the dataset that the recipe names.
+
+    Raises:
+        ConfigError: There is nothing to choose, or a name does not exist.
+        BudgetError: No candidate is within the budget; the text names the floor.
+        PlacementError: No candidate fits the devices.
+    """
+    base = config.base()
+    if sizes is None:
+        sizes = sizes_of_dataset(base.data.path)
+        if config.quality == "gauc" and DatasetInfo.load(base.data.path).group is None:
+            raise ConfigError(
+                f"objectives: gauc needs a dataset with a group feature; {base.data.path} has "
+                "none, so take auc or log_loss"
+            )
+    space = build_space(config, base, sizes)
+    budget = parse_budget(config.budget, full_bytes=space.full_bytes)
+    costs = Costs(space)
+    devices = Devices(space, costs, limits_of(config, base, space.recipe_plan.dense_rows))
+    repair = Repair(space, costs, devices, budget, config.importance)
+    return Prepared(config=config, base=base, space=space, repair=repair)
+
+
+def search(
+    config: SearchConfig, *, folder: str | Path = SEARCHES, quiet: bool = False
+) -> SearchResult:
+    """Searches, joins a search that goes on, or goes on with one that was interrupted.
+
+    Args:
+        config: The search, from `embcomp.search.config.load_search`.
+        folder: The folder of all searches; this one's is `<folder>/<config.name>`.
+        quiet: Whether to print nothing.
+
+    Raises:
+        EmbcompError: Bad input of any kind, before any candidate is trained.
+        StorageError: The study's storage cannot be used; finished candidates are kept.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    prepared = prepare_search(config)
+    home = Path(folder) / config.name
+    home.mkdir(parents=True, exist_ok=True)
+    slots = make_slots(config, _cuda_devices())
+    evaluator = TrainingEvaluator(config, prepared.space, home, slots)
+    encoding = make_encoding(config, prepared.repair)
+    source = make_source(config, prepared.repair, encoding)
+    sampler = RepairedSampler(
+        source,
+        encoding,
+        prepared.repair,
+        fill=config.fills,
+        quality_sign=-1 if config.quality == "log_loss" else 1,
+        seed=config.seed,
+    )
+    storage = open_storage(config.storage, home)
+    count = config.trials.count if source.count is None else source.count
+    with explained(config.storage, home), SearchConsole(config, enabled=not quiet) as console:
+        study = open_study(
+            storage,
+            config.name,
+            directions_of(config),
+            sampler,
+            make_pruner(config.fidelity.rungs, evaluator.steps, len(config.objectives)),
+            identity_of(prepared, evaluator.steps),
+        )
+        for note in prepared.space.notes:
+            console.say(note)
+        evaluator.prepare()
+        ledger = Ledger(
+            study, storage, encoding.distributions, count=count, retries=config.trials.retries
+        )
+        console.follow(study, f"{config.name}: {evaluator.fidelity}", count, len(slots))
+        jobs = CandidateJobs(config, ledger, sampler, prepared.repair, evaluator)
+        Worker(ledger, jobs, console, len(slots)).run()
+        points = choose_points(config, study, sampler)
+        write_recipes(prepared.space, points, home / "points")
+        finals = None
+        if points:
+            final_jobs = FinalJobs(config, prepared.space, points, home, slots)
+            finals = _run_finals(config, storage, points, final_jobs, console, len(slots))
+        result = gather(
+            config,
+            prepared.repair,
+            sampler,
+            study,
+            points,
+            finals,
+            evaluator.fidelity,
+            evaluator.full_steps,
+        )
+    result.save(home)
+    from embcomp.search.page import write_page
+
+    write_page(result, home / "search.html")
+    return result
+
+
+def _run_finals(
+    config: SearchConfig,
+    storage: optuna.storages.BaseStorage,
+    points: Sequence[Point],
+    jobs: FinalJobs,
+    console: SearchConsole,
+    slots: int,
+) -> optuna.Study:
+    sampler = FinalsSampler(points)
+    name = finals_name(config, points)
+    direction = directions_of(config)[:1]
+    study = open_study(storage, name, direction, sampler, NopPruner(), {"search": config.name})
+    ledger = Ledger(
+        study,
+        storage,
+        sampler.distributions,
+        count=len(sampler.pairs),
+        retries=config.trials.retries,
+    )
+    console.follow(study, f"{config.name}: chosen points in full", len(sampler.pairs), slots)
+    Worker(ledger, jobs, console, slots).run()
+    return study
+
+
+def directions_of(config: SearchConfig) -> list[Direction]:
+    """Whether more or less is better, for each objective."""
+    more = [name for name in QUALITIES if name != "log_loss"]
+    return ["maximize" if name in more else "minimize" for name in config.objectives]
+
+
+def identity_of(prepared: Prepared, steps: int) -> dict[str, Any]:
+    """All that a candidate's score depends on; paths, counts and samplers may change."""
+    config, space = prepared.config, prepared.space
+    base = prepared.base.model_dump(mode="json")
+    del base["name"]
+    del base["data"]["path"]
+    del base["tables"]["method"], base["tables"]["overrides"], base["tables"]["budget"]
+    return {
+        "space": {unit.name: [option.label for option in unit.options] for unit in space.units},
+        "rows": {unit.name: unit.rows for unit in space.units},
+        "budget": prepared.budget,
+        "objectives": list(config.objectives),
+        "fill": config.fills,
+        "seed": config.seed,
+        "fidelity": {"steps": steps, **config.fidelity.model_dump(mode="json")},
+        "encoding": "relaxed" if config.sampler.name == "cmaes" else "settings",
+        "dataset": _dataset_digest(prepared.base.data.path),
+        "recipe": base,
+    }
+
+
+def _dataset_digest(path: str) -> str:
+    import hashlib
+
+    return hashlib.sha256((Path(path) / FILE_NAME).read_bytes()).hexdigest()[:16]
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,416 @@
+"""The YAML of a search, one to one as pydantic models; every key is checked before anything starts.
+
+A search names a training recipe, a byte budget, the choices that tables have, and how candidates are
+proposed and tried. What the recipe says of everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+
+from embcomp.budget import parse_budget
+from embcomp.config import PositiveFloat, PositiveInt, Section, TrainConfig, parse_config
+from embcomp.config_reading import (
+    apply_override,
+    bind_dataclass,
+    config_error,
+    describe_errors,
+    did_you_mean,
+    listed,
+    plain,
+    read_yaml,
+)
+from embcomp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from embcomp.backend import BackendConfig
+
+QUALITIES = ("auc", "gauc", "log_loss")
+COSTS = ("bytes", "latency")
+OBJECTIVES = (*QUALITIES, *COSTS)
+
+
+class ChoiceConfig(Section):
+    """A method, and the values that its settings may take: a list is searched, a value is fixed.
+
+    A bare string is short for a method without settings. `width: auto` is short for the powers of
+    two up to the embedding's width, and that width.
+    """
+
+    method: str
+    settings: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_searched(cls, value: Any) -> Any:
+        from embcomp.backends import BACKENDS
+
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, Mapping) or "method" not in value:
+            raise config_error(f"expected a mapping with the key 'method', got {value!r}")
+        options = dict(value)
+        method = options.pop("method")
+        if not isinstance(method, str) or method not in BACKENDS:
+            hint = did_you_mean(str(method), BACKENDS)
+            raise config_error(f"unknown method {method!r}{hint}; they are {listed(BACKENDS)}")
+        settings = {}
+        for key, given in options.items():
+            values = given if isinstance(given, list | tuple) else [given]
+            if not values:
+                raise config_error(f"{key}: the list is empty, so there is nothing to choose")
+            repeated = [x for i, x in enumerate(values) if x in values[:i]]
+            if repeated:
+                raise config_error(f"{key}: {repeated[0]!r} appears twice")
+            settings[key] = tuple(values)
+        # One value of each at a time: enough to refuse a wrong key or a value out of range.
+        for key, values in settings.items():
+            for one in values:
+                if (key, one) != ("width", "auto"):
+                    bind_dataclass(BACKENDS[method], {key: one})
+        return {"method": method, "settings": settings}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        lists = {key: list(values) for key, values in self.settings.items()}
+        return {"method": self.method, **lists}
+
+    def grid(self, embedding_dim: int) -> dict[str, tuple[Any, ...]]:
+        """The searched settings, `auto` written out, and the fixed ones as lists of one."""
+        grid = dict(self.settings)
+        if grid.get("width") == ("auto",):
+            powers = [1 << k for k in range(embedding_dim.bit_length())]
+            grid["width"] = tuple(
+                sorted({*(p for p in powers if p <= embedding_dim), embedding_dim})
+            )
+        return grid
+
+    def configs(self, embedding_dim: int) -> dict[tuple[int, ...], BackendConfig]:
+        """The method's config for each combination, by the settings' positions in the grid."""
+        from embcomp.backends import BACKENDS
+
+        grid = self.grid(embedding_dim)
+        found = {}
+        for place in itertools.product(*(range(len(values)) for values in grid.values())):
+            options = {key: values[i] for (key, values), i in zip(grid.items(), place)}
+            config = bind_dataclass(BACKENDS[self.method], options)
+            config.require_size()
+            found[place] = config
+        return found
+
+
+class RowBand(Section):
+    """Tables by their number of rows.
+
+    Attributes:
+        min_rows: Tables with fewer rows are not meant.
+        max_rows: Tables with more rows are not meant.
+    """
+
+    min_rows: PositiveInt = 1
+    max_rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> RowBand:
+        if self.max_rows is not None and self.max_rows < self.min_rows:
+            raise config_error(f"min_rows {self.min_rows} is above max_rows {self.max_rows}")
+        return self
+
+
+class GroupConfig(Section):
+    """Tables that have the same choices.
+
+    Attributes:
+        tables: `all` that no other group names, a list of names, or a band of rows.
+        choices: What a table may be stored as.
+        tied: Whether all tables of the group take the same choice.
+    """
+
+    tables: Literal["all"] | tuple[str, ...] | RowBand = "all"
+    choices: Annotated[tuple[ChoiceConfig, ...], Field(min_length=1)]
+    tied: bool = False
+
+
+class SamplerConfig(Section):
+    """Where candidates come from.
+
+    Attributes:
+        name: `tpe`, `nsga2`, `cmaes`, `random` and `grid` are Optuna's; `greedy` measures each
+            table alone and fills a knapsack; `uniform` is the baseline of equal shares.
+        starts: Whether the equal share and power laws of the tables' rows are tried first.
+        startup: Candidates before TPE or CMA-ES model anything, starts included.
+        population: Candidates of an NSGA-II generation.
+    """
+
+    name: Literal["tpe", "nsga2", "cmaes", "random", "grid", "greedy", "uniform"] = "tpe"
+    starts: bool = True
+    startup: PositiveInt = 10
+    population: Annotated[int, Field(ge=2)] = 20
+
+
+class RungsConfig(Section):
+    """Candidates that do badly are stopped at rungs of `min_steps * reduction ** k` steps.
+
+    Attributes:
+        min_steps: Steps to the first rung.
+        reduction: One in so many candidates goes on from a rung.
+        kind: `halving` or `hyperband`; several objectives always stop what is far from the front.
+    """
+
+    min_steps: PositiveInt
+    reduction: Annotated[int, Field(ge=2)] = 3
+    kind: Literal["halving", "hyperband"] = "halving"
+
+
+class FidelityConfig(Section):
+    """How much training a candidate gets; the chosen ones are retrained in full.
+
+    Attributes:
+        max_steps: Steps, at most; None trains as long as the recipe.
+        epochs: Epochs, at most; None takes the recipe's.
+        valid_rows: Rows of the validation split that candidates are scored on; None takes all.
+        rungs: Where to stop the bad ones early; None trains all to the end.
+    """
+
+    max_steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    valid_rows: PositiveInt | None = None
+    rungs: RungsConfig | None = None
+
+    @model_validator(mode="after")
+    def _rungs_lie_before_the_end(self) -> FidelityConfig:
+        if self.rungs and self.max_steps and self.rungs.min_steps >= self.max_steps:
+            raise config_error(
+                f"rungs.min_steps {self.rungs.min_steps} must be below max_steps {self.max_steps}"
+            )
+        return self
+
+
+class TrialsConfig(Section):
+    """How candidates are run.
+
+    Attributes:
+        count: Candidates to try.
+        parallel: How many at once, in each worker; None takes one on CPU, and on CUDA as many as
+            the devices allow.
+        world_size: Ranks of one candidate's training.
+        devices: `auto`, `cpu`, or CUDA device numbers.
+        threads: CPU threads of a rank; None shares the cores out evenly.
+        timeout: Seconds after which a candidate is stopped and counts as failed.
+        retries: How often a candidate is tried again whose worker died.
+    """
+
+    count: PositiveInt = 40
+    parallel: PositiveInt | None = None
+    world_size: PositiveInt = 1
+    devices: Literal["auto", "cpu"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
+    threads: PositiveInt | None = None
+    timeout: PositiveFloat | None = None
+    retries: Annotated[int, Field(ge=0)] = 5
+
+
+class FinalsConfig(Section):
+    """What is retrained in full, on all data, as an ordinary run.
+
+    Attributes:
+        points: How many candidates, the best or spread over the front.
+        seeds: How many runs of each.
+    """
+
+    points: Annotated[int, Field(ge=0)] = 3
+    seeds: PositiveInt = 3
+
+
+class TopologyConfig(Section):
+    """Devices on which TorchRec's planner must be able to place every candidate.
+
+    Attributes:
+        world_size: Ranks.
+        device_memory: Memory of one device.
+        device: Kind of device.
+        reserve: Memory of each device kept for everything but tables.
+    """
+
+    world_size: PositiveInt
+    device_memory: PositiveInt | str
+    device: Literal["cpu", "cuda"] = "cuda"
+    reserve: PositiveInt | str = "10%"
+
+    @field_validator("device_memory", "reserve")
+    @classmethod
+    def _is_readable(cls, value: int | str) -> int | str:
+        if value not in ("0", "0%"):
+            parse_budget(value)
+        return value
+
+
+class SearchConfig(Section):
+    """Everything that a search depends on.
+
+    Attributes:
+        name: Name of the study and of the search's folder.
+        seed: Of the sampler and of the candidates' training.
+        recipe: A training recipe's name or file.
+        overrides: Keys of the recipe that are other here, nested as in its YAML.
+        budget: Serving bytes of all tables, as `64MiB` or `10%` of the full tables.
+        train_per_device: Bytes of tables and optimizer state on one device.
+        objectives: `auc`, `gauc` or `log_loss`; then `bytes` or `latency`, if they are objectives.
+        fill: Whether candidates are brought up to the budget; by default unless bytes or latency
+            is an objective.
+        groups: Choices of tables. Tables that no group names stay as the recipe has them.
+        fixed: Tables with one method, whatever the groups say.
+        importance: How reluctantly a table gives way, by name; 1 for the others.
+        sampler: Where candidates come from.
+        trials: How candidates are run.
+        fidelity: How much training a candidate gets.
+        finals: What is retrained in full.
+        topology: Devices to place candidates on.
+        storage: Database URL of the study; None is a journal file in the search's folder.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0)] = 2021
+    recipe: str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    budget: PositiveInt | str
+    train_per_device: PositiveInt | str | None = None
+    objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("auc",)
+    fill: bool | None = None
+    groups: Annotated[tuple[GroupConfig, ...], Field(min_length=1)]
+    fixed: dict[str, ChoiceConfig] = Field(default_factory=dict)
+    importance: dict[str, PositiveFloat] = Field(default_factory=dict)
+    sampler: SamplerConfig = SamplerConfig()
+    trials: TrialsConfig = TrialsConfig()
+    fidelity: FidelityConfig = FidelityConfig()
+    finals: FinalsConfig = FinalsConfig()
+    topology: TopologyConfig | None = None
+    storage: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
+            raise config_error(f"the name becomes a folder; {name!r} cannot be one")
+        return name
+
+    @field_validator("budget", "train_per_device")
+    @classmethod
+    def _budget_is_readable(cls, budget: int | str | None) -> int | str | None:
+        if budget is not None:
+            parse_budget(budget)
+        return budget
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _one_may_stand_alone(cls, objectives: Any) -> Any:
+        return [objectives] if isinstance(objectives, str) else objectives
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives_exist(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        for name in objectives:
+            if name not in OBJECTIVES:
+                hint = did_you_mean(name, OBJECTIVES)
+                raise config_error(
+                    f"no metric is called {name!r}{hint}; they are {listed(OBJECTIVES)}"
+                )
+        if objectives[0] not in QUALITIES or any(name in QUALITIES for name in objectives[1:]):
+            raise config_error(
+                f"expected one of {listed(QUALITIES)} first, then any of {listed(COSTS)}; "
+                f"got {listed(objectives)}"
+            )
+        if len(set(objectives)) < len(objectives):
+            raise config_error(f"an objective appears twice in {listed(objectives)}")
+        return objectives
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> SearchConfig:
+        if self.sampler.name in ("cmaes", "greedy") and len(self.objectives) > 1:
+            raise config_error(
+                f"sampler {self.sampler.name!r} takes one objective, got {listed(self.objectives)}; "
+                "use nsga2 or tpe"
+            )
+        if self.sampler.name == "greedy" and self.fidelity.rungs is not None:
+            raise config_error("sampler 'greedy' compares all candidates, so it takes no rungs")
+        if any(len(v) > 1 for choice in self.fixed.values() for v in choice.settings.values()):
+            raise config_error("fixed: a fixed table takes one value for each setting, not a list")
+        return self
+
+    @property
+    def quality(self) -> str:
+        """The metric that says how good a candidate is."""
+        return self.objectives[0]
+
+    @property
+    def fills(self) -> bool:
+        """Whether candidates are brought up to the budget."""
+        return len(self.objectives) == 1 if self.fill is None else self.fill
+
+    def base(self) -> TrainConfig:
+        """The training recipe, the search's overrides applied.
+
+        Raises:
+            ConfigError: when there is no such recipe, or it is not sound.
+        """
+        from embcomp.catalog import find_recipe
+
+        path = find_recipe(self.recipe)
+        document = read_yaml(path)
+        _merge(document, plain(self.overrides))
+        return parse_config(document, source=f"{path} with the search's overrides")
+
+    def to_yaml(self) -> str:
+        """The resolved config, defaults included; `load_search` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_search(path: str | Path, overrides: Iterable[str] = ()) -> SearchConfig:
+    """Reads and checks the YAML of a search.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value` strings; a value is parsed as YAML.
+
+    Raises:
+        ConfigError: On any problem, with every problem found and the keys that are valid.
+    """
+    path = Path(path)
+    return parse_search(read_yaml(path), overrides, source=str(path))
+
+
+def parse_search(
+    raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "search"
+) -> SearchConfig:
+    """Checks a search that is already a mapping; see `load_search`."""
+    document = plain(raw)
+    for override in overrides:
+        apply_override(document, override)
+    try:
+        return SearchConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe_errors(error, SearchConfig)}") from None
+
+
+def is_search(path: str | Path) -> bool:
+    """Whether a YAML describes a search rather than a training run."""
+    document = read_yaml(Path(path))
+    return "recipe" in document and "model" not in document
+
+
+def _merge(document: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Puts nested overrides over a document; a mapping that names a choice replaces it whole."""
+    for key, value in overrides.items():
+        old = document.get(key)
+        if isinstance(old, str) and isinstance(value, dict) and "name" not in value:
+            old = {"name": old}  # the short form of a choice
+        if isinstance(old, dict) and isinstance(value, dict) and "name" not in value:
+            document[key] = dict(old)
+            _merge(document[key], value)
+        else:
+            document[key] = value

@@ -1,0 +1,43 @@
+"""How long a candidate's tables take to look up one batch of validation rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.training.build import build_model
+from embcomp.training.process import choose_device
+
+_WARM_UP = 3
+_REPEATS = 21
+
+
+@torch.no_grad()
+def look_up_microseconds(config: TrainConfig) -> float:
+    """Median time of one forward pass of the embedding tables, on one device, unsharded.
+
+    The weights are fresh, as they do not matter. Other work on the machine does: measure with one
+    candidate at a time where small differences count.
+    """
+    info = DatasetInfo.load(config.data.path)
+    device = choose_device(config.train.device)
+    tables = build_model(config, info, torch.device("cpu")).tables
+    assert tables is not None
+    tables.to(device).eval()
+    rows = min(config.data.batch_size, info.split("valid").rows)
+    loader = ParquetLoader(info, "valid", batch_size=rows, drop_last=False, prefetch=0)
+    features = next(iter(loader)).to(device).sparse
+    times = []
+    for repeat in range(_WARM_UP + _REPEATS):
+        begun = time.perf_counter()
+        tables(features)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if repeat >= _WARM_UP:
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times) * 1e6

@@ -1,0 +1,211 @@
+"""The study as a ledger of candidates: nothing finished is lost or done twice, whoever dies.
+
+A candidate is an Optuna trial with the worker's name on it. A worker that is gone leaves trials
+that run for ever; the next one to look takes each off the books (only one can) and enqueues it
+again, to go on from the checkpoint that it left. Workers on this machine are gone when their process
+is; others when they have not been heard of for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import psutil
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+LOST = "lost"
+"""On a trial whose worker died: the worker that took it off the books."""
+RETRY_OF = "retry_of"
+"""On a trial that repeats another: the number of the first attempt."""
+SURPLUS = "surplus"
+"""On a trial that should not have been started; it stands for no candidate."""
+INTERRUPTED = "interrupted"
+"""On a trial that its worker gave up in good order; the next attempt does not count as another."""
+KIND = "kind"
+"""On a trial: how its candidate was proposed."""
+WORKER = "worker"
+"""On a trial: who runs it."""
+
+_SIGN_OF_LIFE = 30.0  # seconds between two
+_GONE_AFTER = 150.0  # seconds without one
+_NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
+
+
+def originals(study: optuna.Study) -> list[FrozenTrial]:
+    """The first attempt at each candidate, by number."""
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if SURPLUS not in trial.user_attrs and RETRY_OF not in trial.user_attrs
+    ]
+
+
+def latest_attempts(study: optuna.Study) -> list[FrozenTrial]:
+    """The last attempt at each candidate, in the order of the first ones."""
+    latest: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if SURPLUS not in trial.user_attrs:
+            latest[trial.user_attrs.get(RETRY_OF, trial.number)] = trial
+    return [latest[number] for number in sorted(latest)]
+
+
+class Ledger:
+    """One worker's view of a study.
+
+    Args:
+        study: the study, opened by this worker.
+        storage: where it lies.
+        distributions: the study's parameters.
+        count: candidates to try; None when the source knows.
+        retries: how often a candidate is tried again whose worker died.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: BaseStorage,
+        distributions: Mapping[str, optuna.distributions.BaseDistribution],
+        *,
+        count: int,
+        retries: int,
+    ) -> None:
+        self.study, self._storage = study, storage
+        self._distributions = dict(distributions)
+        self.count, self._retries = count, retries
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self.worker = _this_worker()
+        self._last_sign = 0.0
+        self.sign()
+
+    def sign(self) -> None:
+        """Shows that this worker is alive, now and then."""
+        now = time.time()
+        if now - self._last_sign >= _SIGN_OF_LIFE:
+            self._storage.set_study_user_attr(self._study_id, f"worker {self.worker}", now)
+            self._last_sign = now
+
+    def has_next(self) -> bool:
+        """Whether a candidate is left to start."""
+        trials = self.study.get_trials(deepcopy=False)
+        if any(trial.state is TrialState.WAITING for trial in trials):
+            return True
+        return len(originals(self.study)) < self.count
+
+    def next(self) -> Trial | None:
+        """Starts the next candidate; None when others were quicker."""
+        trial = self.study.ask(fixed_distributions=self._distributions)
+        rank = sum(1 for one in originals(self.study) if one.number < trial.number)
+        if RETRY_OF not in trial.user_attrs and rank >= self.count:
+            self.withdraw(trial)
+            return None
+        trial.set_user_attr(WORKER, self.worker)
+        return trial
+
+    def withdraw(self, trial: Trial) -> None:
+        """Takes a trial that was started in vain off the books."""
+        trial.set_user_attr(SURPLUS, True)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def others_run(self) -> bool:
+        """Whether other workers still have candidates in hand."""
+        return any(
+            trial.state in (TrialState.RUNNING, TrialState.WAITING)
+            for trial in self.study.get_trials(deepcopy=False)
+        )
+
+    def retry_lost(self) -> list[int]:
+        """Enqueues what dead workers left; returns the numbers of first attempts."""
+        trials = self.study.get_trials(deepcopy=False)
+        signs = self.study.user_attrs
+        again = []
+        for trial in trials:
+            if trial.state is TrialState.RUNNING and self._is_lost(trial, signs):
+                if self._take_off(trial) and self._enqueue(trial, trials):
+                    again.append(trial.user_attrs.get(RETRY_OF, trial.number))
+            elif self._half_retried(trial, trials, signs) and self._enqueue(trial, trials):
+                again.append(trial.user_attrs.get(RETRY_OF, trial.number))
+        return again
+
+    def _is_lost(self, trial: FrozenTrial, signs: Mapping[str, Any]) -> bool:
+        worker = trial.user_attrs.get(WORKER)
+        if worker is None:
+            begun = trial.datetime_start
+            return begun is None or time.time() - begun.timestamp() > _NAMELESS
+        return worker != self.worker and not is_alive(worker, signs)
+
+    def _half_retried(
+        self, trial: FrozenTrial, trials: list[FrozenTrial], signs: Mapping[str, Any]
+    ) -> bool:
+        """Whether a worker died between taking a trial off the books and enqueueing it."""
+        taker = trial.user_attrs.get(LOST)
+        if taker is None or trial.state is not TrialState.FAIL or self._attempts(trial, trials)[1]:
+            return False
+        return taker != self.worker and not is_alive(taker, signs)
+
+    def _take_off(self, trial: FrozenTrial) -> bool:
+        """Ends a lost trial; False if another worker was quicker."""
+        number = trial.number
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        try:
+            self._storage.set_trial_user_attr(trial_id, LOST, self.worker)
+            if not set(self._distributions) <= set(trial.params):
+                # Its worker died while it was being proposed: there is nothing to repeat.
+                self._storage.set_trial_user_attr(trial_id, SURPLUS, True)
+            self.study.tell(number, state=TrialState.FAIL)
+        except (ValueError, RuntimeError):  # it has ended meanwhile
+            return False
+        return True
+
+    def _enqueue(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+        if not set(self._distributions) <= set(trial.params):
+            return False
+        first, later = self._attempts(trial, trials)
+        died = INTERRUPTED not in trial.user_attrs
+        attempt = trial.user_attrs.get("attempt", 0) + died
+        if later or attempt > self._retries:
+            return False
+        known = {RETRY_OF: first, "attempt": attempt, KIND: trial.user_attrs.get(KIND, "")}
+        self.study.enqueue_trial(dict(trial.params), user_attrs=known)
+        return True
+
+    def _attempts(
+        self, trial: FrozenTrial, trials: list[FrozenTrial]
+    ) -> tuple[int, list[FrozenTrial]]:
+        """The number of the first attempt, and the attempts after this one."""
+        first = trial.user_attrs.get(RETRY_OF, trial.number)
+        later = [
+            other
+            for other in trials
+            if other.user_attrs.get(RETRY_OF) == first and other.number > trial.number
+        ]
+        return first, later
+
+
+def _this_worker() -> str:
+    process = psutil.Process(os.getpid())
+    return f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
+
+
+def is_alive(worker: str, signs: Mapping[str, Any]) -> bool:
+    """Whether a worker still works.
+
+    Args:
+        worker: its name.
+        signs: the study's attributes, which hold the times of its signs of life.
+    """
+    host, pid, created = worker.rsplit(":", 2)
+    if host == socket.gethostname():
+        try:
+            process = psutil.Process(int(pid))
+            same = abs(process.create_time() - float(created)) < 2
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+    last = signs.get(f"worker {worker}", 0.0)
+    return time.time() - float(last) < _GONE_AFTER

@@ -1,0 +1,93 @@
+"""A candidate as a training config: an ordinary one, which `embcomp train` runs as it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from embcomp.backend import BackendConfig
+from embcomp.config import TrainConfig, parse_config
+from embcomp.config_reading import plain
+from embcomp.search.config import SearchConfig
+from embcomp.search.space import Candidate, Space
+
+
+def config_of(
+    space: Space, candidate: Candidate, name: str, seed: int | None = None
+) -> TrainConfig:
+    """The recipe with the candidate's tables.
+
+    Args:
+        space: the space.
+        candidate: what to train.
+        name: the run's name.
+        seed: None takes the recipe's.
+    """
+    document = space.base.model_dump(mode="json", exclude_defaults=True)
+    document |= {"name": name, "seed": space.base.seed if seed is None else seed}
+    tables = dict(document["tables"])
+    tables.pop("budget", None)
+    written = {table: written_method(m) for table, m in space.methods(candidate).items()}
+    # The commonest method is the default, so that the YAML stays short.
+    common = Counter(yaml.safe_dump(method) for method in written.values()).most_common()
+    default = yaml.safe_load(min(text for text, count in common if count == common[0][1]))
+    tables["method"] = default
+    tables["overrides"] = {t: method for t, method in written.items() if method != default}
+    document["tables"] = tables
+    return parse_config(document, source=name)
+
+
+def written_method(config: BackendConfig) -> dict[str, Any]:
+    """A method as a YAML says it: its name, and what differs from the defaults."""
+    written: dict[str, Any] = {"name": config.name}
+    for field in dataclasses.fields(config):
+        value = config.__dict__[field.name]
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.init and value != default:
+            written[field.name] = plain(value)
+    return written
+
+
+def point_yaml(config: TrainConfig, comment: str) -> str:
+    """A config as a recipe: a first comment line, and no defaults."""
+    document = config.model_dump(mode="json", exclude_defaults=True)
+    document["tables"]["method"] = written_method(config.tables.method.settings)
+    document["tables"]["overrides"] = {
+        table: written_method(choice.settings) for table, choice in config.tables.overrides.items()
+    }
+    body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return f"# {comment}\n{body}"
+
+
+def trial_config(
+    search: SearchConfig, space: Space, candidate: Candidate, name: str, view: str
+) -> TrainConfig:
+    """The recipe as a candidate is tried: on the dataset's view, for as long as the fidelity says.
+
+    Rules that count evaluations are off, as there are more of them here.
+    """
+    config = config_of(space, candidate, name, search.seed)
+    train: dict[str, Any] = {
+        "monitor": search.quality,
+        "plateau": None,
+        "early_stop": None,
+        "keep_checkpoints": 1,
+    }
+    fidelity = search.fidelity
+    if fidelity.max_steps is not None:
+        train["max_steps"] = min(fidelity.max_steps, config.train.max_steps or fidelity.max_steps)
+    if fidelity.epochs is not None:
+        train["epochs"] = min(fidelity.epochs, config.train.epochs)
+    if fidelity.rungs is not None:
+        train["eval_every"] = fidelity.rungs.min_steps
+    if search.trials.devices == "cpu":
+        train["device"] = "cpu"
+    document = config.model_dump(mode="json")
+    document["train"] |= train
+    document["data"]["path"] = view
+    return parse_config(document, source=name)

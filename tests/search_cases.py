@@ -1,0 +1,54 @@
+"""Spaces, and a toy recipe, that the tests of the search share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.planning import TableSize
+from embcomp.search.api import Prepared, prepare_search
+from embcomp.search.config import SearchConfig, parse_search
+
+RECIPE = """# A toy recipe.
+name: toy_recipe
+data: {path: %s, batch_size: 64, eval_batch_size: 512}
+tables: {embedding_dim: 8, method: full}
+model: {name: deepfm, hidden_units: [8], batch_norm: false}
+train: {epochs: 1, device: cpu}
+"""
+WIDTHS = [{"method": "low_dim", "width": [1, 2, 4, 8]}]
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    """A toy dataset and a recipe for it; returns the recipe."""
+    write_toy_dataset(
+        folder / "toy", rows=(1024, 256, 256), num_values=(300, 60, 8), multi_valued=["C2"]
+    )
+    path = folder / "recipe.yaml"
+    path.write_text(text % (folder / "toy"))
+    return path
+
+
+def search_document(recipe: Path | str, **changes: Any) -> dict[str, Any]:
+    """A small search over widths."""
+    return {
+        "name": "toy_search",
+        "recipe": str(recipe),
+        "budget": "30%",
+        "groups": [{"choices": WIDTHS}],
+        "trials": {"count": 3, "devices": "cpu"},
+        "fidelity": {"max_steps": 6, "valid_rows": 100},
+        "finals": {"points": 1, "seeds": 1},
+        **changes,
+    }
+
+
+def prepare(
+    recipe: Path, rows: Sequence[int] | Mapping[str, int], *overrides: str, **changes: Any
+) -> Prepared:
+    """A search over tables of these rows, of which there are no data."""
+    config: SearchConfig = parse_search(search_document(recipe, **changes), overrides)
+    named = rows if isinstance(rows, Mapping) else {f"C{i + 1}": n for i, n in enumerate(rows)}
+    return prepare_search(config, [TableSize(name=k, num_embeddings=n) for k, n in named.items()])
