@@ -487,3 +487,11 @@ def test_four_ranks_search_and_prune_as_one_process_does(workers, tmp_path):
     one, many = (load_model(tmp_path / way / "planted").state_dict() for way in ("one", "many"))
     for name, tensor in one.items():
         torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_column_is_worth_its_look_ups_so_that_cheap_blocks_of_rare_ids_come_last():
+    table = TableSpec(name="t0", num_embeddings=10, embedding_dim=1, feature_names=("f0",))
+    counts = {table.name: torch.tensor([100] * 8 + [1] * 2)}
+    scores = {table.name: torch.tensor([[0.5], [1.0]], dtype=torch.float64)}
+    chosen = choose_columns([table], scores, {table.name: (8,)}, 8 * 4 + 1, counts)
+    assert chosen.kept[table.name].tolist() == [[True], [False]]

@@ -15,9 +15,12 @@ Where we depart from the authors' code, and why:
 - Pruning keeps columns of blocks rather than single elements, so that what is left is dense and the
   column lists cost bytes per block, not per element. ``structure="element"`` prunes as the paper
   does, by the size of selection times weight.
-- Retraining always follows, and trains what is left and nothing else: the serving form has no place
-  where a pruned weight could grow back. The network rests during the search, so what comes out of
-  the search is badly calibrated and is never reported.
+- Columns are ranked by what leaving them out would change in looked-up embeddings, per byte: their
+  squares times how often their block is looked up. By their size alone, cheap blocks of rare ids
+  would come before those that carry the traffic.
+- Retraining always follows, for as many epochs as any training, and trains what is left and
+  nothing else: the serving form has no place where a pruned weight could grow back. The network
+  rests during the search, so what comes out of the search is badly calibrated and is never reported.
 - The search rows are left out of the warm start too, so that no selection is fitted on rows that the
   weights have seen.
 - Selections and their optimizer are first-order. The authors' second-order option unrolls an Adam
@@ -32,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from embcomp.backend import Backend, BackendConfig
@@ -128,7 +131,7 @@ class DNIS(BackendConfig):
                 alternate=True,
                 holds_out=True,
             ),
-            Stage(name="retrain", purpose="what is left within the budget", epochs=1),
+            Stage(name="retrain", purpose="what is left within the budget"),
         )
 
     def first_form(self) -> BackendConfig:
@@ -144,7 +147,7 @@ class DNIS(BackendConfig):
     def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
         if stage.name == "search":
             return self._search(tables, past)
-        return self.pruned_form(tables, past.before)
+        return self.pruned_form(tables, past.before, past.counts)
 
     def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
         cuts = {
@@ -157,12 +160,19 @@ class DNIS(BackendConfig):
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
         return Form(config=search, tensors=rows | search.fresh_selections(tables))
 
-    def pruned_form(self, tables: Sequence[TableSpec], searched: Form) -> Form:
+    def pruned_form(
+        self,
+        tables: Sequence[TableSpec],
+        searched: Form,
+        counts: Mapping[str, Tensor] | None = None,
+    ) -> Form:
         """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
 
         Args:
             tables: the group.
             searched: what the search left: a form of ``DNISSearch``.
+            counts: for each table, (num_embeddings,) how often each id occurs; Zipf's law where
+                nobody counted.
 
         Raises:
             BudgetError: when not even one weight fits.
@@ -187,7 +197,7 @@ class DNIS(BackendConfig):
             )
             for table in tables
         }
-        chosen = choose_columns(tables, scores, cuts, budget)
+        chosen = choose_columns(tables, scores, cuts, budget, counts)
         own = {name: selections[name][source] for name, source in chosen.source.items()}
         return blocks_form(tables, rows, own, chosen.kept, chosen.cuts)
 

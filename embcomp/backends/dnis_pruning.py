@@ -70,12 +70,36 @@ def column_scores(
     return scores.cummin(1).values if nested else scores
 
 
+def block_traffic(
+    table: TableSpec, counts: Tensor | None, cuts: Sequence[int], most: float
+) -> list[float]:
+    """Look-ups of a table's blocks, as shares of the table's.
+
+    Args:
+        table: the table.
+        counts: (num_embeddings,) how often each id occurs. Where nobody counted, the id of rank r
+            is taken to occur in proportion to 1 / r.
+        cuts: the first ids of the blocks but the first.
+        most: what the shares add up to.
+    """
+    if counts is None or not counts.numel() or not bool(counts.any()):
+        counts = 1 / torch.arange(1, table.num_embeddings + 1, dtype=torch.float64)
+    total = float(counts.sum())
+    ranges = block_ranges(cuts, table.num_embeddings)
+    return [most * float(counts[low:high].sum()) / total for low, high in ranges]
+
+
 def choose_columns(
-    tables: Sequence[TableSpec], scores: Mapping[str, Tensor], cuts: Cuts, budget: int
+    tables: Sequence[TableSpec],
+    scores: Mapping[str, Tensor],
+    cuts: Cuts,
+    budget: int,
+    counts: Mapping[str, Tensor] | None = None,
 ) -> Chosen:
     """The columns that contribute most for their bytes, within a budget.
 
-    Columns of score 0 are never kept, so less than the budget is used where the search closed more
+    What a column contributes is the square of its score, once for each look-up of its block: the
+    least squared change of looked-up embeddings is left out. Columns of score 0 are never kept, so less than the budget is used where the search closed more
     than it had to.
 
     Args:
@@ -83,6 +107,7 @@ def choose_columns(
         scores: for each by name, (blocks, embedding_dim).
         cuts: the blocks.
         budget: bytes of rows and of column lists together.
+        counts: for each by name, (num_embeddings,) how often each id occurs.
 
     Raises:
         BudgetError: when it does not hold one number of one row.
@@ -93,10 +118,18 @@ def choose_columns(
     }
     candidates = []
     for n, table in enumerate(tables):
+        traffic = block_traffic(
+            table, (counts or {}).get(table.name), cuts[table.name], len(table.feature_names)
+        )
         for block, row in enumerate(scores[table.name].tolist()):
             cost = sizes[table.name][block] * table.itemsize + index
             candidates += [
-                _Candidate(minus_worth=-score / cost, table=n, block=block, column=column)
+                _Candidate(
+                    minus_worth=-traffic[block] * score**2 / cost,
+                    table=n,
+                    block=block,
+                    column=column,
+                )
                 for column, score in enumerate(row)
                 if score > 0
             ]
