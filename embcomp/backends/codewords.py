@@ -83,7 +83,7 @@ class Codewords(LearnedBuffers):
         if chosen is not None:
             latents, slots = latents[chosen], (which * self.words.shape[1] + codes)[chosen]
         else:
-            slots = (which * self.words.shape[1] + codes).view(-1)
+            slots = (which * self.words.shape[1] + codes).reshape(-1)
         latents = latents.reshape(-1, self.words.shape[2]).float()
         uses, sums, errors = self._totals(latents, slots)
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)

@@ -81,7 +81,8 @@ def check_every_parameter_gets_a_gradient(case: BackendCase) -> None:
     tables = plain_tables(10)
     collection = pooled(case, tables).train()
     full = random_batch(tables, seed=1, batch_size=200, shape="full_bags")
-    for batch in (full, random_batch(tables, seed=1, shape="empty")):
+    single = random_batch(tables, seed=1, batch_size=200, shape="single")
+    for batch in (full, single, random_batch(tables, seed=1, shape="empty")):
         collection.zero_grad()
         loss = collection(batch).values().pow(2).sum()
         penalty = collection.penalty()
