@@ -19,6 +19,7 @@ from embcomp.search.candidate_jobs import CandidateJobs
 from embcomp.search.config import QUALITIES, SearchConfig
 from embcomp.search.costs import Costs
 from embcomp.search.devices import Devices, limits_of
+from embcomp.search.evaluators import Evaluator
 from embcomp.search.finals import (
     FinalJobs,
     FinalsSampler,
@@ -27,6 +28,7 @@ from embcomp.search.finals import (
     finals_name,
     write_recipes,
 )
+from embcomp.search.gradient import at_budget
 from embcomp.search.ledger import Ledger
 from embcomp.search.live import SearchConsole
 from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source
@@ -36,7 +38,8 @@ from embcomp.search.rungs import make_pruner
 from embcomp.search.runner import Worker
 from embcomp.search.space import Space, build_space
 from embcomp.search.storage import explained, open_storage, open_study
-from embcomp.search.training_evaluator import TrainingEvaluator, make_slots
+from embcomp.search.training_evaluator import Slot, TrainingEvaluator, make_slots
+from embcomp.search.widths import widths_of
 
 SEARCHES = "searches"
 
@@ -85,7 +88,11 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
                 f"objectives: gauc needs a dataset with a group feature; {base.data.path} has "
                 "none, so take auc or log_loss"
             )
+    if config.sampler.name == "gradient":
+        config = at_budget(config, base, sizes)
     space = build_space(config, base, sizes)
+    if config.evaluator.name == "supernet":
+        widths_of(space)
     budget = parse_budget(config.budget, full_bytes=space.full_bytes)
     costs = Costs(space)
     devices = Devices(space, costs, limits_of(config, base, space.recipe_plan.dense_rows))
@@ -112,7 +119,7 @@ def search(
     home = Path(folder) / config.name
     home.mkdir(parents=True, exist_ok=True)
     slots = make_slots(config, _cuda_devices())
-    evaluator = TrainingEvaluator(config, prepared.space, home, slots)
+    evaluator = make_evaluator(prepared, home, slots)
     encoding = make_encoding(config, prepared.repair)
     source = make_source(config, prepared.repair, encoding)
     sampler = RepairedSampler(
@@ -136,13 +143,16 @@ def search(
         )
         for note in prepared.space.notes:
             console.say(note)
-        evaluator.prepare()
         ledger = Ledger(
             study, storage, encoding.distributions, count=count, retries=config.trials.retries
         )
-        console.follow(study, f"{config.name}: {evaluator.fidelity}", count, len(slots))
-        jobs = CandidateJobs(config, ledger, sampler, prepared.repair, evaluator)
-        Worker(ledger, jobs, console, len(slots)).run()
+        console.follow(study, f"{config.name}: {evaluator.fidelity}", count, evaluator.slots)
+        try:
+            evaluator.prepare()
+            jobs = CandidateJobs(config, ledger, sampler, prepared.repair, evaluator)
+            Worker(ledger, jobs, console, evaluator.slots).run()
+        finally:
+            evaluator.close()
         points = choose_points(config, study, sampler)
         write_recipes(prepared.space, points, home / "points")
         finals = None
@@ -156,14 +166,29 @@ def search(
             study,
             points,
             finals,
-            evaluator.fidelity,
-            evaluator.full_steps,
+            evaluator,
         )
     result.save(home)
     from embcomp.search.page import write_page
 
     write_page(result, home / "search.html")
     return result
+
+
+def make_evaluator(prepared: Prepared, home: Path, slots: Sequence[Slot]) -> Evaluator:
+    """What scores a search's candidates.
+
+    Args:
+        prepared: The search.
+        home: Its folder.
+        slots: What trainings may use.
+    """
+    config = prepared.config
+    if config.evaluator.name == "training":
+        return TrainingEvaluator(config, prepared.space, home, slots)
+    from embcomp.search.supernet_evaluator import SupernetEvaluator
+
+    return SupernetEvaluator(config, prepared.space, home, slots, prepared.budget)
 
 
 def _run_finals(
@@ -203,7 +228,9 @@ def identity_of(prepared: Prepared, steps: int) -> dict[str, Any]:
     del base["name"]
     del base["data"]["path"]
     del base["tables"]["method"], base["tables"]["overrides"], base["tables"]["budget"]
+    supernet = config.evaluator.model_dump(mode="json") if config.evaluator.method else None
     return {
+        **({"evaluator": supernet} if supernet else {}),
         "space": {unit.name: [option.label for option in unit.options] for unit in space.units},
         "rows": {unit.name: unit.rows for unit in space.units},
         "budget": prepared.budget,

@@ -48,7 +48,9 @@ class CandidateJobs(Jobs):
         candidate = self._sampler.encoding.decode(trial.params)
         cost = self._repair.costs.of(candidate)
         assert cost.serve <= self._repair.budget and self._repair.devices.fits(candidate)
-        trial.set_user_attr(KIND, trial.user_attrs.get(KIND) or self._sampler.kinds[trial.number])
+        # A study without parameters, as that of `gradient`, asks its sampler for nothing.
+        kind = self._sampler.kinds.get(trial.number, self._config.sampler.name)
+        trial.set_user_attr(KIND, trial.user_attrs.get(KIND) or kind)
         trial.set_user_attr("serve_bytes", cost.serve)
         trial.set_user_attr("train_bytes", cost.train)
         trial.set_user_attr("options", self._repair.space.labels(candidate))

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 QUALITIES = ("auc", "gauc", "log_loss")
 COSTS = ("bytes", "latency")
 OBJECTIVES = (*QUALITIES, *COSTS)
+ONE_OBJECTIVE = ("cmaes", "evolution", "greedy", "gradient")
+
+SamplerName = Literal[
+    "tpe", "nsga2", "cmaes", "random", "grid", "evolution", "greedy", "gradient", "uniform"
+]
 
 
 class ChoiceConfig(Section):
@@ -141,14 +146,16 @@ class SamplerConfig(Section):
     """Where candidates come from.
 
     Attributes:
-        name: `tpe`, `nsga2`, `cmaes`, `random` and `grid` are Optuna's; `greedy` measures each
-            table alone and fills a knapsack; `uniform` is the baseline of equal shares.
+        name: `tpe`, `nsga2`, `cmaes`, `random` and `grid` are Optuna's; `evolution` breeds the
+            best so far; `greedy` measures each table alone and fills a knapsack; `gradient` trains
+            `dnis` at the budget; `uniform` is the baseline of equal shares.
         starts: Whether the equal share and power laws of the tables' rows are tried first.
         startup: Candidates before TPE or CMA-ES model anything, starts included.
-        population: Candidates of an NSGA-II generation.
+        population: Candidates of an NSGA-II generation; with `evolution`, those that it begins
+            with.
     """
 
-    name: Literal["tpe", "nsga2", "cmaes", "random", "grid", "greedy", "uniform"] = "tpe"
+    name: SamplerName = "tpe"
     starts: bool = True
     startup: PositiveInt = 10
     population: Annotated[int, Field(ge=2)] = 20
@@ -227,6 +234,50 @@ class FinalsConfig(Section):
     seeds: PositiveInt = 3
 
 
+class EvaluatorConfig(Section):
+    """What scores a candidate.
+
+    A bare string is short for an evaluator without settings.
+
+    Attributes:
+        name: `training` trains each candidate; `supernet` trains nested widths once, and scores a
+            candidate by one pass over search-validation rows.
+        method: Of the supernet: `matryoshka`, or the first stage of `optembed`.
+        settings: Of that method, as `weights`; its widths are those of the search's choices.
+        rows: Search-validation rows that a candidate is scored on, in whole batches; None takes
+            all, `data.search_share` of the train split.
+    """
+
+    name: Literal["training", "supernet"] = "training"
+    method: Literal["matryoshka", "optembed"] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    rows: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _method_takes_its_settings(self) -> EvaluatorConfig:
+        if self.name == "training":
+            if self.method is not None or self.settings or self.rows is not None:
+                raise config_error("method, settings and rows are of the evaluator supernet")
+            return self
+        if self.method is None:
+            raise config_error("evaluator supernet needs a method: matryoshka or optembed")
+        own = [key for key in ("target_bytes", "width_grid", "prune") if key in self.settings]
+        if own:
+            raise config_error(
+                f"settings: {listed(own)} follow from the search, which keeps all rows, and from "
+                "its budget and choices; leave them out"
+            )
+        from embcomp.backends import BACKENDS
+
+        bind_dataclass(BACKENDS[self.method], self.settings)
+        return self
+
+
 class TopologyConfig(Section):
     """Devices on which TorchRec's planner must be able to place every candidate.
 
@@ -268,7 +319,8 @@ class SearchConfig(Section):
         importance: How reluctantly a table gives way, by name; 1 for the others.
         sampler: Where candidates come from.
         trials: How candidates are run.
-        fidelity: How much training a candidate gets.
+        evaluator: What scores a candidate.
+        fidelity: How much training a candidate gets, or the supernet.
         finals: What is retrained in full.
         topology: Devices to place candidates on.
         storage: Database URL of the study; None is a journal file in the search's folder.
@@ -287,6 +339,7 @@ class SearchConfig(Section):
     importance: dict[str, PositiveFloat] = Field(default_factory=dict)
     sampler: SamplerConfig = SamplerConfig()
     trials: TrialsConfig = TrialsConfig()
+    evaluator: EvaluatorConfig = EvaluatorConfig()
     fidelity: FidelityConfig = FidelityConfig()
     finals: FinalsConfig = FinalsConfig()
     topology: TopologyConfig | None = None
@@ -331,16 +384,53 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> SearchConfig:
-        if self.sampler.name in ("cmaes", "greedy") and len(self.objectives) > 1:
+        if self.sampler.name in ONE_OBJECTIVE and len(self.objectives) > 1:
             raise config_error(
                 f"sampler {self.sampler.name!r} takes one objective, got {listed(self.objectives)}; "
                 "use nsga2 or tpe"
             )
         if self.sampler.name == "greedy" and self.fidelity.rungs is not None:
             raise config_error("sampler 'greedy' compares all candidates, so it takes no rungs")
+        if self.sampler.name == "gradient":
+            self._check_gradient()
+        if self.evaluator.name == "supernet":
+            self._check_supernet()
         if any(len(v) > 1 for choice in self.fixed.values() for v in choice.settings.values()):
             raise config_error("fixed: a fixed table takes one value for each setting, not a list")
         return self
+
+    def _check_gradient(self) -> None:
+        choices = [choice for group in self.groups for choice in group.choices]
+        if self.groups[0].tables != "all" or [choice.method for choice in choices] != ["dnis"]:
+            raise config_error(
+                "sampler 'gradient' learns the columns of all tables together; give it one group, "
+                "{tables: all, choices: [{method: dnis}]}"
+            )
+        if any(len(values) > 1 for values in choices[0].settings.values()):
+            raise config_error("sampler 'gradient' takes one value for each setting, not a list")
+        if "serve_bytes" in choices[0].settings:
+            raise config_error("sampler 'gradient': serve_bytes comes from the budget")
+        if self.fidelity.rungs is not None:
+            raise config_error("sampler 'gradient' has one candidate, so it takes no rungs")
+        if self.evaluator.name == "supernet":
+            raise config_error(
+                "sampler 'gradient' trains columns by itself; take evaluator training with it"
+            )
+
+    def _check_supernet(self) -> None:
+        if "latency" in self.objectives:
+            raise config_error(
+                "evaluator 'supernet' looks up full rows whatever the candidate, so it knows no "
+                "latency; take bytes, or evaluator training"
+            )
+        if self.fidelity.rungs is not None:
+            raise config_error("evaluator 'supernet' trains no candidate, so it takes no rungs")
+        devices = self.trials.devices
+        if isinstance(devices, tuple) and devices[:1] != (0,):
+            raise config_error(
+                "evaluator 'supernet' scores on device 0; put another there by "
+                "CUDA_VISIBLE_DEVICES, and leave trials.devices at auto"
+            )
 
     @property
     def quality(self) -> str:

@@ -91,11 +91,15 @@ class Evaluator(ABC):
         slots: how many are scored at once.
         fidelity: how much training a score stands for, for people.
         steps: training steps of a score; 0 where none are made.
+        full_steps: training steps of the recipe in full.
+        prepared: what was trained before the first score, once for all of them.
     """
 
     slots: int = 1
     fidelity: str = ""
     steps: int = 0
+    full_steps: int = 0
+    prepared: Outcome = Outcome()
 
     def prepare(self) -> None:  # noqa: B027, optional
         """What all scores need, as a dataset's view or a trained supernet; done once."""

@@ -27,6 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from embcomp.search.config import SearchConfig
 from embcomp.search.encoding import Encoding
+from embcomp.search.evolution_source import EvolutionSource
+from embcomp.search.gradient import Gradient
 from embcomp.search.greedy import Greedy
 from embcomp.search.ledger import RETRY_OF, latest_attempts, originals
 from embcomp.search.repair import Repair
@@ -228,8 +230,15 @@ def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Sou
         return Greedy(repair)
     if sampler.name == "uniform":
         return UniformOnly(repair)
+    if sampler.name == "gradient":
+        return Gradient(repair)
     if sampler.name == "grid":
         return Grid(repair, fill=config.fills)
+    if sampler.name == "evolution":
+        evolution = EvolutionSource(
+            repair, fill=config.fills, population=sampler.population, seed=config.seed
+        )
+        return StartsFirst(repair, evolution) if sampler.starts else evolution
     makers: dict[str, Callable[[int], BaseSampler]] = {
         "tpe": lambda seed: TPESampler(
             seed=seed, multivariate=True, constant_liar=True, n_startup_trials=sampler.startup

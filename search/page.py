@@ -69,8 +69,13 @@ def _introduction(result: SearchResult) -> str:
         f"{result.budget:,} bytes ({format_bytes(result.budget)}, {share:.1%} of the full tables). "
         f"Candidates came from {_text(result.sampler)}, out of {_big(result.space_size)} between "
         f"{format_bytes(result.reachable[0])} and {format_bytes(result.reachable[1])}; each was "
-        f"trained for {_text(result.fidelity)}. Test data took no part in the search."
+        f"{_scored_by(result)}. Test data took no part in the search."
     )
+
+
+def _scored_by(result: SearchResult) -> str:
+    how = "scored after" if result.evaluator == "supernet" else "trained for"
+    return f"{how} {_text(result.fidelity)}"
 
 
 def _summary(result: SearchResult) -> str:
@@ -102,7 +107,7 @@ def _front(result: SearchResult) -> plotly.Figure:
             mode="lines+markers" if colour == _BLUE else "markers",
             line={"shape": "hv", "width": 1},
             marker={"size": size, "color": colour},
-            name=f"{name} (validation, short training)",
+            name=f"{name} ({'supernet' if result.evaluator == 'supernet' else 'validation, short training'})",
             text=[_hover(c) for c in group],
             hovertemplate="%{text}<br>%{y:.6f}<extra></extra>",
         )
@@ -219,9 +224,17 @@ def _cost(result: SearchResult) -> str:
                 f"{cost.full_trainings:.2f}",
                 f"{cost.hours:.2f}",
             ],
+            *_prepared(result),
             ["retraining of chosen points", f"{cost.finals:,}", "", f"{cost.finals_hours:.2f}"],
         ],
     )
+
+
+def _prepared(result: SearchResult) -> list[list[str]]:
+    cost = result.cost
+    if not cost.prepared_trainings:
+        return []
+    return [["supernet", "1", f"{cost.prepared_trainings:.2f}", f"{cost.prepared_hours:.2f}"]]
 
 
 def _candidates(result: SearchResult) -> str:

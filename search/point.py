@@ -71,7 +71,11 @@ def trial_config(
 
     Rules that count evaluations are off, as there are more of them here.
     """
-    config = config_of(space, candidate, name, search.seed)
+    return for_search(search, config_of(space, candidate, name, search.seed), view)
+
+
+def for_search(search: SearchConfig, config: TrainConfig, view: str) -> TrainConfig:
+    """A run on the dataset's view, for as long as the fidelity says."""
     train: dict[str, Any] = {
         "monitor": search.quality,
         "plateau": None,
@@ -90,4 +94,4 @@ def trial_config(
     document = config.model_dump(mode="json")
     document["train"] |= train
     document["data"]["path"] = view
-    return parse_config(document, source=name)
+    return parse_config(document, source=config.name)

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.search.config import SearchConfig
+from embcomp.search.evaluators import Evaluator
 from embcomp.search.finals import Point
 from embcomp.search.importance import importances
 from embcomp.search.ledger import KIND, latest_attempts
@@ -125,6 +126,9 @@ class Cost:
         trainings: Candidates that were trained, stopped ones included.
         full_trainings: Their steps, as a multiple of one full training.
         hours: Their time, added up.
+        prepared_trainings: Steps of what was trained once for all scores, as a multiple of one full
+            training.
+        prepared_hours: Its time.
         finals: Runs in full.
         finals_hours: Their time, added up.
     """
@@ -134,6 +138,8 @@ class Cost:
     hours: float
     finals: int
     finals_hours: float
+    prepared_trainings: float = 0.0
+    prepared_hours: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +166,8 @@ class SearchResult:
         importance: Share of the metric's variance that each unit's choice explains.
         cost: What it took.
         format: Version of this file.
+        split: The split of the metrics in full.
+        evaluator: What scored candidates.
     """
 
     name: str
@@ -182,6 +190,7 @@ class SearchResult:
     cost: Cost
     format: int = FORMAT
     split: str = field(default="test")
+    evaluator: str = "training"
 
     def save(self, folder: Path) -> None:
         """Writes search_result.json."""
@@ -227,8 +236,7 @@ def gather(
     study: optuna.Study,
     points: Sequence[Point],
     finals: optuna.Study | None,
-    fidelity: str,
-    full_steps: int,
+    evaluator: Evaluator,
 ) -> SearchResult:
     """Puts a search's result together from its studies."""
     space = repair.space
@@ -251,7 +259,8 @@ def gather(
         objectives=list(config.objectives),
         budget=repair.budget,
         full_bytes=space.full_bytes,
-        fidelity=fidelity,
+        evaluator=config.evaluator.name,
+        fidelity=evaluator.fidelity,
         space_size=space.size,
         reachable=list(repair.reachable),
         rows={unit.name: unit.rows for unit in space.units},
@@ -264,10 +273,12 @@ def gather(
         ),
         cost=Cost(
             trainings=sum(1 for c in candidates if c.steps),
-            full_trainings=steps / max(1, full_steps),
+            full_trainings=steps / max(1, evaluator.full_steps),
             hours=sum(c.seconds for c in candidates) / 3600,
             finals=len(final),
             finals_hours=sum(run.seconds for run in final) / 3600,
+            prepared_trainings=evaluator.prepared.steps / max(1, evaluator.full_steps),
+            prepared_hours=evaluator.prepared.seconds / 3600,
         ),
         split="test" if has_test or not final else "valid",
     )

@@ -77,18 +77,21 @@ class Worker:
         self._ledger, self._jobs, self._watcher, self._slots = ledger, jobs, watcher, slots
         self._hands: list[InHand] = []
         self._ended = False
+        self._any_ended = False
 
     def run(self) -> None:
         """Returns when every trial of the study has ended, those of other workers included."""
         try:
             while self._turn():
-                time.sleep(LOOK_EVERY)
+                if not self._any_ended:
+                    time.sleep(LOOK_EVERY)
         except BaseException:
             self._let_go()
             raise
 
     def _turn(self) -> bool:
         ledger = self._ledger
+        self._any_ended = False
         ledger.sign()
         for number in ledger.retry_lost():
             self._watcher.say(
@@ -138,6 +141,7 @@ class Worker:
         values = self._jobs.values(hand.trial, outcome) if state is TrialState.COMPLETE else None
         self._ledger.study.tell(hand.trial, values, state=state)
         self._hands.remove(hand)
+        self._any_ended = True
         what = {TrialState.PRUNED: "stopped early", TrialState.FAIL: outcome.failure or "failed"}
         self._watcher.say(self._jobs.line(hand.trial, outcome, what.get(state, "")))
 

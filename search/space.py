@@ -196,7 +196,7 @@ def build_space(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSi
         recipe_plan=_first_order_plan(base, sizes),
         notes=notes,
     )
-    if space.size == 1:
+    if space.size == 1 and config.sampler.name != "gradient":
         raise ConfigError(
             "groups: the space holds one candidate only, so there is nothing to search"
             + "".join(f"\n  {note}" for note in notes[:10])

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.search.config import SearchConfig
@@ -88,6 +89,34 @@ def make_slots(config: SearchConfig, num_devices: int) -> list[Slot]:
     ]
 
 
+def full_steps(base: TrainConfig, info: DatasetInfo) -> int:
+    """Steps of a recipe's training in full, of a method with one stage."""
+    steps = base.train.epochs * _steps_per_epoch(base, info.split("train").rows)
+    return min(steps, base.train.max_steps or sys.maxsize)
+
+
+def search_steps(
+    config: SearchConfig, base: TrainConfig, info: DatasetInfo, rows: int | None = None
+) -> int:
+    """Steps that the fidelity leaves of it.
+
+    Args:
+        config: the search.
+        base: its recipe.
+        info: the dataset.
+        rows: training rows; None takes all.
+    """
+    each = _steps_per_epoch(base, info.split("train").rows if rows is None else rows)
+    epochs = min(config.fidelity.epochs or base.train.epochs, base.train.epochs)
+    bounds = (config.fidelity.max_steps, base.train.max_steps)
+    return min(epochs * each, *(bound or sys.maxsize for bound in bounds))
+
+
+def _steps_per_epoch(base: TrainConfig, rows: int) -> int:
+    batch = base.data.batch_size
+    return max(1, rows // batch if base.data.drop_last else -(-rows // batch))
+
+
 class TrainingEvaluator(Evaluator):
     """Trains each candidate on a part of the data, with the recipe's own settings.
 
@@ -105,15 +134,9 @@ class TrainingEvaluator(Evaluator):
         self._view, self._trials = folder / "data", folder / "trials"
         self._running: list[TrainingRun] = []
         self.slots = len(self._slots)
-        train = space.base.train
         info = DatasetInfo.load(space.base.data.path)
-        rows, batch = info.split("train").rows, space.base.data.batch_size
-        per_epoch = max(1, rows // batch if space.base.data.drop_last else -(-rows // batch))
-        epochs = min(config.fidelity.epochs or train.epochs, train.epochs)
-        self.full_steps = min(train.epochs * per_epoch, train.max_steps or sys.maxsize)
-        self.steps = min(
-            epochs * per_epoch, config.fidelity.max_steps or sys.maxsize, self.full_steps
-        )
+        self.full_steps = full_steps(space.base, info)
+        self.steps = search_steps(config, space.base, info)
         rows = info.split("valid").rows
         scored = min(config.fidelity.valid_rows or rows, rows)
         self.fidelity = (

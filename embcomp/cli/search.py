@@ -81,11 +81,18 @@ def show(result: SearchResult, folder: Path) -> None:
         table.add_row(*(escape(cell) for cell in cells))
     out.print(table, highlight=False)
     cost = result.cost
-    out.print(
-        f"{cost.trainings} candidates trained, as much as {cost.full_trainings:.2f} full trainings "
-        f"({cost.hours:.2f} h), and {cost.finals} in full ({cost.finals_hours:.2f} h)",
-        highlight=False,
-    )
+    if cost.prepared_trainings:
+        tried = (
+            f"{len(result.candidates)} candidates scored by a supernet, trained as much as "
+            f"{cost.prepared_trainings:.2f} full trainings "
+            f"({cost.prepared_hours + cost.hours:.2f} h)"
+        )
+    else:
+        tried = (
+            f"{cost.trainings} candidates trained, as much as {cost.full_trainings:.2f} full "
+            f"trainings ({cost.hours:.2f} h)"
+        )
+    out.print(f"{tried}, and {cost.finals} in full ({cost.finals_hours:.2f} h)", highlight=False)
     for name in ("search.html", "search_result.json", "points"):
         print(folder / name)
 

@@ -1,0 +1,42 @@
+"""Candidates as widths of whole tables, for what can score nothing else."""
+
+from __future__ import annotations
+
+from embcomp.backend import BackendConfig
+from embcomp.backends import Full
+from embcomp.backends.low_dim import LowDim
+from embcomp.config_reading import listed
+from embcomp.errors import ConfigError
+from embcomp.search.space import Space
+from embcomp.tables import TableSpec
+
+
+def widths_of(space: Space) -> list[list[int]]:
+    """For each unit, the width that each of its options stands for.
+
+    Raises:
+        ConfigError: for an option that is more than a width.
+    """
+    odd = [
+        f"{unit.name}: {option.label}"
+        for unit in space.units
+        for option in unit.options
+        if not _is_width(option.config)
+    ]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ConfigError(
+            "evaluator supernet knows widths of whole tables, so every choice must be full or "
+            f"low_dim with a width; got {listed(odd[:3])}{more}. Take evaluator training for these"
+        )
+    return [
+        [_width(option.config, unit.tables[0]) for option in unit.options] for unit in space.units
+    ]
+
+
+def _is_width(config: BackendConfig) -> bool:
+    return isinstance(config, Full) or (isinstance(config, LowDim) and not config.kept)
+
+
+def _width(config: BackendConfig, table: TableSpec) -> int:
+    return config.columns(table) if isinstance(config, LowDim) else table.embedding_dim
