@@ -148,13 +148,14 @@ def test_the_ids_of_one_bag_are_cut_to_one_width():
             assert len(set(widths[samples[:, pair] == sample, pair].tolist())) == 1
 
 
-def test_a_budget_brings_a_search_and_a_finetuning_that_rests_by_default():
+def test_a_budget_brings_a_search_and_a_short_finetuning():
     tables = [TableSpec(name="t", num_embeddings=1000, embedding_dim=8, feature_names=("t",))]
     assert [stage.name for stage in Matryoshka().stages()] == ["nested"]
     plan = Plan(default=Matryoshka(), budget="50%").resolve(tables)
     stages = plan.methods["t"].stages()
     assert [stage.name for stage in stages] == ["nested", "search", "finetune"]
-    assert stages[-1].epochs == 0
+    assert stages[-1].epochs == 1
+    assert Matryoshka(budget="50%", finetune_epochs=0).stages()[-1].epochs == 0
     assert plan.footprint.serve_bytes == 16_000
 
 

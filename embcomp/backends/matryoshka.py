@@ -45,7 +45,8 @@ class Matryoshka(SearchedSize):
         weights: by width, how often it is drawn in training, where others have 1.
         choose: how widths are found: ``greedy`` scores each field's widths alone, ``evolution``
             whole candidates.
-        finetune_epochs: passes over the training rows after the widths are chosen.
+        finetune_epochs: passes over the training rows after the widths are chosen; 0 only cuts.
+            The network has learnt for all widths at once, and gains much from seeing one.
         search_rows: search-validation rows that a candidate is scored on; the best are scored
             again on all of them.
         generations: of the evolution.
@@ -58,7 +59,7 @@ class Matryoshka(SearchedSize):
     width_grid: int | tuple[int, ...] = 2
     weights: Mapping[int, float] = field(default_factory=dict)
     choose: Choose = "greedy"
-    finetune_epochs: int = 0
+    finetune_epochs: int = 1
     search_rows: int = 200_000
     generations: int = 30
     population: int = 20
