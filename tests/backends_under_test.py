@@ -93,8 +93,8 @@ CASES = {
             revive_every=2,
         )
     ),
-    "lr2vq_line": BackendCase(
-        config=LR2VQ(subvector_dim=2, num_codewords=16, latent_dim=1, codebooks="table")
+    "lr2vq_line": BackendCase(  # few codewords: rounding must not move a latent to a neighbour
+        config=LR2VQ(subvector_dim=2, num_codewords=4, latent_dim=1, codebooks="table")
     ),
     "lr2vq_table": BackendCase(config=LR2VQ(subvector_dim=3, num_codewords=16, codebooks="table")),
     "pq": BackendCase(config=PQ(subvector_dim=2, num_codewords=16)),
