@@ -24,6 +24,7 @@ from embcomp.errors import ConfigError
 from embcomp.learned import AddPenalty
 from embcomp.models.base import ModelInputs
 from embcomp.plan import Plan, ResolvedPlan
+from embcomp.planning import config_to_plan
 from embcomp.tables import specs_from_configs
 from embcomp.training.initial_rows import fill_function, initialize_rows
 from embcomp.training.optimizers import attach_fused_optimizer
@@ -109,12 +110,9 @@ def main_plan(config: TrainConfig, info: DatasetInfo) -> ResolvedPlan | None:
     if not config.model.settings.uses_embeddings:
         return None
     tables = config.tables
-    plan = Plan(
-        default=tables.method.settings,
-        overrides={name: method.settings for name, method in tables.overrides.items()},
-        budget=tables.budget,
+    return config_to_plan(config).resolve(
+        specs_from_configs(_table_configs(info, tables, tables.embedding_dim))
     )
-    return plan.resolve(specs_from_configs(_table_configs(info, tables, tables.embedding_dim)))
 
 
 def build_model(

@@ -16,7 +16,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -30,6 +29,7 @@ from embcomp.plan_document import plan_to_document
 from embcomp.stages import Form, Past
 from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import checkpoint_folder, model_state
+from embcomp.training.initial_rows import local_pieces
 from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.outcome import read_outcome
@@ -132,7 +132,7 @@ def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
     with safetensors.safe_open(place.start, framework="pt") as file, torch.no_grad():
         for name in file.keys():
             whole = file.get_slice(name)
-            for piece, (row, column) in _pieces(state[name]):
+            for piece, (row, column) in local_pieces(state[name]):
                 _fill(piece, whole, tuple(whole.get_shape()), row, column)
 
 
@@ -140,14 +140,8 @@ def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
 def load_tensors_of(whole: Mapping[str, Tensor], sharded: DistributedModelParallel) -> None:
     """Fills a sharded model with whole tensors by their names in the unsharded one."""
     for name, value in model_state(sharded).items():
-        for piece, (row, column) in _pieces(value):
+        for piece, (row, column) in local_pieces(value):
             _fill(piece, whole[name], tuple(whole[name].shape), row, column)
-
-
-def _pieces(value: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
-    if isinstance(value, ShardedTensor):
-        return [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()]
-    return [(value, [0, 0])]
 
 
 def _fill(piece: Tensor, whole: Any, shape: tuple[int, ...], row: int, column: int) -> None:

@@ -35,7 +35,7 @@ def initialize_rows(
         table_rows, width = weight.metadata().size  # its size() warns that the class is old
     else:
         table_rows, width = weight.shape
-    for piece, (first_row, first_column) in _local_pieces(weight):
+    for piece, (first_row, first_column) in local_pieces(weight):
         end_row, end_column = first_row + piece.shape[0], first_column + piece.shape[1]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for start in range(first_row // _BLOCK_ROWS * _BLOCK_ROWS, end_row, _BLOCK_ROWS):
@@ -49,7 +49,7 @@ def initialize_rows(
                 piece[low - first_row : high - first_row].copy_(mine)
 
 
-def _local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
+def local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
     """The parts of a table on this rank, with the row and column where each begins."""
     if isinstance(weight, ShardedTensor):
         return [(s.tensor, s.metadata.shard_offsets) for s in weight.local_shards()]

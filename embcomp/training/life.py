@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embcomp.backend import BackendConfig
@@ -147,11 +146,6 @@ class StageSetup:
             if own in [table.name for table in tables]:
                 return f"{collection_path}.combine.combines.{index}."
         return None
-
-
-def stage_places(life: Life, folder: RunFolder) -> Sequence[StageFolder]:
-    """The folders of all stages."""
-    return [folder.stage(index, life.names) for index in range(len(life.stages))]
 
 
 def _wished(stage: Stage, config: TrainConfig) -> Stage:
