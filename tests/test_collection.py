@@ -18,6 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import QR, Full, Hash, Unified
+from embcomp.backends.qr import PairProduct
 from embcomp.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from embcomp.errors import ConfigError
 from embcomp.hashing import salt, splitmix64
@@ -259,6 +260,18 @@ def test_qr_looks_rows_up_by_quotient_and_remainder():
                 found = collection(batch_of({"f0": [[id_], [30]], "f1": others}))["f0"]
                 torch.testing.assert_close(found[0], wanted)
                 torch.testing.assert_close(found[1], join(rows[4], rows[9 + 2]))
+
+
+def test_the_gradient_of_multiplied_rows_is_exact_and_never_taken_twice():
+    pairs = torch.randn(3000, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    wanted, found = (pairs.clone().requires_grad_() for _ in range(2))
+    grad = torch.randn(3000, 2, 4, generator=torch.Generator().manual_seed(1))
+    (wanted[:, :, 0] * wanted[:, :, 1]).backward(grad)
+    product = PairProduct.apply(found * 1)
+    product.backward(grad, retain_graph=True)
+    assert found.grad is not None and torch.equal(found.grad, wanted.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward(grad)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -34,6 +34,9 @@ from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 Combination = Literal["mult", "add", "concat"]
 
+CHUNK = 1024
+"""Samples whose gradients are multiplied at a time: few enough to stay in the cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QR(BackendConfig):
@@ -242,7 +245,12 @@ class Product(nn.Module):
 
 
 class PairProduct(torch.autograd.Function):
-    """``pairs[:, :, 0] * pairs[:, :, 1]`` whose gradient is written in place, not stacked."""
+    """``pairs[:, :, 0] * pairs[:, :, 1]``, whose gradient takes the place of the pairs.
+
+    Nothing else reads the looked-up rows, and a tensor of their size costs as much as the product.
+    A second backward through the same graph is an error of autograd's, not a wrong gradient: the
+    saved rows have been written to.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, pairs: Tensor) -> Tensor:  # (B, F, 2, D) -> (B, F, D)
@@ -253,10 +261,12 @@ class PairProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # (B, F, D) -> (B, F, 2, D)
         (pairs,) = ctx.saved_tensors
-        pairs_grad = torch.empty_like(pairs)
-        torch.mul(grad, pairs[:, :, 1], out=pairs_grad[:, :, 0])
-        torch.mul(grad, pairs[:, :, 0], out=pairs_grad[:, :, 1])
-        return pairs_grad
+        for rows, rows_grad in zip(pairs.split(CHUNK), grad.split(CHUNK)):
+            first, second = rows.unbind(dim=2)
+            first_grad = rows_grad * second
+            torch.mul(rows_grad, first, out=second)
+            first.copy_(first_grad)
+        return pairs.detach()
 
 
 class ConcatenatedHalves(nn.Module):
