@@ -228,10 +228,12 @@ class FinalsConfig(Section):
     Attributes:
         points: How many candidates, the best or spread over the front.
         seeds: How many runs of each.
+        baseline: Whether the equal share is retrained beside them, when it was tried.
     """
 
     points: Annotated[int, Field(ge=0)] = 3
     seeds: PositiveInt = 3
+    baseline: bool = True
 
 
 class EvaluatorConfig(Section):

@@ -63,7 +63,8 @@ def choose_points(
 ) -> list[Point]:
     """The best candidates by validation score, or a spread of the front; and the equal share.
 
-    The equal share is retrained beside them when it was tried, as what they must beat.
+    The equal share is retrained beside them when it was tried, as what they must beat, unless the
+    search does without.
     """
     done: dict[Candidate, FrozenTrial] = {}
     uniform = None
@@ -74,7 +75,8 @@ def choose_points(
             if trial.user_attrs.get(KIND) == "uniform":
                 uniform = candidate
     chosen = _best(config, study, done)[: config.finals.points]
-    if config.finals.points and uniform is not None and uniform not in chosen:
+    wanted = config.finals.points and config.finals.baseline
+    if wanted and uniform is not None and uniform not in chosen:
         chosen.append(uniform)
     seeds = tuple(config.seed + 1 + i for i in range(config.finals.seeds))
     return [

@@ -13,6 +13,8 @@ from embcomp.errors import ConfigError
 from embcomp.search.api import directions_of
 from embcomp.search.baselines import uniform
 from embcomp.search.encoding import Encoding
+from embcomp.search.finals import choose_points
+from embcomp.search.ledger import KIND
 from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source
 from embcomp.search.repair import USED
 from tests.search_cases import WIDTHS, prepare, write_recipe
@@ -62,6 +64,8 @@ def run(prepared, count):
         trial = study.ask(fixed_distributions=sampler.encoding.distributions)
         candidate = sampler.encoding.decode(trial.params)
         score = quality(prepared.repair, candidate)
+        trial.set_user_attr("serve_bytes", prepared.repair.costs.of(candidate).serve)
+        trial.set_user_attr(KIND, "uniform" if candidate == uniform(prepared.repair) else "")
         values = [score]
         if "bytes" in prepared.config.objectives:
             values.append(float(prepared.repair.costs.of(candidate).serve))
@@ -98,6 +102,18 @@ def rank_correlation(a, b):
     """Spearman's, ties by their mean rank."""
     ranks = [np.array([np.mean([np.sum(x < v), np.sum(x <= v) - 1]) for v in x]) for x in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_the_equal_share_is_retrained_beside_the_best_unless_not_wanted(recipe, baseline):
+    finals = {"points": 2, "seeds": 1, "baseline": baseline}
+    prepared = search_of(recipe, {"name": "tpe"}, finals=finals)
+    study, sampler, found = run(prepared, 30)
+    points = choose_points(prepared.config, study, sampler)
+    ranked = sorted(found, key=lambda pair: -pair[1])
+    equal = [uniform(prepared.repair)] if baseline else []
+    assert [p.candidate for p in points] == [ranked[0][0], ranked[1][0], *equal]
+    assert [p.baseline for p in points] == [False, False, True][: len(points)]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "cmaes", "random"])
