@@ -34,6 +34,8 @@ class Stage:
         structure: whether the parameters of the method's ``combine`` learn.
         alternate: whether each step on training rows, in which the structure rests, is followed by
             a step on search-validation rows in which it alone learns.
+        unrolls: whether the structure's gradient in those steps looks through the rows' step before
+            (second order); rows must have an optimizer over whole tables.
         holds_out: whether search-validation rows are left out of the stage's training rows.
         learning_rate: factor on the run's learning rates of rows and network.
         restarts: whether the network begins this stage from its initial weights again.
@@ -49,6 +51,7 @@ class Stage:
     network: bool = True
     structure: bool = True
     alternate: bool = False
+    unrolls: bool = False
     holds_out: bool = False
     learning_rate: float = 1.0
     restarts: bool = False

@@ -57,6 +57,7 @@ from embcomp.training.report import Report, as_record
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.state import LoopState
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
+from embcomp.training.unrolled import UnrolledSteps
 
 
 class Training:
@@ -382,6 +383,15 @@ def _alternating(training: Iterator[Batch], searching: Iterator[Batch]) -> Itera
 
 def make_steps(training: Training, *, pipelined: bool) -> Steps:
     """The way to run a step; overlapping pays where copies and kernels run side by side."""
+    if training.stage.unrolls:
+        return UnrolledSteps(
+            training.sharded,
+            training.updates,
+            training.process,
+            training.precision,
+            training.optimizers,
+            training.config.train.row_optimizer,
+        )
     kind = PipelinedSteps if pipelined else PlainSteps
     return kind(training.sharded, training.updates, training.process, training.precision)
 
