@@ -39,7 +39,8 @@ class Stage:
         holds_out: whether search-validation rows are left out of the stage's training rows.
         learning_rate: factor on the run's learning rates of rows and network.
         restarts: whether the network begins this stage from its initial weights again.
-        keeps: the weights that are handed on: those of the best evaluation, or the last.
+        keeps: the weights that are handed on: those of the best evaluation; of the best or, where
+            none is better, those that the stage began with; or the last.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Stage:
     holds_out: bool = False
     learning_rate: float = 1.0
     restarts: bool = False
-    keeps: Literal["best", "last"] = "best"
+    keeps: Literal["best", "best_or_start", "last"] = "best"
 
 
 @dataclass(frozen=True, kw_only=True)

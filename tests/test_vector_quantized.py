@@ -164,6 +164,21 @@ def test_low_rank_may_begin_without_full_tables():
     assert scratch.first_form() is scratch
 
 
+def test_latents_as_wide_as_sub_vectors_are_clustered_at_once():
+    """There is no approximation to train on, only a further epoch to overfit in."""
+    tables = plain_tables(8, rows=(200,))
+    specs = specs_of(tables)
+    method = LR2VQ(subvector_dim=2, num_codewords=32, latent_dim=2)
+    assert [stage.name for stage in method.stages()] == ["dense", "quantize", "codes"]
+    rows = {"t0": planted(200, 8, 2, rank=2, clusters=20)}
+    forms = live(method, specs, dense(rows))
+    assert [form.config.name for form in forms] == ["lr2vq", "coded"]
+    found = embed_ids(holding(tables, forms[0], specs), tables)["f0"]
+    torch.testing.assert_close(found, rows["t0"], rtol=1e-4, atol=1e-4)
+    # As long as a budget is to choose the width, a config may name the stage.
+    assert "low_rank" in [stage.name for stage in LR2VQ(latent_dim=2).stages()]
+
+
 def test_the_width_of_planted_latents_is_found():
     layout = Layout(tables=[spec("t", 3000, 8)], width=4, sharing="position")
     rows = [planted(3000, 8, 4, rank=2, clusters=400, noise=0.01)]

@@ -99,6 +99,7 @@ class Training:
         self._losses: list[Tensor] = []
         self._recorded_seconds = 0.0
         self._recorded_steps = 0
+        self._resumed = False
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
 
@@ -146,8 +147,10 @@ class Training:
         if self.stage.alternate:
             loader = search_batches(self.config, self.info, self.process)
             self._search_batches = endless(loader, self.state.step)
-        if self.total_steps == 0 and not self.state.stopped:
+        nothing_to_train = self.total_steps == 0 and not self.state.stopped
+        if nothing_to_train:
             self.state.stopped = "nothing to train"
+        if nothing_to_train or (self.stage.keeps == "best_or_start" and not self._resumed):
             self._validate()
             self._save()
         while not self.state.stopped:
@@ -303,7 +306,7 @@ class Training:
         folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)
         ranks = saved.pop("world_size")
-        self.state = LoopState(**saved)
+        self.state, self._resumed = LoopState(**saved), True
         self._recorded_seconds = self.state.train_seconds
         self.optimizers.prepare_to_load(self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
