@@ -39,7 +39,7 @@ class Backend:
         per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
         ids_per_value: how many physical ids ``route`` makes of one id within one key.
-        takes_ids: True when ``combine`` is called with the rows and a ``composite.LookedUp``, which
+        takes_ids: True when ``combine`` is called with the rows and a ``looked_up.LookedUp``, which
             knows the logical ids and the samples that they were looked up for. Only with
             ``per_row``.
         skips: True when ``route`` gives a negative id where an id has no row under a key: nothing

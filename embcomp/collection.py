@@ -23,17 +23,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from typing_extensions import Self
 
 from embcomp.backend import BackendConfig
-from embcomp.composite import (
-    Combine,
-    CompositeRoute,
-    Group,
-    PooledCombine,
-    UnpooledCombine,
-    instances_of,
-)
+from embcomp.composite_combine import Combine, PooledCombine, UnpooledCombine
+from embcomp.composite_route import CompositeRoute
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint
 from embcomp.forms import GroupForm, group_names, pad_columns, read_forms, state_name
+from embcomp.groups import Group, instances_of
 from embcomp.learned import penalty_of
 from embcomp.plan import Plan, ResolvedPlan
 from embcomp.tables import PhysicalTable, TableSpec, specs_from_configs

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from embcomp.composite import Combine, CompositeRoute, Group
+from embcomp.composite_combine import Combine
+from embcomp.composite_route import CompositeRoute
+from embcomp.groups import Group
 from embcomp.stages import Form
 from embcomp.tables import TableSpec
 

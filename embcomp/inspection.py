@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.composite import Group
 from embcomp.errors import DataError
+from embcomp.groups import Group
 from embcomp.row_types import row_bytes
 from embcomp.serving import ServingEmbeddingBagCollection, ServingEmbeddingCollection
 from embcomp.single_ids import SingleIds

@@ -59,14 +59,14 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
     vectors, codebooks = vectors.float(), codebooks.float()
     if codebooks.shape[2] == 1:
         return _nearest_on_a_line(vectors[..., 0], codebooks[..., 0], which)
-    words = codebooks[which]  # (K, k, d)
-    count = words.shape[1]
+    words = codebooks[which].permute(2, 0, 1).contiguous()  # (d, K, k): read along k below
+    count = words.shape[2]
     places = torch.arange(count, dtype=torch.float32, device=vectors.device)
     found = []
-    for rows in vectors.split(max(1, _AT_ONCE // (len(words) * count))):
-        distances = (rows[:, :, None, 0] - words[:, :, 0]).square_()  # (r, K, k)
-        for axis in range(1, words.shape[2]):
-            distances += (rows[:, :, None, axis] - words[:, :, axis]).square_()
+    for rows in vectors.split(max(1, _AT_ONCE // (len(which) * count))):
+        distances = (rows[:, :, None, 0] - words[0]).square_()  # (r, K, k)
+        for axis in range(1, len(words)):
+            distances += (rows[:, :, None, axis] - words[axis]).square_()
         least = distances.amin(2, keepdim=True)
         found.append(torch.where(distances <= least, places, count - 1.0).amin(2).long())
     return torch.cat(found) if found else which.new_empty(0, len(which))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embcomp.artefact_config import PROGRAM_FILE, ArtefactConfig, ProgramRecord
-from embcomp.composite import instances_of
 from embcomp.errors import ArtefactError
+from embcomp.groups import instances_of
 from embcomp.serving import ServingEmbeddingBagCollection, ServingModel
 from embcomp.single_ids import SingleIds
 

@@ -20,15 +20,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from embcomp.artefact_config import TablesRecord
 from embcomp.collection import build_groups
-from embcomp.composite import (
-    CompositeRoute,
-    Group,
-    PooledCombine,
-    UnpooledCombine,
-    instances_of,
-)
+from embcomp.composite_combine import PooledCombine, UnpooledCombine
+from embcomp.composite_route import CompositeRoute
 from embcomp.errors import ArtefactError, DataError
 from embcomp.footprint import Footprint
+from embcomp.groups import Group, instances_of
 from embcomp.plan import ResolvedPlan
 from embcomp.row_types import served_footprint, stored_dtype, stored_shape
 from embcomp.serving_features import Features, as_features

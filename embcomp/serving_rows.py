@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from typing_extensions import Self
 
-from embcomp.composite import Group
 from embcomp.errors import EmbcompError
+from embcomp.groups import Group
 from embcomp.row_types import RowType, padded_width, unpack
 
 

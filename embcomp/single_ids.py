@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.composite import LookedUp
 from embcomp.errors import ArtefactError
+from embcomp.looked_up import LookedUp
 from embcomp.serving import ServingEmbeddingBagCollection, ServingEmbeddingCollection
 from embcomp.serving_rows import TorchRows
 

@@ -34,10 +34,13 @@ class Stage:
         structure: whether the parameters of the method's ``combine`` learn.
         alternate: whether each step on training rows, in which the structure rests, is followed by
             a step on search-validation rows in which it alone learns.
+        unrolls: whether the structure's gradient in those steps looks through the rows' step before
+            (second order); rows must have an optimizer over whole tables.
         holds_out: whether search-validation rows are left out of the stage's training rows.
         learning_rate: factor on the run's learning rates of rows and network.
         restarts: whether the network begins this stage from its initial weights again.
-        keeps: the weights that are handed on: those of the best evaluation, or the last.
+        keeps: the weights that are handed on: those of the best evaluation; of the best or, where
+            none is better, those that the stage began with; or the last.
     """
 
     name: str
@@ -49,10 +52,11 @@ class Stage:
     network: bool = True
     structure: bool = True
     alternate: bool = False
+    unrolls: bool = False
     holds_out: bool = False
     learning_rate: float = 1.0
     restarts: bool = False
-    keeps: Literal["best", "last"] = "best"
+    keeps: Literal["best", "best_or_start", "last"] = "best"
 
 
 @dataclass(frozen=True, kw_only=True)

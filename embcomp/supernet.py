@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from embcomp.composite import LookedUp
 from embcomp.constants import Constant
 from embcomp.learned import Penalised
+from embcomp.looked_up import LookedUp
 from embcomp.row_gate import Norm, NormMeans, Step, Thresholds, relative_norms
 from embcomp.stages import SearchContext
 from embcomp.tables import TableSpec

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embcomp.composite import LookedUp
 from embcomp.constants import Constant
 from embcomp.footprint import TensorFootprint
 from embcomp.hashing import hash_rows, salt, to_signed
 from embcomp.learned import LearnedBuffers
+from embcomp.looked_up import LookedUp
 
 _FINENESS = 1 << 30  # of probabilities
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, Matryoshka
-from embcomp.composite import LookedUp
 from embcomp.greedy_widths import allocate_greedily
+from embcomp.looked_up import LookedUp
 from embcomp.plan import Plan
 from embcomp.tables import TableSpec
 from embcomp.testing.data import plain_tables, random_batch

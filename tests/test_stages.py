@@ -265,6 +265,21 @@ def test_another_runs_weights_can_stand_for_the_first_stage(dataset, finished, t
         train(other, runs=tmp_path, quiet=True)
 
 
+def test_a_stage_that_only_harms_hands_on_what_it_began_with(dataset, tmp_path):
+    harm = "train.stages.codes.learning_rate=1000"
+    config = staged_config(dataset, "pq", "train.monitor=log_loss", harm)
+    report = train(config, runs=tmp_path, quiet=True)
+    assert report.best_step == report.stages[-1]["keeps_step"] == 0
+    lines = (tmp_path / "pq" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    valid = [each for each in logged if each["kind"] == "valid" and each["stage"] == "codes"]
+    assert [each["step"] for each in valid] == [0, report.stages[-1]["steps"]]
+    assert valid[0]["log_loss"] == report.valid["log_loss"] < valid[1]["log_loss"]
+    begun = weights_at(tmp_path / "pq", len(report.stages) - 1, 0)
+    for name, tensor in load_model(tmp_path / "pq").state_dict().items():
+        assert torch.equal(tensor, begun[name]), name
+
+
 def test_what_cannot_be_a_stage_is_refused_before_training(dataset, tmp_path):
     with pytest.raises(ConfigError, match="unknown stage 'retrian'"):
         staged_config(dataset, next(iter(STAGED)), "train.stages={retrian: {epochs: 1}}")

@@ -15,6 +15,7 @@ from embcomp.bits import unpack_bits
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ConfigError
 from embcomp.forms import GroupForm
+from embcomp.kmeans import nearest
 from embcomp.plan import ResolvedPlan
 from embcomp.stages import Form, Past
 from embcomp.tables import TableSpec
@@ -164,6 +165,21 @@ def test_low_rank_may_begin_without_full_tables():
     assert scratch.first_form() is scratch
 
 
+def test_latents_as_wide_as_sub_vectors_are_clustered_at_once():
+    """There is no approximation to train on, only a further epoch to overfit in."""
+    tables = plain_tables(8, rows=(200,))
+    specs = specs_of(tables)
+    method = LR2VQ(subvector_dim=2, num_codewords=32, latent_dim=2)
+    assert [stage.name for stage in method.stages()] == ["dense", "quantize", "codes"]
+    rows = {"t0": planted(200, 8, 2, rank=2, clusters=20)}
+    forms = live(method, specs, dense(rows))
+    assert [form.config.name for form in forms] == ["lr2vq", "coded"]
+    found = embed_ids(holding(tables, forms[0], specs), tables)["f0"]
+    torch.testing.assert_close(found, rows["t0"], rtol=1e-4, atol=1e-4)
+    # As long as a budget is to choose the width, a config may name the stage.
+    assert "low_rank" in [stage.name for stage in LR2VQ(latent_dim=2).stages()]
+
+
 def test_the_width_of_planted_latents_is_found():
     layout = Layout(tables=[spec("t", 3000, 8)], width=4, sharing="position")
     rows = [planted(3000, 8, 4, rank=2, clusters=400, noise=0.01)]
@@ -301,6 +317,28 @@ def test_tables_of_several_types_share_no_codewords():
     for method in (PQ(subvector_dim=2), LR2VQ(subvector_dim=2)):
         with pytest.raises(ConfigError, match="share codewords must have one data_type"):
             method.footprint(tables)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 3])
+def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim):
+    tables = plain_tables(8, rows=(40, 300, 5))
+    config = LR2VQ(subvector_dim=4, num_codewords=16, latent_dim=latent_dim)
+    specs = specs_of(tables)
+    plan = ResolvedPlan(tuple(specs), dict.fromkeys((spec.name for spec in specs), config))
+    collection = collection_of(tables, plan)
+    module = collection.combine.combines[0]
+    batch = random_batch(tables, seed=1, batch_size=64)  # ragged: short keys are padded
+    seen = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    collection(batch)
+    rows, looked_up = seen[0]
+    which = module._which.on(rows.device)
+    latents = rows.view(len(rows), len(which), -1)
+    found = module._nearest(latents, which, looked_up)
+    wanted = nearest(latents, module.codewords.words, which)
+    real = looked_up.are_values().repeat_interleave(torch.tensor([2, 2, 2]), dim=1)
+    assert not bool(real.all())
+    assert torch.equal(found[real], wanted[real])
 
 
 def test_codewords_that_nobody_chooses_are_moved_to_where_they_help():

@@ -36,6 +36,7 @@ FREEZE = Stage(
     purpose="freeze the codes and train the codewords",
     epochs=1,
     learning_rate=0.01,
+    keeps="best_or_start",
 )
 """The last stage of methods that end in codes."""
 

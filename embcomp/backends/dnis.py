@@ -23,8 +23,9 @@ Where we depart from the authors' code, and why:
   rests during the search, so what comes out of the search is badly calibrated and is never reported.
 - The search rows are left out of the warm start too, so that no selection is fitted on rows that the
   weights have seen.
-- Selections and their optimizer are first-order. The authors' second-order option unrolls an Adam
-  step over the looked-up rows, which fused row optimizers do not allow.
+- ``second_order`` looks through the step on training rows that was made, by any row optimizer that
+  works on whole tables (fused ones keep no gradients), where the authors' option unrolls an extra
+  Adam step; both in place of a second derivative take a difference of gradients.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ class DNIS(BackendConfig):
         l1: factor of the selections' sum in the search's loss.
         learning_rate: mean size of a selection's step; its gradients are normalised.
         decay: after t steps of the search, selections' steps are ``1 + decay * t`` times smaller.
+        second_order: whether a selection's gradient also counts what selections do to the rows' step
+            before (DARTS). Two more passes on the training batch; it needs
+            ``train.row_optimizer.mode: dense``, and the network at rest.
         freezes_network: whether the model around the tables rests during the search.
     """
 
@@ -83,6 +87,7 @@ class DNIS(BackendConfig):
     l1: float = 1e-5
     learning_rate: float = 0.01
     decay: float = 0.0
+    second_order: bool = False
     freezes_network: bool = True
 
     name: ClassVar[str] = "dnis"
@@ -107,6 +112,11 @@ class DNIS(BackendConfig):
         ):
             if value not in known:
                 raise ConfigError(f"dnis: {key} must be one of {', '.join(known)}, got {value!r}")
+        if self.second_order and not self.freezes_network:
+            raise ConfigError(
+                "dnis: second_order looks through steps of the rows alone; it needs "
+                "freezes_network: true"
+            )
         for key, number, fits in (
             ("serve_bytes", self.serve_bytes, self.serve_bytes is None or self.serve_bytes > 0),
             ("l1", self.l1, self.l1 >= 0),
@@ -129,6 +139,7 @@ class DNIS(BackendConfig):
                 epochs=1,
                 network=not self.freezes_network,
                 alternate=True,
+                unrolls=self.second_order,
                 holds_out=True,
             ),
             Stage(name="retrain", purpose="what is left within the budget"),

@@ -19,12 +19,12 @@ from embcomp.backend import Backend, BackendConfig, full_table
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis_pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.composite import LookedUp
 from embcomp.constants import Constant
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.frequency import check_cuts, traffic_cuts
 from embcomp.learned import Penalised
+from embcomp.looked_up import LookedUp
 from embcomp.stages import Form
 from embcomp.tables import PhysicalTable, TableSpec
 

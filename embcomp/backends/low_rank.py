@@ -35,6 +35,7 @@ NARROW = Stage(
     purpose="train the best low-rank approximation on",
     epochs=1,
     learning_rate=0.2,
+    keeps="best_or_start",
 )
 """The stage after it, where latents take the place of rows."""
 

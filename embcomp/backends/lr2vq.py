@@ -192,18 +192,28 @@ class LR2VQ(VectorQuantized):
 
     def stages(self) -> tuple[Stage, ...]:
         # Trained tables overfit with every further pass, and Adagrad begins each stage with steps
-        # as long as its rate: so the rates fall from stage to stage.
+        # as long as its rate: so the rates fall from stage to stage. Only an approximation has much
+        # to regain. Codewords were trained with the latents, and hardly move once codes are frozen.
         quantize = Stage(
             name="quantize",
             purpose="train latents with the nearest codewords in their place",
             epochs=1,
-            learning_rate=0.03,
+            learning_rate=0.003,
+            keeps="best_or_start",
         )
         if not self.from_dense:
-            return (replace(quantize, epochs=None, learning_rate=1.0), FREEZE)
+            quantize = replace(quantize, epochs=None, learning_rate=1.0, keeps="best")
+            return (quantize, FREEZE)
+        freeze = replace(FREEZE, learning_rate=0.001)
         choice = Stage(name="latent_dim", purpose="choose the width of latents", kind="search")
         chosen = (choice,) if self.latent_dim == _AUTO else ()
-        return (DENSE, *chosen, NARROW, quantize, FREEZE)
+        narrow = (NARROW,) if self._may_narrow else ()
+        return (DENSE, *chosen, *narrow, quantize, freeze)
+
+    @property
+    def _may_narrow(self) -> bool:
+        """Whether latents may be narrower than sub-vectors; else no approximation is to be trained."""
+        return self.latent_dim == _AUTO or self.subvector_dim is None or self.latent < self.width
 
     def first_form(self) -> BackendConfig:
         return Full() if self.from_dense else self
@@ -229,11 +239,12 @@ class LR2VQ(VectorQuantized):
             assert isinstance(past.before.config, LR2VQ)
             return past.before.config.compact(tables, past.before)
         weights = id_weights(tables, past.counts)
-        if stage.name == "quantize":
+        if isinstance(past.before.config, LowRank):
             return self._quantized(tables, past.before, weights)
         chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
         low_rank = LowRank(latent_dim=chosen, subvector_dim=self.width, projections=self.codebooks)
-        return factorise(low_rank, tables, past.before, weights)
+        found = factorise(low_rank, tables, past.before, weights)
+        return self._quantized(tables, found, weights) if stage.name == "quantize" else found
 
     def _quantized(
         self, tables: Sequence[TableSpec], low_rank: Form, weights: Mapping[str, Tensor]

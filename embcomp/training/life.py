@@ -16,6 +16,7 @@ from embcomp.stages import Stage
 from embcomp.tables import TableSpec
 from embcomp.training.build import main_plan
 from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.unrolled import check_unrolled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Life:
                 f"train.start_from: {config.tables.method.name} is trained in one stage, so that "
                 "another run's weights would leave nothing to do; it is for methods in stages"
             )
+        if method is not None and any(stage.unrolls for stage in stages):
+            check_unrolled(method.name, config)
         return cls(plan=plan, method=method, stages=tuple(_wished(s, config) for s in stages))
 
     @property

@@ -57,6 +57,7 @@ from embcomp.training.report import Report, as_record
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.state import LoopState
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
+from embcomp.training.unrolled import UnrolledSteps
 
 
 class Training:
@@ -98,6 +99,7 @@ class Training:
         self._losses: list[Tensor] = []
         self._recorded_seconds = 0.0
         self._recorded_steps = 0
+        self._resumed = False
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
 
@@ -145,8 +147,10 @@ class Training:
         if self.stage.alternate:
             loader = search_batches(self.config, self.info, self.process)
             self._search_batches = endless(loader, self.state.step)
-        if self.total_steps == 0 and not self.state.stopped:
+        nothing_to_train = self.total_steps == 0 and not self.state.stopped
+        if nothing_to_train:
             self.state.stopped = "nothing to train"
+        if nothing_to_train or (self.stage.keeps == "best_or_start" and not self._resumed):
             self._validate()
             self._save()
         while not self.state.stopped:
@@ -302,7 +306,7 @@ class Training:
         folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)
         ranks = saved.pop("world_size")
-        self.state = LoopState(**saved)
+        self.state, self._resumed = LoopState(**saved), True
         self._recorded_seconds = self.state.train_seconds
         self.optimizers.prepare_to_load(self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
@@ -382,6 +386,15 @@ def _alternating(training: Iterator[Batch], searching: Iterator[Batch]) -> Itera
 
 def make_steps(training: Training, *, pipelined: bool) -> Steps:
     """The way to run a step; overlapping pays where copies and kernels run side by side."""
+    if training.stage.unrolls:
+        return UnrolledSteps(
+            training.sharded,
+            training.updates,
+            training.process,
+            training.precision,
+            training.optimizers,
+            training.config.train.row_optimizer,
+        )
     kind = PipelinedSteps if pipelined else PlainSteps
     return kind(training.sharded, training.updates, training.process, training.precision)
 

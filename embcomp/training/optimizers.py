@@ -81,6 +81,7 @@ class Optimizers:
         combined: TorchRec's view of them, for checkpoints.
         rows: Row parameters that an ordinary optimizer updates; none where rows are fused.
         dense: Every other parameter.
+        structure: Those of them that belong to the method that is trained in stages.
 
     Args:
         sharded: The model.
@@ -99,7 +100,7 @@ class Optimizers:
         structure = {n: w for n, w in dense.items() if prefix is not None and n.startswith(prefix)}
         self.rows = list(rows.values())
         self.dense = list(dense.values())
-        self._structure = list(structure.values())
+        self.structure = list(structure.values())
         self._network = [weight for name, weight in dense.items() if name not in structure]
         self._stage = learners.stage
         self._config = config
@@ -110,7 +111,7 @@ class Optimizers:
             self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
             parts.append(("rows", self._row_optimizers[-1]))
         self._structure_optimizer: KeyedOptimizer | None = None
-        own = learners.structure(self._structure) if structure else None
+        own = learners.structure(self.structure) if structure else None
         if own is not None:
             self._structure_optimizer = KeyedOptimizerWrapper(structure, lambda _: own)
             self._structure_rates = [group["lr"] for group in own.param_groups]
@@ -174,12 +175,18 @@ class Optimizers:
             torch.nn.utils.clip_grad_norm_(clipped, clip)
         self.combined.step()
 
+    def row_states(self) -> list[dict[str, Any]]:
+        """What the optimizer of each of `rows` keeps, and its learning rate as ``lr``."""
+        optimizer = self._row_optimizers[-1]
+        rate = optimizer.param_groups[0]["lr"]
+        return [{"lr": rate, **optimizer.state[weight]} for weight in self.rows]
+
     def _never_learning(self) -> list[nn.Parameter]:
         """Dense parameters that rest in every step of the stage."""
         stage = self._stage
         resting = [] if stage.network else list(self._network)
         if not (stage.structure or stage.alternate):
-            resting += self._structure
+            resting += self.structure
         return resting
 
     def _resting(self, phase: Phase) -> list[Tensor]:
@@ -191,7 +198,7 @@ class Optimizers:
         if not stage.network:
             resting += self._network
         if stage.alternate or not stage.structure:
-            resting += self._structure
+            resting += self.structure
         return resting
 
     @torch.no_grad()
