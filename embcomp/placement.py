@@ -39,6 +39,8 @@ from torchrec.optim import RowWiseAdagrad
 from embcomp.budget import largest_int
 from embcomp.errors import EmbcompError
 from embcomp.footprint import RowOptimizer
+from embcomp.placement_proposals import proposers
+from embcomp.tables import splits_by_rows
 
 Device = Literal["cpu", "cuda"]
 
@@ -216,7 +218,8 @@ def smallest_world(tables: nn.Module, query: Query, most: int = 1024) -> int | N
 def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int, ...]]:
     """What the planner counts on each rank for tables that are split row-wise, table by table.
 
-    A table's bytes do not depend on its neighbours, so they may be added up.
+    A table's bytes do not depend on its neighbours, so they may be added up. One with too few rows
+    to be split counts in full on every rank, as it may lie on any of them.
 
     Args:
         tables: rows, width, bytes of a weight and the mean bag length of each look-up.
@@ -238,8 +241,10 @@ def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int,
     )
     attach_optimizer(module, query.optimizer)
     constraints = {
-        f"t{i}": ParameterConstraints(sharding_types=["row_wise"], pooling_factors=list(lengths))
-        for i, (_, _, _, lengths) in enumerate(tables)
+        f"t{i}": ParameterConstraints(
+            sharding_types=_allowed(rows, ["row_wise"], query), pooling_factors=list(lengths)
+        )
+        for i, (rows, _, _, lengths) in enumerate(tables)
     }
     with _quiet():
         options = EmbeddingEnumerator(
@@ -249,7 +254,8 @@ def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int,
     found = []
     for config in configs:
         storages = [shard.storage for shard in by_name[config.name].shards]
-        found.append(tuple(each.ddr if query.device == "cpu" else each.hbm for each in storages))
+        sizes = [each.ddr if query.device == "cpu" else each.hbm for each in storages]
+        found.append(tuple(sizes * query.world_size if len(sizes) == 1 else sizes))
     return found
 
 
@@ -268,6 +274,7 @@ def _ask(tables: nn.Module, query: Query) -> Placement:
         topology=_topology(query),
         batch_size=query.batch_size,
         constraints=_constraints(tables, query),
+        proposer=proposers(),
         stats=[],
         debug=False,
         storage_reservation=FixedPercentageStorageReservation(0.0),
@@ -325,10 +332,19 @@ def _constraints(tables: nn.Module, query: Query) -> dict[str, ParameterConstrai
             for config in module.embedding_bag_configs():
                 keys = config.feature_names
                 found[config.name] = ParameterConstraints(
-                    sharding_types=["table_wise"] if unpooled else list(query.sharding),
+                    sharding_types=["table_wise"]
+                    if unpooled
+                    else _allowed(config.num_embeddings, query.sharding, query),
                     pooling_factors=[query.pooling_factors.get(key, 1.0) for key in keys],
                 )
     return found
+
+
+def _allowed(num_embeddings: int, sharding: Sequence[str], query: Query) -> list[str]:
+    """The sharding types that training would use for a table, too."""
+    if splits_by_rows(num_embeddings, query.world_size):
+        return list(sharding)
+    return [kind for kind in sharding if kind != "row_wise"] or ["table_wise"]
 
 
 def _shards(option: ShardingOption, query: Query) -> Iterator[Shard]:

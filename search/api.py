@@ -37,6 +37,7 @@ from embcomp.search.results import SearchResult, gather
 from embcomp.search.rungs import make_pruner
 from embcomp.search.runner import Worker
 from embcomp.search.space import Space, build_space
+from embcomp.search.staged import check_stages
 from embcomp.search.storage import explained, open_storage, open_study
 from embcomp.search.training_evaluator import Slot, TrainingEvaluator, make_slots
 from embcomp.search.widths import widths_of
@@ -91,6 +92,7 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
     if config.sampler.name == "gradient":
         config = at_budget(config, base, sizes)
     space = build_space(config, base, sizes)
+    check_stages(config, space)
     if config.evaluator.name == "supernet":
         widths_of(space)
     budget = parse_budget(config.budget, full_bytes=space.full_bytes)

@@ -2,9 +2,10 @@
 
 What the planner counts for a table split row-wise over all devices does not depend on the other
 tables. So those bytes are taken from its own enumerator once for each physical table, and added up.
-When they fit on every device, a placement exists which the planner tries itself (its uniform
-proposal), so it cannot fail; when weights and state alone exceed all devices together, it cannot
-succeed. Between the two it is asked, once for each set of physical tables.
+A table with too few rows to be split lies on one device, and is counted on each. When all of that
+fits, a placement exists which the planner is made to try, so it cannot fail; when weights and state
+alone exceed all devices together, it cannot succeed. Between the two it is asked, once for each set
+of physical tables.
 """
 
 from __future__ import annotations

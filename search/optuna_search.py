@@ -16,18 +16,13 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import (
-    BaseSampler,
-    CmaEsSampler,
-    NSGAIISampler,
-    RandomSampler,
-    TPESampler,
-)
+from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from embcomp.search.config import SearchConfig
 from embcomp.search.encoding import Encoding
 from embcomp.search.evolution_source import EvolutionSource
+from embcomp.search.few_trials import FewTrialsTPE
 from embcomp.search.gradient import Gradient
 from embcomp.search.greedy import Greedy
 from embcomp.search.ledger import RETRY_OF, latest_attempts, originals
@@ -240,9 +235,7 @@ def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Sou
         )
         return StartsFirst(repair, evolution) if sampler.starts else evolution
     makers: dict[str, Callable[[int], BaseSampler]] = {
-        "tpe": lambda seed: TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=sampler.startup
-        ),
+        "tpe": lambda seed: FewTrialsTPE(seed, sampler.startup),
         "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=sampler.population),
         "random": lambda seed: RandomSampler(seed=seed),
         "cmaes": lambda seed: CmaEsSampler(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from embcomp.backend import BackendConfig
+from embcomp.backends import Full
+from embcomp.backends.low_dim import LowDim
 from embcomp.config import TrainConfig, parse_config
 from embcomp.config_reading import plain
 from embcomp.search.config import SearchConfig
@@ -30,7 +33,12 @@ def config_of(
     document |= {"name": name, "seed": space.base.seed if seed is None else seed}
     tables = dict(document["tables"])
     tables.pop("budget", None)
-    written = {table: written_method(m) for table, m in space.methods(candidate).items()}
+    methods = space.methods(candidate)
+    widths = _mixed_widths(space, methods)
+    if widths:
+        document["tables"] = {**tables, "method": widths, "overrides": {}}
+        return parse_config(document, source=name)
+    written = {table: written_method(method) for table, method in methods.items()}
     # The commonest method is the default, so that the YAML stays short.
     common = Counter(yaml.safe_dump(method) for method in written.values()).most_common()
     default = yaml.safe_load(min(text for text, count in common if count == common[0][1]))
@@ -38,6 +46,25 @@ def config_of(
     tables["overrides"] = {t: method for t, method in written.items() if method != default}
     document["tables"] = tables
     return parse_config(document, source=name)
+
+
+def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> dict[str, Any] | None:
+    """One method for tables that differ in width alone; full ones are those that it does not name.
+
+    None where a table has another method, or all are alike.
+    """
+    widths = {}
+    for table in space.tables:
+        method = methods[table.name]
+        if isinstance(method, Full):
+            continue
+        if not isinstance(method, LowDim) or method.kept or method.widths:
+            return None
+        if method.columns(table) < table.embedding_dim:
+            widths[table.name] = method.columns(table)
+    if not widths or (len(widths) == len(methods) and len(set(widths.values())) == 1):
+        return None
+    return {"name": LowDim.name, "widths": widths}
 
 
 def written_method(config: BackendConfig) -> dict[str, Any]:
@@ -57,9 +84,12 @@ def point_yaml(config: TrainConfig, comment: str) -> str:
     """A config as a recipe: a first comment line, and no defaults."""
     document = config.model_dump(mode="json", exclude_defaults=True)
     document["tables"]["method"] = written_method(config.tables.method.settings)
-    document["tables"]["overrides"] = {
+    overrides = {
         table: written_method(choice.settings) for table, choice in config.tables.overrides.items()
     }
+    document["tables"].pop("overrides", None)
+    if overrides:
+        document["tables"]["overrides"] = overrides
     body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     return f"# {comment}\n{body}"
 

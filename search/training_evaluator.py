@@ -27,6 +27,7 @@ from embcomp.search.evaluators import Evaluator, Outcome, Rung, Running, Task
 from embcomp.search.point import trial_config
 from embcomp.search.rungs import rung_steps
 from embcomp.search.space import Space
+from embcomp.search.staged import staged_methods
 from embcomp.search.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
 from embcomp.training.report import Report
 from embcomp.training.run_folder import write_atomically
@@ -139,8 +140,9 @@ class TrainingEvaluator(Evaluator):
         self.steps = search_steps(config, space.base, info)
         rows = info.split("valid").rows
         scored = min(config.fidelity.valid_rows or rows, rows)
+        each = " in each stage" if staged_methods(space) else ""
         self.fidelity = (
-            f"{self.steps:,} of {self.full_steps:,} training steps, scored on {scored:,} of "
+            f"{self.steps:,} of {self.full_steps:,} training steps{each}, scored on {scored:,} of "
             f"{rows:,} validation rows"
         )
         self.rungs = rung_steps(config.fidelity.rungs, self.steps)
@@ -305,7 +307,8 @@ class TrainingRun(Running):
 
     def _clean_up(self) -> None:
         if self._clean:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for name in ("checkpoints", "stages"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def _launcher(world_size: int) -> list[str]:

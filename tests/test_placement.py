@@ -12,7 +12,14 @@ from torchrec import EmbeddingBagConfig
 from embcomp.backends import QR, Full, Hash, Unified
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.footprint import RowOptimizer
-from embcomp.placement import PlacementError, Query, place, smallest_memory, smallest_world
+from embcomp.placement import (
+    PlacementError,
+    Query,
+    place,
+    row_wise_bytes,
+    smallest_memory,
+    smallest_world,
+)
 
 GIB = 1 << 30
 
@@ -56,6 +63,26 @@ def test_a_table_larger_than_a_device_is_split_by_rows():
     placement = place(tables, Query(world_size=4, device_memory=2 * GIB))
     assert {shard.sharding for shard in placement.shards} == {"row_wise"}
     assert {shard.rank for shard in placement.shards} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("sharding", [("row_wise",), ("table_wise", "row_wise")])
+def test_a_table_without_rows_for_every_rank_stays_whole(sharding):
+    # Of 9 rows, split in twos, the last three of eight ranks would get none.
+    tables = on_meta(Full(), rows=(10**6, 9, 3))
+    memory = 10 << 20  # the large table fits no single device
+    placement = place(tables, Query(world_size=8, device_memory=memory, sharding=sharding))
+    found = {shard.table: [] for shard in placement.shards}
+    for shard in placement.shards:
+        found[shard.table].append((shard.sharding, shard.rows))
+    assert found["t0"] == [("row_wise", 125_000)] * 8
+    assert found["t1"] == [("table_wise", 9)] and found["t2"] == [("table_wise", 3)]
+
+
+def test_bytes_of_a_table_that_stays_whole_count_on_every_rank():
+    query = Query(world_size=8, device_memory=GIB, device="cpu")
+    whole, split = row_wise_bytes([(9, 16, 4, (1.0,)), (80_000, 16, 4, (1.0,))], query)
+    assert whole == (whole[0],) * 8 and whole[0] >= 9 * (16 + 1) * 4
+    assert len(split) == 8 and sum(split) >= 80_000 * (16 + 1) * 4
 
 
 def test_too_much_for_the_devices_is_an_error_that_names_them():

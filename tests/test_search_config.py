@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import yaml
 
+from embcomp.config import parse_config
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.planning import sizes_of_dataset
+from embcomp.search.api import prepare_search
 from embcomp.search.config import load_search, parse_search
-from embcomp.search.point import config_of, point_yaml
+from embcomp.search.point import config_of, point_yaml, written_method
+from embcomp.training.api import load_model, train
 from tests.search_cases import RECIPE, WIDTHS, prepare, search_document, write_recipe
 
 
@@ -79,6 +85,48 @@ def test_a_space_that_cannot_be_built_is_named(recipe, changes, message):
     with pytest.raises(ConfigError) as error:
         prepare(recipe, [300, 60, 8], **changes)
     assert message in str(error.value)
+
+
+STAGED = [{"method": "pq", "subvector_dim": 2, "num_codewords": [8, 16]}, *WIDTHS]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": [{"choices": STAGED}]}, r"one training has room .* Tie the group"),
+        (
+            {
+                "groups": [
+                    {"tables": ["C1"], "choices": STAGED, "tied": True},
+                    {"choices": [{"method": "pq", "subvector_dim": 4}, "full"], "tied": True},
+                ]
+            },
+            "'C1' and 'C2' could take different ones",
+        ),
+        (
+            {
+                "groups": [{"choices": STAGED, "tied": True}],
+                "fidelity": {"max_steps": 9, "rungs": {"min_steps": 2}},
+            },
+            "leave rungs out",
+        ),
+        (
+            {"groups": [{"choices": STAGED, "tied": True}], "objectives": ["auc", "latency"]},
+            "cannot be timed",
+        ),
+    ],
+)
+def test_what_methods_in_stages_cannot_do_is_said_before_anything_is_trained(
+    recipe, changes, message
+):
+    with pytest.raises(ConfigError, match=message):
+        prepare(recipe, [3000, 600], budget="60%", **changes)
+
+
+def test_one_setting_of_a_method_in_stages_may_be_chosen_table_by_table(recipe):
+    choices = [{"method": "pq", "subvector_dim": 2, "num_codewords": 8}, *WIDTHS]
+    space = prepare(recipe, [3000, 600], groups=[{"choices": choices}], budget="60%").space
+    assert [unit.name for unit in space.units] == ["C1", "C2"]
 
 
 def test_unreachable_budget_names_the_floor_and_the_table_that_sets_it(recipe):
@@ -164,6 +212,55 @@ def test_a_point_is_an_ordinary_recipe_of_the_same_bytes(recipe, tmp_path):
         assert main is not None
         assert main.footprint.serve_bytes == prepared.repair.costs.of(candidate).serve
         assert config.train == prepared.base.train and config.model == prepared.base.model
+
+
+def test_widths_are_one_method_in_a_point_and_other_methods_stay_overrides(recipe):
+    choices = [*WIDTHS, {"method": "hash", "ratio": 0.2}]
+    fixed = {"C4": {"method": "low_dim", "width": 3}}
+    prepared = prepare(
+        recipe, [3000, 600, 80, 50], groups=[{"choices": choices}], fixed=fixed, budget="90%"
+    )
+
+    def tables(*labels):
+        names = dict(zip(["C1", "C2", "C3", "C4"], [*labels, "low_dim width=3"]))
+        config = config_of(prepared.space, prepared.space.candidate_of(names), "point")
+        return yaml.safe_load(point_yaml(config, "Found."))["tables"]
+
+    widths = tables("low_dim width=1", "low_dim width=4", "full")
+    assert widths == {
+        "embedding_dim": 8,
+        "method": {"name": "low_dim", "widths": {"C1": 1, "C2": 4, "C4": 3}},
+    }
+    mixed = tables("hash ratio=0.2", "low_dim width=4", "full")
+    assert mixed["overrides"]["C2"] == {"name": "low_dim", "width": 4}
+
+
+def test_one_method_of_widths_trains_as_one_override_per_table_does(tmp_path):
+    recipe = write_recipe(tmp_path)
+    sizes = sizes_of_dataset(tmp_path / "toy")
+    search = parse_search(search_document(recipe, budget="60%"))
+    prepared = prepare_search(search, sizes)
+    candidate = prepared.space.candidate_of(
+        {"C1": "low_dim width=2", "C2": "low_dim width=4", "C3": "full"}
+    )
+    short = config_of(prepared.space, candidate, "short")
+    document = short.model_dump(mode="json") | {"name": "long"}
+    methods = prepared.space.methods(candidate)
+    document["tables"] |= {
+        "method": "full",
+        "overrides": {table: written_method(method) for table, method in methods.items()},
+    }
+    long = parse_config(document)
+    assert short.tables.method.settings.widths == {"C1": 2, "C2": 4}
+    assert len(long.tables.overrides) == 3
+    reports = [train(config, runs=tmp_path, quiet=True) for config in (short, long)]
+    assert reports[0].serve_bytes == reports[1].serve_bytes
+    assert reports[0].train_bytes == reports[1].train_bytes
+    assert reports[0].valid == reports[1].valid and reports[0].test == reports[1].test
+    short_weights, long_weights = (load_model(tmp_path / n).state_dict() for n in ("short", "long"))
+    assert short_weights.keys() == long_weights.keys()
+    for name, weight in short_weights.items():
+        assert torch.equal(weight, long_weights[name]), name
 
 
 def test_overrides_change_the_recipe_and_nothing_else(recipe):

@@ -153,6 +153,21 @@ def test_candidates_are_placed_by_the_planner_or_repaired(recipe, memory):
         assert max(placement.bytes_per_rank()) <= memory
 
 
+def test_tables_with_fewer_rows_than_ranks_stay_whole_on_tight_devices(recipe):
+    # The large table must be split; the planner's uniform proposals exist for neither kind.
+    rows = [90_000, 5, 3, 2]
+    prepared = with_memory(recipe, rows, 1_000_000, budget="90%")
+    devices = prepared.repair.devices
+    candidate = prepared.repair((3, 3, 3, 3))
+    asked = devices.asked
+    assert devices.fits(candidate) and devices.asked == asked
+    kinds = {(s.table, s.sharding) for s in devices.place(candidate).shards}
+    assert {table for table, kind in kinds if kind == "row_wise"} == {"C1", "first_order_C1"} & {
+        table for table, _ in kinds
+    }
+    assert all(kind == "table_wise" for table, kind in kinds if not table.endswith("C1"))
+
+
 def test_too_little_memory_is_said_with_the_table_that_takes_most(recipe):
     with pytest.raises(PlacementError, match=r"4 x 20,000 bytes .* are for 'C1'"):
         with_memory(recipe, [9000, 4000], 20_000, budget="90%")

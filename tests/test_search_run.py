@@ -202,6 +202,35 @@ def test_a_candidate_that_diverges_is_recorded_and_the_search_goes_on(recipe, tm
     assert "the training loss became" in (home / "trials" / "trial-0000.log").read_text()
 
 
+def test_methods_in_stages_are_candidates_like_others(recipe, tmp_path):
+    methods = [
+        {"method": "pq", "subvector_dim": 4, "num_codewords": 8},
+        {"method": "optembed", "generations": 1, "population": 2, "target_bytes": 2000},
+    ]
+    search = write_search(
+        tmp_path,
+        recipe,
+        budget="90%",
+        groups=[{"choices": methods, "tied": True}],
+        objectives=["auc", "bytes"],
+        sampler={"name": "grid"},
+        trials={"count": 2, "devices": "cpu", "parallel": 2},
+        finals={"points": 0},
+    )
+    home = tmp_path / "all"
+    result = run(search, "--searches", home, "--quiet")
+    assert result.exit_code == 0, result.output
+    found = SearchResult.load(home / "toy_search")
+    assert found.fidelity.startswith("6 of 16 training steps in each stage")
+    for candidate in found.candidates:
+        assert candidate.state == "complete" and candidate.steps == 2 * 6
+        trial = home / "toy_search" / "trials" / f"trial-{candidate.number:04d}"
+        report = Report.load(trial)
+        assert candidate.values["auc"] == report.valid["auc"]
+        assert report.serve_bytes <= candidate.serve_bytes
+        assert not (trial / "stages").exists()
+
+
 def start_trial(recipe, tmp_path, **changes) -> TrainingRun:
     config = load_config(recipe, ["train.epochs=2000", "name=long"])
     path = tmp_path / "long.yaml"

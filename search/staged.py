@@ -1,0 +1,56 @@
+"""Methods that are trained in stages, as choices of a search: what a candidate can hold of them.
+
+A training has room for one such method. Its stages have steps of their own, so scores on the way
+mean other things than those of a method that is trained once.
+"""
+
+from __future__ import annotations
+
+from embcomp.backend import BackendConfig
+from embcomp.config_reading import listed
+from embcomp.errors import ConfigError
+from embcomp.search.config import SearchConfig
+from embcomp.search.space import Space, Unit
+
+
+def staged_methods(space: Space) -> list[BackendConfig]:
+    """The methods of a space that are trained in stages, each once."""
+    found: list[BackendConfig] = []
+    for unit in space.units:
+        found += [config for config in _staged(unit) if config not in found]
+    return found
+
+
+def check_stages(config: SearchConfig, space: Space) -> None:
+    """Refuses what no training could do, before anything is trained.
+
+    Raises:
+        ConfigError: a candidate could hold two methods in stages, or its scores on the way or its
+            latency would be asked for.
+    """
+    methods = staged_methods(space)
+    if not methods:
+        return
+    names = listed(dict.fromkeys(method.name for method in methods))
+    units = [unit for unit in space.units if _staged(unit)]
+    if len(units) > 1 and len(methods) > 1:
+        raise ConfigError(
+            f"groups: {names} is trained in stages, and one training has room for one such method "
+            f"in one setting, but {units[0].name!r} and {units[1].name!r} could take different "
+            "ones. Tie the group (tied: true), or give it one setting only"
+        )
+    if config.fidelity.rungs is not None:
+        raise ConfigError(
+            f"fidelity.rungs: {names} is trained in stages, whose scores on the way do not compare "
+            "with those of other candidates; leave rungs out (max_steps bounds each stage)"
+        )
+    if "latency" in config.objectives:
+        raise ConfigError(
+            f"objectives: {names} is trained in stages and serves another form than it begins "
+            "with, so look-ups cannot be timed in the search; take bytes, and `embcomp export` the "
+            "finals, which measures them"
+        )
+
+
+def _staged(unit: Unit) -> list[BackendConfig]:
+    return [option.config for option in unit.options if len(option.config.stages()) > 1]
