@@ -15,8 +15,10 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
+from embcomp.search.evaluators import Running
 from embcomp.search.ledger import LOST, RETRY_OF, WORKER, Ledger, latest_attempts, originals
-from embcomp.search.storage import open_storage
+from embcomp.search.runner import Jobs, Worker
+from embcomp.search.storage import StorageError, explained, open_storage
 
 SPACE = {"x": IntDistribution(0, 1000)}
 DEAD = f"{os.uname().nodename}:999999:1"
@@ -121,6 +123,69 @@ def test_the_count_is_kept_by_workers_that_start_at_once(tmp_path):
     started = [ledger.next() for ledger in (one, two, one, two)]
     assert [trial is None for trial in started] == [False, False, False, True]
     assert len(originals(one.study)) == 3
+
+
+class Endless(Running):
+    """A candidate that runs until it is let go."""
+
+    def __init__(self):
+        self.was_let_go = False
+
+    def poll(self):
+        return None
+
+    def let_go(self):
+        self.was_let_go = True
+
+
+class EndlessJobs(Jobs):
+    def __init__(self, when_started):
+        self.runs, self._when_started = [], when_started
+
+    def ready(self):
+        return True
+
+    def start(self, trial, slot):
+        self.runs.append(Endless())
+        self._when_started(len(self.runs))
+        return self.runs[-1]
+
+    def is_behind(self, hand, rung):
+        return False
+
+    def values(self, trial, outcome):
+        return []
+
+    def line(self, trial, outcome, what):
+        return ""
+
+
+class Silent:
+    def look(self, running):
+        pass
+
+    def say(self, text):
+        pass
+
+
+def test_a_storage_that_goes_away_ends_what_runs_and_is_one_message(tmp_path):
+    folder = tmp_path / "search"
+    ledger = make_ledger(folder)
+
+    def lose_storage(started):
+        if started == 2:
+            folder.rename(tmp_path / "elsewhere")
+
+    jobs = EndlessJobs(lose_storage)
+    with (
+        pytest.raises(StorageError, match=r"study\.journal.*Finished candidates are kept"),
+        explained(None, folder),
+    ):
+        Worker(ledger, jobs, Silent(), 2).run()
+    assert [run.was_let_go for run in jobs.runs] == [True, True]
+    # Back in its place, the study is whole: the two are still on its books.
+    (tmp_path / "elsewhere").rename(folder)
+    assert [trial.state for trial in make_ledger(folder).study.trials] == [TrialState.RUNNING] * 2
 
 
 WORKER_SCRIPT = """

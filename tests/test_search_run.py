@@ -20,6 +20,7 @@ from embcomp.search.config import parse_search
 from embcomp.search.dataset_view import write_view
 from embcomp.search.evaluators import Outcome
 from embcomp.search.results import SearchResult
+from embcomp.search.storage import JournalLock
 from embcomp.search.training_evaluator import Slot, TrainingRun, make_slots
 from embcomp.search.trial_process import PARENT, describe
 from embcomp.training.api import train
@@ -140,6 +141,19 @@ def test_a_changed_search_is_refused_and_loses_nothing(finished, override, messa
     assert message in result.stderr and "Traceback" not in result.output
     assert (home / "study.journal").read_bytes().startswith(before)
     assert SearchResult.load(home).candidates
+
+
+def test_a_locked_study_is_one_message_and_loses_nothing(finished):
+    search, home, printed = finished
+    before = (home / "study.journal").read_bytes()
+    holder = JournalLock(home / "study.journal")
+    assert holder.acquire()
+    result = run(search, "--searches", home.parent)
+    holder.release()
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "study.journal is locked by another process" in result.stderr
+    assert (home / "study.journal").read_bytes() == before
+    assert run(search, "--searches", home.parent, "--quiet").stdout == printed
 
 
 def test_dry_run_shows_the_space_and_three_plans_and_writes_nothing(recipe, tmp_path):
