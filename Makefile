@@ -33,6 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/search_speed.py
+	$(BIN)/python benchmarks/supernet_speed.py
 
 ## Quality over seeds and budgets on generated logs: an hour on two cores.
 bench-quality: $(VENV)/.installed

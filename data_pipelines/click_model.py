@@ -21,9 +21,10 @@ MISSING = -1
 """The value of a categorical field that is empty; it has effects as any other."""
 
 RANK = 2
-"""Width of the latent vectors; a hash holds up to five scores of 12 bits."""
+"""Width of the latent vectors of pairs that are drawn."""
 
 _SCORE_BITS = 12
+_SCORES_PER_HASH = 5
 # MurmurHash3's finaliser: another family than the one that compressed tables place ids with, so
 # that no method meets its own hash in the data.
 _MULTIPLY = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
@@ -80,6 +81,8 @@ class ClickModel:
         click_rate: mean probability on the sample.
         drift: how far first-order effects turn into independent ones from the first row to the
             last, in [0, 1].
+        ranks: widths of the latent vectors of the first two fields, of the next two, and so on;
+            in place of pairs that are drawn, if any are given.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class ClickModel:
         strengths: Sequence[float],
         click_rate: float,
         drift: float,
+        ranks: Sequence[int] = (),
     ) -> None:
         rng = np.random.default_rng([seed, 1])
         num_fields, num_counts = len(sample.values), len(sample.counts)
@@ -99,7 +103,9 @@ class ClickModel:
         self._salts = _mix(rng.integers(0, 2**63, size=num_fields, dtype=np.uint64))
         every_pair = [(f, g) for g in range(num_fields) for f in range(g)]
         chosen = rng.permutation(len(every_pair))[:num_pairs]
-        self._pairs = [every_pair[i] for i in sorted(chosen)]
+        self._pairs = [(*every_pair[i], RANK) for i in sorted(chosen)]
+        if ranks:
+            self._pairs = [(2 * p, 2 * p + 1, rank) for p, rank in enumerate(ranks) if rank]
         self._weights = np.asarray(weights, dtype=np.float32)
         self._slopes = rng.normal(size=num_counts)
         self._angle = drift * np.pi / 2
@@ -125,20 +131,31 @@ class ClickModel:
         """The first-order, pair and integer parts of the logit, (3, n), before scaling."""
         fields, size = rows.values.shape
         first, pairs = np.zeros(size), np.zeros(size)
-        latents: list[NDArray[np.float32]] = []
         turn = self._angle * rows.time
         for field in range(fields):
-            bits = _mix(rows.values[field].astype(np.uint64) ^ self._salts[field])
+            bits = self._hash(field, rows.values[field])
             effect = self._score(bits, 0)
             if self._angle:
                 other = self._score(_mix(bits), 0)
                 effect = effect * np.cos(turn) + other * np.sin(turn)
             first += self._weights[field] * effect
-            latents.append(np.stack([self._score(bits, k) for k in range(RANK)]))
-        for f, g in self._pairs:
-            pairs += np.einsum("kn,kn->n", latents[f], latents[g])
+        for f, g, rank in self._pairs:
+            one, other = (self._latents(field, rows.values[field], rank) for field in (f, g))
+            pairs += np.einsum("kn,kn->n", one, other)
         standard = (_logs(rows) - self._log_mean) / self._log_std
         return np.stack([first, pairs, self._slopes @ standard])
+
+    def _hash(self, field: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return _mix(values.astype(np.uint64) ^ self._salts[field])
+
+    def _latents(self, field: int, values: NDArray[np.int64], rank: int) -> NDArray[np.float32]:
+        """The (rank, n) latent vectors of a field's values."""
+        bits, found = self._hash(field, values), []
+        for k in range(rank):
+            place = k % _SCORES_PER_HASH
+            bits = _mix(bits) if k and not place else bits
+            found.append(self._score(bits, place))
+        return np.stack(found)
 
     def _score(self, bits: NDArray[np.uint64], place: int) -> NDArray[np.float32]:
         shifted = bits >> np.uint64(place * _SCORE_BITS)

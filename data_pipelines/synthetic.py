@@ -102,6 +102,7 @@ def draw(
         strengths=(config.first_order, config.interaction, config.numeric),
         click_rate=config.click_rate,
         drift=config.drift,
+        ranks=config.ranks,
     )
     for number in range(-(-config.rows // CHUNK_ROWS)):
         size = min(CHUNK_ROWS, config.rows - number * CHUNK_ROWS)

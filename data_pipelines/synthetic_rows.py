@@ -54,6 +54,9 @@ class SyntheticConfig:
         drift: how far the effects of values turn into independent ones over the log, in [0, 1].
         renewal: share of the values of large fields (over 10,000 values in Criteo) that are
             replaced by new ones, at a moment of their own, by the end of the log.
+        ranks: of the interactions of C1 with C2, C3 with C4, and so on, 0 for none; in place of
+            ``num_pairs`` drawn ones, if any are given. The variance of each goes with its rank, so
+            how much these fields matter, and how wide their embeddings need to be, is known.
         seed: same settings and seed, same bytes.
     """
 
@@ -70,6 +73,7 @@ class SyntheticConfig:
     click_rate: float = 0.256
     drift: float = 0.0
     renewal: float = 0.0
+    ranks: tuple[int, ...] = ()
     seed: int = 2021
 
     def __post_init__(self) -> None:
@@ -91,6 +95,10 @@ class SyntheticConfig:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be in [{low}, {high}], got {value}")
+        if len(self.ranks) > len(CRITEO_CARDINALITIES) // 2 or any(r < 0 for r in self.ranks):
+            raise ConfigError(
+                f"ranks must be at least 0, for up to 13 pairs of fields, got {list(self.ranks)}"
+            )
 
     @property
     def cardinalities(self) -> list[int]:

@@ -35,7 +35,7 @@ class Truth(BaseModel):
     split_rule: SplitRule = ChronologicalSplit()
     bayes: BayesMetrics | None = None
     by_split: dict[str, BayesMetrics] = Field(default_factory=dict)
-    generator: dict[str, float | int] = Field(default_factory=dict)
+    generator: dict[str, float | int | list[int]] = Field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically."""

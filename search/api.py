@@ -16,7 +16,8 @@ from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.planning import TableSize, sizes_of_dataset
 from embcomp.search.candidate_jobs import CandidateJobs
-from embcomp.search.config import QUALITIES, SearchConfig
+from embcomp.search.config import LEAST_RANKED, QUALITIES, SearchConfig
+from embcomp.search.correlation import choose_spread, correlate
 from embcomp.search.costs import Costs
 from embcomp.search.devices import Devices, limits_of
 from embcomp.search.evaluators import Evaluator
@@ -157,10 +158,18 @@ def search(
             evaluator.close()
         points = choose_points(config, study, sampler)
         write_recipes(prepared.space, points, home / "points")
-        finals = None
-        if points:
-            final_jobs = FinalJobs(config, prepared.space, points, home, slots)
-            finals = _run_finals(config, storage, points, final_jobs, console, len(slots))
+        retraining = Retraining(prepared, home, storage, console, slots)
+        finals = retraining.run("finals", "chosen points in full", points)
+        spread = choose_spread(config, study, sampler)
+        if config.finals.correlation and not spread:
+            console.say(f"fewer than {LEAST_RANKED} candidates were scored: too few to rank")
+        ranked = retraining.run("correlation", "candidates in full, to rank them", spread)
+        correlation = None
+        if ranked is not None:
+            twice = {(point.number, seed) for point in points for seed in point.seeds}
+            correlation = correlate(
+                ranked, spread, among_finals=twice, full_steps=evaluator.full_steps
+            )
         result = gather(
             config,
             prepared.repair,
@@ -169,6 +178,7 @@ def search(
             points,
             finals,
             evaluator,
+            correlation,
         )
     result.save(home)
     from embcomp.search.page import write_page
@@ -193,28 +203,55 @@ def make_evaluator(prepared: Prepared, home: Path, slots: Sequence[Slot]) -> Eva
     return SupernetEvaluator(config, prepared.space, home, slots, prepared.budget)
 
 
-def _run_finals(
-    config: SearchConfig,
-    storage: optuna.storages.BaseStorage,
-    points: Sequence[Point],
-    jobs: FinalJobs,
-    console: SearchConsole,
-    slots: int,
-) -> optuna.Study:
-    sampler = FinalsSampler(points)
-    name = finals_name(config, points)
-    direction = directions_of(config)[:1]
-    study = open_study(storage, name, direction, sampler, NopPruner(), {"search": config.name})
-    ledger = Ledger(
-        study,
-        storage,
-        sampler.distributions,
-        count=len(sampler.pairs),
-        retries=config.trials.retries,
-    )
-    console.follow(study, f"{config.name}: chosen points in full", len(sampler.pairs), slots)
-    Worker(ledger, jobs, console, slots).run()
-    return study
+class Retraining:
+    """Trains chosen candidates in full, each choice as a study of its own.
+
+    Args:
+        prepared: the search.
+        home: its folder.
+        storage: where its studies lie.
+        console: sees it go on.
+        slots: what trainings may use.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        home: Path,
+        storage: optuna.storages.BaseStorage,
+        console: SearchConsole,
+        slots: Sequence[Slot],
+    ) -> None:
+        self._config, self._space = prepared.config, prepared.space
+        self._home, self._storage = home, storage
+        self._console, self._slots = console, slots
+
+    def run(self, what: str, title: str, points: Sequence[Point]) -> optuna.Study | None:
+        """Trains them, or what is left of them; None when there are none.
+
+        Args:
+            what: part of the study's name.
+            title: for people.
+            points: what to train.
+        """
+        if not points:
+            return None
+        config, sampler = self._config, FinalsSampler(points)
+        name, direction = finals_name(config, points, what), directions_of(config)[:1]
+        known = {"search": config.name}
+        study = open_study(self._storage, name, direction, sampler, NopPruner(), known)
+        count = len(sampler.pairs)
+        ledger = Ledger(
+            study,
+            self._storage,
+            sampler.distributions,
+            count=count,
+            retries=config.trials.retries,
+        )
+        jobs = FinalJobs(config, self._space, points, self._home, self._slots)
+        self._console.follow(study, f"{config.name}: {title}", count, len(self._slots))
+        Worker(ledger, jobs, self._console, len(self._slots)).run()
+        return study
 
 
 def directions_of(config: SearchConfig) -> list[Direction]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 QUALITIES = ("auc", "gauc", "log_loss")
 COSTS = ("bytes", "latency")
 OBJECTIVES = (*QUALITIES, *COSTS)
+LEAST_RANKED = 8
+"""Candidates whose ranks in a search and after retraining are worth comparing."""
 ONE_OBJECTIVE = ("cmaes", "evolution", "greedy", "gradient")
 
 SamplerName = Literal[
@@ -229,11 +231,24 @@ class FinalsConfig(Section):
         points: How many candidates, the best or spread over the front.
         seeds: How many runs of each.
         baseline: Whether the equal share is retrained beside them, when it was tried.
+        correlation: How many candidates that a supernet scored are retrained once each, to see how
+            well it ranks them; 0 for none, else at least 8.
     """
 
     points: Annotated[int, Field(ge=0)] = 3
     seeds: PositiveInt = 3
     baseline: bool = True
+    correlation: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("correlation")
+    @classmethod
+    def _enough_to_rank(cls, count: int) -> int:
+        if 0 < count < LEAST_RANKED:
+            raise config_error(
+                f"the ranks of {count} candidates say little; take at least {LEAST_RANKED}, or 0 "
+                "to leave them out"
+            )
+        return count
 
 
 class EvaluatorConfig(Section):
@@ -397,9 +412,23 @@ class SearchConfig(Section):
             self._check_gradient()
         if self.evaluator.name == "supernet":
             self._check_supernet()
+        if self.finals.correlation:
+            self._check_correlation()
         if any(len(v) > 1 for choice in self.fixed.values() for v in choice.settings.values()):
             raise config_error("fixed: a fixed table takes one value for each setting, not a list")
         return self
+
+    def _check_correlation(self) -> None:
+        if self.evaluator.name != "supernet":
+            raise config_error(
+                "finals.correlation asks how well a supernet ranks candidates; take evaluator "
+                "supernet, or leave it out"
+            )
+        if self.finals.correlation > self.trials.count:
+            raise config_error(
+                f"finals.correlation {self.finals.correlation} is above trials.count "
+                f"{self.trials.count}, and only candidates that were scored can be ranked"
+            )
 
     def _check_gradient(self) -> None:
         choices = [choice for group in self.groups for choice in group.choices]

@@ -66,14 +66,10 @@ def choose_points(
     The equal share is retrained beside them when it was tried, as what they must beat, unless the
     search does without.
     """
-    done: dict[Candidate, FrozenTrial] = {}
-    uniform = None
-    for trial in latest_attempts(study):
-        candidate = sampler.candidate(trial)
-        if trial.state is TrialState.COMPLETE and candidate is not None:
-            done.setdefault(candidate, trial)
-            if trial.user_attrs.get(KIND) == "uniform":
-                uniform = candidate
+    done = completed(study, sampler)
+    uniform = next(
+        (c for c, trial in done.items() if trial.user_attrs.get(KIND) == "uniform"), None
+    )
     chosen = _best(config, study, done)[: config.finals.points]
     wanted = config.finals.points and config.finals.baseline
     if wanted and uniform is not None and uniform not in chosen:
@@ -94,6 +90,16 @@ def choose_points(
     ]
 
 
+def completed(study: optuna.Study, sampler: RepairedSampler) -> dict[Candidate, FrozenTrial]:
+    """Every candidate that was scored, with its trial, in the order in which they were proposed."""
+    done: dict[Candidate, FrozenTrial] = {}
+    for trial in latest_attempts(study):
+        candidate = sampler.candidate(trial)
+        if trial.state is TrialState.COMPLETE and candidate is not None:
+            done.setdefault(candidate, trial)
+    return done
+
+
 def _best(
     config: SearchConfig, study: optuna.Study, done: dict[Candidate, FrozenTrial]
 ) -> list[Candidate]:
@@ -110,10 +116,10 @@ def _best(
     return [front[i * (len(front) - 1) // (count - 1)] for i in range(count)]
 
 
-def finals_name(config: SearchConfig, points: Sequence[Point]) -> str:
+def finals_name(config: SearchConfig, points: Sequence[Point], what: str) -> str:
     """The study's name: one for each choice of points, as a longer search may choose others."""
     chosen = json.dumps([[p.number, list(p.candidate), list(p.seeds)] for p in points])
-    return f"{config.name} finals {hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
+    return f"{config.name} {what} {hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
 
 
 def write_recipes(space: Space, points: Sequence[Point], folder: Path) -> dict[str, Path]:

@@ -136,8 +136,14 @@ class Ledger:
         worker = trial.user_attrs.get(WORKER)
         if worker is None:
             begun = trial.datetime_start
-            return begun is None or time.time() - begun.timestamp() > _NAMELESS
+            old = begun is None or time.time() - begun.timestamp() > _NAMELESS
+            return old or not self._others_live(signs)
         return worker != self.worker and not is_alive(worker, signs)
+
+    def _others_live(self, signs: Mapping[str, Any]) -> bool:
+        """Whether any other worker lives; each signs the study before it asks for a candidate."""
+        names = [key.removeprefix("worker ") for key in signs if key.startswith("worker ")]
+        return any(name != self.worker and is_alive(name, signs) for name in names)
 
     def _half_retried(
         self, trial: FrozenTrial, trials: list[FrozenTrial], signs: Mapping[str, Any]
@@ -154,16 +160,20 @@ class Ledger:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         try:
             self._storage.set_trial_user_attr(trial_id, LOST, self.worker)
-            if not set(self._distributions) <= set(trial.params):
-                # Its worker died while it was being proposed: there is nothing to repeat.
+            if self._was_proposed_in_vain(trial):
                 self._storage.set_trial_user_attr(trial_id, SURPLUS, True)
             self.study.tell(number, state=TrialState.FAIL)
         except (ValueError, RuntimeError):  # it has ended meanwhile
             return False
         return True
 
+    def _was_proposed_in_vain(self, trial: FrozenTrial) -> bool:
+        """Whether its worker died before it began: there is nothing to repeat, only to propose."""
+        begun = WORKER in trial.user_attrs or RETRY_OF in trial.user_attrs
+        return not begun or not set(self._distributions) <= set(trial.params)
+
     def _enqueue(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
-        if not set(self._distributions) <= set(trial.params):
+        if self._was_proposed_in_vain(trial):
             return False
         first, later = self._attempts(trial, trials)
         died = INTERRUPTED not in trial.user_attrs

@@ -10,6 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as plotly
 
 from embcomp.budget import format_bytes
+from embcomp.search.page_correlation import correlation_note, draw_correlation
 from embcomp.search.results import CandidateResult, PointResult, SearchResult
 from embcomp.training.comparison_drawing import byte_ticks
 
@@ -46,6 +47,9 @@ def write_page(result: SearchResult, path: Path) -> None:
     if any(result.importance.values()):
         parts += ["<h2>Which choices matter</h2>", _importance_note()]
         parts.append(_figure(_importance(result), "importance"))
+    if result.correlation is not None:
+        parts += ["<h2>How well the supernet ranks</h2>", correlation_note(result)]
+        parts.append(_figure(draw_correlation(result), "correlation"))
     parts += ["<h2>What the search cost</h2>", _cost(result)]
     parts += ["<h2>Candidates</h2>", _candidates(result)]
     if result.notes:
@@ -226,6 +230,7 @@ def _cost(result: SearchResult) -> str:
             ],
             *_prepared(result),
             ["retraining of chosen points", f"{cost.finals:,}", "", f"{cost.finals_hours:.2f}"],
+            *_ranked(result),
         ],
     )
 
@@ -235,6 +240,14 @@ def _prepared(result: SearchResult) -> list[list[str]]:
     if not cost.prepared_trainings:
         return []
     return [["supernet", "1", f"{cost.prepared_trainings:.2f}", f"{cost.prepared_hours:.2f}"]]
+
+
+def _ranked(result: SearchResult) -> list[list[str]]:
+    ranked = result.correlation
+    if ranked is None:
+        return []
+    cells = [f"{ranked.trainings:,}", f"{ranked.full_trainings:.2f}", f"{ranked.hours:.2f}"]
+    return [["retraining of candidates to rank", *cells]]
 
 
 def _candidates(result: SearchResult) -> str:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.search.config import SearchConfig
+from embcomp.search.correlation import RankCorrelation, RankedCandidate
 from embcomp.search.evaluators import Evaluator
 from embcomp.search.finals import Point
 from embcomp.search.importance import importances
@@ -168,6 +169,7 @@ class SearchResult:
         format: Version of this file.
         split: The split of the metrics in full.
         evaluator: What scored candidates.
+        correlation: How well scores rank candidates, where that was asked for.
     """
 
     name: str
@@ -191,6 +193,7 @@ class SearchResult:
     format: int = FORMAT
     split: str = field(default="test")
     evaluator: str = "training"
+    correlation: RankCorrelation | None = None
 
     def save(self, folder: Path) -> None:
         """Writes search_result.json."""
@@ -208,6 +211,9 @@ class SearchResult:
                 point["runs"] = [FinalRunResult(**run) for run in point["runs"]]
             content["points"] = [PointResult(**point) for point in content["points"]]
             content["cost"] = Cost(**content["cost"])
+            if ranked := content.get("correlation"):
+                ranked["candidates"] = [RankedCandidate(**c) for c in ranked["candidates"]]
+                content["correlation"] = RankCorrelation(**ranked)
             return cls(**content)
         except FileNotFoundError:
             raise EmbcompError(
@@ -237,6 +243,7 @@ def gather(
     points: Sequence[Point],
     finals: optuna.Study | None,
     evaluator: Evaluator,
+    correlation: RankCorrelation | None = None,
 ) -> SearchResult:
     """Puts a search's result together from its studies."""
     space = repair.space
@@ -281,6 +288,7 @@ def gather(
             prepared_hours=evaluator.prepared.seconds / 3600,
         ),
         split="test" if has_test or not final else "valid",
+        correlation=correlation,
     )
 
 

@@ -30,7 +30,7 @@ from embcomp.tables import TableSpec
 from embcomp.training.console import RunConsole
 from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries
-from embcomp.training.process import process_group
+from embcomp.training.process import Process, process_group
 from embcomp.training.report import Report
 from embcomp.training.run_folder import RunFolder, write_atomically
 from embcomp.training.search_stage import StageSearch
@@ -78,6 +78,7 @@ class SupernetEvaluator(Evaluator):
         self._budget = budget
         self._open = ExitStack()
         self._trial: Trial | None = None
+        self._process: Process | None = None
         self._tables: list[TableSpec] = []
         info = DatasetInfo.load(space.base.data.path)
         self.full_steps = full_steps(space.base, info)
@@ -168,12 +169,19 @@ class SupernetEvaluator(Evaluator):
     def _load(self, config: TrainConfig, run: RunFolder) -> None:
         self._open.enter_context(quiet_libraries())
         process = self._open.enter_context(process_group(config.train.device))
+        self._process = process
         console = self._open.enter_context(RunConsole(enabled=False, name=NAME))
         info = DatasetInfo.load(config.data.path)
         life = Life.of(config, info)
         self._tables = life.tables
         context = StageSearch(config, info, life, _SEARCH, run, process, console)
         self._trial = Trial(self._tables, context)
+
+    @property
+    def process(self) -> Process:
+        """Where candidates are scored."""
+        assert self._process is not None, "prepare() comes first"
+        return self._process
 
     def start(self, task: Task) -> Scored:
         begun = time.monotonic()

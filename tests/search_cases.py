@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from embcomp.config import load_config
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.planning import TableSize
+from embcomp.search import training_evaluator
 from embcomp.search.api import Prepared, prepare_search
 from embcomp.search.config import SearchConfig, parse_search
+from embcomp.training.api import train
 
 RECIPE = """# A toy recipe.
 name: toy_recipe
@@ -52,3 +59,32 @@ def prepare(
     config: SearchConfig = parse_search(search_document(recipe, **changes), overrides)
     named = rows if isinstance(rows, Mapping) else {f"C{i + 1}": n for i, n in enumerate(rows)}
     return prepare_search(config, [TableSize(name=k, num_embeddings=n) for k, n in named.items()])
+
+
+class _Ended:
+    """A process that ended well."""
+
+    pid = -1
+
+    def poll(self) -> int:
+        return 0
+
+
+def train_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trainings of a search run in this process from now on, one after another.
+
+    Each process that a search starts takes seconds to import TorchRec. Returns the names of the
+    runs in the order in which they are started, finished ones that are only looked up included.
+    """
+    started: list[str] = []
+
+    def popen(command: list[str], **_: object) -> _Ended:
+        config, runs = load_config(command[-3]), command[-1]
+        assert command[-2] == "--runs", "timed look-ups need a process of their own"
+        started.append(config.name)
+        train(config, runs=runs, quiet=True)
+        return _Ended()
+
+    replaced = SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(training_evaluator, "subprocess", replaced)
+    return started

@@ -117,6 +117,25 @@ def test_a_candidate_without_parameters_leaves_no_gap(tmp_path):
     assert not ledger.has_next() and len(originals(ledger.study)) == 1
 
 
+def test_a_candidate_that_was_only_proposed_is_proposed_anew_at_once(tmp_path):
+    ledger = make_ledger(tmp_path, count=2)
+    finish(ledger)
+    asked = ledger.study.ask(fixed_distributions=SPACE)  # its worker dies before it signs this
+    ledger.study.set_user_attr(f"worker {DEAD}", time.time())
+    assert asked.params and ledger.retry_lost() == []
+    assert len(originals(ledger.study)) == 1  # so that the next has the rank that this one had
+    finish(ledger)
+    assert not ledger.has_next() and not ledger.others_run()
+
+
+def test_a_candidate_that_a_living_worker_may_be_proposing_is_left_alone(tmp_path):
+    ledger = make_ledger(tmp_path)
+    ledger.study.set_user_attr("worker elsewhere:1:1", time.time())
+    ledger.study.ask(fixed_distributions=SPACE)
+    assert ledger.retry_lost() == []
+    assert len(originals(ledger.study)) == 1 and ledger.others_run()
+
+
 def test_the_count_is_kept_by_workers_that_start_at_once(tmp_path):
     one, two = make_ledger(tmp_path, count=3), make_ledger(tmp_path, count=3)
     assert one.has_next() and two.has_next()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
+import optuna
 import pytest
+import yaml
+from scipy.stats import rankdata, spearmanr
+from typer.testing import CliRunner
 
+from embcomp.cli import app
 from embcomp.errors import ConfigError
 from embcomp.search.api import search
 from embcomp.search.config import parse_search
-from tests.search_cases import search_document, write_recipe
+from embcomp.search.correlation import choose_spread, mean_ranks, spearman
+from embcomp.search.results import SearchResult
+from embcomp.training.report import Report
+from tests.search_cases import search_document, train_here, write_recipe
 
 SUPERNET = {"name": "supernet", "method": "matryoshka"}
 
@@ -24,6 +33,9 @@ def recipe(tmp_path_factory):
         ({"evaluator": {**SUPERNET, "settings": {"width_grid": 2}}}, "leave them out"),
         ({"evaluator": SUPERNET, "objectives": ["auc", "latency"]}, "knows no latency"),
         ({"sampler": {"name": "gradient"}}, "give it one group"),
+        ({"finals": {"correlation": 7}, "evaluator": SUPERNET}, "take at least 8, or 0"),
+        ({"finals": {"correlation": 8}}, "take evaluator supernet"),
+        ({"finals": {"correlation": 8}, "evaluator": SUPERNET}, "is above trials.count 3"),
         ({"sampler": {"name": "evolution"}, "objectives": ["auc", "bytes"]}, "takes one objective"),
     ],
 )
@@ -58,3 +70,109 @@ def test_a_supernet_scores_candidates_after_one_training(recipe, tmp_path):
     assert len({tuple(one.options.values()) for one in result.candidates}) == 8
     again = search(parse_search(document), folder=tmp_path, quiet=True)
     assert again == result
+
+
+def test_ranks_share_the_mean_of_ties_and_agree_with_scipy():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        one, other = draw.integers(0, 5, size=(2, 12)).tolist()
+        assert mean_ranks(one).tolist() == rankdata(one).tolist()
+        assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert spearman([1, 2, 3], [2, 2, 2]) is None
+
+
+def scored(scores):
+    """A study's candidates with these scores, as `choose_spread` reads them."""
+    trials = {
+        (number,): optuna.trial.create_trial(
+            values=[score], user_attrs={"kind": "random", "serve_bytes": 8}
+        )
+        for number, score in enumerate(scores)
+    }
+    for number, trial in enumerate(trials.values()):
+        trial.number = number
+    return trials
+
+
+@pytest.mark.parametrize("metric", ["auc", "log_loss"])
+def test_candidates_to_rank_are_spread_over_all_scores(recipe, monkeypatch, metric):
+    config = parse_search(
+        search_document(
+            recipe,
+            evaluator=SUPERNET,
+            objectives=[metric],
+            trials={"count": 40},
+            finals={"correlation": 8},
+        )
+    )
+    # A search that settled: two bad beginnings, a few on the way, then many that are all alike.
+    sign = 1 if metric == "auc" else -1
+    scores = [0.1, 0.2, 0.35, 0.5, 0.62, *(0.7 + i / 1000 for i in range(30))]
+    monkeypatch.setattr(
+        "embcomp.search.correlation.completed", lambda *_: scored([sign * s for s in scores])
+    )
+    chosen = choose_spread(config, None, None)
+    assert [point.number for point in chosen[:1]] == [34]
+    assert [point.number for point in chosen[-5:]] == [4, 3, 2, 1, 0]
+    assert len({point.number for point in chosen}) == 8
+    assert {point.seeds for point in chosen} == {(config.seed + 1,)}
+    assert choose_spread(config, None, None) == chosen
+    monkeypatch.setattr("embcomp.search.correlation.completed", lambda *_: scored(range(7)))
+    assert choose_spread(config, None, None) == []
+
+
+@pytest.fixture(scope="module")
+def ranked(recipe, tmp_path_factory):
+    """A search on a supernet that retrains eight candidates, some of which are finals as well."""
+    folder = tmp_path_factory.mktemp("ranked")
+    path = folder / "search.yaml"
+    document = search_document(
+        recipe,
+        evaluator=SUPERNET,
+        sampler={"name": "evolution", "population": 4},
+        groups=[{"choices": [{"method": "low_dim", "width": list(range(1, 9))}]}],
+        overrides={"train": {"max_steps": 2}},
+        trials={"count": 10, "devices": "cpu"},
+        fidelity={"max_steps": 6},
+        finals={"points": 1, "seeds": 1, "correlation": 8},
+        fill=False,
+    )
+    path.write_text(yaml.safe_dump(document))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        started = train_here(monkeypatch)
+        return path, folder / "all" / "toy_search", search_command(path, folder), started
+
+
+def search_command(path, folder):
+    result = CliRunner().invoke(app, ["search", str(path), "--searches", str(folder / "all"), "-q"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_scores_of_a_supernet_are_compared_with_retrained_ones(ranked):
+    _, home, printed, _ = ranked
+    result = SearchResult.load(home)
+    found = result.correlation
+    assert len(found.candidates) == 8 and all(c.retrained is not None for c in found.candidates)
+    by_number = {c.number: c for c in result.candidates}
+    for one in found.candidates:
+        assert one.score == by_number[one.number].values["auc"]
+        report = Report.load(home / "finals" / f"trial-{one.number:04d}_seed-{one.seed}")
+        assert one.retrained == report.valid["auc"] and one.steps == report.steps == 2
+    scores = [(c.score, c.retrained) for c in found.candidates]
+    assert found.spearman == pytest.approx(spearmanr(*zip(*scores)).statistic)
+    # What the finals trained anyway is no cost of this.
+    finals = {(p.number, run.seed) for p in result.points for run in p.runs}
+    shared = sum((c.number, c.seed) in finals for c in found.candidates)
+    assert shared and found.trainings == 8 - shared
+    assert found.full_trainings == pytest.approx(found.trainings * 2 / 2)
+    assert f"rank correlation {found.text()}" in printed
+    page = (home / "search.html").read_text()
+    assert "How well the supernet ranks" in page and f"correlation {found.text()}" in page
+
+
+def test_candidates_that_were_retrained_are_not_trained_again(ranked, monkeypatch):
+    path, home, printed, started = ranked
+    again = train_here(monkeypatch)
+    assert search_command(path, home.parent.parent) == printed
+    assert len(started) >= 8 and again == []

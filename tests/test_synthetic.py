@@ -108,6 +108,46 @@ def test_pairs_of_fields_interact():
     assert logit.std() == pytest.approx(1.0, abs=0.1)
 
 
+def test_planted_pairs_interact_by_their_ranks_and_others_not_at_all():
+    config = SyntheticConfig(
+        rows=30_000,
+        scale=0.0,
+        min_cardinality=16,
+        exponent=0.0,
+        ranks=(7, 0, 0, 0, 0, 1),
+        interaction=1.0,
+        first_order=0.0,
+        numeric=0.0,
+    )
+    values, probability, _ = everything(config)
+    logit = np.log(probability / (1 - probability))
+
+    def explained(f, g):
+        """Share of the logit's variance between the combinations of two fields' values."""
+        cells = values[f] * 1000 + values[g]
+        _, cell = np.unique(cells, return_inverse=True)
+        means = np.bincount(cell, logit) / np.bincount(cell)
+        return means[cell].var() / logit.var()
+
+    assert explained(0, 1) == pytest.approx(7 / 8, abs=0.1)
+    assert explained(10, 11) == pytest.approx(1 / 8, abs=0.1)
+    assert explained(0, 10) < 0.25 and explained(2, 3) < 0.05
+    # Seven latents make a matrix of rank seven, beside what the other pair adds and the bias.
+    known = (values[0] >= 0) & (values[1] >= 0)
+    sums = np.zeros((16, 16))
+    np.add.at(sums, (values[0][known], values[1][known]), logit[known])
+    counts = np.zeros((16, 16))
+    np.add.at(counts, (values[0][known], values[1][known]), 1)
+    parts = np.linalg.svd(sums / counts, compute_uv=False)
+    assert parts[6] > 3 * parts[8]
+
+
+@pytest.mark.parametrize("ranks", [(-1,), (1,) * 14])
+def test_ranks_that_cannot_be_planted_are_refused(ranks):
+    with pytest.raises(ConfigError, match="for up to 13 pairs of fields"):
+        SyntheticConfig(ranks=ranks)
+
+
 def test_cardinalities_are_criteos_scaled_and_values_have_a_long_tail():
     config = SyntheticConfig(rows=60_000, scale=0.001, min_cardinality=100)
     assert config.cardinalities[2] == 10_131

@@ -93,6 +93,13 @@ def show(result: SearchResult, folder: Path) -> None:
             f"trainings ({cost.hours:.2f} h)"
         )
     out.print(f"{tried}, and {cost.finals} in full ({cost.finals_hours:.2f} h)", highlight=False)
+    if ranked := result.correlation:
+        out.print(
+            f"rank correlation {ranked.text()} between the supernet and retraining, over "
+            f"{len(ranked.candidates)} candidates: {ranked.trainings} more trainings, as much as "
+            f"{ranked.full_trainings:.2f} full trainings ({ranked.hours:.2f} h)",
+            highlight=False,
+        )
     for name in ("search.html", "search_result.json", "points"):
         print(folder / name)
 
