@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.checks import check_dropout, check_units
-from embcomp.models.fields import FieldEmbeddings, FirstOrder, Pooling
+from embcomp.models.fields import SMALL_STD, FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import MLP, FactorizationMachine
 
 
@@ -49,7 +49,9 @@ class DeepFM(nn.Module):
         super().__init__()
         self.tables = tables
         self.first_order_tables = first_order
-        self.fields = FieldEmbeddings(feature_names, embedding_dim, num_dense, pooling=pooling)
+        self.fields = FieldEmbeddings(
+            feature_names, embedding_dim, num_dense, pooling=pooling, numeric_std=SMALL_STD
+        )
         self.linear = FirstOrder(feature_names, num_dense, bias=False, pooling=pooling)
         self.second_order = FactorizationMachine()
         self.dnn = MLP(

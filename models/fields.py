@@ -125,26 +125,31 @@ class FeatureStack(nn.Module):
             )
 
 
+SMALL_STD = 0.01
+"""Where vectors are multiplied with each other: products of values go with their square."""
+
+
 class NumericVectors(nn.Module):
     """Numeric features as fields: value times a learnt vector per feature.
-
-    The vectors start Xavier-normal, as those of a linear layer from 1 to D.
 
     Args:
         num_dense: Number I of numeric features.
         embedding_dim: Width D of the vectors.
+        std: Standard deviation that they start with; None for Xavier's, as those of a linear layer
+            from 1 to D.
     """
 
-    def __init__(self, num_dense: int, embedding_dim: int) -> None:
+    def __init__(self, num_dense: int, embedding_dim: int, std: float | None = None) -> None:
         super().__init__()
         check_positive("num_dense", num_dense)
         check_positive("embedding_dim", embedding_dim)
+        self._std = (2.0 / (1 + embedding_dim)) ** 0.5 if std is None else std
         self.weight = nn.Parameter(torch.empty(num_dense, embedding_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the vectors anew."""
-        nn.init.normal_(self.weight, std=(2.0 / (1 + self.weight.shape[1])) ** 0.5)
+        nn.init.normal_(self.weight, std=self._std)
 
     def forward(self, dense: Tensor) -> Tensor:
         """Map the values (B, I) to fields (B, I, D)."""
@@ -159,6 +164,7 @@ class FieldEmbeddings(nn.Module):
         embedding_dim: Width D of every field.
         num_dense: Number I of numeric features, 0 for none.
         pooling: How to pool unpooled rows.
+        numeric_std: Standard deviation of the numeric vectors at the start; None for Xavier's.
     """
 
     def __init__(
@@ -168,11 +174,14 @@ class FieldEmbeddings(nn.Module):
         num_dense: int,
         *,
         pooling: Pooling = "sum",
+        numeric_std: float | None = None,
     ) -> None:
         super().__init__()
         check_not_negative("num_dense", num_dense)
         self.stack = FeatureStack(feature_names, embedding_dim, pooling=pooling)
-        self.numeric = NumericVectors(num_dense, embedding_dim) if num_dense else None
+        self.numeric = None
+        if num_dense:
+            self.numeric = NumericVectors(num_dense, embedding_dim, std=numeric_std)
         self.num_dense = num_dense
         self.num_fields = num_dense + len(feature_names)
 
@@ -189,7 +198,7 @@ class FirstOrder(nn.Module):
     """The linear part of a model: one weight per id and per numeric feature, summed.
 
     The weights of the ids live in tables with embedding_dim 1, outside; those of the numeric
-    features start Xavier-normal, as linear layers from 1 to 1.
+    features start at zero, as nothing is known yet and a logarithm of a count is a large value.
 
     Args:
         feature_names: Names of the F categorical features.
@@ -210,7 +219,7 @@ class FirstOrder(nn.Module):
         check_not_negative("num_dense", num_dense)
         self.stack = FeatureStack(feature_names, 1, pooling=pooling)
         self.num_dense = num_dense
-        self.numeric = NumericVectors(num_dense, 1) if num_dense else None
+        self.numeric = NumericVectors(num_dense, 1, std=0.0) if num_dense else None
         self.bias = nn.Parameter(torch.zeros(1)) if bias else None
 
     def reset_parameters(self) -> None:

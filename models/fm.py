@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.fields import FieldEmbeddings, FirstOrder, Pooling
+from embcomp.models.fields import SMALL_STD, FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import FactorizationMachine
 
 
@@ -41,7 +41,9 @@ class FM(nn.Module):
         super().__init__()
         self.tables = tables
         self.first_order_tables = first_order
-        self.fields = FieldEmbeddings(feature_names, embedding_dim, num_dense, pooling=pooling)
+        self.fields = FieldEmbeddings(
+            feature_names, embedding_dim, num_dense, pooling=pooling, numeric_std=SMALL_STD
+        )
         self.linear = FirstOrder(feature_names, num_dense, bias=True, pooling=pooling)
         self.second_order = FactorizationMachine()
 

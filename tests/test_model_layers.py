@@ -17,6 +17,7 @@ from embcomp.models import (
     DCNv2Config,
     DeepFMConfig,
     DLRMConfig,
+    FMConfig,
     ModelConfig,
     ModelInputs,
     WideDeepConfig,
@@ -32,7 +33,7 @@ from embcomp.models.layers import (
     PairwiseDots,
     XavierLinear,
 )
-from tests.model_cases import make_tables
+from tests.model_cases import NAMES, make_batch, make_tables
 
 
 def keyed(keys: list[str], widths: list[int], batch_size: int = 3) -> KeyedTensor:
@@ -111,10 +112,24 @@ def test_linear_layers_and_numeric_vectors_start_xavier_normal():
     vectors = NumericVectors(5_000, 15).weight
     assert abs(vectors.std().item() - (2 / 16) ** 0.5) < 5e-3
     assert FirstOrder(["a"], 0, bias=True).bias == 0
+    assert not FirstOrder(["a"], 3, bias=True).numeric.weight.any()
     expert = LowRankCrossLayer(100, 60, 4)
     assert abs(expert.down.std().item() - (2 / 160) ** 0.5) < 3e-3
     assert abs(expert.up.std().item() - (2 / 160) ** 0.5) < 3e-3
     assert abs(expert.core.std().item() - (2 / 120) ** 0.5) < 3e-3
+
+
+@pytest.mark.parametrize("config", [FMConfig(), DeepFMConfig()], ids=["fm", "deepfm"])
+def test_products_of_large_values_do_not_start_as_large_logits(config):
+    """Logarithms of counts are as large as ten, and sums of their products a hundred times that."""
+    torch.manual_seed(0)
+    tables = [make_tables(width).requires_grad_(False) for width in (16, 1)]
+    for table in tables:
+        for weight in table.parameters():
+            weight.zero_()
+    model = config.build(ModelInputs(NAMES, 16, num_dense=13), *tables)
+    logits = model(torch.full((6, 13), 8.0), make_batch().sparse)
+    assert logits.abs().max() < 2
 
 
 @pytest.mark.parametrize(
