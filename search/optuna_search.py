@@ -3,7 +3,7 @@
 Samplers learn from what was tried. So repair happens inside the study's sampler, between Optuna's
 proposal and the trial that it becomes: the parameters on record are those of the candidate that was
 trained. Every proposal has a sampler of its own, seeded by the search's seed and the candidate's
-number; what a sampler remembers it keeps in the study. So workers do not repeat each other, and a
+rank; what a sampler remembers it keeps in the study. So workers do not repeat each other, and a
 search that is killed goes on as it would have.
 """
 
@@ -58,7 +58,7 @@ class OptunaSource(Source):
         self._running: dict[int, BaseSampler] = {}
 
     def propose(self, asked: Asked) -> Proposal:
-        sampler = self._sampler(asked.trial.number)
+        sampler = self._sampler(asked.study, asked.trial)
         space = dict(self._encoding.distributions)
         parameters = dict(sampler.sample_relative(asked.study, asked.trial, space))
         for name, distribution in space.items():
@@ -72,10 +72,10 @@ class OptunaSource(Source):
     def adopt(self, asked: Asked) -> None:
         # What is drawn is thrown away; the sampler notes that the trial is one of its own.
         space = dict(self._encoding.distributions)
-        self._sampler(asked.trial.number).sample_relative(asked.study, asked.trial, space)
+        self._sampler(asked.study, asked.trial).sample_relative(asked.study, asked.trial, space)
 
     def before(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._sampler(trial.number).before_trial(study, trial)
+        self._sampler(study, trial).before_trial(study, trial)
 
     def after(
         self,
@@ -84,15 +84,21 @@ class OptunaSource(Source):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        self._sampler(trial.number).after_trial(study, trial, state, values)
+        self._sampler(study, trial).after_trial(study, trial, state, values)
         self._running.pop(trial.number, None)
 
-    def _sampler(self, number: int) -> BaseSampler:
-        if number not in self._running:
+    def _sampler(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
+        if trial.number not in self._running:
+            seed = (self._seed * 1_000_003 + rank_of(study, trial)) % 2**32
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._running[number] = self._make((self._seed * 1_000_003 + number) % 2**32)
-        return self._running[number]
+                self._running[trial.number] = self._make(seed)
+        return self._running[trial.number]
+
+
+def rank_of(study: optuna.Study, trial: FrozenTrial) -> int:
+    """How many candidates were proposed before; unlike trial numbers, retries do not shift it."""
+    return sum(1 for one in originals(study) if one.number < trial.number)
 
 
 class RepairedSampler(BaseSampler):
@@ -132,7 +138,7 @@ class RepairedSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         tried = self.tried(study)
-        rank = sum(1 for one in originals(study) if one.number < trial.number)
+        rank = rank_of(study, trial)
         before = [one for one in tried if one.rank < rank]
         asked = Asked(rank=rank, tried=before, study=study, trial=trial)
         if RETRY_OF in trial.user_attrs:  # its parameters were fixed when it was enqueued
@@ -144,7 +150,7 @@ class RepairedSampler(BaseSampler):
         taken = {one.candidate for one in tried if one.rank != rank}
         kind = proposal.kind
         if candidate in taken and self.source.count is None:
-            candidate, kind = self._another(candidate, taken, trial.number, kind)
+            candidate, kind = self._another(candidate, taken, rank, kind)
         self.kinds[trial.number] = kind
         return self.encoding.encode(candidate, proposal.parameters)
 
@@ -196,11 +202,11 @@ class RepairedSampler(BaseSampler):
         return known
 
     def _another(
-        self, candidate: Candidate, taken: set[Candidate], number: int, kind: str
+        self, candidate: Candidate, taken: set[Candidate], rank: int, kind: str
     ) -> tuple[Candidate, str]:
         """A neighbour that was not tried; the further away, the longer it takes to find one."""
         units = [u for u, unit in enumerate(self.repair.space.units) if len(unit.options) > 1]
-        draw = random.Random(f"{self._seed}:{number}")
+        draw = random.Random(f"{self._seed}:{rank}")
         for attempt in range(_ATTEMPTS):
             changed = list(candidate)
             for u in draw.sample(units, min(len(units), 1 + attempt // 8)):
