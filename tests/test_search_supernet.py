@@ -5,16 +5,23 @@ from __future__ import annotations
 import numpy as np
 import optuna
 import pytest
+import torch
 import yaml
 from scipy.stats import rankdata, spearmanr
+from torch import nn
+from torchrec import KeyedJaggedTensor
 from typer.testing import CliRunner
 
 from embcomp.cli import app
+from embcomp.data_pipelines.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.search.api import search
 from embcomp.search.config import parse_search
 from embcomp.search.correlation import choose_spread, mean_ranks, spearman
 from embcomp.search.results import SearchResult
+from embcomp.training import search_stage
+from embcomp.training.batch_norm import refit, running_norms
+from embcomp.training.process import Process
 from embcomp.training.report import Report
 from tests.search_cases import search_document, train_here, write_recipe
 
@@ -70,6 +77,55 @@ def test_a_supernet_scores_candidates_after_one_training(recipe, tmp_path):
     assert len({tuple(one.options.values()) for one in result.candidates}) == 8
     again = search(parse_search(document), folder=tmp_path, quiet=True)
     assert again == result
+
+
+def test_batch_norms_are_fitted_to_each_candidate(recipe, tmp_path, monkeypatch):
+    train_here(monkeypatch)
+    document = search_document(
+        recipe,
+        evaluator={**SUPERNET, "rows": 64},
+        overrides={"model": {"batch_norm": True}, "data": {"eval_batch_size": 64}},
+        finals={"points": 0},
+        fill=False,
+    )
+    found = []
+    for fitted in (True, False):
+        with monkeypatch.context() as patch:
+            if not fitted:
+                patch.setattr(search_stage, "running_norms", lambda model: [])
+            result = search(parse_search(document), folder=tmp_path / str(fitted), quiet=True)
+            found.append([one.values["auc"] for one in result.candidates])
+    assert len(found[0]) == 3 and found[0] != found[1]
+
+
+def test_refitted_norms_hold_the_mean_of_the_batches_and_nothing_else_changes():
+    torch.manual_seed(0)
+    task = Normed()
+    task(a_batch(torch.randn(8, 2)))  # what training left
+    batches = [a_batch(torch.randn(rows, 2) + rows) for rows in (4, 4, 1)]
+    refit(task, running_norms(task), batches, Process(0, 1, torch.device("cpu")))
+    wanted = torch.stack([batch.dense.mean(dim=0) for batch in batches[:2]]).mean(dim=0)
+    torch.testing.assert_close(task.norm.running_mean, wanted)
+    assert task.norm.momentum == 0.1 and not task.norm.training
+    assert task.others_trained == [True, False, False]
+
+
+class Normed(nn.Module):
+    """A batch norm on the numeric columns; notes whether the rest was in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.others_trained: list[bool] = []
+
+    def forward(self, batch):
+        self.others_trained.append(self.training)
+        return self.norm(batch.dense)
+
+
+def a_batch(dense):
+    sparse = KeyedJaggedTensor(keys=[], values=torch.empty(0), lengths=torch.empty(0))
+    return Batch(dense=dense, sparse=sparse, labels=torch.zeros(len(dense)))
 
 
 def test_ranks_share_the_mean_of_ties_and_agree_with_scipy():

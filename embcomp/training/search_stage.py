@@ -18,6 +18,7 @@ from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.stages import Form
+from embcomp.training.batch_norm import refit, running_norms
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.console import RunConsole
 from embcomp.training.data import SEARCH, evaluation_batches
@@ -29,12 +30,14 @@ from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
 from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
 
+_REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
+
 
 class StageSearch:
     """Runs a method's search; it is a ``SearchContext``.
 
     Every rank runs the same search on the same scores. The batches are kept in memory, since each
-    candidate looks at all of them.
+    candidate looks at all of them. Batch norms are fitted to each structure before it is scored.
 
     Args:
         config: The run.
@@ -67,6 +70,7 @@ class StageSearch:
         self._unsharded = build_model(config, info, torch.device("meta"), plan)
         self._sharded = shard_model(self._unsharded, config, process)
         load_tensors_of(left.model.state_dict(), self._sharded)
+        self._norms = running_norms(self._sharded)
         self._batches: list[Batch] | None = None
         self._counts: dict[str, Tensor] | None = None
         self.evaluations = 0
@@ -120,8 +124,11 @@ class StageSearch:
     def evaluate(self, rows: int | None = None) -> float:
         """Score the model as it is now on search-validation rows; more is better."""
         self.evaluations += 1
+        batches = self._first(rows)
         with self._precision():
-            found = evaluate_batches(self._sharded, self._first(rows), self._process)
+            if self._norms:
+                refit(self._sharded, self._norms, batches[:_REFITTED], self._process)
+            found = evaluate_batches(self._sharded, batches, self._process)
         metrics, monitor = found.metrics, self._config.train.monitor
         value = {"auc": metrics.auc, "gauc": metrics.gauc, "log_loss": -metrics.log_loss}[monitor]
         if math.isnan(value):
