@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="candidates that are trained")
     parser.add_argument("--scores", type=int, default=200, help="candidates of a supernet")
     parser.add_argument("--search-epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of a training; by default all cores")
     parser.add_argument("--searches", type=Path, default=Path("searches/quality"))
     args = parser.parse_intermixed_args()
     rows = []
@@ -89,14 +90,14 @@ def search_of(args: argparse.Namespace, searcher: str, budget: str) -> SearchCon
         "budget": budget,
         "groups": [{"choices": [{"method": "low_dim", "width": WIDTHS}]}],
         "sampler": {"name": searcher},
-        "trials": {"count": args.trials},
+        "trials": {"count": args.trials, "threads": args.threads},
         "fidelity": {"epochs": args.search_epochs},
         "finals": {"points": 1, "seeds": args.seeds, "baseline": False},
     }
     if searcher in SUPERNETS:
         document["evaluator"] = {"name": "supernet", "method": SUPERNETS[searcher]}
         document["sampler"] = {"name": "evolution"}
-        document["trials"] = {"count": args.scores}
+        document["trials"]["count"] = args.scores
         document["fidelity"] = {}
     elif searcher == "dnis":
         document["groups"] = [{"choices": [{"method": "dnis"}]}]
