@@ -42,18 +42,13 @@ from embcomp.config_reading import plain
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, BudgetError
 from embcomp.models import MODELS, ModelConfig, ModelInputs
-from embcomp.row_types import (
-    RowType,
-    check_row_type,
-    largest_error,
-    pack,
-    row_types,
-    served_footprint,
-)
+from embcomp.row_types import RowType, largest_error, pack, served_footprint
 from embcomp.serving import persistent_tensors
+from embcomp.table_row_types import RowTypes
 
 Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 Extra = Callable[[Path, ArtefactConfig], ArtefactConfig]
+AnyRowTypes = str | Mapping[str, str] | RowTypes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +71,7 @@ def save(
     collection: Collection,
     path: str | Path,
     *,
-    row_type: RowType = "fp32",
+    row_type: AnyRowTypes = "fp32",
     budget: str | int | None = None,
 ) -> Saved:
     """Write a collection's serving form; `load` reads it back.
@@ -84,17 +79,20 @@ def save(
     Args:
         collection: an unsharded one; it is compacted here, and itself left as it is.
         path: the folder to make.
-        row_type: ``fp32``, ``fp16``, ``int8`` or ``int4``, for every method's rows.
+        row_type: ``fp32``, ``fp16``, ``int8`` or ``int4``, for every method's rows; or a mapping
+            from table to type, in which ``default`` stands for the others.
         budget: serving bytes that the tables may take.
 
     Raises:
+        ConfigError: a type or a table does not exist, or tables that share rows have several types.
         ArtefactError: the folder exists already.
         BudgetError: the tables are larger than the budget; nothing is left.
     """
-    part = _Part.of(collection, check_row_type(row_type))
+    wanted = RowTypes.of(row_type)
+    part = _Part.of(collection, wanted)
     allowed = _budget(budget, collection)
     return _write(
-        Path(path), {"tables": part}, {}, row_type=row_type, budget=allowed, model=None, info=None
+        Path(path), {"tables": part}, {}, row_type=wanted, budget=allowed, model=None, info=None
     )
 
 
@@ -104,7 +102,7 @@ def save_model(
     *,
     settings: ModelConfig,
     inputs: ModelInputs,
-    row_type: RowType = "fp32",
+    row_type: AnyRowTypes = "fp32",
     budget: str | int | None = None,
     dataset: DatasetInfo | None = None,
     rewritten: RewrittenDataset | None = None,
@@ -117,14 +115,14 @@ def save_model(
         path: the folder to make.
         settings: the model's.
         inputs: what it was built for.
-        row_type: as for `save`.
+        row_type: as for `save`; a table's first-order weights have its type.
         budget: serving bytes that the embedding tables may take, first-order ones not counted.
         dataset: whose description and vocabularies go along.
         rewritten: what of them differs.
         extra: is called with the folder and its description before the folder gets its name. It
             may read the artefact, write further files and describe them, or raise.
     """
-    wanted = check_row_type(row_type)
+    wanted = RowTypes.of(row_type)
     children = dict(model.named_children())
     parts: dict[str, _Part] = {}
     for role, child in (("tables", "tables"), ("first_order", "first_order_tables")):
@@ -181,19 +179,19 @@ class _Part:
     row_error: Mapping[str, float]
 
     @classmethod
-    def of(cls, collection: Collection, wanted: RowType) -> _Part:
+    def of(cls, collection: Collection, wanted: RowTypes) -> _Part:
         if not isinstance(collection, _COLLECTIONS):
             raise ArtefactError(
                 "expected a CompressedEmbeddingBagCollection or CompressedEmbeddingCollection, "
                 f"got {type(collection).__name__}"
             )
+        wanted.check([table.name for table in collection.plan.tables])
         compacted = collection.compact()
         types: dict[str, RowType] = {}
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         for index, (each, group) in enumerate(zip(compacted.forms(), compacted.groups)):
-            physical = group.backend.physical_tables
-            own = row_types(physical, wanted)
+            own = wanted.of_physical(group.tables, group.backend.physical_tables)
             types |= own
             for name, tensor in each.form.tensors.items():
                 part, _, rest = name.partition(".")
@@ -233,7 +231,7 @@ def _write(
     parts: Mapping[str, _Part],
     network: Mapping[str, Tensor],
     *,
-    row_type: RowType,
+    row_type: RowTypes,
     budget: int | None,
     model: ModelRecord | None,
     info: DatasetInfo | None,
@@ -262,7 +260,7 @@ def _write(
         dataset = None if info is None else copy_dataset(info, rewritten, folder)
         config = ArtefactConfig(
             embcomp_version=version("embcomp"),
-            row_type=row_type,
+            row_type=row_type.plain(),
             tables=parts["tables"].record if "tables" in parts else None,
             first_order=parts["first_order"].record if "first_order" in parts else None,
             model=model,

@@ -145,7 +145,8 @@ class ArtefactConfig(_Strict):
 
     Attributes:
         embcomp_version: What wrote it.
-        row_type: The row type asked for; `row_types` of the tables say what they got.
+        row_type: The row type asked for, or types by table and a `default`; `row_types` of the
+            tables say what they got.
         tables: The collection, or the model's embedding tables where it has them.
         first_order: The model's first-order tables where it has them.
         model: The network; None for a collection alone.
@@ -159,7 +160,7 @@ class ArtefactConfig(_Strict):
     format: Literal["embcomp artefact"] = "embcomp artefact"
     format_version: int = FORMAT_VERSION
     embcomp_version: str
-    row_type: RowType
+    row_type: RowType | dict[str, RowType]
     tables: TablesRecord | None = None
     first_order: TablesRecord | None = None
     model: ModelRecord | None = None

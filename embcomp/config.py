@@ -172,6 +172,9 @@ class TablesConfig(Section):
         first_order: How first-order weights are stored, for models that use them.
         pooling: How the values of a multi-valued feature become one vector.
         init: Initial rows.
+        row_types: What type rows are served in: `fp32`, `fp16`, `int8` or `int4`, or a mapping from
+            table to type with a `default`. Training is not changed by it; the final metrics, the
+            reported bytes and `embcomp export` are those of such rows.
     """
 
     embedding_dim: PositiveInt = 16
@@ -181,6 +184,24 @@ class TablesConfig(Section):
     first_order: MethodConfig = Field(default_factory=lambda: MethodConfig.model_validate("full"))
     pooling: Literal["sum", "mean"] = "mean"
     init: InitConfig = InitConfig()
+    row_types: dict[str, str] = {}
+
+    @field_validator("row_types", mode="before")
+    @classmethod
+    def _row_types_exist(cls, wanted: Any) -> Any:
+        if isinstance(wanted, str):
+            wanted = {"default": wanted}
+        if not isinstance(wanted, Mapping):
+            raise config_error(f"expected a type, or a mapping from table to type; got {wanted!r}")
+        if wanted:
+            from embcomp.row_types import check_row_type
+
+            for type_ in wanted.values():
+                try:
+                    check_row_type(type_)
+                except ConfigError as error:
+                    raise config_error(str(error)) from None
+        return dict(wanted)
 
     @model_validator(mode="before")
     @classmethod
@@ -398,6 +419,16 @@ class TrainConfig(Section):
                     f"train.stages: unknown stage {name!r}{did_you_mean(name, known)}; the stages "
                     f"of {self.tables.method.name} are {listed(dict.fromkeys(known))}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_stay_whole(self) -> TrainConfig:
+        narrow = set(self.tables.row_types.values()) - {"fp32"}
+        if narrow and self.train.sharding == "column_wise":
+            raise config_error(
+                "train.sharding: column_wise splits rows, and tables.row_types rounds whole ones; "
+                "use auto, table_wise or row_wise"
+            )
         return self
 
     @field_validator("name")

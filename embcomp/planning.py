@@ -23,6 +23,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, RowOptimizer
 from embcomp.plan import Plan, ResolvedPlan
+from embcomp.table_row_types import FP32, RowTypes, is_final
 from embcomp.tables import TableSpec, specs_from_configs
 
 ROLES_OF_WEIGHTS = ("weights", "projection", "codebook")
@@ -99,7 +100,8 @@ class Line:
         train: bytes that training keeps, in the stage that keeps most.
         serve: bytes of the serving form.
         full: bytes of the uncompressed tables.
-        learnt: whether training finds the size, so that the serving bytes are an upper bound.
+        learnt: whether training finds the size, or another form that narrow row types shrink, so
+            that the serving bytes are an upper bound.
     """
 
     tables: tuple[TableSpec, ...]
@@ -135,6 +137,7 @@ class ConfigPlan:
         optimizer: the row optimizer.
         dense_rows: whether each rank holds whole tables, trained by an ordinary optimizer.
         sizes: the features.
+        row_types: the types that rows are served in.
     """
 
     main: ResolvedPlan | None
@@ -142,14 +145,16 @@ class ConfigPlan:
     optimizer: RowOptimizer
     dense_rows: bool
     sizes: Sequence[TableSize]
+    row_types: RowTypes = FP32
 
     def lines(self) -> list[Line]:
         """The embedding tables, in order of their first table."""
-        return plan_lines(self.main, self.optimizer) if self.main else []
+        return plan_lines(self.main, self.optimizer, self.row_types) if self.main else []
 
     def first_order_lines(self) -> list[Line]:
         """Tables of first-order weights."""
-        return plan_lines(self.first_order, self.optimizer) if self.first_order else []
+        plan = self.first_order
+        return plan_lines(plan, self.optimizer, self.row_types) if plan else []
 
     @property
     def replicated_bytes(self) -> int:
@@ -186,9 +191,11 @@ def plan_config(
         forms: how the embedding tables are stored, where training has found that already.
 
     Raises:
-        ConfigError: for an override of a feature that does not exist.
+        ConfigError: for an override, or a row type, of a feature that does not exist.
         BudgetError: for a budget that cannot be met; the text names the floor.
     """
+    row_types = RowTypes.of(config.tables.row_types)
+    row_types.check([size.name for size in sizes], "tables.row_types")
     main = first_order = None
     model = config.model.settings
     if model.uses_embeddings:
@@ -204,6 +211,7 @@ def plan_config(
         optimizer=rows.name,
         dense_rows=rows.mode == "dense" or config.train.sharding == "data_parallel",
         sizes=sizes,
+        row_types=row_types,
     )
 
 
@@ -235,12 +243,14 @@ def table_specs(
     )
 
 
-def plan_lines(plan: ResolvedPlan, optimizer: RowOptimizer) -> list[Line]:
+def plan_lines(
+    plan: ResolvedPlan, optimizer: RowOptimizer, row_types: RowTypes = FP32
+) -> list[Line]:
     """One line for each table, or for each set of tables that share their storage."""
     lines = []
     for config, group in plan.groups:
         for tables in _storage_units(config, group):
-            lines.append(_line(config, tables, optimizer))
+            lines.append(_line(config, tables, optimizer, row_types))
     order = {table.name: index for index, table in enumerate(plan.tables)}
     return sorted(lines, key=lambda line: order[line.tables[0].name])
 
@@ -286,10 +296,16 @@ def _for_table(config: BackendConfig, table: TableSpec) -> BackendConfig:
     return dataclasses.replace(config, **own)  # type: ignore[arg-type]
 
 
-def _line(config: BackendConfig, tables: tuple[TableSpec, ...], optimizer: RowOptimizer) -> Line:
+def _line(
+    config: BackendConfig,
+    tables: tuple[TableSpec, ...],
+    optimizer: RowOptimizer,
+    row_types: RowTypes,
+) -> Line:
     if len(tables) == 1:
         config = _for_table(config, tables[0])
-    footprint = config.footprint(tables)
+    footprint = row_types.footprint(config, tables)
+    narrow = any(row_types.of_table(table.name) != "fp32" for table in tables)
     stored = [tensor for tensor in footprint.tensors if tensor.look_up]
     return Line(
         tables=tables,
@@ -304,7 +320,7 @@ def _line(config: BackendConfig, tables: tuple[TableSpec, ...], optimizer: RowOp
         ),
         serve=footprint.serve_bytes,
         full=sum(table.full_bytes for table in tables),
-        learnt=config.learns_size,
+        learnt=config.learns_size or (narrow and not is_final(config)),
     )
 
 

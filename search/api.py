@@ -38,7 +38,7 @@ from embcomp.search.results import SearchResult, gather
 from embcomp.search.rungs import make_pruner
 from embcomp.search.runner import Worker
 from embcomp.search.space import Space, build_space
-from embcomp.search.staged import check_stages
+from embcomp.search.staged import check_latency, check_stages
 from embcomp.search.storage import explained, open_storage, open_study
 from embcomp.search.training_evaluator import Slot, TrainingEvaluator, make_slots
 from embcomp.search.widths import widths_of
@@ -94,6 +94,7 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
         config = at_budget(config, base, sizes)
     space = build_space(config, base, sizes)
     check_stages(config, space)
+    check_latency(config, space)
     if config.evaluator.name == "supernet":
         widths_of(space)
     budget = parse_budget(config.budget, full_bytes=space.full_bytes)
@@ -266,7 +267,8 @@ def identity_of(prepared: Prepared, steps: int) -> dict[str, Any]:
     base = prepared.base.model_dump(mode="json")
     del base["name"]
     del base["data"]["path"]
-    del base["tables"]["method"], base["tables"]["overrides"], base["tables"]["budget"]
+    for key in ("method", "overrides", "budget", "row_types"):  # the options' labels say them
+        del base["tables"][key]
     supernet = config.evaluator.model_dump(mode="json") if config.evaluator.method else None
     return {
         **({"evaluator": supernet} if supernet else {}),

@@ -6,13 +6,12 @@ proposed and tried. What the recipe says of everything else stays as it is.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from embcomp.budget import parse_budget
 from embcomp.config import PositiveFloat, PositiveInt, Section, TrainConfig, parse_config
@@ -27,9 +26,7 @@ from embcomp.config_reading import (
     read_yaml,
 )
 from embcomp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from embcomp.backend import BackendConfig
+from embcomp.search.choices import ChoiceConfig, GroupConfig
 
 QUALITIES = ("auc", "gauc", "log_loss")
 COSTS = ("bytes", "latency")
@@ -41,107 +38,6 @@ ONE_OBJECTIVE = ("cmaes", "evolution", "greedy", "gradient")
 SamplerName = Literal[
     "tpe", "nsga2", "cmaes", "random", "grid", "evolution", "greedy", "gradient", "uniform"
 ]
-
-
-class ChoiceConfig(Section):
-    """A method, and the values that its settings may take: a list is searched, a value is fixed.
-
-    A bare string is short for a method without settings. `width: auto` is short for the powers of
-    two up to the embedding's width, and that width.
-    """
-
-    method: str
-    settings: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_searched(cls, value: Any) -> Any:
-        from embcomp.backends import BACKENDS
-
-        if isinstance(value, str):
-            value = {"method": value}
-        if not isinstance(value, Mapping) or "method" not in value:
-            raise config_error(f"expected a mapping with the key 'method', got {value!r}")
-        options = dict(value)
-        method = options.pop("method")
-        if not isinstance(method, str) or method not in BACKENDS:
-            hint = did_you_mean(str(method), BACKENDS)
-            raise config_error(f"unknown method {method!r}{hint}; they are {listed(BACKENDS)}")
-        settings = {}
-        for key, given in options.items():
-            values = given if isinstance(given, list | tuple) else [given]
-            if not values:
-                raise config_error(f"{key}: the list is empty, so there is nothing to choose")
-            repeated = [x for i, x in enumerate(values) if x in values[:i]]
-            if repeated:
-                raise config_error(f"{key}: {repeated[0]!r} appears twice")
-            settings[key] = tuple(values)
-        # One value of each at a time: enough to refuse a wrong key or a value out of range.
-        for key, values in settings.items():
-            for one in values:
-                if (key, one) != ("width", "auto"):
-                    bind_dataclass(BACKENDS[method], {key: one})
-        return {"method": method, "settings": settings}
-
-    @model_serializer
-    def _as_written(self) -> dict[str, Any]:
-        lists = {key: list(values) for key, values in self.settings.items()}
-        return {"method": self.method, **lists}
-
-    def grid(self, embedding_dim: int) -> dict[str, tuple[Any, ...]]:
-        """The searched settings, `auto` written out, and the fixed ones as lists of one."""
-        grid = dict(self.settings)
-        if grid.get("width") == ("auto",):
-            powers = [1 << k for k in range(embedding_dim.bit_length())]
-            grid["width"] = tuple(
-                sorted({*(p for p in powers if p <= embedding_dim), embedding_dim})
-            )
-        return grid
-
-    def configs(self, embedding_dim: int) -> dict[tuple[int, ...], BackendConfig]:
-        """The method's config for each combination, by the settings' positions in the grid."""
-        from embcomp.backends import BACKENDS
-
-        grid = self.grid(embedding_dim)
-        found = {}
-        for place in itertools.product(*(range(len(values)) for values in grid.values())):
-            options = {key: values[i] for (key, values), i in zip(grid.items(), place)}
-            config = bind_dataclass(BACKENDS[self.method], options)
-            config.require_size()
-            found[place] = config
-        return found
-
-
-class RowBand(Section):
-    """Tables by their number of rows.
-
-    Attributes:
-        min_rows: Tables with fewer rows are not meant.
-        max_rows: Tables with more rows are not meant.
-    """
-
-    min_rows: PositiveInt = 1
-    max_rows: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _holds_something(self) -> RowBand:
-        if self.max_rows is not None and self.max_rows < self.min_rows:
-            raise config_error(f"min_rows {self.min_rows} is above max_rows {self.max_rows}")
-        return self
-
-
-class GroupConfig(Section):
-    """Tables that have the same choices.
-
-    Attributes:
-        tables: `all` that no other group names, a list of names, or a band of rows.
-        choices: What a table may be stored as.
-        tied: Whether all tables of the group take the same choice.
-    """
-
-    tables: Literal["all"] | tuple[str, ...] | RowBand = "all"
-    choices: Annotated[tuple[ChoiceConfig, ...], Field(min_length=1)]
-    tied: bool = False
 
 
 class SamplerConfig(Section):
@@ -414,7 +310,7 @@ class SearchConfig(Section):
             self._check_supernet()
         if self.finals.correlation:
             self._check_correlation()
-        if any(len(v) > 1 for choice in self.fixed.values() for v in choice.settings.values()):
+        if any(choice.is_searched for choice in self.fixed.values()):
             raise config_error("fixed: a fixed table takes one value for each setting, not a list")
         return self
 
@@ -437,7 +333,7 @@ class SearchConfig(Section):
                 "sampler 'gradient' learns the columns of all tables together; give it one group, "
                 "{tables: all, choices: [{method: dnis}]}"
             )
-        if any(len(values) > 1 for values in choices[0].settings.values()):
+        if choices[0].is_searched:
             raise config_error("sampler 'gradient' takes one value for each setting, not a list")
         if "serve_bytes" in choices[0].settings:
             raise config_error("sampler 'gradient': serve_bytes comes from the budget")

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from embcomp.backend import BackendConfig
 from embcomp.footprint import Footprint, RowOptimizer
 from embcomp.planning import ConfigPlan
+from embcomp.row_types import RowType
 from embcomp.search.space import Candidate, Space, stored_together
+from embcomp.table_row_types import RowTypes
 from embcomp.tables import TableSpec
+
+Stored = tuple[BackendConfig, RowType]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Costs:
         self._first_order = self._train(_first_order(plan))
         self._alone: list[list[Cost]] = [[] for _ in space.units]
         self._pool: list[list[int]] = [[] for _ in space.units]
-        self._pools: list[BackendConfig] = []
+        self._pools: list[Stored] = []
         self._pooled: dict[tuple[int, tuple[int, ...]], Cost] = {}
         self._count()
 
@@ -79,38 +83,38 @@ class Costs:
         if key not in self._pooled:
             tables = [table for unit in units for table in self._space.units[unit].tables]
             tables.sort(key=lambda table: table.index)
-            self._pooled[key] = self._cost(self._pools[pool], tables)
+            self._pooled[key] = self._cost(*self._pools[pool], tables)
         return self._pooled[key]
 
     def _count(self) -> None:
-        users: list[tuple[BackendConfig, list[int]]] = []
+        users: list[tuple[Stored, list[int]]] = []
         number: dict[tuple[int, int], int] = {}
         for u, unit in enumerate(self._space.units):
             for o, option in enumerate(unit.options):
-                place = next(
-                    (i for i, (config, _) in enumerate(users) if config == option.config), -1
-                )
+                own = (option.config, option.row_type)
+                place = next((i for i, (stored, _) in enumerate(users) if stored == own), -1)
                 if place < 0:
                     place = len(users)
-                    users.append((option.config, []))
+                    users.append((own, []))
                 if u not in users[place][1]:
                     users[place][1].append(u)
                 number[u, o] = place
         together = []
-        for config, units in users:
+        for stored, units in users:
             tables = [table for u in units for table in self._space.units[u].tables]
             # Sharing between the tables of one unit is in the unit's own bytes.
-            shared = len(units) > 1 and stored_together(config, tables)
+            shared = len(units) > 1 and stored_together(stored[0], tables)
             together.append(len(self._pools) if shared else -1)
             if shared:
-                self._pools.append(config)
+                self._pools.append(stored)
         for u, unit in enumerate(self._space.units):
             for o, option in enumerate(unit.options):
-                self._alone[u].append(self._cost(option.config, unit.tables))
+                cost = self._cost(option.config, option.row_type, unit.tables)
+                self._alone[u].append(cost)
                 self._pool[u].append(together[number[u, o]])
 
-    def _cost(self, config: BackendConfig, tables: Sequence[TableSpec]) -> Cost:
-        footprint = config.footprint(tables)
+    def _cost(self, config: BackendConfig, row_type: RowType, tables: Sequence[TableSpec]) -> Cost:
+        footprint = RowTypes(default=row_type).footprint(config, tables)
         return Cost(footprint.serve_bytes, self._train(footprint))
 
     def _train(self, footprint: Footprint) -> int:

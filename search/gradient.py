@@ -14,6 +14,7 @@ from embcomp.planning import TableSize, table_specs
 from embcomp.search.config import SearchConfig
 from embcomp.search.repair import Repair
 from embcomp.search.sources import Asked, Proposal, Source
+from embcomp.table_row_types import RowTypes
 
 
 class Gradient(Source):
@@ -43,8 +44,9 @@ def at_budget(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSize
     left = budget
     for name, choice in config.fixed.items():
         if name in specs:
-            (method,) = choice.configs(base.tables.embedding_dim).values()
-            left -= method.footprint([specs[name]]).serve_bytes
+            ((method, row_type),) = choice.configs(base.tables.embedding_dim).values()
+            types = RowTypes(default=row_type)
+            left -= types.footprint(method, [specs[name]]).serve_bytes
     if left < 1:
         raise BudgetError(
             f"budget: fixed tables take {budget - left:,} of {budget:,} bytes and leave nothing"

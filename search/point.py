@@ -33,6 +33,10 @@ def config_of(
     document |= {"name": name, "seed": space.base.seed if seed is None else seed}
     tables = dict(document["tables"])
     tables.pop("budget", None)
+    tables.pop("row_types", None)
+    row_types = space.row_types(candidate)
+    if not row_types.are_fp32:
+        tables["row_types"] = row_types.plain()
     methods = space.methods(candidate)
     widths = _mixed_widths(space, methods)
     if widths:

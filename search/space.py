@@ -18,7 +18,10 @@ from embcomp.config import TrainConfig
 from embcomp.errors import ConfigError
 from embcomp.plan import Plan, ResolvedPlan
 from embcomp.planning import ConfigPlan, TableSize, plan_config, table_specs
-from embcomp.search.config import GroupConfig, RowBand, SearchConfig
+from embcomp.row_types import ROW_TYPES, RowType
+from embcomp.search.choices import ROW_TYPE, GroupConfig, RowBand
+from embcomp.search.config import SearchConfig
+from embcomp.table_row_types import RowTypes, is_final
 from embcomp.tables import TableSpec
 
 Candidate = tuple[int, ...]
@@ -34,12 +37,19 @@ class Option:
         label: for people, as ``hash ratio=0.1``.
         bytes: serving bytes of the unit's tables; their part, where others share the storage.
         line: what does not change when only the size does; shrinking keeps to a line if it can.
+        row_type: what its rows are served in; the most exact type of those that are no longer.
     """
 
     config: BackendConfig
     label: str
     bytes: int
     line: tuple[object, ...]
+    row_type: RowType = "fp32"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is the uncompressed table."""
+        return isinstance(self.config, Full) and self.row_type == "fp32"
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Unit:
     @cached_property
     def line_of(self) -> tuple[tuple[int, ...], ...]:
         """For each option, the options of its line, by bytes; the full table ends every line."""
-        full = [i for i, option in enumerate(self.options) if isinstance(option.config, Full)]
+        full = [i for i, option in enumerate(self.options) if option.is_full]
         lines = []
         for option in self.options:
             same = [i for i, other in enumerate(self.options) if other.line == option.line]
@@ -136,6 +146,19 @@ class Space:
                 chosen[table.name] = unit.options[place].config
         return {table.name: chosen[table.name] for table in self.tables}
 
+    def row_types(self, candidate: Candidate) -> RowTypes:
+        """The row type of each table."""
+        chosen = {
+            table.name: unit.options[place].row_type
+            for unit, place in zip(self.units, candidate)
+            for table in unit.tables
+        }
+        names = [table.name for table in self.tables]
+        each = [chosen[name] for name in names]
+        default = min(ROW_TYPES, key=lambda one: (-each.count(one), ROW_TYPES.index(one)))
+        own = {name: chosen[name] for name in names if chosen[name] != default}
+        return RowTypes(default=default, tables=own)
+
     def labels(self, candidate: Candidate) -> dict[str, str]:
         """The chosen option of each unit, for people."""
         return {unit.name: unit.options[place].label for unit, place in zip(self.units, candidate)}
@@ -152,6 +175,7 @@ class Space:
             optimizer=self.recipe_plan.optimizer,
             dense_rows=self.recipe_plan.dense_rows,
             sizes=self.sizes,
+            row_types=self.row_types(candidate),
         )
 
     def candidate_of(self, labels: Mapping[str, str]) -> Candidate:
@@ -176,8 +200,8 @@ def build_space(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSi
     dropped: list[tuple[str, str]] = []
     left = dict(specs)
     for name, choice in config.fixed.items():
-        (method,) = choice.configs(base.tables.embedding_dim).values()
-        units.append(_fixed_unit(left.pop(name), method))
+        ((method, row_type),) = choice.configs(base.tables.embedding_dim).values()
+        units.append(_fixed_unit(left.pop(name), method, row_type))
     for group in sorted(config.groups, key=lambda group: group.tables == "all"):
         tables = list(_members(group, left))
         if not tables:
@@ -186,7 +210,11 @@ def build_space(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSi
             del left[table.name]
         for members in [tables] if group.tied else [[table] for table in tables]:
             units.append(_unit(group, members, tables, base, dropped))
-    units += [_fixed_unit(table, _of_recipe(base, table)) for table in left.values()]
+    of_recipe = RowTypes.of(base.tables.row_types)
+    units += [
+        _fixed_unit(table, _of_recipe(base, table), of_recipe.of_table(table.name))
+        for table in left.values()
+    ]
     units.sort(key=lambda unit: unit.tables[0].index)
     notes = _notes(dropped)
     space = Space(
@@ -202,6 +230,7 @@ def build_space(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSi
             + "".join(f"\n  {note}" for note in notes[:10])
         )
     _refuse_unknown_units(config, space)
+    _refuse_types_apart(space)
     return space
 
 
@@ -235,9 +264,9 @@ def _unit(
         variant = f"{choice.method} {number + 1}" if twice else choice.method
         labels = {}
         grid = choice.grid(base.tables.embedding_dim)
-        for place, config in choice.configs(base.tables.embedding_dim).items():
-            option = _option(config, grid, place, variant, members, neighbours)
-            if option.bytes >= full and not isinstance(config, Full):
+        for place, (config, row_type) in choice.configs(base.tables.embedding_dim).items():
+            option = _option(config, row_type, grid, place, variant, members, neighbours)
+            if option.bytes >= full and not option.is_full:
                 dropped.append(option.label)
                 option = _full_option(full)
             same = [o for o in options.values() if (o.line, o.bytes) == (option.line, option.bytes)]
@@ -269,31 +298,65 @@ def _notes(dropped: Sequence[tuple[str, str]]) -> tuple[str, ...]:
 
 def _option(
     config: BackendConfig,
+    wanted: RowType,
     grid: Mapping[str, tuple[Any, ...]],
     place: tuple[int, ...],
     variant: str,
     members: Sequence[TableSpec],
     neighbours: Sequence[TableSpec],
 ) -> Option:
-    values = {key: given[i] for (key, given), i in zip(grid.items(), place)}
+    values = {key: given[i] for (key, given), i in zip(grid.items(), place) if key != ROW_TYPE}
     shown = [f"{key}={value}" for key, value in values.items() if len(grid[key]) > 1]
     rest = tuple((k, repr(v)) for k, v in values.items() if k not in config.size_fields)
+    row_type = _shortest(config, wanted, members)
+    # A narrow row of a wide type is no smaller size of a wide row of a narrow type. Where a method
+    # has no size of its own, types are its sizes.
+    kept = ((ROW_TYPE, wanted),) if config.size_fields and wanted != "fp32" else ()
     return Option(
         config=config,
-        label=" ".join([variant, *(shown or _sizes(config))]),
-        bytes=_bytes(config, members, neighbours),
-        line=(variant, *rest),
+        label=" ".join([variant, *(shown or _sizes(config)), *_named(row_type)]),
+        bytes=_bytes(config, row_type, members, neighbours),
+        line=(variant, *rest, *kept),
+        row_type=row_type,
+    )
+
+
+def _named(row_type: RowType) -> list[str]:
+    return [] if row_type == "fp32" else [row_type]
+
+
+def _shortest(config: BackendConfig, wanted: RowType, tables: Sequence[TableSpec]) -> RowType:
+    """The most exact type in which a method's rows are no longer than in the one asked for.
+
+    Raises:
+        ConfigError: for a method whose rows get their final form by training.
+    """
+    if wanted == "fp32":
+        return wanted
+    if not is_final(config):
+        raise ConfigError(
+            f"{ROW_TYPE}: {config.name} is trained in another form than it is served in, so that "
+            f"its bytes as {wanted} are not known; leave {ROW_TYPE} out, and export its points "
+            "with --dtype"
+        )
+    asked = RowTypes(default=wanted).of_group(config, tables)
+    return next(
+        each for each in ROW_TYPES if RowTypes(default=each).of_group(config, tables) == asked
     )
 
 
 def _bytes(
-    config: BackendConfig, members: Sequence[TableSpec], neighbours: Sequence[TableSpec]
+    config: BackendConfig,
+    row_type: RowType,
+    members: Sequence[TableSpec],
+    neighbours: Sequence[TableSpec],
 ) -> int:
     """Serving bytes; a part by rows of what the whole group would share, if it shares storage."""
+    types = RowTypes(default=row_type)
     if not stored_together(config, neighbours):
-        return config.footprint(members).serve_bytes
+        return types.footprint(config, members).serve_bytes
     rows = sum(table.num_embeddings for table in members)
-    together = config.footprint(neighbours).serve_bytes
+    together = types.footprint(config, neighbours).serve_bytes
     return -(-together * rows // sum(table.num_embeddings for table in neighbours))
 
 
@@ -305,10 +368,11 @@ def _full_option(full: int) -> Option:
     return Option(config=Full(), label=Full.name, bytes=full, line=(Full.name,))
 
 
-def _fixed_unit(table: TableSpec, config: BackendConfig) -> Unit:
-    label = " ".join([config.name, *_sizes(config)])
-    size = config.footprint([table]).serve_bytes
-    option = Option(config, label, size, (config.name,))
+def _fixed_unit(table: TableSpec, config: BackendConfig, wanted: RowType) -> Unit:
+    row_type = _shortest(config, wanted, [table])
+    label = " ".join([config.name, *_sizes(config), *_named(row_type)])
+    size = RowTypes(default=row_type).footprint(config, [table]).serve_bytes
+    option = Option(config, label, size, (config.name,), row_type)
     return Unit(table.name, (table,), (option,))
 
 
@@ -373,3 +437,24 @@ def _refuse_unknown_units(config: SearchConfig, space: Space) -> None:
             f"importance: nothing to choose for is called {', '.join(map(repr, unknown))}; "
             f"there are {', '.join(names)}"
         )
+
+
+def _refuse_types_apart(space: Space) -> None:
+    """Tables of one method that share stored rows must not be able to differ in their type."""
+    users: list[tuple[BackendConfig, dict[str, Unit], set[RowType]]] = []
+    for unit in space.units:
+        for option in unit.options:
+            same = [user for user in users if user[0] == option.config]
+            user = same[0] if same else (option.config, {}, set())
+            if not same:
+                users.append(user)
+            user[1][unit.name] = unit
+            user[2].add(option.row_type)
+    for config, units, types in users:
+        tables = [table for unit in units.values() for table in unit.tables]
+        if len(units) > 1 and len(types) > 1 and stored_together(config, tables):
+            raise ConfigError(
+                f"{ROW_TYPE}: {config.name} stores rows of {', '.join(list(units)[:5])} together, "
+                f"and they could differ in their type ({', '.join(sorted(types))}). Give it one "
+                f"{ROW_TYPE}, or tie the group (tied: true)"
+            )

@@ -54,3 +54,22 @@ def check_stages(config: SearchConfig, space: Space) -> None:
 
 def _staged(unit: Unit) -> list[BackendConfig]:
     return [option.config for option in unit.options if len(option.config.stages()) > 1]
+
+
+def check_latency(config: SearchConfig, space: Space) -> None:
+    """Refuses to time look-ups of rows that are served in another type than they are trained in.
+
+    Raises:
+        ConfigError: where look-ups are timed and an option has such rows.
+    """
+    narrow = [
+        f"{unit.name}: {option.label}"
+        for unit in space.units
+        for option in unit.options
+        if option.row_type != "fp32"
+    ]
+    if narrow and "latency" in config.objectives:
+        raise ConfigError(
+            f"objectives: latency is that of rows as they are trained, in fp32, and {narrow[0]!r} "
+            "is served in another type; take bytes, and `embcomp export` the points to time them"
+        )

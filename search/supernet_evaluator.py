@@ -122,7 +122,8 @@ class SupernetEvaluator(Evaluator):
         else:
             method |= {"choose": "evolution", "finetune_epochs": 0}
             train.pop("stages", None)
-        tables = {k: v for k, v in document["tables"].items() if k not in ("budget", "overrides")}
+        dropped = ("budget", "overrides", "row_types")
+        tables = {k: v for k, v in document["tables"].items() if k not in dropped}
         document |= {
             "name": NAME,
             "seed": self._config.seed,

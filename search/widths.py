@@ -7,7 +7,7 @@ from embcomp.backends import Full
 from embcomp.backends.low_dim import LowDim
 from embcomp.config_reading import listed
 from embcomp.errors import ConfigError
-from embcomp.search.space import Space
+from embcomp.search.space import Option, Space
 from embcomp.tables import TableSpec
 
 
@@ -21,20 +21,24 @@ def widths_of(space: Space) -> list[list[int]]:
         f"{unit.name}: {option.label}"
         for unit in space.units
         for option in unit.options
-        if not _is_width(option.config)
+        if not _is_width(option)
     ]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ConfigError(
             "evaluator supernet knows widths of whole tables, so every choice must be full or "
-            f"low_dim with a width; got {listed(odd[:3])}{more}. Take evaluator training for these"
+            f"low_dim with a width, in fp32 rows; got {listed(odd[:3])}{more}. Take evaluator "
+            "training for these"
         )
     return [
         [_width(option.config, unit.tables[0]) for option in unit.options] for unit in space.units
     ]
 
 
-def _is_width(config: BackendConfig) -> bool:
+def _is_width(option: Option) -> bool:
+    config = option.config
+    if option.row_type != "fp32":
+        return False
     return isinstance(config, Full) or (isinstance(config, LowDim) and not config.kept)
 
 

@@ -17,8 +17,13 @@ def export(
         Path | None, typer.Argument(help="The folder to make; RUN/artefact by default.")
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "fp16", "int8", "int4"], typer.Option(help="The type of stored rows.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="The type of stored rows: fp32, fp16, int8 or int4; by table as int8,C3=fp32. "
+            "The run's tables.row_types by default.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[
         Literal["safetensors", "pt2"],
         typer.Option(help="pt2 adds a program that runs where only torch is installed."),
@@ -42,12 +47,13 @@ def export(
     ] = None,
 ) -> None:
     """Export a run's best weights, checked against the trained model on real rows."""
+    from embcomp.table_row_types import RowTypes
     from embcomp.training.export import export_run
 
     found = export_run(
         run,
         out,
-        row_type=dtype,
+        row_type=None if dtype is None else RowTypes.parse(dtype),
         formats=[format],
         dims=_widths(dim),
         rewrite=rewrite_vocabulary,

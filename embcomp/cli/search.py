@@ -150,7 +150,9 @@ def _print_candidate(prepared: Prepared, name: str, candidate: Candidate) -> Non
     space, repair = prepared.space, prepared.repair
     labels = space.labels(candidate)
     unit_of = {table.name: unit.name for unit in space.units for table in unit.tables}
-    lines = plan_lines(space.plan(candidate), space.recipe_plan.optimizer)
+    lines = plan_lines(
+        space.plan(candidate), space.recipe_plan.optimizer, space.row_types(candidate)
+    )
     table = Table(box=console.BOX, pad_edge=False, title=escape(name), title_justify="left")
     for heading in ("tables", "choice", "rows", "stored rows", "stored dim", "training", "serving"):
         table.add_column(heading, justify="left" if heading in ("tables", "choice") else "right")

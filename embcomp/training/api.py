@@ -25,6 +25,7 @@ from embcomp.training.process import Process, process_group
 from embcomp.training.report import Report
 from embcomp.training.run import run_stages
 from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.served_rows import check_served_types, round_rows, served_types
 from embcomp.training.watch import watch_ranks
 
 
@@ -47,6 +48,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     info = DatasetInfo.load(config.data.path)
     check_splits(info)
     check_other_run(config, info, Life.of(config, info))
+    check_served_types(config)
     folder = RunFolder(Path(runs) / config.name)
     with (
         quiet_libraries(),
@@ -76,6 +78,9 @@ def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> No
 def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Evaluation:
     """Evaluates a run's best weights on a split; under torchrun every rank calls it.
 
+    Rows are rounded to the config's `tables.row_types` first, as for the run's report; those of a
+    stage before the last are not, as they are not what is served.
+
     Args:
         run: The run's folder.
         split: A split of the run's dataset.
@@ -99,6 +104,8 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
         sharded = shard_model(unsharded, config, process)
         step = best_step(folder, place)
         load_weights(checkpoint_folder(place.checkpoints, step), sharded)
+        if index == life.trained[-1]:
+            round_rows(sharded.state_dict(), unsharded, served_types(config, info))
         with precision():
             evaluation = evaluate_batches(sharded, batches, process)
         console.evaluation(split, step, evaluation)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.artefact import Saved, save_model
+from embcomp.artefact import AnyRowTypes, Saved, save_model
 from embcomp.artefact_config import ArtefactConfig
 from embcomp.artefact_loading import load
 from embcomp.budget import parse_budget
@@ -31,6 +31,7 @@ from embcomp.errors import ArtefactError, ParityError
 from embcomp.program import Program, program_inputs, write_program
 from embcomp.row_types import RowType
 from embcomp.serving import ServingModel
+from embcomp.table_row_types import RowTypes
 from embcomp.training.api import load_model
 from embcomp.training.build import model_inputs
 from embcomp.training.metrics import Metrics, compute_metrics
@@ -102,7 +103,7 @@ def export_run(
     run: str | Path,
     out: str | Path | None = None,
     *,
-    row_type: RowType = "fp32",
+    row_type: AnyRowTypes | None = None,
     formats: Sequence[Format] = ("safetensors",),
     dims: Mapping[str, int] | None = None,
     rewrite: bool = False,
@@ -115,15 +116,17 @@ def export_run(
     Args:
         run: the run's folder.
         out: the folder to make; `artefact` in the run's folder by default.
-        row_type: how rows are stored.
+        row_type: how rows are stored, as for `embcomp.save`; the run's `tables.row_types` by default.
         formats: `pt2` adds a torch.export program to the tensors.
         dims: columns of single tables, of methods that train every prefix of a row.
         rewrite: whether pruned values leave the vocabulary, in place of a record of them.
         budget: serving bytes of the embedding tables; the run's own by default.
         rows: how many rows the artefact is compared on, at most.
-        tolerance: how far a probability may be from the trained model's; by row type by default.
+        tolerance: how far a probability may be from the trained model's; by the narrowest row type
+            by default.
 
     Raises:
+        ConfigError: a row type or its table does not exist.
         ArtefactError: the run is not finished, or the folder exists.
         BudgetError: the tables are over the budget.
         ParityError: the artefact does not answer as the trained model does.
@@ -133,6 +136,8 @@ def export_run(
     if not folder.report.exists():
         raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
     info = DatasetInfo.load(config.data.path)
+    wanted = RowTypes.of(config.tables.row_types if row_type is None else row_type)
+    wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
     found = Export()
     with quiet_libraries():
         model = load_model(run)
@@ -147,20 +152,24 @@ def export_run(
             found=found,
             formats=tuple(formats),
             rows=rows,
-            tolerance=TOLERANCES[row_type] if tolerance is None else tolerance,
+            tolerance=_tolerance(wanted, info) if tolerance is None else tolerance,
         )
         found.saved = save_model(
             model if rewritten is None else rewritten.model,
             folder.path / "artefact" if out is None else out,
             settings=config.model.settings,
             inputs=model_inputs(config, info),
-            row_type=row_type,
+            row_type=wanted,
             budget=allowed,
             dataset=info,
             rewritten=None if rewritten is None else rewritten.dataset,
             extra=check,
         )
     return found
+
+
+def _tolerance(wanted: RowTypes, info: DatasetInfo) -> float:
+    return max(TOLERANCES[each] for each in wanted.used(info.categorical_names))
 
 
 def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:

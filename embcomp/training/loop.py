@@ -55,6 +55,7 @@ from embcomp.training.outcome import Outcome, write_outcome
 from embcomp.training.process import Process
 from embcomp.training.report import Report, as_record
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.served_rows import round_rows, served_types
 from embcomp.training.state import LoopState
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 from embcomp.training.unrolled import UnrolledSteps
@@ -346,13 +347,18 @@ class Training:
     def finish(self, before: Sequence[Outcome]) -> Report:
         """Evaluates the weights that the last stage leaves on the test split and reports.
 
+        Where rows are served in narrow types, what is evaluated and reported has such rows.
+
         Args:
             before: What earlier stages ended with.
         """
         state, config, best = self.state, self.config, self.kept_step
         self.steps.pause()
         load_weights(checkpoint_folder(self.checkpoints, best), self.sharded)
-        test = None
+        test, valid, types = None, state.best_valid, served_types(config, self.info)
+        if not types.are_fp32:
+            round_rows(self.sharded.state_dict(), self.unsharded, types)
+            valid = as_record(self._evaluate("valid"))
         if has_rows(self.info, "test"):
             test = as_record(self._evaluate("test"))
             self.logs.metrics("test", best, test)
@@ -365,6 +371,7 @@ class Training:
             state,
             stages=[*before, Outcome.of(self.stage, state, best)],
             best_step=best,
+            valid=valid,
             test=test,
             dense_parameters=sum(weight.numel() for weight in self.optimizers.dense),
             wall_seconds=time.perf_counter() - self.started,

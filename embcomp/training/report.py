@@ -12,12 +12,14 @@ from typing import Any
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
+from embcomp.table_row_types import RowTypes
 from embcomp.training.build import UnshardedModel
 from embcomp.training.evaluation import Evaluation
 from embcomp.training.logs import without_nan
 from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
 from embcomp.training.run_folder import REPORT_FILE, write_atomically
+from embcomp.training.served_rows import served_bytes
 from embcomp.training.state import LoopState
 
 
@@ -37,9 +39,9 @@ class Report:
         epochs: Whole epochs of the last stage.
         best_step: The step of the last stage whose weights are evaluated here.
         stopped: Why training ended.
-        valid: Validation metrics of the best step.
-        test: Test metrics of the best step; None without a test split.
-        serve_bytes: What the embedding tables take when served.
+        valid: Validation metrics of the best step, its rows as they are served.
+        test: Test metrics of the same; None without a test split.
+        serve_bytes: What the embedding tables take when served, rows in their types.
         full_bytes: What they would take uncompressed.
         compression: `full_bytes / serve_bytes`.
         first_order_bytes: What first-order weights take when served; 0 for models without.
@@ -89,16 +91,18 @@ class Report:
         *,
         stages: Sequence[Outcome],
         best_step: int,
+        valid: dict[str, Any],
         test: dict[str, Any] | None,
         dense_parameters: int,
         wall_seconds: float,
     ) -> Report:
         """Puts a finished run's results together."""
         serve = full = first_order = 0
+        types = RowTypes.of(config.tables.row_types)
         if model.tables is not None:
-            serve, full = model.tables.footprint.serve_bytes, model.tables.plan.full_bytes
+            serve, full = served_bytes(model.tables, types), model.tables.plan.full_bytes
         if model.first_order is not None:
-            first_order = model.first_order.footprint.serve_bytes
+            first_order = served_bytes(model.first_order, types)
         rows = state.step * config.data.batch_size
         steps = sum(stage.steps for stage in stages)
         optimizer = config.train.row_optimizer.name
@@ -114,7 +118,7 @@ class Report:
             epochs=state.epoch,
             best_step=best_step,
             stopped=state.stopped,
-            valid=state.best_valid,
+            valid=valid,
             test=test,
             serve_bytes=serve,
             full_bytes=full,
