@@ -145,11 +145,14 @@ def test_gradients_give_columns_by_planted_importance(recipe, tmp_path, monkeypa
     inner product only has those that both of its tables kept."""
     train_here(monkeypatch)
     groups = [{"tables": "all", "choices": [{"method": "dnis", "quantiles": [[]]}]}]
-    config = parse_search(document(recipe, sampler={"name": "gradient"}, groups=groups))
+    finals = {"points": 1, "seeds": 1}  # a trial's tables are not kept
+    sampler = {"name": "gradient"}
+    config = parse_search(document(recipe, sampler=sampler, groups=groups, finals=finals))
     result = search(config, folder=tmp_path, quiet=True)
     (candidate,) = result.candidates
     assert candidate.state == "complete" and candidate.serve_bytes <= result.budget
-    tables = load_model(tmp_path / result.name / "trials" / "trial-0000").tables
+    (run,) = (tmp_path / result.name / "finals").glob("*/report.json")
+    tables = load_model(run.parent).tables
     kept = {name: method.widths[name][0] for name, method in tables.plan.methods.items()}
     widths = [sum(kept[table] for table in pair) for pair in PLANTED]
     assert spearman(widths, list(PLANTED.values())) > 0.8
