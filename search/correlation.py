@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embcomp.search.config import LEAST_RANKED, SearchConfig
 from embcomp.search.finals import Point, completed
-from embcomp.search.ledger import KIND, latest_attempts
+from embcomp.search.ledger import latest_attempts
 from embcomp.search.optuna_search import RepairedSampler
 from embcomp.search.runner import OUTCOME
 
@@ -97,18 +97,8 @@ def choose_spread(
         left.remove(nearest)
         chosen.append(nearest)
     chosen.sort(key=lambda c: (-sign * done[c].values[0], done[c].number))
-    return [
-        Point(
-            name=f"candidate {done[candidate].number}",
-            number=done[candidate].number,
-            kind=done[candidate].user_attrs.get(KIND, ""),
-            candidate=candidate,
-            quality=done[candidate].values[0],
-            serve_bytes=done[candidate].user_attrs["serve_bytes"],
-            seeds=(config.seed + 1,),
-        )
-        for candidate in chosen
-    ]
+    seeds = (config.seed + 1,)
+    return [Point.of(done[c], c, name=f"candidate {done[c].number}", seeds=seeds) for c in chosen]
 
 
 def correlate(

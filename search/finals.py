@@ -57,6 +57,28 @@ class Point:
     seeds: tuple[int, ...]
     baseline: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        trial: FrozenTrial,
+        candidate: Candidate,
+        *,
+        name: str,
+        seeds: tuple[int, ...],
+        baseline: bool = False,
+    ) -> Point:
+        """What a scored trial tried, to be retrained."""
+        return cls(
+            name=name,
+            number=trial.number,
+            kind=trial.user_attrs.get(KIND, ""),
+            candidate=candidate,
+            quality=trial.values[0],
+            serve_bytes=trial.user_attrs["serve_bytes"],
+            seeds=seeds,
+            baseline=baseline,
+        )
+
 
 def choose_points(
     config: SearchConfig, study: optuna.Study, sampler: RepairedSampler
@@ -76,13 +98,10 @@ def choose_points(
         chosen.append(uniform)
     seeds = tuple(config.seed + 1 + i for i in range(config.finals.seeds))
     return [
-        Point(
+        Point.of(
+            done[candidate],
+            candidate,
             name=f"{config.name}_{place + 1}",
-            number=done[candidate].number,
-            kind=done[candidate].user_attrs.get(KIND, ""),
-            candidate=candidate,
-            quality=done[candidate].values[0],
-            serve_bytes=done[candidate].user_attrs["serve_bytes"],
             seeds=seeds,
             baseline=candidate == uniform,
         )

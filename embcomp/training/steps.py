@@ -84,14 +84,19 @@ class PlainSteps(Steps):
     def run(self, batches: Iterator[Batch]) -> Tensor:
         batch = next(batches).to(self._process.device)
         self._updates.zero_grad()
-        with self._autocast():
-            loss, _ = self._sharded(batch)
-        loss.backward()
+        loss = self._backward(batch)
         self._updates.step()
-        return loss.detach()
+        return loss
 
     def pause(self) -> None:
         pass
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of a batch that is on the device; returns its loss ()."""
+        with self._autocast():
+            loss, _ = self._sharded(batch)
+        loss.backward()
+        return loss.detach()
 
 
 class PipelinedSteps(Steps):

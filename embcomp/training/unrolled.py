@@ -128,12 +128,6 @@ class UnrolledSteps(PlainSteps):
         loss.scale = scale
         return [_gradient(weight).clone() for weight in self._optimizers.structure]
 
-    def _backward(self, batch: Batch) -> Tensor:
-        with self._autocast():
-            loss, _ = self._sharded(batch)
-        loss.backward()
-        return loss.detach()
-
 
 def through_step(
     config: RowOptimizerConfig,
