@@ -131,26 +131,26 @@ class ClickModel:
         """The first-order, pair and integer parts of the logit, (3, n), before scaling."""
         fields, size = rows.values.shape
         first, pairs = np.zeros(size), np.zeros(size)
+        latents: dict[int, NDArray[np.float32]] = {}
+        ranks = {field: rank for f, g, rank in self._pairs for field in (f, g)}
         turn = self._angle * rows.time
         for field in range(fields):
-            bits = self._hash(field, rows.values[field])
+            bits = _mix(rows.values[field].astype(np.uint64) ^ self._salts[field])
             effect = self._score(bits, 0)
             if self._angle:
                 other = self._score(_mix(bits), 0)
                 effect = effect * np.cos(turn) + other * np.sin(turn)
             first += self._weights[field] * effect
-        for f, g, rank in self._pairs:
-            one, other = (self._latents(field, rows.values[field], rank) for field in (f, g))
-            pairs += np.einsum("kn,kn->n", one, other)
+            if field in ranks:
+                latents[field] = self._latents(bits, ranks[field])
+        for f, g, _ in self._pairs:
+            pairs += np.einsum("kn,kn->n", latents[f], latents[g])
         standard = (_logs(rows) - self._log_mean) / self._log_std
         return np.stack([first, pairs, self._slopes @ standard])
 
-    def _hash(self, field: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
-        return _mix(values.astype(np.uint64) ^ self._salts[field])
-
-    def _latents(self, field: int, values: NDArray[np.int64], rank: int) -> NDArray[np.float32]:
-        """The (rank, n) latent vectors of a field's values."""
-        bits, found = self._hash(field, values), []
+    def _latents(self, bits: NDArray[np.uint64], rank: int) -> NDArray[np.float32]:
+        """The (rank, n) latent vectors of hashed values."""
+        found = []
         for k in range(rank):
             place = k % _SCORES_PER_HASH
             bits = _mix(bits) if k and not place else bits
