@@ -6,15 +6,12 @@ their remaining keys are the fields of that dataclass, so a new method or model 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -26,7 +23,6 @@ from pydantic import (
 from embcomp.budget import parse_budget
 from embcomp.config_reading import (
     apply_override,
-    bind_dataclass,
     config_error,
     describe_errors,
     did_you_mean,
@@ -34,89 +30,15 @@ from embcomp.config_reading import (
     plain,
     read_yaml,
 )
+from embcomp.config_section import (
+    MethodConfig,
+    ModelChoice,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from embcomp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from embcomp.backend import BackendConfig
-    from embcomp.models import ModelConfig
-
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """One mapping of the YAML: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Choice(Section):
-    """`{name: qr, num_remainders: 1000}`: a registry's entry and the fields of its dataclass.
-
-    A bare string is short for a mapping with a name only.
-    """
-
-    name: str
-    settings: Any = Field(repr=False)
-    kind: ClassVar[str] = "entry"
-
-    @classmethod
-    def registry(cls) -> Mapping[str, type]:
-        """The dataclass behind each name."""
-        raise NotImplementedError
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bind(cls, value: Any) -> Any:
-        if isinstance(value, cls):
-            return {"name": value.name, "settings": value.settings}
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping):
-            raise config_error(f"expected a mapping with the key 'name', got {value!r}")
-        options = dict(value)
-        if set(options) == {"name", "settings"} and dataclasses.is_dataclass(options["settings"]):
-            return options
-        registry = cls.registry()
-        if "name" not in options:
-            raise config_error(f"the key 'name' is missing; the {cls.kind}s are {listed(registry)}")
-        name = options.pop("name")
-        if not isinstance(name, str) or name not in registry:
-            hint = did_you_mean(str(name), registry)
-            raise config_error(
-                f"unknown {cls.kind} {name!r}{hint}; the {cls.kind}s are {listed(registry)}"
-            )
-        return {"name": name, "settings": bind_dataclass(registry[name], options)}
-
-    @model_serializer
-    def _flatten(self) -> dict[str, Any]:
-        return {"name": self.name, **plain(dataclasses.asdict(self.settings))}
-
-
-class MethodConfig(Choice):
-    """A compression method of `embcomp.backends`."""
-
-    kind: ClassVar[str] = "method"
-
-    @classmethod
-    def registry(cls) -> Mapping[str, type[BackendConfig]]:
-        # Imported on use: reading a YAML should not wait for torch before its first complaint.
-        from embcomp.backends import BACKENDS
-
-        return BACKENDS
-
-
-class ModelChoice(Choice):
-    """A model of `embcomp.models`."""
-
-    kind: ClassVar[str] = "model"
-
-    @classmethod
-    def registry(cls) -> Mapping[str, type[ModelConfig]]:
-        from embcomp.models import MODELS
-
-        return MODELS
 
 
 class DataConfig(Section):
@@ -180,11 +102,11 @@ class TablesConfig(Section):
     embedding_dim: PositiveInt = 16
     method: MethodConfig
     budget: int | str | None = None
-    overrides: dict[str, MethodConfig] = {}
+    overrides: dict[str, MethodConfig] = Field(default_factory=dict)
     first_order: MethodConfig = Field(default_factory=lambda: MethodConfig.model_validate("full"))
     pooling: Literal["sum", "mean"] = "mean"
     init: InitConfig = InitConfig()
-    row_types: dict[str, str] = {}
+    row_types: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("row_types", mode="before")
     @classmethod
@@ -371,7 +293,7 @@ class RunConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
     rank_timeout: PositiveFloat = 30.0
-    stages: dict[str, StageConfig] = {}
+    stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.planning import TableSize, sizes_of_dataset
 from embcomp.search.candidate_jobs import CandidateJobs
-from embcomp.search.config import LEAST_RANKED, QUALITIES, SearchConfig
+from embcomp.search.config import QUALITIES, SearchConfig
 from embcomp.search.correlation import choose_spread, correlate
 from embcomp.search.costs import Costs
 from embcomp.search.devices import Devices, limits_of
@@ -37,6 +37,7 @@ from embcomp.search.repair import Repair
 from embcomp.search.results import SearchResult, gather
 from embcomp.search.rungs import make_pruner
 from embcomp.search.runner import Worker
+from embcomp.search.sections import LEAST_RANKED
 from embcomp.search.space import Space, build_space
 from embcomp.search.staged import check_latency, check_stages
 from embcomp.search.storage import explained, open_storage, open_study

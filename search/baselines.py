@@ -7,8 +7,9 @@ is given width in proportion to ``n ** -a``.
 
 from __future__ import annotations
 
+from embcomp.search.options import Unit
 from embcomp.search.repair import Repair
-from embcomp.search.space import Candidate, Unit
+from embcomp.search.space import Candidate
 
 POWERS = (0.1, 0.2, 0.3, 0.5)
 

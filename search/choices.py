@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from embcomp.config import PositiveInt, Section
 from embcomp.config_reading import bind_dataclass, config_error, did_you_mean, listed
+from embcomp.config_section import PositiveInt, Section
 from embcomp.errors import ConfigError
 
 if TYPE_CHECKING:

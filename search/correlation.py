@@ -14,11 +14,12 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
-from embcomp.search.config import LEAST_RANKED, SearchConfig
+from embcomp.search.config import SearchConfig
 from embcomp.search.finals import Point, completed
 from embcomp.search.ledger import latest_attempts
 from embcomp.search.optuna_search import RepairedSampler
 from embcomp.search.runner import OUTCOME
+from embcomp.search.sections import LEAST_RANKED
 
 
 @dataclass(frozen=True, kw_only=True)

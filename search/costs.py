@@ -13,7 +13,8 @@ from embcomp.backend import BackendConfig
 from embcomp.footprint import Footprint, RowOptimizer
 from embcomp.planning import ConfigPlan
 from embcomp.row_types import RowType
-from embcomp.search.space import Candidate, Space, stored_together
+from embcomp.search.options import stored_together
+from embcomp.search.space import Candidate, Space
 from embcomp.table_row_types import RowTypes
 from embcomp.tables import TableSpec
 

@@ -18,7 +18,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from embcomp.search.space import Candidate, Space, Unit, Variant
+from embcomp.search.options import Unit, Variant
+from embcomp.search.space import Candidate, Space
 
 Parameters = dict[str, Any]
 

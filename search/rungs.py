@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
 
-from embcomp.search.config import RungsConfig
+from embcomp.search.sections import RungsConfig
 
 Point = tuple[float, ...]
 """Values of which less is better in each."""

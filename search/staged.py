@@ -10,7 +10,8 @@ from embcomp.backend import BackendConfig
 from embcomp.config_reading import listed
 from embcomp.errors import ConfigError
 from embcomp.search.config import SearchConfig
-from embcomp.search.space import Space, Unit
+from embcomp.search.options import Unit
+from embcomp.search.space import Space
 
 
 def staged_methods(space: Space) -> list[BackendConfig]:

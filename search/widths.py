@@ -7,7 +7,8 @@ from embcomp.backends import Full
 from embcomp.backends.low_dim import LowDim
 from embcomp.config_reading import listed
 from embcomp.errors import ConfigError
-from embcomp.search.space import Option, Space
+from embcomp.search.options import Option
+from embcomp.search.space import Space
 from embcomp.tables import TableSpec
 
 
