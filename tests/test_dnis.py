@@ -281,6 +281,33 @@ def test_pruned_tables_keep_what_they_keep_exactly_and_use_the_budget(structure,
         assert torch.equal(there, torch.where(there != 0, rows, 0.0)), key
 
 
+@pytest.mark.parametrize("structure", ["block", "element"])
+def test_retraining_begins_from_initial_weights_where_none_are_inherited(structure):
+    tables = mixed_tables()
+    collection = searched(tables)
+    form, specs = collection.forms()[0].form, collection.plan.tables
+    initial = Form(
+        config=Full(),
+        tensors={f"rows.{t.name}": torch.rand(t.num_embeddings, t.embedding_dim) for t in specs},
+    )
+    past = Past(before=form, initial=lambda: initial)
+    budget = sum(table.full_bytes for table in specs) // 2
+    fresh = collection_of(tables, Full())
+    fresh.load_forms([GroupForm(tables=specs, form=initial)])
+    for inherit, source in ((True, collection), (False, fresh)):
+        method = DNIS(structure=structure, serve_bytes=budget, inherit=inherit)
+        retrain = method.stages()[-1]
+        assert retrain.restarts is not inherit
+        began = embed_ids(holding(tables, method.begin(retrain, specs, past)), tables)
+        for key, rows in embed_ids(source, tables).items():
+            assert torch.equal(began[key], torch.where(began[key] != 0, rows, 0.0)), key
+        kept = {key: there != 0 for key, there in began.items()}
+        if inherit:
+            inherited = kept
+    for key, there in kept.items():
+        assert torch.equal(there, inherited[key]), key
+
+
 @st.composite
 def scored_tables(draw):
     tables, cuts, scores = [], {}, {}

@@ -77,6 +77,8 @@ class DNIS(BackendConfig):
             before (DARTS). Two more passes on the training batch; it needs
             ``train.row_optimizer.mode: dense``, and the network at rest.
         freezes_network: whether the model around the tables rests during the search.
+        inherit: whether the retraining goes on from the trained weights rather than from the initial
+            ones, network included. Where a second epoch over-fits, it should not.
     """
 
     serve_bytes: int | None = None
@@ -89,6 +91,7 @@ class DNIS(BackendConfig):
     decay: float = 0.0
     second_order: bool = False
     freezes_network: bool = True
+    inherit: bool = True
 
     name: ClassVar[str] = "dnis"
     size_fields: ClassVar[tuple[str, ...]] = ("serve_bytes",)
@@ -142,7 +145,11 @@ class DNIS(BackendConfig):
                 unrolls=self.second_order,
                 holds_out=True,
             ),
-            Stage(name="retrain", purpose="what is left within the budget"),
+            Stage(
+                name="retrain",
+                purpose="what is left within the budget",
+                restarts=not self.inherit,
+            ),
         )
 
     def first_form(self) -> BackendConfig:
@@ -158,7 +165,8 @@ class DNIS(BackendConfig):
     def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
         if stage.name == "search":
             return self._search(tables, past)
-        return self.pruned_form(tables, past.before, past.counts)
+        initial = None if self.inherit else past.initial()
+        return self.pruned_form(tables, past.before, past.counts, initial)
 
     def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
         cuts = {
@@ -176,6 +184,7 @@ class DNIS(BackendConfig):
         tables: Sequence[TableSpec],
         searched: Form,
         counts: Mapping[str, Tensor] | None = None,
+        initial: Form | None = None,
     ) -> Form:
         """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
 
@@ -184,6 +193,7 @@ class DNIS(BackendConfig):
             searched: what the search left: a form of ``DNISSearch``.
             counts: for each table, (num_embeddings,) how often each id occurs; Zipf's law where
                 nobody counted.
+            initial: full tables whose weights are kept in place of the searched ones, as they are.
 
         Raises:
             BudgetError: when not even one weight fits.
@@ -196,8 +206,11 @@ class DNIS(BackendConfig):
         selections = search.selections(tables, searched)
         rows = {table.name: searched.rows(table.name) for table in tables}
         cuts = {table.name: search.cuts_of(table) for table in tables}
+        fresh = None
+        if initial is not None:
+            fresh = {table.name: initial.rows(table.name) for table in tables}
         if self.structure == "element":
-            return elements_form(tables, rows, selections, cuts, budget)
+            return elements_form(tables, rows, selections, cuts, budget, fresh)
         scores = {
             table.name: column_scores(
                 table,
@@ -210,7 +223,9 @@ class DNIS(BackendConfig):
         }
         chosen = choose_columns(tables, scores, cuts, budget, counts)
         own = {name: selections[name][source] for name, source in chosen.source.items()}
-        return blocks_form(tables, rows, own, chosen.kept, chosen.cuts)
+        if fresh is not None:
+            own = {name: torch.ones_like(selection) for name, selection in own.items()}
+        return blocks_form(tables, fresh or rows, own, chosen.kept, chosen.cuts)
 
     def _as_search(self) -> DNISSearch:
         """What a collection holds that was built without stages: the search from its beginning."""

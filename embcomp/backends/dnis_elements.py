@@ -28,6 +28,7 @@ def elements_form(
     selections: Mapping[str, Tensor],
     cuts: Mapping[str, tuple[int, ...]],
     budget: int,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Form:
     """Sparse rows of the largest products of selection and weight, within a budget.
 
@@ -39,6 +40,8 @@ def elements_form(
         selections: for each by name, (blocks, embedding_dim) what multiplies them.
         cuts: for each by name, the first ids of all its blocks but the first.
         budget: bytes of values, columns and pointers together.
+        initial: for each by name, (num_embeddings, embedding_dim) what is kept in the places of the
+            largest products, in place of the products.
 
     Raises:
         BudgetError: when it does not hold the pointers and one element.
@@ -66,7 +69,7 @@ def elements_form(
     empty = {
         table.name: torch.zeros_like(products[table.name], dtype=torch.bool) for table in tables
     }
-    return _sparse_form(tables, products, empty | masks)
+    return _sparse_form(tables, initial or products, empty | masks)
 
 
 def _largest_within(
@@ -101,14 +104,14 @@ def _product(table: TableSpec, rows: Tensor, selections: Tensor, cuts: Sequence[
 
 
 def _sparse_form(
-    tables: Sequence[TableSpec], products: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    tables: Sequence[TableSpec], weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> Form:
     nonzeros = {table.name: int(kept[table.name].sum()) for table in tables}
     tensors, pointers, columns = {}, [], []
     for table in tables:
         mask = kept[table.name]
         if nonzeros[table.name]:
-            tensors[f"rows.{table.name}"] = products[table.name][mask].unsqueeze(1)
+            tensors[f"rows.{table.name}"] = weights[table.name][mask].unsqueeze(1)
             counts = torch.zeros(table.num_embeddings + 1, dtype=torch.int64)
             counts[1:] = mask.sum(1)
             pointers.append(counts.cumsum(0))
