@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -71,6 +71,7 @@ class DNIS(BackendConfig):
         structure: ``block`` keeps columns of whole blocks, in dense tables; ``element`` keeps
             single weights, in sparse rows that are slower and take 4 bytes for every id.
         l1: factor of the selections' sum in the search's loss.
+        search_epochs: passes over the training rows in which selections are learnt.
         learning_rate: mean size of a selection's step; its gradients are normalised.
         decay: after t steps of the search, selections' steps are ``1 + decay * t`` times smaller.
         second_order: whether a selection's gradient also counts what selections do to the rows' step
@@ -87,6 +88,7 @@ class DNIS(BackendConfig):
     selection: Selection = "free"
     structure: Structure = "block"
     l1: float = 1e-5
+    search_epochs: int = 1
     learning_rate: float = 0.01
     decay: float = 0.0
     second_order: bool = False
@@ -123,6 +125,7 @@ class DNIS(BackendConfig):
         for key, number, fits in (
             ("serve_bytes", self.serve_bytes, self.serve_bytes is None or self.serve_bytes > 0),
             ("l1", self.l1, self.l1 >= 0),
+            ("search_epochs", self.search_epochs, self.search_epochs > 0),
             ("learning_rate", self.learning_rate, self.learning_rate > 0),
             ("decay", self.decay, self.decay >= 0),
         ):
@@ -139,11 +142,12 @@ class DNIS(BackendConfig):
             Stage(
                 name="search",
                 purpose="selections of columns by frequency block, on held-out rows",
-                epochs=1,
+                epochs=self.search_epochs,
                 network=not self.freezes_network,
                 alternate=True,
                 unrolls=self.second_order,
                 holds_out=True,
+                keeps="last",
             ),
             Stage(
                 name="retrain",
@@ -175,7 +179,7 @@ class DNIS(BackendConfig):
             else traffic_cuts(table.num_embeddings, past.counts.get(table.name), self.quantiles)
             for table in tables
         }
-        search = DNISSearch(cuts=cuts, selection=self.selection, l1=self.l1)
+        search = replace(self._as_search(), cuts=cuts)
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
         return Form(config=search, tensors=rows | search.fresh_selections(tables))
 
@@ -229,7 +233,12 @@ class DNIS(BackendConfig):
 
     def _as_search(self) -> DNISSearch:
         """What a collection holds that was built without stages: the search from its beginning."""
-        return DNISSearch(cuts=self.cuts, selection=self.selection, l1=self.l1)
+        return DNISSearch(
+            cuts=self.cuts,
+            selection=self.selection,
+            l1=self.l1,
+            serve_bytes=self.serve_bytes if self.structure == "block" else None,
+        )
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return self._as_search().physical_tables(tables)

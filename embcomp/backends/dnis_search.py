@@ -22,7 +22,7 @@ from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.constants import Constant
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.frequency import check_cuts, traffic_cuts
+from embcomp.frequency import block_ranges, check_cuts, traffic_cuts
 from embcomp.learned import Penalised
 from embcomp.looked_up import LookedUp
 from embcomp.stages import Form
@@ -43,11 +43,14 @@ class DNISSearch(BackendConfig):
         selection: ``free`` learns a number for every column of a block; ``prefix`` one length for
             a block, which selects its first columns and a part of the next.
         l1: factor of the selections' sum in the loss.
+        serve_bytes: the penalty rests while the columns that are not closed take no more; None never
+            lets it rest.
     """
 
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selection: Selection = "free"
     l1: float = 1e-5
+    serve_bytes: int | None = None
 
     name: ClassVar[str] = "dnis_search"
     learns_size: ClassVar[bool] = True
@@ -63,6 +66,8 @@ class DNISSearch(BackendConfig):
             )
         if not self.l1 >= 0:
             raise ConfigError(f"{self.name}: l1 must be at least 0, got {self.l1}")
+        if self.serve_bytes is not None and self.serve_bytes < 1:
+            raise ConfigError(f"{self.name}: serve_bytes must be positive, got {self.serve_bytes}")
 
     def keeps_full(self, table: TableSpec) -> bool:
         return False
@@ -92,13 +97,27 @@ class DNISSearch(BackendConfig):
             keys=keys,
             route=FullRoute(keys, RangeCheck(tables)),
             combine=BlockGate(
-                [(t.embedding_dim, self.cuts_of(t), len(t.feature_names)) for t in tables],
+                [
+                    GatedTable(
+                        width=table.embedding_dim,
+                        cuts=self.cuts_of(table),
+                        features=len(table.feature_names),
+                        column_bytes=self._column_bytes(table, column_dtype(tables).itemsize),
+                    )
+                    for table in tables
+                ],
                 selection=self.selection,
                 l1=self.l1,
+                budget=self.serve_bytes,
             ),
             per_row=True,
             takes_ids=True,
         )
+
+    def _column_bytes(self, table: TableSpec, index: int) -> tuple[int, ...]:
+        """What a column of each block takes when it is served."""
+        ranges = block_ranges(self.cuts_of(table), table.num_embeddings)
+        return tuple((high - low) * table.itemsize + index for low, high in ranges)
 
     def _blocks_by_width(self, tables: Sequence[TableSpec]) -> dict[int, int]:
         blocks: dict[int, int] = {}
@@ -226,29 +245,53 @@ class BlockSelections(nn.Module):
         return multipliers(self.alpha, self._width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedTable:
+    """A table whose rows are multiplied by selections.
+
+    Args:
+        width: of its rows.
+        cuts: the first ids of its blocks but the first.
+        features: how many look up in it.
+        column_bytes: what a column of each block takes when it is served.
+    """
+
+    width: int
+    cuts: Sequence[int]
+    features: int
+    column_bytes: Sequence[int]
+
+
 class BlockGate(Penalised):
     """Multiplies rows by the selections of their ids' blocks.
 
     Args:
-        tables: for each table its width, its cuts, and how many features look up in it.
+        tables: what is looked up in.
         selection: what is learnt for each block.
         l1: factor of the penalty, the sum of all that rows are multiplied by.
+        budget: bytes; the penalty is 0 while all columns that are not closed take no more.
     """
 
     def __init__(
         self,
-        tables: Sequence[tuple[int, Sequence[int], int]],
+        tables: Sequence[GatedTable],
         *,
         selection: Selection,
         l1: float,
+        budget: int | None,
     ) -> None:
         super().__init__()
         self._l1 = l1
+        self._budget = budget
         blocks: dict[int, int] = {}
+        sizes: dict[int, list[int]] = {}
         pairs: list[tuple[int, int, Sequence[int]]] = []  # width, first block, cuts
-        for width, cuts, features in tables:
-            pairs += [(width, blocks.get(width, 0), cuts)] * features
-            blocks[width] = blocks.get(width, 0) + len(cuts) + 1
+        for table in tables:
+            width = table.width
+            pairs += [(width, blocks.get(width, 0), table.cuts)] * table.features
+            blocks[width] = blocks.get(width, 0) + len(table.cuts) + 1
+            sizes.setdefault(width, []).extend(table.column_bytes)
+        self._column_bytes = {width: Constant(own) for width, own in sizes.items()}
         self.selections = nn.ModuleDict(
             {
                 str(width): BlockSelections(count, width, selection=selection)
@@ -271,16 +314,22 @@ class BlockGate(Penalised):
         block = self._first.on(ids.device).expand_as(ids).clone()
         for cut in self._cuts.on(ids.device).unbind(1):
             block += ids >= cut
-        parts, penalties = [], []
+        parts, penalties, taken = [], [], []
         for width, selections in self.selections.items():
             values = selections()
             penalties.append(values.sum())
+            sizes = self._column_bytes[int(width)].on(ids.device)
+            taken.append(((values > 0).sum(1) * sizes).sum())
             own = block.index_select(1, self._pairs[int(width)].on(ids.device))
             parts.append(values.index_select(0, own.reshape(-1)).view(len(rows), -1))
         gates = parts[0] if self._order is None else torch.cat(parts, dim=1)
         if self._order is not None:
             gates = gates.index_select(1, self._order.on(gates.device))
-        self.penalty = self._l1 * torch.stack(penalties).sum() if self.training else None
+        self.penalty = None
+        if self.training:
+            self.penalty = self._l1 * torch.stack(penalties).sum()
+            if self._budget is not None:
+                self.penalty = self.penalty * (torch.stack(taken).sum() > self._budget)
         return rows * gates
 
 
