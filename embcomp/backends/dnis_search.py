@@ -49,7 +49,7 @@ class DNISSearch(BackendConfig):
 
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selection: Selection = "free"
-    l1: float = 1e-5
+    l1: float = 1e-3
     serve_bytes: int | None = None
 
     name: ClassVar[str] = "dnis_search"
