@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, object]] = {
     "low_rank": {"name": "low_rank"},
     "optembed": {"name": "optembed", "generations": 6},
     "dnis": {"name": "dnis"},
+    "dnis, from initial weights": {"name": "dnis", "inherit": False},
     "matryoshka": {"name": "matryoshka", "width_grid": 1},
 }
 

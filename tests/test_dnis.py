@@ -229,6 +229,17 @@ def test_the_penalty_is_the_sum_of_what_rows_are_multiplied_by():
     assert collection.penalty() is None
 
 
+def test_the_penalty_rests_while_what_is_selected_fits():
+    tables = awkward_tables((8, 4, 8))
+    form = searched(tables).forms()[0].form
+    specs = collection_of(tables, Full()).plan.tables
+    taken = form.config.compact(specs, form).config.footprint(specs).serve_bytes
+    for budget, rests in ((taken, True), (taken - 1, False)):
+        collection = searched(tables, l1=0.25, serve_bytes=budget).train()
+        collection(random_batch(tables, seed=0))
+        assert bool(collection.penalty() == 0) is rests
+
+
 # --- pruning
 
 
@@ -418,6 +429,7 @@ def test_unpruned_tables_are_not_passed_off_as_compressed():
         ({"selection": "suffix"}, "free, prefix"),
         ({"structure": "rows"}, "block, element"),
         ({"l1": -1.0}, "l1 must be at least 0"),
+        ({"search_epochs": 0}, "search_epochs must be positive"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"serve_bytes": 0}, "serve_bytes must be positive"),
         ({"cuts": {"t0": (4, 2)}}, "must rise strictly"),
