@@ -34,7 +34,7 @@ from embcomp.training import Report, load_model, train
 METHODS: dict[str, dict[str, object]] = {
     "full": {"name": "full"},
     "hash": {"name": "hash"},
-    "hash, no side tables": {"name": "hash", "collisionless": 0},
+    "hash-without-side-tables": {"name": "hash", "collisionless": 0},
     "qr": {"name": "qr"},
     "unified-1": {"name": "unified", "num_chunks": 1},
     "unified": {"name": "unified", "num_chunks": 2},
@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, object]] = {
     "low_rank": {"name": "low_rank"},
     "optembed": {"name": "optembed", "generations": 6},
     "dnis": {"name": "dnis"},
-    "dnis, from initial weights": {"name": "dnis", "inherit": False},
+    "dnis-fresh": {"name": "dnis", "inherit": False},
     "matryoshka": {"name": "matryoshka", "width_grid": 1},
 }
 
@@ -89,7 +89,7 @@ def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
     cell = Cell(method, budget, [], [], [])
     for seed in range(1, args.seeds + 1):
         share = "" if budget is None else f"_{budget.rstrip('%')}"
-        name = f"{args.recipe.stem}_{method.replace(', ', '_').replace(' ', '_')}{share}_{seed}"
+        name = f"{args.recipe.stem}_{method}{share}_{seed}"
         overrides = [
             *args.overrides,
             f"name={name}",
