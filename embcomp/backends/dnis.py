@@ -239,10 +239,7 @@ class DNIS(BackendConfig):
     def _as_search(self) -> DNISSearch:
         """What a collection holds that was built without stages: the search from its beginning."""
         return DNISSearch(
-            cuts=self.cuts,
-            selection=self.selection,
-            l1=self.l1,
-            serve_bytes=self.serve_bytes if self.structure == "block" else None,
+            cuts=self.cuts, selection=self.selection, l1=self.l1, serve_bytes=self.serve_bytes
         )
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
