@@ -30,7 +30,11 @@ from embcomp.search import SearchConfig, SearchResult, parse_search, search
 WIDTHS = [1, 2, 4, 8, 12, 16]
 SUPERNETS = {"evolution-optembed": "optembed", "evolution-matryoshka": "matryoshka"}
 TRAINED = ("uniform", "greedy", "tpe", "nsga2", "random")
-SEARCHERS = (*TRAINED, *SUPERNETS, "dnis")
+GRADIENT = {
+    "dnis": {"method": "dnis"},
+    "dnis-fresh": {"method": "dnis", "inherit": False},  # retrained from initial weights
+}
+SEARCHERS = (*TRAINED, *SUPERNETS, *GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def search_of(args: argparse.Namespace, searcher: str, budget: str) -> SearchCon
         document["sampler"] = {"name": "evolution"}
         document["trials"]["count"] = args.scores
         document["fidelity"] = {}
-    elif searcher == "dnis":
-        document["groups"] = [{"choices": [{"method": "dnis"}]}]
+    elif searcher in GRADIENT:
+        document["groups"] = [{"choices": [GRADIENT[searcher]]}]
         document["sampler"] = {"name": "gradient"}
         document["fidelity"] = {}
     return parse_search(document)
