@@ -37,8 +37,8 @@ from embcomp.testing.cases import embed_ids
 from embcomp.testing.data import awkward_tables, batch_of, plain_tables, random_batch
 from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
-from embcomp.training.handover import load_unsharded
 from embcomp.training.life import Life
+from embcomp.training.loading import load_unsharded
 from embcomp.training.run_folder import RunFolder
 from tests.joined_batches import batches_of_ranks
 from tests.training_cases import train_on_ranks

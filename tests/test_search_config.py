@@ -12,7 +12,7 @@ from embcomp.planning import sizes_of_dataset
 from embcomp.search.api import prepare_search
 from embcomp.search.config import load_search, parse_search
 from embcomp.search.point import config_of, point_yaml, written_method
-from embcomp.training.api import load_model, train
+from embcomp.training import load_model, train
 from tests.search_cases import RECIPE, WIDTHS, prepare, search_document, write_recipe
 
 

@@ -20,7 +20,7 @@ from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
 from embcomp.search.api import search
 from embcomp.search.config import parse_search
 from embcomp.search.correlation import spearman
-from embcomp.training.api import load_model, train
+from embcomp.training import load_model, train
 from embcomp.training.report import Report
 from tests.search_cases import search_document, train_here
 

@@ -19,11 +19,11 @@ from embcomp.errors import ConfigError
 from embcomp.footprint import count_bytes
 from embcomp.planning import plan_config, sizes_of_dataset
 from embcomp.training import Report, evaluate, load_model, train
-from embcomp.training.api import forms_of_run
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.export import export_run
-from embcomp.training.handover import load_unsharded, path_of
+from embcomp.training.handover import path_of
 from embcomp.training.life import Life, StageSetup
+from embcomp.training.loading import forms_of_run, load_unsharded
 from embcomp.training.outcome import read_outcome
 from embcomp.training.run_folder import RunFolder
 from tests.joined_batches import batches_of_ranks

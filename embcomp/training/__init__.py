@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from embcomp.training.api import evaluate, load_model, train
+from embcomp.training.api import evaluate, train
 from embcomp.training.comparison import Comparison, compare
 from embcomp.training.evaluation import Evaluation
+from embcomp.training.loading import load_model
 from embcomp.training.metrics import Metrics
 from embcomp.training.report import Report
 

@@ -1,4 +1,4 @@
-"""What the command line and other programs call: train, evaluate, load."""
+"""What the command line and other programs call: train and evaluate."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import EmbcompError
-from embcomp.plan import ResolvedPlan
 from embcomp.training.build import build_model, check_precision, shard_model
-from embcomp.training.checkpoint import checkpoint_folder, load_weights, read_state, saved_steps
+from embcomp.training.checkpoint import checkpoint_folder, load_weights
 from embcomp.training.console import RunConsole
 from embcomp.training.data import check_splits, evaluation_batches
 from embcomp.training.evaluation import Evaluation, evaluate_batches
-from embcomp.training.handover import check_other_run, load_unsharded
+from embcomp.training.handover import check_other_run
 from embcomp.training.life import Life
+from embcomp.training.loading import best_step, latest_stage
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.process import Process, process_group
 from embcomp.training.report import Report
 from embcomp.training.run import run_stages
-from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.run_folder import RunFolder
 from embcomp.training.served_rows import check_served_types, round_rows, served_types
 from embcomp.training.watch import watch_ranks
 
@@ -110,57 +108,3 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
             evaluation = evaluate_batches(sharded, batches, process)
         console.evaluation(split, step, evaluation)
         return evaluation
-
-
-def load_model(run: str | Path, step: int | None = None) -> nn.Module:
-    """A run's network, in one piece on the CPU; no process group is needed.
-
-    Of a run in several stages it is that of the last stage which has a checkpoint.
-
-    Args:
-        run: The run's folder.
-        step: A step that has a checkpoint; None takes the best.
-    """
-    folder = RunFolder(Path(run))
-    config = folder.config()
-    info = DatasetInfo.load(config.data.path)
-    life = Life.of(config, info)
-    index = latest_stage(life, folder)
-    place = folder.stage(index, life.names)
-    chosen = best_step(folder, place) if step is None else step
-    if not checkpoint_folder(place.checkpoints, chosen).exists():
-        raise EmbcompError(
-            f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
-            f"checkpoint: {_listed(place)}"
-        )
-    return load_unsharded(config, info, life, folder, index, chosen).model.eval()
-
-
-def forms_of_run(run: str | Path) -> ResolvedPlan | None:
-    """How a run's tables are stored in its last stage so far; None for a model without any."""
-    folder = RunFolder(Path(run))
-    config = folder.config()
-    life = Life.of(config, DatasetInfo.load(config.data.path))
-    index = latest_stage(life, folder)
-    return life.plan_of(index, folder.stage(index, life.names))
-
-
-def latest_stage(life: Life, folder: RunFolder) -> int:
-    """The last stage that has a checkpoint; the first one where none has."""
-    begun = [i for i in life.trained if saved_steps(folder.stage(i, life.names).checkpoints)]
-    return begun[-1] if begun else life.trained[0]
-
-
-def _listed(place: StageFolder) -> str:
-    return ", ".join(map(str, saved_steps(place.checkpoints))) or "none"
-
-
-def best_step(folder: RunFolder, place: StageFolder) -> int:
-    """The step whose weights a finished run reports, or the best one of a run that goes on."""
-    if folder.report.exists():
-        return Report.load(folder.path).best_step
-    steps = saved_steps(place.checkpoints)
-    if not steps:
-        raise EmbcompError(f"{folder.path} has no checkpoint yet; train it first")
-    best = read_state(checkpoint_folder(place.checkpoints, steps[-1]))["best_step"]
-    return steps[-1] if best is None else int(best)

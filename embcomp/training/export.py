@@ -32,8 +32,8 @@ from embcomp.program import Program, program_inputs, write_program
 from embcomp.row_types import RowType
 from embcomp.serving import ServingModel
 from embcomp.table_row_types import RowTypes
-from embcomp.training.api import load_model
 from embcomp.training.build import model_inputs
+from embcomp.training.loading import load_model
 from embcomp.training.metrics import Metrics, compute_metrics
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.run_folder import RunFolder

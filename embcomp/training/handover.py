@@ -16,49 +16,24 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError, EmbcompError
+from embcomp.errors import ConfigError
 from embcomp.forms import GroupForm
 from embcomp.plan_document import plan_to_document
 from embcomp.stages import Form, Past
 from embcomp.training.build import UnshardedModel, build_model, initial_model
-from embcomp.training.checkpoint import checkpoint_folder, model_state
+from embcomp.training.checkpoint import model_state
 from embcomp.training.initial_rows import local_pieces
 from embcomp.training.life import Life
+from embcomp.training.loading import load_model, load_unsharded
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.outcome import read_outcome
 from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
-
-
-def load_unsharded(
-    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int, step: int
-) -> UnshardedModel:
-    """A stage's weights in one piece on the CPU; no process group is needed.
-
-    Args:
-        config: The run.
-        info: Its dataset.
-        life: Its stages.
-        folder: Its folder.
-        index: The place of a stage that trains.
-        step: A step of that stage that has a checkpoint.
-    """
-    place = folder.stage(index, life.names)
-    unsharded = build_model(config, info, torch.device("cpu"), life.plan_of(index, place))
-    tensors = {"model": unsharded.model.state_dict()}
-    path = checkpoint_folder(place.checkpoints, step)
-    if not path.exists():
-        raise EmbcompError(f"{path} does not exist")
-    with quiet_libraries():
-        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
-    unsharded.model.load_state_dict(tensors["model"])
-    return unsharded
 
 
 def left_by(
@@ -208,8 +183,6 @@ def check_other_run(config: TrainConfig, info: DatasetInfo, life: Life) -> None:
 
 
 def _of_another_run(config: TrainConfig, info: DatasetInfo, life: Life) -> UnshardedModel:
-    from embcomp.training.api import load_model
-
     source = config.train.start_from
     assert source is not None
     plan = life.first_plan()

@@ -1,0 +1,99 @@
+"""A run's weights in one piece on the CPU, whatever devices trained them; no process group is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from embcomp.config import TrainConfig
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import EmbcompError
+from embcomp.plan import ResolvedPlan
+from embcomp.training.build import UnshardedModel, build_model
+from embcomp.training.checkpoint import checkpoint_folder, read_state, saved_steps
+from embcomp.training.life import Life
+from embcomp.training.noise import quiet_libraries
+from embcomp.training.report import Report
+from embcomp.training.run_folder import RunFolder, StageFolder
+
+
+def load_model(run: str | Path, step: int | None = None) -> nn.Module:
+    """A run's network, in one piece on the CPU; no process group is needed.
+
+    Of a run in several stages it is that of the last stage which has a checkpoint.
+
+    Args:
+        run: The run's folder.
+        step: A step that has a checkpoint; None takes the best.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    info = DatasetInfo.load(config.data.path)
+    life = Life.of(config, info)
+    index = latest_stage(life, folder)
+    place = folder.stage(index, life.names)
+    chosen = best_step(folder, place) if step is None else step
+    if not checkpoint_folder(place.checkpoints, chosen).exists():
+        raise EmbcompError(
+            f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
+            f"checkpoint: {_listed(place)}"
+        )
+    return load_unsharded(config, info, life, folder, index, chosen).model.eval()
+
+
+def forms_of_run(run: str | Path) -> ResolvedPlan | None:
+    """How a run's tables are stored in its last stage so far; None for a model without any."""
+    folder = RunFolder(Path(run))
+    config = folder.config()
+    life = Life.of(config, DatasetInfo.load(config.data.path))
+    index = latest_stage(life, folder)
+    return life.plan_of(index, folder.stage(index, life.names))
+
+
+def load_unsharded(
+    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int, step: int
+) -> UnshardedModel:
+    """A stage's weights.
+
+    Args:
+        config: The run.
+        info: Its dataset.
+        life: Its stages.
+        folder: Its folder.
+        index: The place of a stage that trains.
+        step: A step of that stage that has a checkpoint.
+    """
+    place = folder.stage(index, life.names)
+    unsharded = build_model(config, info, torch.device("cpu"), life.plan_of(index, place))
+    tensors = {"model": unsharded.model.state_dict()}
+    path = checkpoint_folder(place.checkpoints, step)
+    if not path.exists():
+        raise EmbcompError(f"{path} does not exist")
+    with quiet_libraries():
+        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
+    unsharded.model.load_state_dict(tensors["model"])
+    return unsharded
+
+
+def latest_stage(life: Life, folder: RunFolder) -> int:
+    """The last stage that has a checkpoint; the first one where none has."""
+    begun = [i for i in life.trained if saved_steps(folder.stage(i, life.names).checkpoints)]
+    return begun[-1] if begun else life.trained[0]
+
+
+def _listed(place: StageFolder) -> str:
+    return ", ".join(map(str, saved_steps(place.checkpoints))) or "none"
+
+
+def best_step(folder: RunFolder, place: StageFolder) -> int:
+    """The step whose weights a finished run reports, or the best one of a run that goes on."""
+    if folder.report.exists():
+        return Report.load(folder.path).best_step
+    steps = saved_steps(place.checkpoints)
+    if not steps:
+        raise EmbcompError(f"{folder.path} has no checkpoint yet; train it first")
+    best = read_state(checkpoint_folder(place.checkpoints, steps[-1]))["best_step"]
+    return steps[-1] if best is None else int(best)
