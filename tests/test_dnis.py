@@ -1,158 +1,35 @@
-"""Columns by frequency block: blocks keep answers, searches keep bounds, budgets are used and kept."""
+"""Columns by frequency block: searches keep bounds, follow what was planted, and shard."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from embcomp import (
     DNIS,
-    Blocks,
-    BudgetError,
-    CompressedEmbeddingBagCollection,
-    CompressedEmbeddingCollection,
     ConfigError,
     DNISSearch,
     Full,
-    Sparse,
 )
-from embcomp.backends.dnis_elements import largest, least_element_bytes
 from embcomp.backends.dnis_optimizer import SelectionSGD, normalized
-from embcomp.backends.dnis_pruning import choose_columns, column_scores
 from embcomp.config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
-from embcomp.forms import GroupForm
 from embcomp.frequency import traffic_cuts
-from embcomp.stages import Form, Past
-from embcomp.tables import TableSpec
+from embcomp.stages import Past
 from embcomp.testing.cases import embed_ids
-from embcomp.testing.data import awkward_tables, batch_of, plain_tables, random_batch
+from embcomp.testing.data import awkward_tables, plain_tables, random_batch
 from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.life import Life
 from embcomp.training.loading import load_unsharded
 from embcomp.training.run_folder import RunFolder
+from tests.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
 from tests.joined_batches import batches_of_ranks
 from tests.training_cases import train_on_ranks
-
-CUTS = {"t0": (5, 20), "t1": (30,), "t2": (10, 11, 40)}
-
-
-def spec(name="t0", rows=60, dim=8):
-    return TableSpec(
-        name=name, num_embeddings=rows, embedding_dim=dim, feature_names=(name.replace("t", "f"),)
-    )
-
-
-def mixed_tables():
-    """Tables of two widths, so that their selections are grouped and put back in order."""
-    return [replace(table, dim=dim) for table, dim in zip(plain_tables(), (8, 4, 8))]
-
-
-def collection_of(tables, plan):
-    torch.manual_seed(0)
-    return CompressedEmbeddingBagCollection([t.bag() for t in tables], plan).eval()
-
-
-def holding(tables, form):
-    """A collection in a form, filled with its tensors."""
-    collection = collection_of(tables, form.config)
-    group = GroupForm(tables=collection.plan.tables, form=form)
-    collection.load_forms([group])
-    return collection
-
-
-def searched(tables, **options):
-    """A search form with random selections, a third of them closed."""
-    collection = collection_of(tables, DNISSearch(cuts=CUTS, **options))
-    random = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for alpha in collection.combine.parameters():
-            alpha.copy_((torch.rand(alpha.shape, generator=random) * 1.5 - 0.5).clamp(0, 1))
-    return collection
-
-
-# --- the serving form
-
-
-def test_ids_find_their_block_and_their_columns():
-    tables = plain_tables(4, rows=(6, 3))
-    config = Blocks(widths={"t0": (2, 0, 3), "t1": (4,)}, cuts={"t0": (2, 3)})
-    collection = collection_of(tables, config)
-    first = torch.arange(1.0, 5).view(2, 2)
-    last = torch.arange(5.0, 14).view(3, 3)
-    form = Form(
-        config=config,
-        tensors={
-            "rows.t0__block_0": first,
-            "rows.t0__block_2": last,
-            "combine.columns": torch.tensor([3, 1, 0, 1, 2, 0, 1, 2, 3], dtype=torch.uint8),
-        },
-    )
-    collection.load_forms([GroupForm(tables=collection.plan.tables, form=form)])
-    wanted = torch.zeros(6, 4)
-    wanted[:2, [3, 1]] = first
-    wanted[3:, :3] = last
-    assert torch.equal(embed_ids(collection, tables)["f0"], wanted)
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_every_id_is_looked_up_once_or_not_at_all(ragged):
-    tables = plain_tables(4, rows=(60, 30))
-    widths = {"t0": (4, 0, 1), "t1": (2, 3)}
-    collection = collection_of(tables, Blocks(widths=widths, cuts={"t0": (5, 20), "t1": (7,)}))
-    bags = {"f0": [[id_] for id_ in range(30)], "f1": [[id_] for id_ in range(30)]}
-    if ragged:
-        bags["f0"] = [[], list(range(30)), *[[]] * 28]
-    routed, _, _ = collection.route(batch_of(bags))
-    counts = {key: jagged.values().tolist() for key, jagged in routed.to_dict().items()}
-    assert counts == {
-        "t0/f0#0": list(range(5)),
-        "t0/f0#2": list(range(10)),
-        "t1/f1#0": list(range(7)),
-        "t1/f1#1": list(range(23)),
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"widths": {"t0": (4, 4)}}, "has 1 block"),
-        ({"widths": {"t0": (4, -1)}, "cuts": {"t0": (3,)}}, "at least 0"),
-        ({"widths": {"t0": (4, 4)}, "cuts": {"t0": (0,)}}, "must rise strictly"),
-        ({"widths": {"t0": (4, 4, 4)}, "cuts": {"t0": (5, 5)}}, "must rise strictly"),
-        ({"widths": {"t0": (4, 4)}, "cuts": {"t0": (60,)}}, "less than its 60 rows"),
-        ({"widths": {"other": (4,)}}, "say nothing of table 't0'"),
-        ({"widths": {"t0": (0,)}}, "leave at least one"),
-    ],
-)
-def test_blocks_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        collection_of(plain_tables(4, rows=(60,)), Blocks(**settings))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"t0": -1}, "at least 0"),
-        ({"other": 4}, "say nothing of table 't0'"),
-        ({"t0": 0}, "leave at least one"),
-    ],
-)
-def test_sparse_rows_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        collection_of(plain_tables(4, rows=(60,)), Sparse(nonzeros=settings))
-
-
-# --- blocks by traffic
 
 
 def test_blocks_end_where_their_share_of_the_traffic_is_reached():
@@ -166,9 +43,6 @@ def test_uncounted_ids_follow_zipfs_law():
     zipf = 1 / torch.arange(1, 10_001, dtype=torch.float64)
     for found, counted in zip(traffic_cuts(10_000), traffic_cuts(10_000, zipf)):
         assert found == pytest.approx(counted, rel=0.02, abs=1)
-
-
-# --- the search
 
 
 def test_normalized_gradients_have_a_mean_size_of_one_for_each_block():
@@ -240,187 +114,6 @@ def test_the_penalty_rests_while_what_is_selected_fits():
         assert bool(collection.penalty() == 0) is rests
 
 
-# --- pruning
-
-
-@pytest.mark.parametrize("selection", ["free", "prefix"])
-def test_blocks_answer_exactly_as_the_search_for_every_id(selection):
-    tables = mixed_tables()
-    collection = searched(tables, selection=selection)
-    compacted = collection.compact()
-    assert isinstance(compacted.forms()[0].form.config, Blocks)
-    there = embed_ids(compacted, tables)
-    for key, rows in embed_ids(collection, tables).items():
-        assert torch.equal(there[key], rows), key
-    assert compacted.footprint.serve_bytes < collection.footprint.serve_bytes
-
-
-def test_unpooled_blocks_answer_exactly_as_the_search_in_ragged_batches():
-    tables = awkward_tables((8, 8, 8))
-    form = searched(tables).forms()[0].form
-    outputs = []
-    for each in (form, form.config.compact(collection_of(tables, Full()).plan.tables, form)):
-        collection = CompressedEmbeddingCollection([t.unpooled() for t in tables], each.config)
-        group = GroupForm(tables=collection.plan.tables, form=each)
-        collection.load_forms([group])
-        outputs.append(collection.eval()(random_batch(tables, seed=3)))
-    for key, jagged in outputs[0].items():
-        assert torch.equal(jagged.values(), outputs[1][key].values())
-
-
-@pytest.mark.parametrize("structure", ["block", "element"])
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_pruned_tables_keep_what_they_keep_exactly_and_use_the_budget(structure, share):
-    tables = mixed_tables()
-    collection = searched(tables)
-    form, specs = collection.forms()[0].form, collection.plan.tables
-    budget = int(share * sum(table.full_bytes for table in specs))
-    method = DNIS(structure=structure, serve_bytes=budget)
-    pruned = holding(tables, method.pruned_form(specs, form))
-    size = pruned.footprint.serve_bytes
-    assert size == sum(t.numel() * t.element_size() for t in pruned.serving_tensors().values())
-    closed = all(
-        bool(((there == 0) == (rows == 0)).all())
-        for there, rows in zip(
-            embed_ids(pruned, tables).values(), embed_ids(collection, tables).values()
-        )
-    )
-    assert closed or 0.98 * budget <= size
-    assert size <= budget
-    for key, rows in embed_ids(collection, tables).items():
-        there = embed_ids(pruned, tables)[key]
-        assert torch.equal(there, torch.where(there != 0, rows, 0.0)), key
-
-
-@pytest.mark.parametrize("structure", ["block", "element"])
-def test_retraining_begins_from_initial_weights_where_none_are_inherited(structure):
-    tables = mixed_tables()
-    collection = searched(tables)
-    form, specs = collection.forms()[0].form, collection.plan.tables
-    initial = Form(
-        config=Full(),
-        tensors={f"rows.{t.name}": torch.rand(t.num_embeddings, t.embedding_dim) for t in specs},
-    )
-    past = Past(before=form, initial=lambda: initial)
-    budget = sum(table.full_bytes for table in specs) // 2
-    fresh = collection_of(tables, Full())
-    fresh.load_forms([GroupForm(tables=specs, form=initial)])
-    for inherit, source in ((True, collection), (False, fresh)):
-        method = DNIS(structure=structure, serve_bytes=budget, inherit=inherit)
-        retrain = method.stages()[-1]
-        assert retrain.restarts is not inherit
-        began = embed_ids(holding(tables, method.begin(retrain, specs, past)), tables)
-        for key, rows in embed_ids(source, tables).items():
-            assert torch.equal(began[key], torch.where(began[key] != 0, rows, 0.0)), key
-        kept = {key: there != 0 for key, there in began.items()}
-        if inherit:
-            inherited = kept
-    for key, there in kept.items():
-        assert torch.equal(there, inherited[key]), key
-
-
-@st.composite
-def scored_tables(draw):
-    tables, cuts, scores = [], {}, {}
-    for n in range(draw(st.integers(1, 3))):
-        rows, dim = draw(st.integers(1, 300)), draw(st.sampled_from([1, 3, 8]))
-        table = spec(f"t{n}", rows, dim)
-        own = draw(st.sets(st.integers(1, rows - 1), max_size=4)) if rows > 1 else set()
-        cuts[table.name] = tuple(sorted(own))
-        values = st.floats(0, 4).map(lambda value: value if value > 0.5 else 0.0)
-        row = st.lists(values, min_size=dim, max_size=dim)
-        wanted = len(own) + 1
-        scores[table.name] = torch.tensor(
-            draw(st.lists(row, min_size=wanted, max_size=wanted)), dtype=torch.float64
-        )
-        tables.append(table)
-    full = sum(table.full_bytes for table in tables)
-    return tables, cuts, scores, draw(st.integers(5, full + 200))
-
-
-@given(scored_tables())
-@settings(max_examples=150, deadline=None)
-def test_chosen_columns_stay_within_any_budget_and_use_it(drawn):
-    tables, cuts, scores, budget = drawn
-    chosen = choose_columns(tables, scores, cuts, budget)
-    size = 0
-    for table in tables:
-        bounds = [0, *chosen.cuts[table.name], table.num_embeddings]
-        kept = chosen.kept[table.name].sum(1).tolist()
-        size += sum(4 * (high - low) * k + k for low, high, k in zip(bounds, bounds[1:], kept))
-    assert size <= budget
-    config = Blocks(
-        widths={t.name: chosen.kept[t.name].sum(1).tolist() for t in tables}, cuts=chosen.cuts
-    )
-    assert config.footprint(tables).serve_bytes == size
-    wanted = sum(int((score > 0).sum()) for score in scores.values())
-    left_out = wanted and any(
-        bool((scores[t.name] > 0)[chosen.source[t.name]].gt(chosen.kept[t.name]).any())
-        for t in tables
-    )
-    # A column is given to single rows, which cost 4 bytes and, once, a list of up to 9 columns.
-    assert not left_out or budget - size < 4 + 9
-    assert not left_out or budget < 650 or size >= 0.98 * budget
-
-
-def test_a_column_that_no_longer_fits_goes_to_the_most_frequent_ids():
-    table = spec(rows=100, dim=2)
-    scores = {"t0": torch.tensor([[4.0, 3.0], [2.0, 0.0]], dtype=torch.float64)}
-    chosen = choose_columns([table], scores, {"t0": (10,)}, 2 * 41 + 4 * 30 + 2)
-    assert chosen.cuts == {"t0": (10, 40)}
-    assert chosen.kept["t0"].tolist() == [[True, True], [True, False], [False, False]]
-    assert chosen.source == {"t0": [0, 1, 1]}
-
-
-def test_scores_are_selection_times_root_mean_square():
-    rows = torch.tensor([[3.0, 1.0], [4.0, 1.0], [0.0, 2.0]])
-    selections = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
-    found = column_scores(spec(rows=3, dim=2), rows, selections, (2,), nested=False)
-    wanted = torch.tensor([[12.5**0.5, 0.5], [0.0, 2.0]], dtype=torch.float64)
-    torch.testing.assert_close(found, wanted)
-    nested = column_scores(spec(rows=3, dim=2), rows, selections, (2,), nested=True)
-    assert nested[1].tolist() == [0, 0]
-
-
-def test_the_largest_elements_are_kept_and_ties_go_to_the_first():
-    values = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0, 1.0, 0.0])
-    assert largest(values, 3).nonzero().flatten().tolist() == [1, 2, 4]
-    assert largest(values, 7).nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("structure", ["block", "element"])
-def test_searches_that_close_everything_leave_a_row_that_can_learn(structure):
-    tables = plain_tables(4, rows=(60, 30))
-    collection = collection_of(tables, DNISSearch())
-    with torch.no_grad():
-        for alpha in collection.combine.parameters():
-            alpha.zero_()
-    form = collection.forms()[0].form
-    method = DNIS(serve_bytes=600, structure=structure)
-    pruned = holding(tables, method.pruned_form(collection.plan.tables, form))
-    assert not any(bool(rows.any()) for rows in embed_ids(pruned, tables).values())
-    assert 0 < pruned.footprint.serve_bytes <= 600
-
-
-@pytest.mark.parametrize("structure", ["block", "element"])
-def test_budgets_below_the_floor_are_refused_with_a_way_out(structure):
-    tables = plain_tables(4, rows=(60, 30))
-    collection = collection_of(tables, DNISSearch())
-    form, specs = collection.forms()[0].form, collection.plan.tables
-    floor = least_element_bytes(specs) if structure == "element" else 5
-    with pytest.raises(BudgetError, match="Raise the budget"):
-        DNIS(serve_bytes=floor - 1, structure=structure).pruned_form(specs, form)
-    least = holding(tables, DNIS(serve_bytes=floor, structure=structure).pruned_form(specs, form))
-    assert least.footprint.serve_bytes <= floor
-
-
-def test_unpruned_tables_are_not_passed_off_as_compressed():
-    tables = plain_tables(8)
-    collection = collection_of(tables, DNIS(budget="20%"))
-    with pytest.raises(ConfigError, match="have not been pruned"):
-        collection.serving_tensors()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -460,9 +153,6 @@ def test_a_search_begins_with_the_weights_that_it_was_given_and_blocks_by_count(
     there = embed_ids(holding(tables, form), tables)
     for key, rows in embed_ids(collection, tables).items():
         assert torch.equal(there[key], rows)
-
-
-# --- training
 
 
 def planted(folder, rows=(3000, 500, 500), seed=0):
@@ -526,11 +216,3 @@ def test_four_ranks_search_and_prune_as_one_process_does(workers, tmp_path):
     one, many = (load_model(tmp_path / way / "planted").state_dict() for way in ("one", "many"))
     for name, tensor in one.items():
         torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_a_column_is_worth_its_look_ups_so_that_cheap_blocks_of_rare_ids_come_last():
-    table = TableSpec(name="t0", num_embeddings=10, embedding_dim=1, feature_names=("f0",))
-    counts = {table.name: torch.tensor([100] * 8 + [1] * 2)}
-    scores = {table.name: torch.tensor([[0.5], [1.0]], dtype=torch.float64)}
-    chosen = choose_columns([table], scores, {table.name: (8,)}, 8 * 4 + 1, counts)
-    assert chosen.kept[table.name].tolist() == [[True], [False]]
