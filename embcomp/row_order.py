@@ -29,19 +29,34 @@ class RowOrder:
 
     Args:
         tables: the group.
-        importance: for each table, (N,) what is lost with each row; rows of minus infinity are
-            never kept. Equals are kept in the order of tables and ids.
+        places: what `places_of` returned.
     """
 
-    def __init__(self, tables: Sequence[TableSpec], importance: Mapping[str, Tensor]) -> None:
+    def __init__(self, tables: Sequence[TableSpec], places: Mapping[str, Tensor]) -> None:
         self._tables = list(tables)
+        self.most = int(places["most"])
+        self._ranks = {table.name: places[f"ranks.{table.name}"] for table in tables}
+        self._sorted = {table.name: places[f"sorted.{table.name}"] for table in tables}
+
+    @staticmethod
+    def places_of(
+        tables: Sequence[TableSpec], importance: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The rows' places in the order, as tensors that processes can share.
+
+        Args:
+            tables: the group.
+            importance: for each table, (N,) what is lost with each row; rows of minus infinity are
+                never kept. Equals are kept in the order of tables and ids.
+        """
         scores = torch.cat([importance[table.name].to(torch.float64) for table in tables])
-        self.most = int((scores > -torch.inf).sum())
         ranks = torch.empty(len(scores), dtype=torch.int64)
         ranks[torch.sort(scores, descending=True, stable=True).indices] = torch.arange(len(scores))
-        sizes = [table.num_embeddings for table in tables]
-        self._ranks = {t.name: part for t, part in zip(tables, ranks.split(sizes))}
-        self._sorted = {name: part.sort().values for name, part in self._ranks.items()}
+        places = {"most": (scores > -torch.inf).sum()}
+        for table, own in zip(tables, ranks.split([table.num_embeddings for table in tables])):
+            places[f"ranks.{table.name}"] = own
+            places[f"sorted.{table.name}"] = own.sort().values
+        return places
 
     def masks(self, kept: int) -> dict[str, Tensor]:
         """For each table, (N,) bool which rows are among the best ``kept`` of all tables."""

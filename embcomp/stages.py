@@ -117,6 +117,14 @@ class SearchContext(Protocol):
     def seed(self) -> int:
         """The run's seed."""
 
+    def shared(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Large tensors that one rank makes and all ranks read, in a host's memory once.
+
+        Args:
+            name: unique in the stage.
+            make: called on one rank alone; it evaluates nothing.
+        """
+
     def evaluate(self, rows: int | None = None) -> float:
         """Score the model as it is now on search-validation rows; more is better.
 

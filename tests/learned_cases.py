@@ -118,6 +118,9 @@ class Memory:
         self.progress: dict[str, Any] | None = None
         self.said: list[str] = []
 
+    def shared(self, name, make):
+        return make()
+
     def evaluate(self, rows: int | None = None) -> float:
         part = slice(SEARCH.start, min(SEARCH.stop, SEARCH.start + (rows or 10**9)))
         return auc(self.model, self.planted, part)

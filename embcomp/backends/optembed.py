@@ -179,7 +179,10 @@ class OptEmbed(SearchedSize):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
-        order = self._order(tables, context.form, context.counts)
+        places = context.shared(
+            "row_order", lambda: self._places(tables, context.form, context.counts)
+        )
+        order = RowOrder(tables, places)
         trial = Trial(tables, context)
         progress = context.load() or {}
         if "kept" not in progress:
@@ -277,9 +280,15 @@ class OptEmbed(SearchedSize):
     def _order(
         self, tables: Sequence[TableSpec], form: Form, counts: Mapping[str, Tensor]
     ) -> RowOrder:
+        return RowOrder(tables, self._places(tables, form, counts))
+
+    def _places(
+        self, tables: Sequence[TableSpec], form: Form, counts: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """All rows by importance; those that learnt thresholds prune, or nobody saw, are out."""
         if self.prune == "widths":
-            return RowOrder(tables, {t.name: torch.ones(t.num_embeddings) for t in tables})
+            ones = {table.name: torch.ones(table.num_embeddings) for table in tables}
+            return RowOrder.places_of(tables, ones)
         passing = self._passing(tables, form)
         importance = {}
         for table in tables:
@@ -289,7 +298,7 @@ class OptEmbed(SearchedSize):
                 value = value * seen
             keeps = passing[table.name] & (seen > 0)
             importance[table.name] = torch.where(keeps, value, -torch.inf)
-        return RowOrder(tables, importance)
+        return RowOrder.places_of(tables, importance)
 
     def _passing(self, tables: Sequence[TableSpec], form: Form) -> dict[str, Tensor]:
         """For each table, (N,) bool which rows are above the threshold; nothing without gates."""

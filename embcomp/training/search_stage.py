@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcomp.composite_combine import Combine
@@ -29,6 +28,7 @@ from embcomp.training.logs import without_nan
 from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
 from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
+from embcomp.training.shared_tensors import SharedTensors
 
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
 
@@ -36,7 +36,8 @@ _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
 class StageSearch:
     """Runs a method's search; it is a ``SearchContext``.
 
-    Every rank runs the same search on the same scores. The batches are kept in memory, since each
+    Every rank runs the same search on the same scores, over tensors that the ranks of a host have in
+    memory once. The batches are kept in memory, since each
     candidate looks at all of them. Batch norms are fitted to each structure before it is scored.
 
     Args:
@@ -65,11 +66,16 @@ class StageSearch:
         self._precision = check_precision(config, process)
         before = life.last_trained_before(index)
         plan = life.plan_of(before, folder.stage(before, life.names))
-        left = left_by(config, info, life, folder, before)
-        self._form = form_of(left, life)
+        self._tensors = SharedTensors(self._place.path, process)
+        left = self._tensors.get(
+            "model", lambda: left_by(config, info, life, folder, before).model.state_dict()
+        )
+        whole = build_model(config, info, torch.device("meta"), plan)
+        whole.model.load_state_dict(left, assign=True)
+        self._form = form_of(whole, life)
         self._unsharded = build_model(config, info, torch.device("meta"), plan)
         self._sharded = shard_model(self._unsharded, config, process)
-        load_tensors_of(left.model.state_dict(), self._sharded)
+        load_tensors_of(left, self._sharded)
         self._norms = running_norms(self._sharded)
         self._batches: list[Batch] | None = None
         self._counts: dict[str, Tensor] | None = None
@@ -84,7 +90,7 @@ class StageSearch:
         self._console.say(f"{stage.name}: {stage.purpose}")
         self._place.path.mkdir(parents=True, exist_ok=True)
         result = method.search(stage, self._life.tables, self)
-        dist.barrier()
+        self._tensors.release()
         return Outcome(
             name=stage.name,
             stopped=f"{self.evaluations} evaluations",
@@ -120,6 +126,10 @@ class StageSearch:
     def seed(self) -> int:
         """The run's seed."""
         return self._config.seed
+
+    def shared(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Large tensors that the first rank makes and all ranks read."""
+        return self._tensors.get(name, make)
 
     def evaluate(self, rows: int | None = None) -> float:
         """Score the model as it is now on search-validation rows; more is better."""
