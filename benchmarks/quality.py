@@ -44,6 +44,8 @@ METHODS: dict[str, dict[str, object]] = {
     "lr2vq": {"name": "lr2vq"},
     "low_rank": {"name": "low_rank"},
     "optembed": {"name": "optembed", "generations": 6},
+    "optembed-rows": {"name": "optembed", "prune": "rows"},
+    "optembed-widths": {"name": "optembed", "prune": "widths", "generations": 6},
     "dnis": {"name": "dnis"},
     "dnis-fresh": {"name": "dnis", "inherit": False},
     "matryoshka": {"name": "matryoshka", "width_grid": 1},
