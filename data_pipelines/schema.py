@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from embcomp.atomic_files import write_atomically
 from embcomp.errors import DataError
 
 FORMAT_VERSION = 1
@@ -223,12 +223,7 @@ class DatasetInfo(_Strict):
         """Write `folder/dataset.json` atomically; equal content gives equal bytes."""
         folder = Path(folder)
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-        temporary = folder / f".{FILE_NAME}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE_NAME)
+        write_atomically(folder / FILE_NAME, text)
         self._folder = folder
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from embcomp.atomic_files import write_atomically
 from embcomp.data_pipelines.schema import BayesMetrics
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
 from embcomp.errors import DataError
@@ -39,13 +39,8 @@ class Truth(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        write_atomically(Path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> Truth:

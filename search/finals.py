@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from embcomp.atomic_files import write_atomically
 from embcomp.budget import format_bytes
 from embcomp.config import TrainConfig
 from embcomp.search.config import SearchConfig
@@ -30,7 +31,6 @@ from embcomp.search.runner import InHand, Jobs
 from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun
 from embcomp.training.report import Report
-from embcomp.training.run_folder import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

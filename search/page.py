@@ -9,6 +9,7 @@ from pathlib import Path
 
 import plotly.graph_objects as plotly
 
+from embcomp.atomic_files import write_atomically
 from embcomp.budget import format_bytes
 from embcomp.search.page_correlation import correlation_note, draw_correlation
 from embcomp.search.results import CandidateResult, PointResult, SearchResult
@@ -61,9 +62,7 @@ def write_page(result: SearchResult, path: Path) -> None:
         + "\n".join(parts)
         + "</body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, page)
 
 
 def _introduction(result: SearchResult) -> str:

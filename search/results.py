@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from embcomp.atomic_files import write_atomically
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.search.config import SearchConfig
@@ -27,7 +28,6 @@ from embcomp.search.rungs import front_of
 from embcomp.search.runner import OUTCOME, STOPPED, number_of
 from embcomp.search.space import Space
 from embcomp.training.logs import without_nan
-from embcomp.training.run_folder import write_atomically
 
 RESULT_FILE = "search_result.json"
 FORMAT = 1

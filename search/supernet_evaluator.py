@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from embcomp.atomic_files import write_atomically
 from embcomp.config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
@@ -32,7 +33,7 @@ from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.process import Process, process_group
 from embcomp.training.report import Report
-from embcomp.training.run_folder import RunFolder, write_atomically
+from embcomp.training.run_folder import RunFolder
 from embcomp.training.search_stage import StageSearch
 
 NAME = "supernet"

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from embcomp.atomic_files import write_atomically
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
@@ -30,7 +31,6 @@ from embcomp.search.space import Space
 from embcomp.search.staged import staged_methods
 from embcomp.search.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
 from embcomp.training.report import Report
-from embcomp.training.run_folder import write_atomically
 
 _PATIENCE = 10.0  # seconds between asking a process to end and making it
 

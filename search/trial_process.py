@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from embcomp.atomic_files import write_atomically
+
 PARENT = "EMBCOMP_SEARCH_WORKER"
 """Environment variable with the worker's process id and the second in which it began."""
 FAILURE_FILE = "failure.json"
@@ -65,9 +67,7 @@ def describe(error: BaseException) -> dict[str, str]:
 
 def _write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content))
 
 
 def _die_with_worker() -> None:

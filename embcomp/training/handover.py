@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embcomp.atomic_files import write_atomically
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
@@ -33,7 +34,7 @@ from embcomp.training.life import Life
 from embcomp.training.loading import load_model, load_unsharded
 from embcomp.training.noise import quiet_libraries
 from embcomp.training.outcome import read_outcome
-from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
+from embcomp.training.run_folder import RunFolder, StageFolder
 
 
 def left_by(

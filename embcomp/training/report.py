@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embcomp.atomic_files import write_atomically
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
@@ -18,7 +19,7 @@ from embcomp.training.evaluation import Evaluation
 from embcomp.training.logs import without_nan
 from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
-from embcomp.training.run_folder import REPORT_FILE, write_atomically
+from embcomp.training.run_folder import REPORT_FILE
 from embcomp.training.served_rows import served_bytes
 from embcomp.training.state import LoopState
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from embcomp.atomic_files import write_atomically
 from embcomp.config import TrainConfig, load_config
 from embcomp.errors import ConfigError, EmbcompError
 
@@ -128,16 +129,6 @@ class RunFolder:
                 f"{config.data.path} was prepared anew since the run in {self.path} began: its "
                 "dataset.json differs. Choose another name or remove the folder to start afresh"
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _dataset_text(config: TrainConfig) -> str:

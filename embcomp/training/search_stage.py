@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embcomp.atomic_files import write_atomically
 from embcomp.composite_combine import Combine
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
@@ -27,7 +28,7 @@ from embcomp.training.life import Life
 from embcomp.training.logs import without_nan
 from embcomp.training.outcome import Outcome
 from embcomp.training.process import Process
-from embcomp.training.run_folder import RunFolder, StageFolder, write_atomically
+from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.shared_tensors import SharedTensors
 
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
