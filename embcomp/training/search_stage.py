@@ -38,8 +38,8 @@ class StageSearch:
     """Runs a method's search; it is a ``SearchContext``.
 
     Every rank runs the same search on the same scores, over tensors that the ranks of a host have in
-    memory once. The batches are kept in memory, since each
-    candidate looks at all of them. Batch norms are fitted to each structure before it is scored.
+    memory once. The batches are kept in memory, since each candidate looks at all of them. Batch norms
+    are fitted to each structure before it is scored.
 
     Args:
         config: The run.
