@@ -28,7 +28,7 @@ from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS, Full
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import load_config
-from embcomp.errors import BudgetError
+from embcomp.errors import BudgetError, EmbcompError
 from embcomp.training import Report, load_model, train
 
 METHODS: dict[str, dict[str, object]] = {
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     args = parser.parse_intermixed_args()
+    if unknown := set(args.methods.split(",")) - set(METHODS):
+        parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     cells = [run_cell(args, "full", None)]
     for budget in args.budgets.split(","):
         for method in args.methods.split(","):
@@ -163,4 +165,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EmbcompError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -68,6 +68,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of a training; by default all cores")
     parser.add_argument("--searches", type=Path, default=Path("searches/quality"))
     args = parser.parse_intermixed_args()
+    if unknown := set(args.searchers.split(",")) - set(SEARCHERS):
+        parser.error(
+            f"--searchers: no {', '.join(sorted(unknown))}; there are {', '.join(SEARCHERS)}"
+        )
     rows = []
     for budget in args.budgets.split(","):
         for searcher in args.searchers.split(","):
@@ -134,4 +138,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EmbcompError as error:
+        raise SystemExit(f"error: {error}") from None
