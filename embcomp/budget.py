@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from embcomp.errors import ConfigError
 
@@ -60,6 +61,15 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
     if value < 1:
         raise ConfigError(f"{wanted}; got {budget!r}")
     return value
+
+
+def why_unreadable(budget: Any) -> str:
+    """What is wrong with a budget, for a message that names its key; empty if nothing is."""
+    try:
+        parse_budget(budget)
+    except ConfigError as error:
+        return str(error).removeprefix("budget: ")
+    return ""
 
 
 def format_bytes(size: int) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from embcomp.budget import parse_budget
+from embcomp.budget import why_unreadable
 from embcomp.config_reading import (
     apply_override,
     config_error,
@@ -136,7 +136,7 @@ class TablesConfig(Section):
         registered = isinstance(options, Mapping) and options.get("name") in MethodConfig.registry()
         if not registered:
             return value  # the method's own check says what is wrong
-        if _unreadable(value["budget"]):
+        if why_unreadable(value["budget"]):
             return value  # the budget's own check says so, once
         sizes = MethodConfig.registry()[options["name"]].size_fields
         for key in (*sizes, "budget"):
@@ -147,7 +147,7 @@ class TablesConfig(Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _budget_is_readable(cls, budget: Any) -> Any:
-        problem = None if budget is None else _unreadable(budget)
+        problem = None if budget is None else why_unreadable(budget)
         if problem:
             raise config_error(problem)
         return budget
@@ -158,15 +158,6 @@ class TablesConfig(Section):
         if self.budget is not None:
             del plain_self["method"]["budget"]
         return plain_self
-
-
-def _unreadable(budget: Any) -> str:
-    """What is wrong with a budget; empty if nothing is."""
-    try:
-        parse_budget(budget)
-    except ConfigError as error:
-        return str(error).removeprefix("budget: ")
-    return ""
 
 
 class RowOptimizerConfig(Section):

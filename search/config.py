@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from embcomp.budget import parse_budget
+from embcomp.budget import why_unreadable
 from embcomp.config import TrainConfig, parse_config
 from embcomp.config_reading import (
     apply_override,
@@ -93,11 +93,12 @@ class SearchConfig(Section):
             raise config_error(f"the name becomes a folder; {name!r} cannot be one")
         return name
 
-    @field_validator("budget", "train_per_device")
+    @field_validator("budget", "train_per_device", mode="before")
     @classmethod
-    def _budget_is_readable(cls, budget: int | str | None) -> int | str | None:
-        if budget is not None:
-            parse_budget(budget)
+    def _budget_is_readable(cls, budget: Any) -> Any:
+        problem = None if budget is None else why_unreadable(budget)
+        if problem:
+            raise config_error(problem)
         return budget
 
     @field_validator("objectives", mode="before")

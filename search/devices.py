@@ -83,7 +83,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limi
 
 
 def _reserved(reserve: int | str, memory: int) -> int:
-    return 0 if reserve in ("0", "0%") else parse_budget(reserve, full_bytes=memory)
+    return 0 if reserve == "0" else parse_budget(reserve, full_bytes=memory)
 
 
 class Devices:

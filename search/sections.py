@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from embcomp.budget import parse_budget
+from embcomp.budget import why_unreadable
 from embcomp.config_reading import bind_dataclass, config_error, listed
 from embcomp.config_section import PositiveFloat, PositiveInt, Section
 
@@ -186,9 +186,12 @@ class TopologyConfig(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     reserve: PositiveInt | str = "10%"
 
-    @field_validator("device_memory", "reserve")
+    @field_validator("device_memory", "reserve", mode="before")
     @classmethod
-    def _is_readable(cls, value: int | str) -> int | str:
-        if value not in ("0", "0%"):
-            parse_budget(value)
+    def _is_readable(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "reserve" and str(value) in ("0", "0%"):
+            return "0"
+        problem = why_unreadable(value)
+        if problem:
+            raise config_error(problem)
         return value

@@ -36,7 +36,16 @@ def recipe(tmp_path_factory):
         ("groups=[{choices: [{method: hash, ratio: [0.1, 0.1]}]}]", "0.1 appears twice"),
         ("groups=[{choices: [{method: hash, ratio: []}]}]", "the list is empty"),
         ("groups=[]", "at least 1 item"),
-        ("budget=ten", "expected a positive number of bytes"),
+        ("budget=ten", ": budget: expected a positive number of bytes"),
+        ("train_per_device=0", ": train_per_device: expected a positive number of bytes"),
+        (
+            "topology={world_size: 8, device_memory: lots}",
+            ": topology.device_memory: expected a positive number of bytes",
+        ),
+        (
+            "topology={world_size: 8, device_memory: 1GiB, reserve: -1%}",
+            ": topology.reserve: expected a positive number of bytes",
+        ),
         ("fixed={C1: {method: hash, ratio: [0.1, 0.2]}}", "one value for each setting"),
         ("fidelity={max_steps: 5, rungs: {min_steps: 5}}", "must be below max_steps"),
         ("topology={world_size: 8}", "the key 'device_memory' is missing"),
@@ -47,6 +56,12 @@ def test_bad_keys_and_values_are_named(recipe, override, message):
     with pytest.raises(ConfigError) as error:
         parse_search(search_document(recipe), [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("none", [0, "0", "0%"])
+def test_no_memory_may_be_kept_back(recipe, none):
+    topology = {"world_size": 2, "device_memory": "1GiB", "reserve": none}
+    assert parse_search(search_document(recipe, topology=topology)).topology.reserve == "0"
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "greedy"])
