@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from embcomp import (
-    CompressedEmbeddingBagCollection,
-    DNISSearch,
-)
+from embcomp import CompressedEmbeddingBagCollection, DNISSearch
 from embcomp.forms import GroupForm
 from embcomp.tables import TableSpec
 from embcomp.testing.data import plain_tables

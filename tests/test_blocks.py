@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embcomp import (
-    Blocks,
-    ConfigError,
-    Sparse,
-)
+from embcomp import Blocks, ConfigError, Sparse
 from embcomp.forms import GroupForm
 from embcomp.stages import Form
 from embcomp.testing.cases import embed_ids

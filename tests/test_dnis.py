@@ -8,12 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embcomp import (
-    DNIS,
-    ConfigError,
-    DNISSearch,
-    Full,
-)
+from embcomp import DNIS, ConfigError, DNISSearch, Full
 from embcomp.backends.dnis_optimizer import SelectionSGD, normalized
 from embcomp.config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo

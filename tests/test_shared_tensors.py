@@ -24,6 +24,7 @@ def share(folder: Path) -> tuple[dict[str, torch.Tensor], bool, int]:
         found = tensors.get("numbers", make)
         files = len(list(folder.glob(".shared-*")))
         tensors.release()
+        dist.barrier()  # the first rank removes the files after the others may have gone on
         assert not list(folder.glob(".shared-*"))
         return {name: tensor.clone() for name, tensor in found.items()}, bool(made), files
 

@@ -36,10 +36,8 @@ class SharedTensors:
         path = self._folder / f".shared-{name}.safetensors"
         if self._process.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
             tensors = {key: value.contiguous() for key, value in make().items()}
-            safetensors.torch.save_file(tensors, temporary)
-            temporary.replace(path)
+            safetensors.torch.save_file(tensors, path)
         self._files.append(path)
         dist.barrier()
         return safetensors.torch.load_file(path)
