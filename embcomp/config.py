@@ -31,6 +31,7 @@ from embcomp.config_reading import (
     read_yaml,
 )
 from embcomp.config_section import (
+    Bytes,
     MethodConfig,
     ModelChoice,
     NonNegativeFloat,
@@ -101,7 +102,7 @@ class TablesConfig(Section):
 
     embedding_dim: PositiveInt = 16
     method: MethodConfig
-    budget: int | str | None = None
+    budget: Bytes | None = None
     overrides: dict[str, MethodConfig] = Field(default_factory=dict)
     first_order: MethodConfig = Field(default_factory=lambda: MethodConfig.model_validate("full"))
     pooling: Literal["sum", "mean"] = "mean"
@@ -143,14 +144,6 @@ class TablesConfig(Section):
             if options.get(key) is not None:
                 raise config_error(f"give either budget or method.{key}; both would fix the size")
         return {**value, "method": {**options, "budget": value["budget"]}}
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget_is_readable(cls, budget: Any) -> Any:
-        problem = None if budget is None else why_unreadable(budget)
-        if problem:
-            raise config_error(problem)
-        return budget
 
     @model_serializer(mode="wrap")
     def _budget_once(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -6,8 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
+from embcomp.budget import why_unreadable
 from embcomp.config_reading import bind_dataclass, config_error, did_you_mean, listed, plain
 
 if TYPE_CHECKING:
@@ -17,6 +25,16 @@ if TYPE_CHECKING:
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def readable_bytes(value: Any) -> Any:
+    """A number of bytes, or a share, as it is written; an error where it cannot be read."""
+    if problem := why_unreadable(value):
+        raise config_error(problem)
+    return value
+
+
+Bytes = Annotated[int | str, BeforeValidator(readable_bytes)]
 
 
 class Section(BaseModel):

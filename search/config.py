@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from embcomp.budget import why_unreadable
 from embcomp.config import TrainConfig, parse_config
 from embcomp.config_reading import (
     apply_override,
@@ -24,7 +23,7 @@ from embcomp.config_reading import (
     plain,
     read_yaml,
 )
-from embcomp.config_section import PositiveFloat, PositiveInt, Section
+from embcomp.config_section import Bytes, PositiveFloat, Section
 from embcomp.errors import ConfigError
 from embcomp.search.choices import ChoiceConfig, GroupConfig
 from embcomp.search.sections import (
@@ -71,8 +70,8 @@ class SearchConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 2021
     recipe: str
     overrides: dict[str, Any] = Field(default_factory=dict)
-    budget: PositiveInt | str
-    train_per_device: PositiveInt | str | None = None
+    budget: Bytes
+    train_per_device: Bytes | None = None
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("auc",)
     fill: bool | None = None
     groups: Annotated[tuple[GroupConfig, ...], Field(min_length=1)]
@@ -92,14 +91,6 @@ class SearchConfig(Section):
         if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
             raise config_error(f"the name becomes a folder; {name!r} cannot be one")
         return name
-
-    @field_validator("budget", "train_per_device", mode="before")
-    @classmethod
-    def _budget_is_readable(cls, budget: Any) -> Any:
-        problem = None if budget is None else why_unreadable(budget)
-        if problem:
-            raise config_error(problem)
-        return budget
 
     @field_validator("objectives", mode="before")
     @classmethod

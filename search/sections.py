@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from embcomp.budget import why_unreadable
 from embcomp.config_reading import bind_dataclass, config_error, listed
-from embcomp.config_section import PositiveFloat, PositiveInt, Section
+from embcomp.config_section import Bytes, PositiveFloat, PositiveInt, Section, readable_bytes
 
 LEAST_RANKED = 8
 """Candidates whose ranks in a search and after retraining are worth comparing."""
@@ -182,16 +181,11 @@ class TopologyConfig(Section):
     """
 
     world_size: PositiveInt
-    device_memory: PositiveInt | str
+    device_memory: Bytes
     device: Literal["cpu", "cuda"] = "cuda"
-    reserve: PositiveInt | str = "10%"
+    reserve: int | str = "10%"
 
-    @field_validator("device_memory", "reserve", mode="before")
+    @field_validator("reserve", mode="before")
     @classmethod
-    def _is_readable(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.field_name == "reserve" and str(value) in ("0", "0%"):
-            return "0"
-        problem = why_unreadable(value)
-        if problem:
-            raise config_error(problem)
-        return value
+    def _may_be_nothing(cls, value: Any) -> Any:
+        return "0" if str(value) in ("0", "0%") else readable_bytes(value)
