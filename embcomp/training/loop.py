@@ -7,7 +7,6 @@ so that a run that was killed at any step and started again ends as if nothing h
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from embcomp.config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import EmbcompError
 from embcomp.training.build import (
     TASK_PREFIX,
     build_model,
@@ -50,6 +48,7 @@ from embcomp.training.handover import load_start, path_of
 from embcomp.training.lazy_decay import LazyDecay
 from embcomp.training.life import Life, StageSetup
 from embcomp.training.logs import RunLogs
+from embcomp.training.loss_record import LossRecord
 from embcomp.training.optimizers import Learners, Optimizers, Phase
 from embcomp.training.outcome import Outcome, write_outcome
 from embcomp.training.process import Process
@@ -97,9 +96,7 @@ class Training:
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
         self.state = LoopState()
         self.total_steps = self._planned_steps()
-        self._losses: list[Tensor] = []
-        self._recorded_seconds = 0.0
-        self._recorded_steps = 0
+        self._losses = LossRecord(self.state, process)
         self._resumed = False
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
@@ -188,11 +185,9 @@ class Training:
         self.updates.step_number, self.updates.reductions = state.step, state.reductions
         scale = loss_scale(self.batches, state.step_in_epoch, self.process.world_size)
         self.sharded.train()
-        self._losses.append(self._phase("train", scale, batches))
+        self._losses.add(self._phase("train", scale, batches))
         if self.stage.alternate:
             self._phase("search", 1.0, batches)
-        if self.process.device.type == "cpu":  # elsewhere, each look at a loss waits for the device
-            self._collect_losses()
         state.step += 1
         state.step_in_epoch += 1
         state.train_seconds += time.perf_counter() - begun
@@ -207,40 +202,15 @@ class Training:
             self.unsharded.tables.detach_rows(phase == "search" or not self.stage.rows)
         return self.steps.run(batches)
 
-    def _collect_losses(self) -> None:
-        for loss in self._losses:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise EmbcompError(
-                    f"the training loss became {value} near step {self.state.step + 1}; lower the "
-                    "learning rates or set train.clip_norm"
-                )
-            self.state.loss_sum += value
-            self.state.loss_steps += 1
-        self._losses.clear()
-
-    def _share_losses(self) -> None:
-        """Makes the sum of losses the mean over ranks: a checkpoint holds it for all of them."""
-        self._collect_losses()
-        total = torch.tensor(self.state.loss_sum, dtype=torch.float64, device=self.process.device)
-        dist.all_reduce(total)
-        self.state.loss_sum = total.item() / self.process.world_size
-
     def _record_loss(self) -> None:
-        """The mean loss of all ranks since the last record."""
-        begun, state = time.perf_counter(), self.state
-        self._share_losses()
-        if not state.loss_steps:
+        """Logs the mean loss of all ranks since the last record."""
+        recorded = self._losses.take(self.config.data.batch_size)
+        if recorded is None:
             return
-        loss = state.loss_sum / state.loss_steps
-        state.train_seconds += time.perf_counter() - begun
-        seconds = state.train_seconds - self._recorded_seconds
-        speed = state.loss_steps * self.config.data.batch_size / seconds
-        self._recorded_seconds = state.train_seconds
-        state.loss_sum, state.loss_steps = 0.0, 0
-        self.logs.metrics("train", state.step, {"loss": loss})
-        self.logs.timing(state.step, {"train_rows_per_second": speed})
-        self.console.loss(state.step, loss, speed)
+        loss, speed = recorded
+        self.logs.metrics("train", self.state.step, {"loss": loss})
+        self.logs.timing(self.state.step, {"train_rows_per_second": speed})
+        self.console.loss(self.state.step, loss, speed)
 
     def _validate(self) -> None:
         """Evaluates the validation split: best step, learning rates, early stop."""
@@ -282,7 +252,7 @@ class Training:
     def _save(self) -> None:
         state = self.state
         self.settle()
-        self._share_losses()
+        self._losses.share()
         state.wall_seconds = time.perf_counter() - self.started
         state.log_sizes = self.logs.sizes()
         save_checkpoint(
@@ -308,7 +278,7 @@ class Training:
         saved = read_state(folder)
         ranks = saved.pop("world_size")
         self.state, self._resumed = LoopState(**saved), True
-        self._recorded_seconds = self.state.train_seconds
+        self._losses = LossRecord(self.state, self.process)
         self.optimizers.prepare_to_load(self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
