@@ -19,8 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable, check_folder, spread
 
 from embcomp.artefact import save
 from embcomp.artefact_config import TENSORS_FILE
@@ -76,9 +75,11 @@ def main() -> None:
     parser.add_argument("--budgets", default="50%,10%")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--markdown", type=Path, help="a file to write the table to as well")
     args = parser.parse_intermixed_args()
     if unknown := set(args.methods.split(",")) - set(METHODS):
         parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    check_folder(args.markdown)
     cells = [run_cell(args, "full", None)]
     for budget in args.budgets.split(","):
         for method in args.methods.split(","):
@@ -136,13 +137,15 @@ def bytes_on_disk(run: Path) -> int:
 
 def report(args: argparse.Namespace, cells: list[Cell]) -> None:
     full = statistics.mean(cells[0].test("auc"))
-    table = Table(title=f"{args.recipe.stem}, {args.seeds} seed(s): test split")
-    columns = ("method", "bytes on disk", "share", "AUC", "log loss", "AUC - full", "training")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = ResultTable(
+        f"{args.recipe.stem}, {args.seeds} seed(s): test split",
+        ("budget", "method", "bytes on disk", "share", "AUC", "log loss", "AUC - full", "training"),
+        names=("budget", "method"),
+    )
     for cell in cells:
         auc, size = cell.test("auc"), round(statistics.mean(cell.bytes_on_disk))
-        table.add_row(
+        table.add(
+            cell.budget or "",
             cell.method,
             f"{size:,}",
             f"{100 * size / cell.reports[0].full_bytes:.1f} %",
@@ -151,17 +154,12 @@ def report(args: argparse.Namespace, cells: list[Cell]) -> None:
             f"{statistics.mean(auc) - full:+.4f}",
             f"{statistics.mean(cell.seconds):,.0f} s",
         )
-    console = Console(width=110)
-    console.print(table)
+    table.print()
+    table.write(args.markdown)
     bayes = cells[0].reports[0].bayes
     if bayes:
         gap = bayes["auc"] - full
-        console.print(f"Bayes-optimal AUC {bayes['auc']:.4f}; the full tables are {gap:.4f} below")
-
-
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+        print(f"Bayes-optimal AUC {bayes['auc']:.4f}; the full tables are {gap:.4f} below")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ supernets, retraining left out.
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable, check_folder, spread
 
 from embcomp.config import load_config
 from embcomp.config_reading import apply_override
@@ -67,11 +65,13 @@ def main() -> None:
     parser.add_argument("--search-epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of a training; by default all cores")
     parser.add_argument("--searches", type=Path, default=Path("searches/quality"))
+    parser.add_argument("--markdown", type=Path, help="a file to write the table to as well")
     args = parser.parse_intermixed_args()
     if unknown := set(args.searchers.split(",")) - set(SEARCHERS):
         parser.error(
             f"--searchers: no {', '.join(sorted(unknown))}; there are {', '.join(SEARCHERS)}"
         )
+    check_folder(args.markdown)
     rows = []
     for budget in args.budgets.split(","):
         for searcher in args.searchers.split(","):
@@ -115,12 +115,14 @@ def search_of(args: argparse.Namespace, searcher: str, budget: str) -> SearchCon
 
 
 def report(args: argparse.Namespace, rows: list[Row]) -> None:
-    table = Table(title=f"{args.recipe.stem}, {args.seeds} seed(s): test split")
-    for column in ("budget", "searcher", "bytes", "AUC", "log loss", "candidates", "trainings"):
-        table.add_column(column, justify="left" if column == "searcher" else "right")
+    table = ResultTable(
+        f"{args.recipe.stem}, {args.seeds} seed(s): test split",
+        ("budget", "searcher", "bytes", "AUC", "log loss", "candidates", "trainings"),
+        names=("budget", "searcher"),
+    )
     for row in rows:
         point, cost = row.result.points[0], row.result.cost
-        table.add_row(
+        table.add(
             row.budget,
             row.searcher,
             f"{point.serve_bytes:,}",
@@ -129,12 +131,8 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
             str(cost.trainings),
             f"{row.trainings:.1f}",
         )
-    Console(width=110).print(table)
-
-
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    table.print()
+    table.write(args.markdown)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""A benchmark's table of results: on the terminal and, for documentation, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from embcomp.atomic_files import write_atomically
+from embcomp.errors import EmbcompError
+
+
+class ResultTable:
+    """Rows of text under a title.
+
+    Args:
+        title: What the rows are results of.
+        columns: Headings; those in ``names`` are set to the left, figures to the right.
+        names: Columns that name what was measured.
+    """
+
+    def __init__(self, title: str, columns: Sequence[str], names: Sequence[str]) -> None:
+        self.title = title
+        self._columns = tuple(columns)
+        self._names = frozenset(names)
+        self._rows: list[tuple[str, ...]] = []
+
+    def add(self, *cells: str) -> None:
+        assert len(cells) == len(self._columns), (cells, self._columns)
+        self._rows.append(cells)
+
+    def print(self) -> None:
+        table = Table(title=self.title)
+        for column in self._columns:
+            table.add_column(column, justify="left" if column in self._names else "right")
+        for row in self._rows:
+            table.add_row(*row)
+        Console(width=110).print(table)
+
+    def markdown(self) -> str:
+        rules = ("---" if column in self._names else "---:" for column in self._columns)
+        lines = (self._columns, tuple(rules), *self._rows)
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+    def write(self, path: Path | None) -> None:
+        """Writes the table as Markdown, where a path is given."""
+        if path is not None:
+            write_atomically(path, self.markdown())
+
+
+def check_folder(path: Path | None) -> None:
+    """Whether a table could be written there, before hours of measuring.
+
+    Raises:
+        EmbcompError: Its folder is missing.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise EmbcompError(f"--markdown {path}: there is no folder {path.parent}; make it first")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, to four places."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
