@@ -19,7 +19,8 @@ from embcomp.artefact_loading import load
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FILE_NAME, MISSING_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import DataError
-from embcomp.inspection import Neighbour, TableFacts, Tables, inspect_tables, nearest
+from embcomp.inspection import TableFacts, inspect_tables
+from embcomp.neighbours import Neighbour, Tables, nearest
 from embcomp.serving import (
     ServingEmbeddingBagCollection,
     ServingEmbeddingCollection,

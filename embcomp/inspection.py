@@ -1,4 +1,4 @@
-"""What an artefact's tables hold, as numbers: rows, widths, norms, collisions, codes, neighbours.
+"""What an artefact's tables hold, as numbers: rows, widths, norms, collisions, codes.
 
 Everything here follows from looking up every id once, through the artefact's own ``route`` and
 ``combine``, so that it works for any method. Ids whose look-ups are all skipped were pruned; where
@@ -7,25 +7,16 @@ pruned ids share a row instead, the method says which they are (``BackendConfig.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.errors import DataError
 from embcomp.groups import Group
-from embcomp.row_types import row_bytes
-from embcomp.serving import ServingEmbeddingBagCollection, ServingEmbeddingCollection
-from embcomp.single_ids import SingleIds
+from embcomp.neighbours import NO_DIRECTION, Tables, embeddings
+from embcomp.row_uses import RowUses
 from embcomp.tables import TableSpec
-
-Tables = ServingEmbeddingBagCollection | ServingEmbeddingCollection
-
-_CHUNK = 1 << 16  # ids that are looked up together
-_DEAD = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +90,9 @@ def inspect_tables(serving: Tables, counts: Mapping[str, Tensor]) -> list[TableF
     """
     found: dict[str, TableFacts] = {}
     for index, group in enumerate(serving.groups):
-        uses = _Uses.of(group)
+        uses = RowUses.of(group)
         pruned = group.config.pruned_ids(group.tables, serving.form(index))
-        sizes = _bytes_by_table(serving, group, uses)
+        sizes = uses.bytes_by_table(group, serving.record.row_types)
         for table in group.tables:
             found[table.name] = _facts(
                 serving,
@@ -115,133 +106,11 @@ def inspect_tables(serving: Tables, counts: Mapping[str, Tensor]) -> list[TableF
     return [found[table.name] for table in serving.plan.tables]
 
 
-def embeddings(serving: Tables, table: TableSpec) -> Tensor:
-    """(num_embeddings, embedding_dim) float32 embeddings of all ids of a table, on the CPU.
-
-    Args:
-        serving: tables that were loaded with ``rows="torch"``.
-        table: one of them.
-    """
-    index = next(n for n, group in enumerate(serving.groups) if table in group.tables)
-    instances = serving.groups[index].instances
-    own = next(n for n, instance in enumerate(instances) if instance.table == table)
-    start = sum(instance.table.embedding_dim for instance in instances[:own])
-    single = SingleIds(serving)
-    parts = []
-    for first in range(0, table.num_embeddings, _CHUNK):
-        last = min(first + _CHUNK, table.num_embeddings)
-        ids = torch.zeros(len(instances), last - first, dtype=torch.int64, device=serving.device)
-        ids[own] = torch.arange(first, last)
-        parts.append(single(index, ids)[:, start : start + table.embedding_dim].cpu())
-    return torch.cat(parts)
-
-
-def rows_of_ids(group: Group, table: TableSpec) -> list[tuple[str, Tensor]]:
-    """Where a method puts the ids of a table.
-
-    Args:
-        group: the method as built.
-        table: one of its tables.
-
-    Returns:
-        For each physical look-up of an id, the physical table and (num_embeddings,) rows in it; a
-        negative row where the look-up is skipped.
-    """
-    owners = {key: t.name for t in group.backend.physical_tables for key in t.keys}
-    feature = table.feature_names[0]
-    keys = [instance.key for instance in group.instances]
-    own = next(
-        n for n, i in enumerate(group.instances) if i.table is table and i.feature == feature
-    )
-    size = group.backend.ids_per_value
-    parts: dict[str, list[Tensor]] = {}
-    for start in range(0, table.num_embeddings, _CHUNK):
-        ids = torch.arange(start, min(start + _CHUNK, table.num_embeddings))
-        batch = KeyedJaggedTensor(
-            keys=keys,
-            values=ids,
-            lengths=torch.tensor([n == own for n in range(len(keys))])
-            .int()
-            .repeat_interleave(len(ids)),
-            stride=len(ids),
-            length_per_key=[len(ids) if n == own else 0 for n in range(len(keys))],
-        )
-        routed = group.backend.route(batch)
-        counts, values = routed.length_per_key(), routed.values()
-        for key, part in zip(routed.keys(), values.split(counts)):
-            if len(part):
-                parts.setdefault(key, []).append(part.view(len(ids), size))
-    return [
-        (owners[key], column)
-        for key, pieces in parts.items()
-        for column in torch.cat(pieces).to(torch.int64).unbind(dim=1)
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Uses:
-    """Where the ids of a method's tables lie.
-
-    Attributes:
-        placed: By table, the look-ups of an id: physical table and (num_embeddings,) rows.
-        reached: By table and physical table, the rows that its ids reach, ascending.
-        users: By physical table, (rows,) how many logical tables reach each row.
-    """
-
-    placed: Mapping[str, Sequence[tuple[str, Tensor]]]
-    reached: Mapping[str, Mapping[str, Tensor]]
-    users: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, group: Group) -> _Uses:
-        placed = {table.name: rows_of_ids(group, table) for table in group.tables}
-        reached = {name: _distinct(parts) for name, parts in placed.items()}
-        users = {
-            t.name: torch.zeros(t.num_embeddings, dtype=torch.int64)
-            for t in group.backend.physical_tables
-        }
-        for by_table in reached.values():
-            for name, rows in by_table.items():
-                users[name][rows] += 1
-        return cls(placed=placed, reached=reached, users=users)
-
-
-def _distinct(parts: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows that are reached in each physical table, once each."""
-    joined: dict[str, list[Tensor]] = {}
-    for name, rows in parts:
-        joined.setdefault(name, []).append(rows[rows >= 0])
-    return {name: torch.unique(torch.cat(rows)) for name, rows in joined.items()}
-
-
-def _bytes_by_table(serving: Tables, group: Group, uses: _Uses) -> dict[str, float]:
-    """A method's serving bytes, shared out to its tables.
-
-    Rows belong to those that reach them, in equal parts; rows that nobody reaches to those that
-    look up in their table. Codes, masks and the like belong to the table that they are named after.
-    """
-    sizes = dict.fromkeys(uses.placed, 0.0)
-    for table in group.backend.physical_tables:
-        size = row_bytes(table.embedding_dim, serving.record.row_types[table.name])
-        users = uses.users[table.name]
-        look_up = [name for name in sizes if table.name in uses.reached[name]]
-        for name in look_up:
-            rows = uses.reached[name][table.name]
-            sizes[name] += size * float((1 / users[rows].double()).sum())
-            sizes[name] += size * int((users == 0).sum()) / len(look_up)
-    for tensor in group.config.footprint(group.tables).tensors:
-        if not tensor.look_up:
-            own = [name for name in sizes if tensor.name.partition(".")[0] == name] or list(sizes)
-            for name in own:
-                sizes[name] += tensor.serve_bytes / len(own)
-    return sizes
-
-
 def _facts(
     serving: Tables,
     index: int,
     table: TableSpec,
-    uses: _Uses,
+    uses: RowUses,
     *,
     pruned: Tensor | None,
     traffic: Tensor | None,
@@ -255,7 +124,7 @@ def _facts(
     rows = embeddings(serving, table)
     is_set = rows != 0
     norms = rows.norm(dim=1)
-    alive = norms > _DEAD
+    alive = norms > NO_DIRECTION
     skipped = torch.ones(len(rows), dtype=torch.bool)
     for _, places in placed:
         skipped &= places < 0
@@ -353,49 +222,3 @@ def _share(mask: Tensor, traffic: Tensor | None) -> float | None:
         return None
     total = float(traffic.sum())
     return float(traffic[mask].sum()) / total if total else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Neighbour:
-    """An id whose embedding points in nearly the same direction.
-
-    Attributes:
-        id: It.
-        cosine: Of the angle between both embeddings.
-        distance: Between both embeddings.
-    """
-
-    id: int
-    cosine: float
-    distance: float
-
-
-def nearest(serving: Tables, table: TableSpec, id_: int, count: int) -> list[Neighbour]:
-    """The ids with the nearest embeddings by cosine; of equals, the lower id comes first.
-
-    Args:
-        serving: loaded tables.
-        table: one of its tables.
-        id_: an id of it.
-        count: how many.
-
-    Raises:
-        DataError: the id is not in the table, or its embedding is zero.
-    """
-    if not 0 <= id_ < table.num_embeddings:
-        raise DataError(f"table {table.name!r} has ids in [0, {table.num_embeddings}); got {id_}")
-    rows = embeddings(serving, table).double()
-    own = rows[id_]
-    if not float(own.norm()) > _DEAD:
-        raise DataError(f"the embedding of id {id_} of table {table.name!r} is zero: no direction")
-    norms = rows.norm(dim=1)
-    cosines = torch.where(
-        norms > _DEAD, rows @ own / (norms * own.norm()).clamp(min=_DEAD), -math.inf
-    )
-    cosines[id_] = -math.inf
-    order = torch.argsort(cosines, descending=True, stable=True)[:count]
-    return [
-        Neighbour(id=int(i), cosine=float(cosines[i]), distance=float((rows[i] - own).norm()))
-        for i in order
-        if math.isfinite(float(cosines[i]))
-    ]

@@ -19,7 +19,9 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.errors import DataError
 from embcomp.hashing import hash_rows, salt, to_signed
-from embcomp.inspection import embeddings, inspect_tables, nearest, rows_of_ids
+from embcomp.inspection import inspect_tables
+from embcomp.neighbours import embeddings, nearest
+from embcomp.row_uses import rows_of_ids
 from embcomp.testing.cases import embed_ids, pooled
 from embcomp.testing.data import awkward_tables, plain_tables
 from embcomp.training import train
