@@ -210,3 +210,11 @@ def test_unpruned_tables_are_not_passed_off_as_compressed():
     collection = collection_of(tables, DNIS(budget="20%"))
     with pytest.raises(ConfigError, match="have not been pruned"):
         collection.serving_tensors()
+
+
+def test_blocks_that_score_alike_share_columns_by_the_root_of_their_mean_look_ups():
+    table = spec(rows=20, dim=8)
+    counts = {"t0": torch.tensor([900] * 10 + [100] * 10)}
+    scores = {"t0": torch.ones(2, 8, dtype=torch.float64)}
+    chosen = choose_columns([table], scores, {"t0": (10,)}, 8 * 41, counts)
+    assert chosen.kept["t0"].sum(1).tolist() == [6, 2]
