@@ -26,8 +26,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -222,16 +221,24 @@ def timed(
 
 
 def report(rows: list[Measured], args: argparse.Namespace) -> None:
-    table = Table(
-        title=f"forward + backward, batch {args.batch_size}, {FEATURES} features, dim {DIM}, "
-        f"{args.rows:,} rows a table, {torch.get_num_threads()} threads"
+    table = ResultTable(
+        f"forward + backward, batch {args.batch_size}, {FEATURES} features, dim {DIM}, "
+        f"{args.rows:,} rows a table, {torch.get_num_threads()} threads",
+        (
+            "method",
+            "rows read",
+            "ours ms",
+            "bare kernel ms",
+            "ratio",
+            "min",
+            "max",
+            "CPU time ratio",
+        ),
+        names=("method",),
     )
-    columns = ("method", "rows read", "ours ms", "bare kernel ms", "ratio", "min", "max")
-    for column in (*columns, "CPU time ratio"):
-        table.add_column(column, justify="right" if column != "method" else "left")
     for row in rows:
         ratios = row.ratios(0)
-        table.add_row(
+        table.add(
             row.name,
             f"{row.rows_read:,}",
             f"{1e3 * statistics.median(pair.ours[0] for pair in row.pairs):.1f}",
@@ -241,7 +248,7 @@ def report(rows: list[Measured], args: argparse.Namespace) -> None:
             f"{ratios[-1]:.2f}",
             f"{statistics.median(row.ratios(1)):.2f}",
         )
-    Console().print(table)
+    table.show()
 
 
 if __name__ == "__main__":

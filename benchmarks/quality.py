@@ -154,8 +154,7 @@ def report(args: argparse.Namespace, cells: list[Cell]) -> None:
             f"{statistics.mean(auc) - full:+.4f}",
             f"{statistics.mean(cell.seconds):,.0f} s",
         )
-    table.print()
-    table.write(args.markdown)
+    table.show(args.markdown)
     bayes = cells[0].reports[0].bayes
     if bayes:
         gap = bayes["auc"] - full

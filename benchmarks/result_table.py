@@ -23,36 +23,32 @@ class ResultTable:
     """
 
     def __init__(self, title: str, columns: Sequence[str], names: Sequence[str]) -> None:
-        self.title = title
-        self._columns = tuple(columns)
-        self._names = frozenset(names)
+        self._title, self._columns, self._names = title, tuple(columns), frozenset(names)
         self._rows: list[tuple[str, ...]] = []
 
     def add(self, *cells: str) -> None:
         assert len(cells) == len(self._columns), (cells, self._columns)
         self._rows.append(cells)
 
-    def print(self) -> None:
-        table = Table(title=self.title)
+    def show(self, markdown: Path | None = None) -> None:
+        """Prints the table and, where a path is given, writes it there as Markdown."""
+        table = Table(title=self._title)
         for column in self._columns:
             table.add_column(column, justify="left" if column in self._names else "right")
         for row in self._rows:
             table.add_row(*row)
-        Console(width=110).print(table)
+        Console(width=120).print(table)
+        if markdown is not None:
+            write_atomically(markdown, self._markdown())
 
-    def markdown(self) -> str:
-        rules = ("---" if column in self._names else "---:" for column in self._columns)
-        lines = (self._columns, tuple(rules), *self._rows)
+    def _markdown(self) -> str:
+        rules = tuple("---" if column in self._names else "---:" for column in self._columns)
+        lines = (self._columns, rules, *self._rows)
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-    def write(self, path: Path | None) -> None:
-        """Writes the table as Markdown, where a path is given."""
-        if path is not None:
-            write_atomically(path, self.markdown())
 
 
 def check_folder(path: Path | None) -> None:
-    """Whether a table could be written there, before hours of measuring.
+    """Refuses a file that could not be written, before hours of measuring.
 
     Raises:
         EmbcompError: Its folder is missing.

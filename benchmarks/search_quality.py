@@ -131,8 +131,7 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
             str(cost.trainings),
             f"{row.trainings:.1f}",
         )
-    table.print()
-    table.write(args.markdown)
+    table.show(args.markdown)
 
 
 if __name__ == "__main__":

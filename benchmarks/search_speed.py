@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 import optuna
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable
 
 from embcomp.data_pipelines.synthetic_rows import CRITEO_CARDINALITIES
 from embcomp.planning import TableSize
@@ -55,21 +54,23 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, default=8)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    table = Table(title=f"{args.rows:,} rows, {args.world_size} x {args.memory}, {args.budget}")
-    for column in (
-        "sampler",
-        "candidates",
-        "ms each",
-        "p99 ms",
-        "CPU ms each",
-        "feasible",
-        "used",
-        "planner asked",
-    ):
-        table.add_column(column, justify="left" if column == "sampler" else "right")
+    table = ResultTable(
+        f"{args.rows:,} rows, {args.world_size} x {args.memory}, {args.budget}",
+        (
+            "sampler",
+            "candidates",
+            "ms each",
+            "p99 ms",
+            "CPU ms each",
+            "feasible",
+            "used",
+            "planner asked",
+        ),
+        names=("sampler",),
+    )
     for sampler in args.samplers.split(","):
-        table.add_row(*run(args, sampler))
-    Console(width=110).print(table)
+        table.add(*run(args, sampler))
+    table.show()
 
 
 def run(args: argparse.Namespace, sampler_name: str) -> list[str]:

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -60,7 +59,7 @@ def main() -> None:
             lines += measure(name, config, row_type, table, args)
     report(lines, args)
     unlisted = sorted(set(BACKENDS) - {config.name for _, config in methods(args.rows)})
-    Console().print(f"served in another method's form: {', '.join(unlisted) or 'none'}")
+    print(f"served in another method's form: {', '.join(unlisted) or 'none'}")
 
 
 def methods(rows: int) -> list[tuple[str, BackendConfig]]:
@@ -141,25 +140,15 @@ def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[fl
 
 
 def report(lines: Sequence[Sequence[str]], args: argparse.Namespace) -> None:
-    table = Table(
-        title=f"look-up, {FEATURES} features, dim {DIM}, {args.rows:,} ids a table, "
-        f"{torch.get_num_threads()} threads"
+    table = ResultTable(
+        f"look-up, {FEATURES} features, dim {DIM}, {args.rows:,} ids a table, "
+        f"{torch.get_num_threads()} threads",
+        ("method", "rows", "bytes", "batch", "us", "us in torch", "raw us", "ratio", "ns an id"),
+        names=("method", "rows"),
     )
-    for column in (
-        "method",
-        "rows",
-        "bytes",
-        "batch",
-        "us",
-        "us in torch",
-        "raw us",
-        "ratio",
-        "ns an id",
-    ):
-        table.add_column(column, justify="left" if column in ("method", "rows") else "right")
     for line in lines:
-        table.add_row(*line)
-    Console(width=120).print(table)
+        table.add(*line)
+    table.show()
 
 
 if __name__ == "__main__":

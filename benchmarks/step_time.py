@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import BACKENDS
@@ -77,8 +76,18 @@ def main() -> None:
             for method in args.methods
             for rows in args.rows
         ]
-        table = Table(
-            "ids", "method", "rows", "step", "ratio to the first", "CPU time", "ratio to the first"
+        table = ResultTable(
+            f"forward, backward and update, batch {args.batch_size}, {args.optimizer}",
+            (
+                "ids",
+                "method",
+                "rows",
+                "step",
+                "ratio to the first",
+                "CPU time",
+                "ratio to the first",
+            ),
+            names=("ids", "method"),
         )
         for ids in ("uniform", "zipf"):
             times = measure(subjects, ids, args.repeats)
@@ -88,8 +97,8 @@ def main() -> None:
                     pairs = [(mine[clock], first[clock]) for mine, first in zip(rounds, times[0])]
                     cells.append(f"{1e3 * statistics.median(mine for mine, _ in pairs):.1f} ms")
                     cells.append(f"{statistics.median(mine / first for mine, first in pairs):.3f}")
-                table.add_row(ids, subject.method, f"{subject.rows:,}", *cells)
-        Console().print(table)
+                table.add(ids, subject.method, f"{subject.rows:,}", *cells)
+        table.show()
 
 
 def measure(subjects: list[Subject], ids: str, repeats: int) -> list[list[tuple[float, float]]]:

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from result_table import ResultTable
 
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
@@ -105,16 +104,18 @@ def print_passes(args: argparse.Namespace, config: SearchConfig, folder: Path) -
         candidate = tuple((number + u) % count for u, count in enumerate(places))
         rounds.append((timed(bare), timed(partial(evaluator.score, candidate))))
     evaluator.close()
-    table = Table(title=f"{args.rows:,} rows, {args.method}, {args.model}, {evaluator.fidelity}")
-    for column in ("", "bare pass", "candidate", "ratio"):
-        table.add_column(column, justify="right")
+    table = ResultTable(
+        f"{args.rows:,} rows, {args.method}, {args.model}, {evaluator.fidelity}",
+        ("", "bare pass", "candidate", "ratio"),
+        names=(),
+    )
     for kind, what in enumerate(("wall ms", "CPU ms")):
         passes = [[each[kind] for each in pair] for pair in rounds]
         medians = [statistics.median(column) for column in zip(*passes)]
         ratio = statistics.median(scored / plain for plain, scored in passes)
-        table.add_row(what, *(f"{1e3 * each:.1f}" for each in medians), f"{ratio:.2f}")
+        table.add(what, *(f"{1e3 * each:.1f}" for each in medians), f"{ratio:.2f}")
     per_minute = 60 / statistics.median(scored[0] for _, scored in rounds)
-    Console(width=110).print(table)
+    table.show()
     print(f"{per_minute:.0f} candidates a minute, scores alone")
 
 
