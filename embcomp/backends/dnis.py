@@ -16,9 +16,9 @@ Where we depart from the authors' code, and why:
   column lists cost bytes per block, not per element. ``structure="element"`` prunes as the paper
   does, by the size of selection times weight.
 - Columns are ranked by what they bring per byte: their squares times how often their block is looked
-  up, over the square of how many of the block come before them. By their size alone, cheap blocks of
-  rare ids would come before those that carry the traffic; without the last factor, the ids that carry
-  it would take all columns and half of the look-ups would find none.
+  up, over the square of their rank in the block. By their size alone, cheap blocks of rare ids would
+  come before those that carry the traffic; without the rank, the ids that carry it would take all
+  columns and half of the look-ups would find none.
 - Retraining always follows, for as many epochs as any training, and trains what is left and
   nothing else: the serving form has no place where a pruned weight could grow back. The network
   rests during the search, so what comes out of the search is badly calibrated and is never reported.

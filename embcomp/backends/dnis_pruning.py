@@ -7,8 +7,8 @@ more and uses the budget to a few bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,12 +39,13 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class _Candidate:
-    """A column of a block; the order is that of preference."""
+    """A column of a block and the bytes that it takes; the order is that of preference."""
 
     minus_worth: float
     table: int
     block: int
     column: int
+    cost: int = field(compare=False)
 
 
 def column_scores(
@@ -119,24 +120,14 @@ def choose_columns(
     sizes = {
         t.name: [h - l for l, h in block_ranges(cuts[t.name], t.num_embeddings)] for t in tables
     }
-    candidates = []
+    candidates: list[_Candidate] = []
     for n, table in enumerate(tables):
         traffic = block_traffic(
             table, (counts or {}).get(table.name), cuts[table.name], len(table.feature_names)
         )
         for block, row in enumerate(scores[table.name].tolist()):
             cost = sizes[table.name][block] * table.itemsize + index
-            ranked = sorted(enumerate(row), key=lambda entry: (-entry[1], entry[0]))
-            candidates += [
-                _Candidate(
-                    minus_worth=-traffic[block] * (score / rank) ** 2 / cost,
-                    table=n,
-                    block=block,
-                    column=column,
-                )
-                for rank, (column, score) in enumerate(ranked, start=1)
-                if score > 0
-            ]
+            candidates += _of_block(row, traffic[block], cost, table=n, block=block)
     chosen = Chosen(
         cuts=dict(cuts),
         kept={t.name: torch.zeros(scores[t.name].shape, dtype=torch.bool) for t in tables},
@@ -145,15 +136,30 @@ def choose_columns(
     left = budget
     for candidate in sorted(candidates):
         table = tables[candidate.table]
-        cost = sizes[table.name][candidate.block] * table.itemsize + index
-        if cost > left:
+        if candidate.cost > left:
             _split(chosen, table, candidate, left, index)
             break
         chosen.kept[table.name][candidate.block, candidate.column] = True
-        left -= cost
+        left -= candidate.cost
     if not any(bool(kept.any()) for kept in chosen.kept.values()):
         _keep_one(chosen, tables, budget, index)
     return chosen
+
+
+def _of_block(
+    scores: Sequence[float], look_ups: float, cost: int, *, table: int, block: int
+) -> Iterator[_Candidate]:
+    """The columns of a block that the search did not close, the highest score first."""
+    ranked = sorted(enumerate(scores), key=lambda entry: -entry[1])
+    for rank, (column, score) in enumerate(ranked, start=1):
+        if score > 0:
+            yield _Candidate(
+                minus_worth=-look_ups * (score / rank) ** 2 / cost,
+                table=table,
+                block=block,
+                column=column,
+                cost=cost,
+            )
 
 
 def _split(chosen: Chosen, table: TableSpec, candidate: _Candidate, left: int, index: int) -> None:

@@ -96,7 +96,6 @@ class Training:
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
         self.state = LoopState()
         self.total_steps = self._planned_steps()
-        self._losses = LossRecord(self.state, process)
         self._resumed = False
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
@@ -133,6 +132,7 @@ class Training:
         self.console = console
         self.state.log_sizes = dict(log_sizes)
         self._begin()
+        self._losses = LossRecord(self.state, self.process)
         self.started = time.perf_counter() - self.state.wall_seconds
         self.logs = RunLogs(
             self.folder,
@@ -278,7 +278,6 @@ class Training:
         saved = read_state(folder)
         ranks = saved.pop("world_size")
         self.state, self._resumed = LoopState(**saved), True
-        self._losses = LossRecord(self.state, self.process)
         self.optimizers.prepare_to_load(self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)

@@ -41,7 +41,7 @@ class LossRecord:
         self._state.loss_sum = total.item() / self._process.world_size
 
     def take(self, batch_size: int) -> tuple[float, float] | None:
-        """The mean loss of all ranks and the rows per second since the last call; None of no step.
+        """The mean loss of all ranks and the rows per second since the last call; None if no step.
 
         Args:
             batch_size: Rows of a step.
