@@ -129,7 +129,7 @@ class Cost:
         hours: Their time, added up.
         prepared_trainings: Steps of what was trained once for all scores, as a multiple of one full
             training.
-        prepared_hours: Its time.
+        prepared_hours: The time of its training steps and searches.
         finals: Runs in full.
         finals_hours: Their time, added up.
     """

@@ -102,7 +102,7 @@ class SupernetEvaluator(Evaluator):
         train_config = self.supernet_config()
         run = RunFolder(self._folder / NAME)
         report = self._train(train_config, run)
-        self.prepared = Outcome(seconds=report.wall_seconds, steps=report.steps)
+        self.prepared = Outcome(seconds=report.train_seconds, steps=report.steps)
         self._load(train_config, run)
 
     def supernet_config(self) -> TrainConfig:

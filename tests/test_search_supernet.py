@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import optuna
 import pytest
@@ -74,6 +76,9 @@ def test_a_supernet_scores_candidates_after_one_training(recipe, tmp_path):
     assert all(one.state == "complete" and not one.steps for one in result.candidates)
     assert all(one.serve_bytes <= result.budget for one in result.candidates)
     assert result.cost.trainings == 0 and result.cost.prepared_trainings > 0
+    supernet = json.loads((tmp_path / result.name / "supernet" / "report.json").read_text())
+    assert len(supernet["stages"]) > 1  # its time is that of all of them, not of the last one
+    assert result.cost.prepared_hours == supernet["train_seconds"] / 3600 > 0
     assert len({tuple(one.options.values()) for one in result.candidates}) == 8
     again = search(parse_search(document), folder=tmp_path, quiet=True)
     assert again == result
