@@ -108,6 +108,10 @@ class BackendConfig(ABC):
         cleared: dict[str, object] = dict.fromkeys((*self.size_fields, "budget"))
         return replace(self, **(cleared | size))  # type: ignore[arg-type]
 
+    def named_tables(self) -> Sequence[str]:
+        """Names of tables in the method's settings; its group must have them."""
+        return ()
+
     @abstractmethod
     def keeps_full(self, table: TableSpec) -> bool:
         """Whether compressing this table would not shrink it, so that it stays as it is."""

@@ -90,6 +90,7 @@ class Plan:
         """The default method, sized by the whole budget less what the overrides have spent."""
         if self.budget is None:
             return _sized(self.default, rest)
+        _check_names(self.default, rest)
         budget = parse_budget(self.budget, full_bytes=sum(t.full_bytes for t in tables))
         if budget <= spent:
             raise BudgetError(
@@ -121,7 +122,18 @@ def _add(
     groups.append((config, [table]))
 
 
+def _check_names(config: BackendConfig, group: Sequence[TableSpec]) -> None:
+    names = [table.name for table in group]
+    unknown = sorted(set(config.named_tables()) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"{config.name}: its settings name {', '.join(map(repr, unknown))}, which it does not "
+            f"hold; its tables are {', '.join(names)}"
+        )
+
+
 def _sized(config: BackendConfig, group: Sequence[TableSpec]) -> BackendConfig:
+    _check_names(config, group)
     if config.budget is not None:
         return _within(config, group, config.budget)
     config.require_size()

@@ -70,9 +70,18 @@ CASES = {
     "coded_all": BackendCase(
         config=Coded(subvector_dim=3, num_codewords=10, codebooks="all", latent_dim=2, scale=False)
     ),
+    "coded_groups": BackendCase(
+        config=Coded(subvector_dim=5, num_codewords=6, sharing_groups=(("t0",),))
+    ),
     "low_rank": BackendCase(config=LowRank(latent_dim=3), injective=True),
     "low_rank_parts": BackendCase(
-        config=LowRank(latent_dim=2, subvector_dim=3, projections="all", from_dense=False),
+        config=LowRank(
+            latent_dim=2,
+            subvector_dim=3,
+            projections="all",
+            sharing_groups=(("t1",),),
+            from_dense=False,
+        ),
         injective=True,
     ),
     "low_rank_bias": BackendCase(
@@ -87,6 +96,7 @@ CASES = {
             subvector_dim=2,
             num_codewords=8,
             codebooks="position",
+            sharing_groups=(("t0",), ("t1",)),
             latent_dim=2,
             from_dense=False,
             factored=False,

@@ -45,7 +45,12 @@ STAGED: dict[str, StagedCase] = {
         starts_from_full=True,
     ),
     "pq": StagedCase(
-        method={"name": "pq", "subvector_dim": 2, "num_codewords": 8},
+        method={
+            "name": "pq",
+            "subvector_dim": 2,
+            "num_codewords": 8,
+            "sharing_groups": [["C2", "C3"]],
+        },
         stages={"dense": SHORT, "codes": SHORT},
         starts_from_full=True,
         ranks=4,

@@ -16,7 +16,7 @@ from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ConfigError
 from embcomp.forms import GroupForm
 from embcomp.kmeans import nearest
-from embcomp.plan import ResolvedPlan
+from embcomp.plan import Plan, ResolvedPlan
 from embcomp.stages import Form, Past
 from embcomp.tables import TableSpec
 from embcomp.testing.cases import embed_ids
@@ -80,6 +80,9 @@ def planted(rows, dim, width, rank, clusters, seed=0, noise=0.0):
         LR2VQ(subvector_dim=3, num_codewords=12, latent_dim=2, codebooks="table"),
         LR2VQ(subvector_dim=2, num_codewords=16, codebooks="all", factored=False),
         LR2VQ(subvector_dim=4, num_codewords=8, latent_dim=4, scale=False),
+        LR2VQ(
+            subvector_dim=4, num_codewords=8, codebooks="position", sharing_groups=(("t2", "t0"),)
+        ),
     ],
 )
 def test_frozen_codes_answer_as_the_trained_form_for_every_id(method):
@@ -140,6 +143,63 @@ def test_one_dimensional_codes_with_enough_codewords_are_the_full_table(codebook
         collection = holding(tables, live(method, specs, dense(rows))[-1], specs)
         for key, found in embed_ids(collection, tables).items():
             torch.testing.assert_close(found, rows[f"t{key[1:]}"], rtol=1e-5, atol=1e-5)
+
+
+def shared(tables, sharing, groups=()):
+    layout = Layout(tables=tables, width=4, sharing=sharing, groups=groups)
+    return layout.num_shared, [layout.shared_by(n) for n in range(len(tables))]
+
+
+def test_groups_share_among_themselves_alone():
+    tables = [spec("a", 9, 8), spec("b", 9, 12), spec("c", 9, 4), spec("d", 9, 8)]
+    assert shared(tables, "position") == (3, [[0, 1], [0, 1, 2], [0], [0, 1]])
+    assert shared(tables, "all") == (1, [[0, 0], [0, 0, 0], [0], [0, 0]])
+    assert shared(tables, "table") == (8, [[0, 1], [2, 3, 4], [5], [6, 7]])
+    groups = (("c", "b"), ("d",))
+    assert shared(tables, "position", groups) == (7, [[5, 6], [0, 1, 2], [0], [3, 4]])
+    assert shared(tables, "all", groups) == (3, [[2, 2], [0, 0, 0], [0], [1, 1]])
+    # Tables that stay full are not there, whatever group they are in.
+    assert shared(tables[:1] + tables[3:], "all", groups) == (2, [[1, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("make", [PQ, LR2VQ])
+def test_tables_of_one_kind_need_no_codewords_of_another(make):
+    tables = plain_tables(8, rows=(200, 300, 250))
+    specs = specs_of(tables)
+    rows = {
+        name: planted(table.rows, 8, 4, rank=2, clusters=8, seed=seed)
+        for (name, seed), table in zip({"t0": 0, "t1": 50, "t2": 0}.items(), tables)
+    }
+    errors = []
+    for groups in ((("t0", "t2"),), ()):
+        method = make(
+            subvector_dim=4,
+            num_codewords=12,
+            codebooks="all",
+            scale=False,
+            sharing_groups=groups,
+        )
+        found = embed_ids(holding(tables, live(method, specs, dense(rows))[-1], specs), tables)
+        errors.append(max(float((found[f"f{n}"] - rows[f"t{n}"]).abs().max()) for n in range(3)))
+    assert errors[0] < 1e-4
+    assert errors[1] > 0.1
+
+
+def test_groups_name_tables_that_are_there_and_may_stay_full():
+    tables = plain_tables(8, rows=(200, 2, 250))
+    for make, rest in (
+        (PQ, {"subvector_dim": 4, "num_codewords": 8}),
+        (LR2VQ, {"budget": "30%", "codebooks": "all"}),
+        (LowRank, {"latent_dim": 2, "projections": "all"}),
+    ):
+        held = collection_of(tables, make(sharing_groups=[["t0", "t1"]], **rest)).plan
+        assert isinstance(held.methods["t1"], Full)
+        for plan in (
+            make(sharing_groups=(("t0", "t9"),), **rest),
+            Plan(overrides={"t0": make(sharing_groups=(("t0",), ("t9",)), **rest)}),
+        ):
+            with pytest.raises(ConfigError, match="name 't9', which it does not hold; its tables"):
+                collection_of(tables, plan)
 
 
 def test_low_rank_is_the_best_approximation():
@@ -303,6 +363,9 @@ def test_a_budget_buys_the_least_distortion():
         (LR2VQ, {"revive_every": 0}, "lr2vq: revive_every must be at least 1"),
         (LowRank, {"latent_dim": 0}, "low_rank: latent_dim must be at least 1"),
         (LowRank, {"projections": "none"}, "low_rank: projections must be one of all"),
+        (LR2VQ, {"sharing_groups": (("a",),)}, "with codebooks: table no tables share"),
+        (LowRank, {"sharing_groups": (("a",),)}, "with projections: table no tables share"),
+        (PQ, {"sharing_groups": (("a", "b"), ("b",))}, "pq: sharing_groups name b more than once"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, settings, named):

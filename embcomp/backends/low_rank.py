@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,14 @@ from typing_extensions import Self
 from embcomp.backend import Backend, BackendConfig
 from embcomp.backends.clustering import id_weights
 from embcomp.backends.full import Full, FullRoute, RangeCheck
-from embcomp.backends.subvectors import Decode, Layout, Sharing, check_sharing
+from embcomp.backends.subvectors import (
+    Decode,
+    Layout,
+    Sharing,
+    SharingGroups,
+    check_sharing,
+    settled_groups,
+)
 from embcomp.backends.vector_quantized import projection_footprint
 from embcomp.budget import largest_int
 from embcomp.errors import ConfigError
@@ -51,6 +59,8 @@ class LowRank(BackendConfig):
         subvector_dim: what one latent stands for; None for the whole embedding.
         projections: who shares a projection: ``all`` sub-vectors, those at one ``position`` of
             any table, or none but those of one ``table`` at one position.
+        sharing_groups: names of tables that share among themselves alone; those that no group
+            names are one more.
         bias: whether a projection adds a learnt vector; latents are then widened one by one.
         from_dense: whether to train full tables first and begin with their best approximation,
             rather than from random latents.
@@ -59,6 +69,7 @@ class LowRank(BackendConfig):
     latent_dim: int | None = None
     subvector_dim: int | None = None
     projections: Sharing = "table"
+    sharing_groups: SharingGroups = ()
     bias: bool = False
     from_dense: bool = True
 
@@ -67,7 +78,8 @@ class LowRank(BackendConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sharing(self.name, "projections", self.projections)
+        object.__setattr__(self, "sharing_groups", settled_groups(self.sharing_groups))
+        check_sharing(self.name, "projections", self.projections, self.sharing_groups)
         for key, value in (("latent_dim", self.latent_dim), ("subvector_dim", self.subvector_dim)):
             if value is not None and value < 1:
                 raise ConfigError(f"{self.name}: {key} must be at least 1, got {value}")
@@ -75,7 +87,15 @@ class LowRank(BackendConfig):
     def layout(self, tables: Sequence[TableSpec]) -> Layout:
         """The sub-vectors of a group of tables."""
         widest = max(table.embedding_dim for table in tables)
-        return Layout(tables=tables, width=self.subvector_dim or widest, sharing=self.projections)
+        return Layout(
+            tables=tables,
+            width=self.subvector_dim or widest,
+            sharing=self.projections,
+            groups=self.sharing_groups,
+        )
+
+    def named_tables(self) -> Sequence[str]:
+        return list(chain.from_iterable(self.sharing_groups))
 
     def latent(self, tables: Sequence[TableSpec]) -> int:
         """Width of a latent: never more than what it stands for."""

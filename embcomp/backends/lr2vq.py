@@ -119,6 +119,7 @@ class LR2VQ(VectorQuantized):
             subvector_dim=self.width,
             num_codewords=self.codewords,
             codebooks=self.codebooks,
+            sharing_groups=self.sharing_groups,
             scale=self.scale,
             seed=self.seed,
             latent_dim=self.stored_latent,
@@ -242,7 +243,12 @@ class LR2VQ(VectorQuantized):
         if isinstance(past.before.config, LowRank):
             return self._quantized(tables, past.before, weights)
         chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
-        low_rank = LowRank(latent_dim=chosen, subvector_dim=self.width, projections=self.codebooks)
+        low_rank = LowRank(
+            latent_dim=chosen,
+            subvector_dim=self.width,
+            projections=self.codebooks,
+            sharing_groups=self.sharing_groups,
+        )
         found = factorise(low_rank, tables, past.before, weights)
         return self._quantized(tables, found, weights) if stage.name == "quantize" else found
 

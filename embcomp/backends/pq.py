@@ -44,6 +44,7 @@ class PQ(VectorQuantized):
             subvector_dim=self.width,
             num_codewords=self.codewords,
             codebooks=self.codebooks,
+            sharing_groups=self.sharing_groups,
             scale=self.scale,
             seed=self.seed,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -17,13 +19,29 @@ from embcomp.tables import TableSpec, look_up_key
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
 
+SharingGroups = tuple[tuple[str, ...], ...]
+"""Names of tables that share among themselves; those in none of the groups are one more."""
 
-def check_sharing(method: str, field: str, sharing: str) -> None:
-    """Raise a ConfigError for what is no ``Sharing``."""
+
+def check_sharing(method: str, field: str, sharing: str, groups: SharingGroups) -> None:
+    """Raise a ConfigError for what is no ``Sharing``, or groups that cannot be."""
     if sharing not in get_args(Sharing):
         raise ConfigError(
             f"{method}: {field} must be one of {', '.join(get_args(Sharing))}, got {sharing!r}"
         )
+    if groups and sharing == "table":
+        raise ConfigError(
+            f"{method}: with {field}: table no tables share, so there is nothing for sharing_groups "
+            f"to part; give {field}: position, or all"
+        )
+    twice = [name for name, count in Counter(chain.from_iterable(groups)).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{method}: sharing_groups name {', '.join(twice)} more than once")
+
+
+def settled_groups(groups: Sequence[Sequence[str]]) -> SharingGroups:
+    """Groups as tuples, where JSON and YAML know lists only."""
+    return tuple(tuple(names) for names in groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +52,41 @@ class Layout:
         tables: the group.
         width: of a sub-vector.
         sharing: who shares a codebook or projection; these are numbered from 0.
+        groups: names of tables between which nothing is shared.
     """
 
     tables: Sequence[TableSpec]
     width: int
     sharing: Sharing
+    groups: SharingGroups = ()
 
     def positions(self, table: TableSpec) -> int:
         """Sub-vectors of a row."""
         return -(-table.embedding_dim // self.width)
 
     @cached_property
-    def _firsts(self) -> list[int]:
-        """The number of each table's first codebook."""
-        if self.sharing != "table":
-            return [0] * len(self.tables)
-        counts = [self.positions(table) for table in self.tables]
-        return [sum(counts[:n]) for n in range(len(counts))]
+    def _sharers(self) -> list[int]:
+        """The number of what each table shares with: its group, or itself alone."""
+        if self.sharing == "table":
+            return list(range(len(self.tables)))
+        numbers = {name: n for n, names in enumerate(self.groups) for name in names}
+        found = [numbers.get(table.name, len(self.groups)) for table in self.tables]
+        present = sorted(set(found))
+        return [present.index(number) for number in found]
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """How many codebooks or projections those of each number share."""
+        counts = [0] * (max(self._sharers) + 1)
+        for number, table in zip(self._sharers, self.tables):
+            own = 1 if self.sharing == "all" else self.positions(table)
+            counts[number] = max(counts[number], own)
+        return counts
 
     @property
     def num_shared(self) -> int:
         """How many codebooks or projections there are."""
-        counts = [self.positions(table) for table in self.tables]
-        return {"all": 1, "position": max(counts), "table": sum(counts)}[self.sharing]
+        return sum(self._counts)
 
     def shared_by(self, table: int) -> list[int]:
         """The codebook of each of a table's positions.
@@ -65,9 +95,8 @@ class Layout:
             table: its place in the group.
         """
         count = self.positions(self.tables[table])
-        if self.sharing == "all":
-            return [0] * count
-        return [self._firsts[table] + position for position in range(count)]
+        first = sum(self._counts[: self._sharers[table]])
+        return [first] * count if self.sharing == "all" else list(range(first, first + count))
 
     @property
     def columns(self) -> list[int]:

@@ -6,12 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import ClassVar
 
 from typing_extensions import Self
 
 from embcomp.backend import BackendConfig
-from embcomp.backends.subvectors import Layout, Sharing, check_sharing
+from embcomp.backends.subvectors import (
+    Layout,
+    Sharing,
+    SharingGroups,
+    check_sharing,
+    settled_groups,
+)
 from embcomp.bits import MAX_BITS, bits_for, packed_bytes
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint, footprint_of
@@ -30,6 +37,8 @@ class VectorQuantized(BackendConfig):
         num_codewords: codewords in a codebook, at most 65536; 256 unless a budget chooses.
         codebooks: who shares a codebook: ``all`` sub-vectors, those at one ``position`` of any
             table, or none but those of one ``table`` at one position.
+        sharing_groups: names of tables that share among themselves alone; those that no group
+            names are one more.
         scale: whether every table has a factor of its own, so that tables of different size
             share codewords. Never where they share none.
         seed: of clustering, and of the codes of tables that nobody has clustered.
@@ -38,6 +47,7 @@ class VectorQuantized(BackendConfig):
     subvector_dim: int | None = None
     num_codewords: int | None = None
     codebooks: Sharing = "position"
+    sharing_groups: SharingGroups = ()
     scale: bool = True
     seed: int = 2021
 
@@ -45,7 +55,8 @@ class VectorQuantized(BackendConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sharing(self.name, "codebooks", self.codebooks)
+        object.__setattr__(self, "sharing_groups", settled_groups(self.sharing_groups))
+        check_sharing(self.name, "codebooks", self.codebooks, self.sharing_groups)
         if self.subvector_dim is not None and self.subvector_dim < 1:
             raise ConfigError(
                 f"{self.name}: subvector_dim must be at least 1, got {self.subvector_dim}"
@@ -83,7 +94,15 @@ class VectorQuantized(BackendConfig):
 
     def layout(self, tables: Sequence[TableSpec]) -> Layout:
         """The sub-vectors of a group of tables."""
-        return Layout(tables=tables, width=self.width, sharing=self.codebooks)
+        return Layout(
+            tables=tables,
+            width=self.width,
+            sharing=self.codebooks,
+            groups=self.sharing_groups,
+        )
+
+    def named_tables(self) -> Sequence[str]:
+        return list(chain.from_iterable(self.sharing_groups))
 
     def codebook_table(self, tables: Sequence[TableSpec]) -> PhysicalTable:
         """All codebooks of the serving form, one after another, as one table."""
