@@ -181,7 +181,7 @@ class BackendConfig(ABC):
         """
         raise ConfigError(
             f"{self.name}: {', '.join(widths)} cannot be cut to fewer columns, as its rows were not "
-            "trained for that; matryoshka rows are"
+            "trained for that; matryoshka rows are, unless a budget has already cut them"
         )
 
     def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:

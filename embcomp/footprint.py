@@ -35,6 +35,7 @@ class TensorFootprint:
         served: whether the serving form holds it. Where the serving form is still to be learnt,
             a ``served`` tensor that is not ``trained`` stands for the most that it may take.
         served_row_bytes: bytes of a served row where rows are served in a type of their own.
+        owners: what each table holds of it, in any unit, where several tables share it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorFootprint:
     trained: bool = True
     served: bool = True
     served_row_bytes: int | None = None
+    owners: tuple[tuple[str, int], ...] = ()
 
     @property
     def serve_bytes(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embcomp.backends.vector_quantized import VectorQuantized
 from embcomp.groups import Group
 from embcomp.neighbours import NO_DIRECTION, Tables, embeddings
 from embcomp.row_uses import RowUses
@@ -150,7 +151,7 @@ def _facts(
         collided=int((others & ~pruned).sum()),
         collided_traffic=_share(_follows(together, traffic) & ~pruned, traffic),
         shared_rows=shared / count if count else 0.0,
-        codebook=_codebook(group, placed, traffic),
+        codebook=_codebook(group, table, placed, traffic),
     )
 
 
@@ -176,22 +177,25 @@ def _follows(together: Tensor, traffic: Tensor | None) -> Tensor:
 
 
 def _codebook(
-    group: Group, placed: Sequence[tuple[str, Tensor]], traffic: Tensor | None
+    group: Group,
+    table: TableSpec,
+    placed: Sequence[tuple[str, Tensor]],
+    traffic: Tensor | None,
 ) -> CodebookFacts | None:
-    books = {t.name: t.num_embeddings for t in group.backend.physical_tables if t.is_codebook}
-    columns = [(name, rows) for name, rows in placed if name in books]
-    if not columns:
+    is_codebook = [physical.is_codebook for physical in group.backend.physical_tables]
+    if not (isinstance(group.config, VectorQuantized) and all(is_codebook)):
         return None
-    name = columns[0][0]
-    rows = torch.stack([part for _, part in columns])  # (look-ups, ids)
-    uses = torch.bincount(rows.reshape(-1), minlength=books[name])
+    own = group.config.layout(group.tables).shared_by(group.tables.index(table))
+    within = len(set(own)) * group.config.codewords
+    rows = torch.stack([part for _, part in placed])  # (look-ups, ids)
+    uses = torch.bincount(rows.reshape(-1))
     weighted = None
     if traffic is not None:
         repeated = traffic.double().expand(len(rows), -1).reshape(-1)
-        weighted = torch.bincount(rows.reshape(-1), weights=repeated, minlength=books[name])
+        weighted = torch.bincount(rows.reshape(-1), weights=repeated)
     return CodebookFacts(
-        codewords=books[name],
-        used=float((uses > 0).double().mean()),
+        codewords=within,
+        used=int((uses > 0).sum()) / within,
         entropy=_entropy(uses.double()),
         traffic_entropy=None if weighted is None else _entropy(weighted),
     )

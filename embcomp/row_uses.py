@@ -47,8 +47,8 @@ class RowUses:
         """A method's serving bytes, shared out to its tables.
 
         Rows belong to those that reach them, in equal parts; rows that nobody reaches to those that
-        look up in their table. Codes, masks and the like belong to the table that they are named
-        after.
+        look up in their table. Codes, masks and the like belong to their owners, or to the table that
+        they are named after.
 
         Args:
             group: The method as built.
@@ -66,8 +66,9 @@ class RowUses:
         for tensor in group.config.footprint(group.tables).tensors:
             if not tensor.look_up:
                 own = [n for n in sizes if tensor.name.partition(".")[0] == n] or list(sizes)
-                for name in own:
-                    sizes[name] += tensor.serve_bytes / len(own)
+                owners = tensor.owners or [(name, 1) for name in own]
+                for name, part in owners:
+                    sizes[name] += tensor.serve_bytes * part / sum(part for _, part in owners)
         return sizes
 
 

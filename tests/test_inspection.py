@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from embcomp import Full, Hash, LowDim, Unified, load, save
-from embcomp.backends import Blocks
+from embcomp.backends import Blocks, Coded
 from embcomp.cli import app
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.data_pipelines.frequencies import id_counts
@@ -100,6 +101,18 @@ def test_rows_that_tables_share_are_told_and_their_bytes_shared_out(tmp_path):
     assert sum(each.bytes for each in facts) == pytest.approx(30 * 8 * 4, abs=3)
 
 
+def test_codes_are_billed_to_the_tables_that_they_stand_for(tmp_path):
+    config = Coded(subvector_dim=4, num_codewords=16, codebooks="table", latent_dim=2)
+    serving = served(config, tmp_path)
+    facts = {each.table: each for each in inspect_tables(serving, {})}
+    for name, ids in (("t0", 60), ("t1", 90), ("t2", 75)):
+        codes, words, projections = ids * 2 / 2, 2 * 16 * 2 * 4, 2 * 2 * 4 * 4
+        # Codewords that nobody uses are shared out evenly: a few of 8 bytes.
+        assert facts[name].bytes == pytest.approx(codes + words + projections, abs=40)
+    served_bytes = serving.plan.footprint.serve_bytes
+    assert sum(each.bytes for each in facts.values()) == pytest.approx(served_bytes, abs=2)
+
+
 def test_pruned_rows_and_their_traffic_are_told(tmp_path):
     tables = plain_tables(8)
     counts = random_counts(tables)
@@ -120,10 +133,13 @@ def test_pruned_rows_and_their_traffic_are_told(tmp_path):
     assert facts["t1"].mean_width == pytest.approx(2 + 2 * head)
 
 
-def test_codes_are_counted_by_ids_and_by_traffic(tmp_path):
+@pytest.mark.parametrize(
+    ("sharing", "within"), [("position", 4 * 16), ("all", 16), ("table", 4 * 16)]
+)
+def test_codes_are_counted_by_ids_and_by_traffic(sharing, within, tmp_path):
     tables = plain_tables(8)
     counts = random_counts(tables)
-    serving = served(CASES["coded"].config, tmp_path)
+    serving = served(replace(CASES["coded"].config, codebooks=sharing), tmp_path)
     for facts, table in zip(inspect_tables(serving, counts), serving.plan.tables):
         codes = [rows.tolist() for _, rows in rows_of_ids(serving.groups[0], table)]
         plain, weighted = Counter(), Counter()
@@ -132,7 +148,8 @@ def test_codes_are_counted_by_ids_and_by_traffic(tmp_path):
                 plain[code] += 1
                 weighted[code] += int(counts[table.name][id_])
         assert len(codes) == 4
-        assert facts.codebook.used == len(plain) / facts.codebook.codewords
+        assert facts.codebook.codewords == within
+        assert facts.codebook.used == len(plain) / within
         for found, counter in (
             (facts.codebook.entropy, plain),
             (facts.codebook.traffic_entropy, weighted),

@@ -113,17 +113,7 @@ class LowRank(BackendConfig):
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         layout = self.layout(tables)
-        return Footprint(
-            (
-                projection_footprint(
-                    tables[0].name,
-                    layout.num_shared,
-                    self.latent(tables),
-                    layout.width,
-                    bias=self.bias,
-                ),
-            )
-        )
+        return Footprint((projection_footprint(layout, self.latent(tables), bias=self.bias),))
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)

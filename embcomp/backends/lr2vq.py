@@ -139,22 +139,18 @@ class LR2VQ(VectorQuantized):
 
     def _learners(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
         """What training holds beside the latents."""
-        shared = self.layout(tables).num_shared
+        layout = self.layout(tables)
         words = TensorFootprint(
             name=f"{tables[0].name}.codewords",
             role="codebook",
-            rows=shared * self.codewords,
+            rows=layout.num_shared * self.codewords,
             columns=self.latent + 3,
             itemsize=4,
             train_columns=self.latent + 3,
             look_up=False,
         )
         steps = replace(words, name=f"{tables[0].name}.steps", rows=1, train_columns=1, itemsize=8)
-        learners = [
-            words,
-            steps,
-            projection_footprint(tables[0].name, shared, self.latent, self.width),
-        ]
+        learners = [words, steps, projection_footprint(layout, self.latent)]
         return [*learners, scales_footprint(tables, trained=True)] if self.scaled else learners
 
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:

@@ -139,10 +139,10 @@ class VectorQuantized(BackendConfig):
             tables: the group, without those that stay full.
             trained: whether training holds it as well.
         """
-        first = tables[0].name
+        layout = self.layout(tables)
         tensors = [
             TensorFootprint(
-                name=f"{first}.codes",
+                name=f"{tables[0].name}.codes",
                 role="codes",
                 rows=packed_bytes(self.num_codes(tables), self.bits),
                 columns=1,
@@ -150,13 +150,11 @@ class VectorQuantized(BackendConfig):
                 train_columns=1,
                 look_up=False,
                 trained=trained,
+                owners=tuple((t.name, t.num_embeddings * layout.positions(t)) for t in tables),
             )
         ]
         if self.stored_latent is not None:
-            shared = self.layout(tables).num_shared
-            tensors.append(
-                projection_footprint(first, shared, self.stored_latent, self.width, trained=trained)
-            )
+            tensors.append(projection_footprint(layout, self.stored_latent, trained=trained))
         if self.scaled:
             tensors.append(scales_footprint(tables, trained=trained))
         return Footprint(tuple(tensors))
@@ -231,18 +229,19 @@ def mean_init_std(tables: Sequence[TableSpec]) -> float:
 
 
 def projection_footprint(
-    name: str, count: int, latent_dim: int, width: int, *, bias: bool = False, trained: bool = True
+    layout: Layout, latent_dim: int, *, bias: bool = False, trained: bool = True
 ) -> TensorFootprint:
     """Bytes of projections, a row more for each where they have a bias."""
     return TensorFootprint(
-        name=f"{name}.projection",
+        name=f"{layout.tables[0].name}.projection",
         role="projection",
-        rows=count * (latent_dim + bias),
-        columns=width,
+        rows=layout.num_shared * (latent_dim + bias),
+        columns=layout.width,
         itemsize=4,
-        train_columns=width,
+        train_columns=layout.width,
         look_up=False,
         trained=trained,
+        owners=tuple((table.name, layout.positions(table)) for table in layout.tables),
     )
 
 
@@ -257,4 +256,5 @@ def scales_footprint(tables: Sequence[TableSpec], *, trained: bool) -> TensorFoo
         train_columns=1,
         look_up=False,
         trained=trained,
+        owners=tuple((table.name, 1) for table in tables),
     )
