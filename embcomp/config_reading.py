@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from embcomp.errors import ConfigError
 
@@ -49,9 +49,16 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
         elif item["type"] in ("embcomp", "value_error"):
             where, text = ".".join(path), item["msg"].removeprefix("Value error, ")
         else:
-            where, text = ".".join(path), f"{item['msg']}, got {item['input']!r}"
+            where, text = ".".join(path), f"{_plain(item)}, got {item['input']!r}"
         lines.append(f"{where}: {text}" if where else text)
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
+
+
+def _plain(item: ErrorDetails) -> str:
+    """What pydantic says, in the words of YAML where it speaks of Python's types."""
+    if item["type"] == "too_short":
+        return f"expected at least {item['ctx']['min_length']} item(s)"
+    return "expected a list" if item["type"] == "tuple_type" else item["msg"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -105,7 +112,7 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
         problems = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
+            message = _plain(item).removeprefix("Value error, ")
             got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r}"
             problems.append(f"{where}: {message}{got}" if where else f"{message}{got}")
         raise config_error("; ".join(problems)) from None

@@ -35,7 +35,7 @@ def recipe(tmp_path_factory):
         ("groups=[{choices: [{method: hash, ratio: [0.1, 2.0]}]}]", "ratio must be in (0, 1]"),
         ("groups=[{choices: [{method: hash, ratio: [0.1, 0.1]}]}]", "0.1 appears twice"),
         ("groups=[{choices: [{method: hash, ratio: []}]}]", "the list is empty"),
-        ("groups=[]", "at least 1 item"),
+        ("groups=[]", "groups: expected at least 1 item(s), got []"),
         ("budget=ten", ": budget: expected a positive number of bytes"),
         ("train_per_device=0", ": train_per_device: expected a positive number of bytes"),
         (

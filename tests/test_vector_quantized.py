@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic_core import PydanticCustomError
 
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
 from embcomp.backends.clustering import id_weights, share_cold_rows
@@ -13,6 +14,7 @@ from embcomp.backends.latent_choice import choose_latent_dim
 from embcomp.backends.subvectors import Layout
 from embcomp.bits import unpack_bits
 from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.config_reading import bind_dataclass
 from embcomp.errors import ConfigError
 from embcomp.forms import GroupForm
 from embcomp.kmeans import nearest
@@ -200,6 +202,11 @@ def test_groups_name_tables_that_are_there_and_may_stay_full():
         ):
             with pytest.raises(ConfigError, match="name 't9', which it does not hold; its tables"):
                 collection_of(tables, plan)
+
+
+def test_a_list_of_names_is_no_list_of_groups():
+    with pytest.raises(PydanticCustomError, match="sharing_groups.0: expected a list, got 'C1'"):
+        bind_dataclass(PQ, {"sharing_groups": ["C1"]})
 
 
 def test_low_rank_is_the_best_approximation():
