@@ -112,6 +112,10 @@ class BackendConfig(ABC):
         """Names of tables in the method's settings; its group must have them."""
         return ()
 
+    def missing(self) -> str | None:
+        """What training needs that is not installed, and the way out; None where nothing is missing."""
+        return None
+
     @abstractmethod
     def keeps_full(self, table: TableSpec) -> bool:
         """Whether compressing this table would not shrink it, so that it stays as it is."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -224,14 +225,20 @@ def _means(points: Tensor, weights: Tensor, codes: Tensor, distances: Tensor, co
     return means
 
 
+def missing_for(backend: Clustering) -> str | None:
+    """What is not installed of what runs k-means, and the way out; None where nothing is missing."""
+    if backend == "faiss" and find_spec("faiss") is None:
+        return (
+            "faiss was asked for but is not installed; install faiss-cpu, or set clustering: torch"
+        )
+    return None
+
+
 def _faiss(points: Tensor, weights: Tensor, count: int, *, seed: int, iterations: int) -> Clusters:
-    try:
-        faiss = import_module("faiss")
-    except ImportError as error:
-        raise ConfigError(
-            "clustering: faiss was asked for but cannot be imported; install faiss-cpu, or set "
-            "clustering: torch"
-        ) from error
+    missing = missing_for("faiss")
+    if missing is not None:
+        raise ConfigError(f"clustering: {missing}")
+    faiss = import_module("faiss")
     model = faiss.Kmeans(
         points.shape[1],
         count,

@@ -27,11 +27,15 @@ def check_stages(config: SearchConfig, space: Space) -> None:
 
     Raises:
         ConfigError: a candidate could hold two methods in stages, or its scores on the way or its
-            latency would be asked for.
+            latency would be asked for, or a method needs what is not installed.
     """
     methods = staged_methods(space)
     if not methods:
         return
+    for method in methods:
+        missing = method.missing()
+        if missing is not None:
+            raise ConfigError(f"groups: {method.name}: {missing}")
     names = listed(dict.fromkeys(method.name for method in methods))
     units = [unit for unit in space.units if _staged(unit)]
     if len(units) > 1 and len(methods) > 1:

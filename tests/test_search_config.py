@@ -138,6 +138,14 @@ def test_what_methods_in_stages_cannot_do_is_said_before_anything_is_trained(
         prepare(recipe, [3000, 600], budget="60%", **changes)
 
 
+def test_what_a_stage_misses_is_said_before_anything_is_trained(recipe, monkeypatch):
+    monkeypatch.setattr("embcomp.kmeans.find_spec", lambda name: None)
+    choices = [{"method": "pq", "subvector_dim": [2, 4], "clustering": "faiss"}]
+    groups = [{"choices": choices, "tied": True}]
+    with pytest.raises(ConfigError, match="groups: pq: faiss was asked for .* install faiss-cpu"):
+        prepare(recipe, [3000, 600], groups=groups, budget="60%")
+
+
 def test_one_setting_of_a_method_in_stages_may_be_chosen_table_by_table(recipe):
     choices = [{"method": "pq", "subvector_dim": 2, "num_codewords": 8}, *WIDTHS]
     space = prepare(recipe, [3000, 600], groups=[{"choices": choices}], budget="60%").space

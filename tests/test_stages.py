@@ -300,3 +300,12 @@ def test_the_resolved_config_of_a_staged_run_reads_back_equal(finished, tmp_path
     config = load_config(run / "config.yaml")
     assert config == RunFolder(run).config()
     assert read_outcome(life_of(run)[3].stage(0, life_of(run)[2].names))[0].steps > 0
+
+
+@pytest.mark.parametrize("method", ["pq", "lr2vq"])
+def test_what_a_later_stage_misses_is_said_before_the_first(method, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("embcomp.kmeans.find_spec", lambda name: None)
+    config = staged_config(dataset, method, "tables.method.clustering=faiss")
+    with pytest.raises(ConfigError, match=f"{method}: faiss was asked for .* install faiss-cpu"):
+        train(config, runs=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())

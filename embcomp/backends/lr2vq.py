@@ -40,7 +40,7 @@ from embcomp.backends.vector_quantized import (
 )
 from embcomp.errors import ConfigError
 from embcomp.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.kmeans import Clustering
+from embcomp.kmeans import Clustering, missing_for
 from embcomp.stages import Form, Past, SearchContext, Stage
 from embcomp.tables import PhysicalTable, TableSpec
 
@@ -111,6 +111,9 @@ class LR2VQ(VectorQuantized):
         whole = self.codewords * self.width
         apart = self.codewords * self.latent + self.latent * self.width
         return self.latent if apart < whole else None
+
+    def missing(self) -> str | None:
+        return missing_for(self.clustering)
 
     @property
     def serving(self) -> Coded:

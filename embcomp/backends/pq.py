@@ -20,7 +20,7 @@ from embcomp.backends.full import Full
 from embcomp.backends.low_rank import DENSE
 from embcomp.backends.vector_quantized import VectorQuantized
 from embcomp.footprint import Footprint
-from embcomp.kmeans import Clustering
+from embcomp.kmeans import Clustering, missing_for
 from embcomp.stages import Form, Past, Stage
 from embcomp.tables import PhysicalTable, TableSpec
 
@@ -36,6 +36,9 @@ class PQ(VectorQuantized):
     clustering: Clustering = "torch"
 
     name: ClassVar[str] = "pq"
+
+    def missing(self) -> str | None:
+        return missing_for(self.clustering)
 
     @property
     def serving(self) -> Coded:

@@ -45,7 +45,9 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     """
     info = DatasetInfo.load(config.data.path)
     check_splits(info)
-    check_other_run(config, info, Life.of(config, info))
+    life = Life.of(config, info)
+    life.check_installed()
+    check_other_run(config, info, life)
     check_served_types(config)
     folder = RunFolder(Path(runs) / config.name)
     with (

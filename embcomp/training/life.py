@@ -65,6 +65,14 @@ class Life:
             check_unrolled(method.name, config)
         return cls(plan=plan, method=method, stages=tuple(_wished(s, config) for s in stages))
 
+    def check_installed(self) -> None:
+        """Raises before any training what a later stage would miss."""
+        if self.method is None:
+            return
+        missing = self.method.missing()
+        if missing is not None:
+            raise ConfigError(f"{self.method.name}: {missing}")
+
     @property
     def names(self) -> list[str]:
         """The stages' names."""
