@@ -101,6 +101,9 @@ def test_the_stages_are_run_logged_and_reported_under_their_names(finished, meth
     _config, _, life, folder = life_of(run)
     report = Report.load(run)
     assert [stage["name"] for stage in report.stages] == life.names
+    for stage in report.stages:
+        assert stage["wall_seconds"] >= stage["train_seconds"] > 0
+    assert report.wall_seconds == sum(stage["wall_seconds"] for stage in report.stages)
     lines = folder.metrics.read_text().splitlines()
     logged = dict.fromkeys(json.loads(line)["stage"] for line in lines)
     assert list(logged) == [life.names[index] for index in life.trained]

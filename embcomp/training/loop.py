@@ -332,6 +332,7 @@ class Training:
             test = as_record(self._evaluate("test"))
             self.logs.metrics("test", best, test)
         self.logs.close()
+        state.wall_seconds = time.perf_counter() - self.started
         report = Report.of(
             config,
             self.info,
@@ -343,7 +344,6 @@ class Training:
             valid=valid,
             test=test,
             dense_parameters=sum(weight.numel() for weight in self.optimizers.dense),
-            wall_seconds=time.perf_counter() - self.started,
         )
         dist.barrier()
         if self.process.is_main:

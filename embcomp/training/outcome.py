@@ -27,6 +27,7 @@ class Outcome:
         stopped: Why it ended.
         valid: Validation metrics of the best step.
         train_seconds: Time of the training steps, or of the search.
+        wall_seconds: Time of everything in the stage, interruptions left out.
         result: What a search found.
     """
 
@@ -36,6 +37,7 @@ class Outcome:
     stopped: str = ""
     valid: Mapping[str, Any] = field(default_factory=dict)
     train_seconds: float = 0.0
+    wall_seconds: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +50,7 @@ class Outcome:
             stopped=state.stopped,
             valid=state.best_valid,
             train_seconds=state.train_seconds,
+            wall_seconds=state.wall_seconds,
         )
 
 

@@ -51,7 +51,7 @@ class Report:
         samples_per_second: Training rows per second of the last stage, evaluations and checkpoints
             left out.
         train_seconds: Time of the training steps and searches of all stages.
-        wall_seconds: Time of everything in the last stage, interruptions left out.
+        wall_seconds: Time of everything in all stages, interruptions left out.
         bayes: Best reachable test metrics, where the data was generated.
         stages: What each stage of the run ended with.
     """
@@ -95,7 +95,6 @@ class Report:
         valid: dict[str, Any],
         test: dict[str, Any] | None,
         dense_parameters: int,
-        wall_seconds: float,
     ) -> Report:
         """Puts a finished run's results together."""
         serve = full = first_order = 0
@@ -129,7 +128,7 @@ class Report:
             dense_parameters=dense_parameters,
             samples_per_second=rows / state.train_seconds if state.train_seconds else 0.0,
             train_seconds=sum(stage.train_seconds for stage in stages),
-            wall_seconds=wall_seconds,
+            wall_seconds=sum(stage.wall_seconds for stage in stages),
             bayes=info.bayes.model_dump() if info.bayes else None,
             stages=[dataclasses.asdict(stage) for stage in stages],
         )

@@ -92,10 +92,12 @@ class StageSearch:
         self._place.path.mkdir(parents=True, exist_ok=True)
         result = method.search(stage, self._life.tables, self)
         self._tensors.release()
+        seconds = time.perf_counter() - begun
         return Outcome(
             name=stage.name,
             stopped=f"{self.evaluations} evaluations",
-            train_seconds=time.perf_counter() - begun,
+            train_seconds=seconds,
+            wall_seconds=seconds,
             result=without_nan(result),
         )
 
