@@ -107,7 +107,7 @@ def on_supernet(recipe, sampler):
             recipe,
             sampler={"name": sampler, "population": 12},
             evaluator={"name": "supernet", "method": "matryoshka"},
-            trials={"count": 200 if sampler == "random" else 100, "devices": "cpu"},
+            trials={"count": 200 if sampler in ("random", "cmaes") else 100, "devices": "cpu"},
         )
     )
 
@@ -123,7 +123,7 @@ def shared(recipe, tmp_path_factory):
     return folder / result.name, uniform
 
 
-@pytest.mark.parametrize("sampler", ["evolution", "tpe", "nsga2", "random", "greedy"])
+@pytest.mark.parametrize("sampler", ["evolution", "tpe", "nsga2", "random", "greedy", "cmaes"])
 def test_a_search_finds_the_planted_widths(recipe, shared, retrained, tmp_path, sampler):
     supernet, uniform = shared
     config = on_supernet(recipe, sampler)

@@ -89,7 +89,6 @@ def test_each_beats_the_equal_share_and_follows_the_planted_importance(recipe, s
     assert best[0][1] > quality(repair, uniform(repair)) + 0.5
     widths = np.mean([widths_of(repair, candidate) for candidate, _ in best], axis=0)
     worth = np.array(PLANTED) / np.array(ROWS)  # an optimal width goes with this
-    print(sampler, rank_correlation(widths, worth), best[0][1], quality(repair, uniform(repair)))
     assert rank_correlation(widths, worth) > (0.8 if sampler != "random" else 0.5)
     assert all(repair.costs.of(candidate).serve <= repair.budget for candidate, _ in found)
 
