@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--embedding-dim", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8192)
     args = parser.parse_args()
+    if 2 * args.rows < max(VALUES):
+        parser.error(f"--rows must be at least {max(VALUES) // 2}: each value occurs once or more")
     with tempfile.TemporaryDirectory() as name, quiet_libraries():
         folder = Path(name)
         config = write_search(args, folder)
@@ -124,6 +126,7 @@ def bare_pass(evaluator: SupernetEvaluator) -> Callable[[], Any]:
     config = evaluator.supernet_config()
     document = config.model_dump(mode="json")
     document["tables"]["method"] = "full"
+    document["train"]["stages"] = {}
     plain = type(config).model_validate(document)
     info = DatasetInfo.load(plain.data.path)
     process = evaluator.process
