@@ -109,7 +109,7 @@ class BackendConfig(ABC):
         return replace(self, **(cleared | size))  # type: ignore[arg-type]
 
     def named_tables(self) -> Sequence[str]:
-        """Names of tables in the method's settings; its group must have them."""
+        """Names of tables in the method's settings; there must be such tables."""
         return ()
 
     def missing(self) -> str | None:

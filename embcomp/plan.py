@@ -66,6 +66,8 @@ class Plan:
                 f"plan: no table is called {', '.join(map(repr, unknown))}; "
                 f"the tables are {', '.join(table.name for table in tables)}"
             )
+        for config in (self.default, *self.overrides.values()):
+            check_named_tables(config, tables)
         by_config: list[tuple[BackendConfig, list[TableSpec]]] = []
         for table in tables:
             if table.name in self.overrides:
@@ -90,7 +92,6 @@ class Plan:
         """The default method, sized by the whole budget less what the overrides have spent."""
         if self.budget is None:
             return _sized(self.default, rest)
-        _check_names(self.default, rest)
         budget = parse_budget(self.budget, full_bytes=sum(t.full_bytes for t in tables))
         if budget <= spent:
             raise BudgetError(
@@ -112,6 +113,25 @@ class Plan:
             )
 
 
+def check_named_tables(config: BackendConfig, tables: Sequence[TableSpec]) -> None:
+    """Raise a ConfigError where a method's settings name tables that are not there.
+
+    Args:
+        config: the method.
+        tables: all tables; those that other methods hold may be named.
+    """
+    named = config.named_tables()
+    if not named:
+        return
+    names = [table.name for table in tables]
+    unknown = sorted(set(named) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"{config.name}: no table is called {', '.join(map(repr, unknown))}; "
+            f"the tables are {', '.join(names)}"
+        )
+
+
 def _add(
     groups: list[tuple[BackendConfig, list[TableSpec]]], config: BackendConfig, table: TableSpec
 ) -> None:
@@ -122,18 +142,7 @@ def _add(
     groups.append((config, [table]))
 
 
-def _check_names(config: BackendConfig, group: Sequence[TableSpec]) -> None:
-    names = [table.name for table in group]
-    unknown = sorted(set(config.named_tables()) - set(names))
-    if unknown:
-        raise ConfigError(
-            f"{config.name}: its settings name {', '.join(map(repr, unknown))}, which it does not "
-            f"hold; its tables are {', '.join(names)}"
-        )
-
-
 def _sized(config: BackendConfig, group: Sequence[TableSpec]) -> BackendConfig:
-    _check_names(config, group)
     if config.budget is not None:
         return _within(config, group, config.budget)
     config.require_size()

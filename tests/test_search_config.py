@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import yaml
@@ -144,6 +146,18 @@ def test_what_a_stage_misses_is_said_before_anything_is_trained(recipe, monkeypa
     groups = [{"choices": choices, "tied": True}]
     with pytest.raises(ConfigError, match="groups: pq: faiss was asked for .* install faiss-cpu"):
         prepare(recipe, [3000, 600], groups=groups, budget="60%")
+
+
+def test_tables_that_share_codewords_must_be_there_but_may_take_another_method(recipe):
+    choice = {"method": "pq", "subvector_dim": 2, "num_codewords": 8}
+    with pytest.raises(ConfigError, match="pq: no table is called 'C9'; the tables are C1, C2"):
+        groups = [{"choices": [{**choice, "sharing_groups": [[["C1", "C9"]]]}, "full"]}]
+        prepare(recipe, [3000, 600], groups=groups, budget="60%")
+    groups = [{"choices": [{**choice, "sharing_groups": [[["C1", "C2"]]]}, "full"]}]
+    space = prepare(recipe, [3000, 600], groups=groups, budget="60%").space
+    assert space.size == 4
+    for candidate in itertools.product((0, 1), repeat=2):
+        space.plan(candidate)
 
 
 def test_one_setting_of_a_method_in_stages_may_be_chosen_table_by_table(recipe):

@@ -200,7 +200,7 @@ def test_groups_name_tables_that_are_there_and_may_stay_full():
             make(sharing_groups=(("t0", "t9"),), **rest),
             Plan(overrides={"t0": make(sharing_groups=(("t0",), ("t9",)), **rest)}),
         ):
-            with pytest.raises(ConfigError, match="name 't9', which it does not hold; its tables"):
+            with pytest.raises(ConfigError, match="no table is called 't9'; the tables are t0"):
                 collection_of(tables, plan)
 
 
