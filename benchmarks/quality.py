@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, object]] = {
     "low_dim": {"name": "low_dim"},
     "pq": {"name": "pq"},
     "lr2vq": {"name": "lr2vq"},
+    "lr2vq-position": {"name": "lr2vq", "codebooks": "position"},
     "low_rank": {"name": "low_rank"},
     "optembed": {"name": "optembed", "generations": 6},
     "optembed-rows": {"name": "optembed", "prune": "rows"},
