@@ -53,7 +53,7 @@ class LR2VQ(VectorQuantized):
 
     Args:
         codebooks: as in ``pq``, for projections too. Tables differ in what few dimensions their
-            rows need, so each has its own by default; many small ones had better share.
+            rows need, so each has its own by default.
         latent_dim: width of a latent; half of ``subvector_dim`` when not given. ``auto`` chooses
             it from the trained full tables.
         factored: whether to serve codewords and projections apart where that takes fewer bytes
