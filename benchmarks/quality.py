@@ -8,7 +8,8 @@ it was. The recipe's method is replaced; everything else stays as it says. A met
 trains full tables on all rows begins with the full run of its seed. Every table is exported, and the
 bytes are those of its tensors on disk. Prints one row for each method and budget: bytes, mean and
 standard deviation of the test AUC and log loss over the seeds, what is lost against the full tables,
-and the training time, that of the full run included where a method began with it.
+how the logits of test rows correlate with those of the full tables of the same seed, and the training
+time, that of the full run included where a method began with it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from result_table import ResultTable, check_folder, spread
 
 from embcomp.artefact import save
@@ -27,8 +29,11 @@ from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS, Full
 from embcomp.collection import CompressedEmbeddingBagCollection
 from embcomp.config import load_config
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import BudgetError, EmbcompError
 from embcomp.training import Report, load_model, train
+from embcomp.training.export import read_batches
+from embcomp.training.run_folder import RunFolder
 
 METHODS: dict[str, dict[str, object]] = {
     "full": {"name": "full"},
@@ -54,12 +59,13 @@ METHODS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget: for each seed a report, its bytes on disk and its training time."""
+    """A method at a budget, for each seed: a report, bytes on disk, likeness to full, training time."""
 
     method: str
     budget: str | None
     reports: list[Report]
     bytes_on_disk: list[int]
+    likeness: list[float]
     seconds: list[float]
 
     def test(self, metric: str) -> list[float]:
@@ -92,7 +98,7 @@ def main() -> None:
 
 
 def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
-    cell = Cell(method, budget, [], [], [])
+    cell = Cell(method, budget, [], [], [], [])
     for seed in range(1, args.seeds + 1):
         share = "" if budget is None else f"_{budget.rstrip('%')}"
         name = f"{args.recipe.stem}_{method}{share}_{seed}"
@@ -110,6 +116,7 @@ def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
         last = train(load_config(args.recipe, overrides), runs=args.runs, quiet=True)
         cell.reports.append(last)
         cell.bytes_on_disk.append(bytes_on_disk(args.runs / name))
+        cell.likeness.append(correlation(test_logits(args.runs / name), test_logits(full)))
         earlier = Report.load(full).train_seconds if shared else 0.0
         cell.seconds.append(last.train_seconds + earlier)
         print(
@@ -136,11 +143,35 @@ def bytes_on_disk(run: Path) -> int:
         return header_bytes(saved.path / TENSORS_FILE)["tables"]
 
 
+def test_logits(run: Path, rows: int = 8192) -> torch.Tensor:
+    """What a run's best weights give the first rows of the test split."""
+    model = load_model(run).eval()
+    info = DatasetInfo.load(RunFolder(run).config().data.path)
+    with torch.no_grad():
+        parts = [model(batch.dense, batch.sparse) for batch in read_batches(info, "test", rows)]
+    return torch.cat(parts).double().flatten()
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's."""
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
 def report(args: argparse.Namespace, cells: list[Cell]) -> None:
     full = statistics.mean(cells[0].test("auc"))
     table = ResultTable(
         f"{args.recipe.stem}, {args.seeds} seed(s): test split",
-        ("budget", "method", "bytes on disk", "share", "AUC", "log loss", "AUC - full", "training"),
+        (
+            "budget",
+            "method",
+            "bytes on disk",
+            "share",
+            "AUC",
+            "log loss",
+            "AUC - full",
+            "like full",
+            "training",
+        ),
         names=("budget", "method"),
     )
     for cell in cells:
@@ -153,6 +184,7 @@ def report(args: argparse.Namespace, cells: list[Cell]) -> None:
             spread(auc),
             spread(cell.test("log_loss")),
             f"{statistics.mean(auc) - full:+.4f}",
+            f"{statistics.mean(cell.likeness):.3f}",
             f"{statistics.mean(cell.seconds):,.0f} s",
         )
     table.show(args.markdown)
