@@ -37,7 +37,7 @@ class ResultTable:
             table.add_column(column, justify="left" if column in self._names else "right")
         for row in self._rows:
             table.add_row(*row)
-        Console(width=120).print(table)
+        Console(width=140).print(table)
         if markdown is not None:
             write_atomically(markdown, self._markdown())
 
