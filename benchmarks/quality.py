@@ -15,6 +15,7 @@ time, that of the full run included where a method began with it.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
             overrides.append(f"train.start_from={full}")
         last = train(load_config(args.recipe, overrides), runs=args.runs, quiet=True)
         cell.reports.append(last)
-        cell.bytes_on_disk.append(bytes_on_disk(args.runs / name))
-        cell.likeness.append(correlation(test_logits(args.runs / name), test_logits(full)))
+        size, logits = measure(args.runs / name)
+        cell.bytes_on_disk.append(size)
+        cell.likeness.append(correlation(logits, measure(full)[1]))
         earlier = Report.load(full).train_seconds if shared else 0.0
         cell.seconds.append(last.train_seconds + earlier)
         print(
@@ -134,19 +136,25 @@ def begins_with_full_tables(method: str) -> bool:
     return len(stages) > 1 and isinstance(settings.first_form(), Full) and not stages[0].holds_out
 
 
-def bytes_on_disk(run: Path) -> int:
+@functools.cache
+def measure(run: Path) -> tuple[int, torch.Tensor]:
+    """The bytes on disk of a run's best weights, and the logits that they give."""
+    model = load_model(run).eval()
+    info = DatasetInfo.load(RunFolder(run).config().data.path)
+    return bytes_on_disk(model), test_logits(model, info)
+
+
+def bytes_on_disk(model: torch.nn.Module) -> int:
     """Bytes of the tables' tensors in the file that an export writes."""
-    tables = load_model(run).get_submodule("tables")
+    tables = model.get_submodule("tables")
     assert isinstance(tables, CompressedEmbeddingBagCollection)
     with tempfile.TemporaryDirectory() as folder:
         saved = save(tables, Path(folder) / "artefact")
         return header_bytes(saved.path / TENSORS_FILE)["tables"]
 
 
-def test_logits(run: Path, rows: int = 8192) -> torch.Tensor:
-    """What a run's best weights give the first rows of the test split."""
-    model = load_model(run).eval()
-    info = DatasetInfo.load(RunFolder(run).config().data.path)
+def test_logits(model: torch.nn.Module, info: DatasetInfo, rows: int = 8192) -> torch.Tensor:
+    """What a model gives the first rows of the test split."""
     with torch.no_grad():
         parts = [model(batch.dense, batch.sparse) for batch in read_batches(info, "test", rows)]
     return torch.cat(parts).double().flatten()

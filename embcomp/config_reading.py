@@ -47,7 +47,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             where, text = ".".join(path[:-1]), f"the key {path[-1]!r} is missing"
         elif item["type"] in ("embcomp", "value_error"):
-            where, text = ".".join(path), item["msg"].removeprefix("Value error, ")
+            where, text = ".".join(path), _plain(item)
         else:
             where, text = ".".join(path), f"{_plain(item)}, got {item['input']!r}"
         lines.append(f"{where}: {text}" if where else text)
@@ -58,7 +58,9 @@ def _plain(item: ErrorDetails) -> str:
     """What pydantic says, in the words of YAML where it speaks of Python's types."""
     if item["type"] == "too_short":
         return f"expected at least {item['ctx']['min_length']} item(s)"
-    return "expected a list" if item["type"] == "tuple_type" else item["msg"]
+    if item["type"] == "tuple_type":
+        return "expected a list"
+    return item["msg"].removeprefix("Value error, ")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -112,7 +114,7 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
         problems = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
-            message = _plain(item).removeprefix("Value error, ")
+            message = _plain(item)
             got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r}"
             problems.append(f"{where}: {message}{got}" if where else f"{message}{got}")
         raise config_error("; ".join(problems)) from None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -226,11 +225,15 @@ def _means(points: Tensor, weights: Tensor, codes: Tensor, distances: Tensor, co
 
 
 def missing_for(backend: Clustering) -> str | None:
-    """What is not installed of what runs k-means, and the way out; None where nothing is missing."""
-    if backend == "faiss" and find_spec("faiss") is None:
-        return (
-            "faiss was asked for but is not installed; install faiss-cpu, or set clustering: torch"
-        )
+    """What cannot be imported of what runs k-means, and the way out; None where nothing is missing."""
+    if backend == "faiss":
+        try:
+            import_module("faiss")
+        except ImportError:
+            return (
+                "faiss was asked for but cannot be imported; install faiss-cpu, or set "
+                "clustering: torch"
+            )
     return None
 
 

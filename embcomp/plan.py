@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from embcomp.backend import BackendConfig
@@ -60,14 +60,9 @@ class Plan:
         """
         if not tables:
             raise ConfigError("a collection needs at least one table, got none")
-        unknown = sorted(set(self.overrides) - {table.name for table in tables})
-        if unknown:
-            raise ConfigError(
-                f"plan: no table is called {', '.join(map(repr, unknown))}; "
-                f"the tables are {', '.join(table.name for table in tables)}"
-            )
+        check_known("plan", self.overrides, tables)
         for config in (self.default, *self.overrides.values()):
-            check_named_tables(config, tables)
+            check_known(config.name, config.named_tables(), tables)
         by_config: list[tuple[BackendConfig, list[TableSpec]]] = []
         for table in tables:
             if table.name in self.overrides:
@@ -113,22 +108,21 @@ class Plan:
             )
 
 
-def check_named_tables(config: BackendConfig, tables: Sequence[TableSpec]) -> None:
-    """Raise a ConfigError where a method's settings name tables that are not there.
+def check_known(source: str, named: Iterable[str], tables: Sequence[TableSpec]) -> None:
+    """Raise a ConfigError where tables are named that are not there.
 
     Args:
-        config: the method.
-        tables: all tables; those that other methods hold may be named.
+        source: what names them, for the message.
+        named: their names.
+        tables: all tables.
     """
-    named = config.named_tables()
-    if not named:
-        return
-    names = [table.name for table in tables]
-    unknown = sorted(set(named) - set(names))
+    unknown = set(named)
+    if unknown:  # for nearly all methods there are none, and a search asks often
+        unknown -= {table.name for table in tables}
     if unknown:
         raise ConfigError(
-            f"{config.name}: no table is called {', '.join(map(repr, unknown))}; "
-            f"the tables are {', '.join(names)}"
+            f"{source}: no table is called {', '.join(map(repr, sorted(unknown)))}; "
+            f"the tables are {', '.join(table.name for table in tables)}"
         )
 
 

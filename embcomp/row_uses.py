@@ -67,8 +67,9 @@ class RowUses:
             if not tensor.look_up:
                 own = [n for n in sizes if tensor.name.partition(".")[0] == n] or list(sizes)
                 owners = tensor.owners or [(name, 1) for name in own]
+                whole = sum(part for _, part in owners)
                 for name, part in owners:
-                    sizes[name] += tensor.serve_bytes * part / sum(part for _, part in owners)
+                    sizes[name] += tensor.serve_bytes * part / whole
         return sizes
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from embcomp.backend import BackendConfig
 from embcomp.config import TrainConfig
 from embcomp.errors import ConfigError
-from embcomp.plan import Plan, ResolvedPlan, check_named_tables
+from embcomp.plan import Plan, ResolvedPlan, check_known
 from embcomp.planning import ConfigPlan, TableSize, plan_config, table_specs
 from embcomp.row_types import ROW_TYPES, RowType
 from embcomp.search.choices import ROW_TYPE, GroupConfig, RowBand
@@ -136,8 +136,10 @@ def build_space(config: SearchConfig, base: TrainConfig, sizes: Sequence[TableSi
         fixed_unit(table, _of_recipe(base, table), of_recipe.of_table(table.name))
         for table in left.values()
     ]
-    for option in [option for unit in units for option in unit.options]:
-        check_named_tables(option.config, list(specs.values()))
+    known = list(specs.values())
+    for unit in units:
+        for option in unit.options:
+            check_known(option.config.name, option.config.named_tables(), known)
     units.sort(key=lambda unit: unit.tables[0].index)
     notes = _notes(dropped)
     space = Space(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_what_methods_in_stages_cannot_do_is_said_before_anything_is_trained(
 
 
 def test_what_a_stage_misses_is_said_before_anything_is_trained(recipe, monkeypatch):
-    monkeypatch.setattr("embcomp.kmeans.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # so that importing it fails
     choices = [{"method": "pq", "subvector_dim": [2, 4], "clustering": "faiss"}]
     groups = [{"choices": choices, "tied": True}]
     with pytest.raises(ConfigError, match="groups: pq: faiss was asked for .* install faiss-cpu"):

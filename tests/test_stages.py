@@ -307,7 +307,7 @@ def test_the_resolved_config_of_a_staged_run_reads_back_equal(finished, tmp_path
 
 @pytest.mark.parametrize("method", ["pq", "lr2vq"])
 def test_what_a_later_stage_misses_is_said_before_the_first(method, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("embcomp.kmeans.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # so that importing it fails
     config = staged_config(dataset, method, "tables.method.clustering=faiss")
     with pytest.raises(ConfigError, match=f"{method}: faiss was asked for .* install faiss-cpu"):
         train(config, runs=tmp_path, quiet=True)
