@@ -22,8 +22,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def package_folder(package: str) -> Path:
+    """The folder of a package: its own mapping, or that of its nearest mapped parent."""
     mapping = PROJECT["tool"]["setuptools"]["package-dir"]
-    return ROOT / mapping.get(package, package.replace(".", "/"))
+    parts = package.split(".")
+    for end in range(len(parts), 0, -1):
+        if (mapped := mapping.get(".".join(parts[:end]))) is not None:
+            return ROOT.joinpath(mapped, *parts[end:])
+    return ROOT.joinpath(*parts)
 
 
 def source_files() -> set[str]:
