@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 from result_table import ResultTable, check_folder, spread
 
-from embcomp.artefact import save
-from embcomp.artefact_config import TENSORS_FILE
-from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS, Full
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.config import load_config
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import BudgetError, EmbcompError
+from embcomp.serving.artefact_config import TENSORS_FILE
+from embcomp.serving.artefact_folder import header_bytes
+from embcomp.serving.artefact_saving import save
 from embcomp.training import Report, load_model, train
 from embcomp.training.export import read_batches
 from embcomp.training.run_folder import RunFolder

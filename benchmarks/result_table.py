@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from embcomp.atomic_files import write_atomically
 from embcomp.errors import EmbcompError
+from embcomp.io.atomic_files import write_atomically
 
 
 class ResultTable:

@@ -20,9 +20,9 @@ from typing import Any
 
 from result_table import ResultTable, check_folder, spread
 
-from embcomp.config import load_config
-from embcomp.config_reading import apply_override
+from embcomp.config.train_config import load_config
 from embcomp.errors import EmbcompError
+from embcomp.io.yaml_reading import apply_override
 from embcomp.search import SearchConfig, SearchResult, parse_search, search
 
 WIDTHS = [1, 2, 4, 8, 12, 16]

@@ -21,7 +21,7 @@ import optuna
 from result_table import ResultTable
 
 from embcomp.data_pipelines.synthetic_rows import CRITEO_CARDINALITIES
-from embcomp.planning import TableSize
+from embcomp.planning.config_plan import TableSize
 from embcomp.search.api import Prepared, directions_of, prepare_search
 from embcomp.search.config import parse_search
 from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source

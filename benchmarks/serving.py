@@ -36,7 +36,7 @@ from embcomp import (
     save,
 )
 from embcomp.backends import BACKENDS, Blocks, Coded
-from embcomp.row_types import ROW_TYPES, RowType
+from embcomp.tables.row_types import ROW_TYPES, RowType
 
 DIM = 16
 FEATURES = 26

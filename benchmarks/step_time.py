@@ -27,7 +27,7 @@ from result_table import ResultTable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import BACKENDS
-from embcomp.config import TrainConfig, parse_config
+from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo, NumericFeature
 from embcomp.training.build import build_model, shard_model

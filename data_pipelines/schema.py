@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from embcomp.atomic_files import write_atomically
 from embcomp.errors import DataError
+from embcomp.io.atomic_files import write_atomically
 
 FORMAT_VERSION = 1
 FILE_NAME = "dataset.json"

@@ -22,10 +22,10 @@ from typing import Literal
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from embcomp.config_reading import read_yaml
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.data_pipelines.transforms import TRANSFORMS
 from embcomp.errors import ConfigError, DataError
+from embcomp.io.yaml_reading import read_yaml
 
 _CONDITION = re.compile(r"\s*(<=|>=|==|!=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from embcomp.atomic_files import write_atomically
 from embcomp.data_pipelines.schema import BayesMetrics
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
 from embcomp.errors import DataError
+from embcomp.io.atomic_files import write_atomically
 
 FORMAT_VERSION = 1
 

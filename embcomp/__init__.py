@@ -10,9 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from embcomp.artefact import save
-    from embcomp.artefact_loading import load
-    from embcomp.backend import BackendConfig
     from embcomp.backends import (
         BACKENDS,
         DNIS,
@@ -31,10 +28,12 @@ if TYPE_CHECKING:
         Sparse,
         Unified,
     )
-    from embcomp.collection import (
+    from embcomp.backends.base import BackendConfig
+    from embcomp.collection.collection import (
         CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection,
     )
+    from embcomp.collection.plan import Plan
     from embcomp.errors import (
         ArtefactError,
         BudgetError,
@@ -43,7 +42,8 @@ if TYPE_CHECKING:
         DataError,
         EmbcompError,
     )
-    from embcomp.plan import Plan
+    from embcomp.serving.artefact_loading import load
+    from embcomp.serving.artefact_saving import save
 
 __all__ = [
     "BACKENDS",
@@ -79,13 +79,13 @@ __all__ = [
 _HOMES = {
     "ArtefactError": "embcomp.errors",
     "BACKENDS": "embcomp.backends",
-    "BackendConfig": "embcomp.backend",
+    "BackendConfig": "embcomp.backends.base",
     "Blocks": "embcomp.backends",
     "BudgetError": "embcomp.errors",
     "CheckpointError": "embcomp.errors",
     "Coded": "embcomp.backends",
-    "CompressedEmbeddingBagCollection": "embcomp.collection",
-    "CompressedEmbeddingCollection": "embcomp.collection",
+    "CompressedEmbeddingBagCollection": "embcomp.collection.collection",
+    "CompressedEmbeddingCollection": "embcomp.collection.collection",
     "ConfigError": "embcomp.errors",
     "DNIS": "embcomp.backends",
     "DNISSearch": "embcomp.backends",
@@ -99,12 +99,12 @@ _HOMES = {
     "PQ": "embcomp.backends",
     "Matryoshka": "embcomp.backends",
     "OptEmbed": "embcomp.backends",
-    "Plan": "embcomp.plan",
+    "Plan": "embcomp.collection.plan",
     "QR": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
-    "load": "embcomp.artefact_loading",
-    "save": "embcomp.artefact",
+    "load": "embcomp.serving.artefact_loading",
+    "save": "embcomp.serving.artefact_saving",
 }
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from embcomp.learned import LearnedBuffers
+from embcomp.layers.learned_buffers import LearnedBuffers
 
 Norm = Literal[1, 2]
 

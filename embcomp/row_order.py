@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.low_dim import pruned_bytes
-from embcomp.budget import largest_int
-from embcomp.tables import TableSpec
+from embcomp.tables.budget import largest_int
+from embcomp.tables.specs import TableSpec
 
 
 def counts_or_ranks(table: TableSpec, counts: Mapping[str, Tensor]) -> Tensor:

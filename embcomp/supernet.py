@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from embcomp.constants import Constant
-from embcomp.learned import Penalised
-from embcomp.looked_up import LookedUp
+from embcomp.backends.stages import SearchContext
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.learned_buffers import Penalised
+from embcomp.layers.lookup_context import LookedUp
 from embcomp.row_gate import Norm, NormMeans, Step, Thresholds, relative_norms
-from embcomp.stages import SearchContext
-from embcomp.tables import TableSpec
+from embcomp.tables.specs import TableSpec
 from embcomp.width_masks import Columns, WidthDraws
 from embcomp.width_space import Widths
 

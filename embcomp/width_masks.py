@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embcomp.constants import Constant
-from embcomp.footprint import TensorFootprint
-from embcomp.hashing import hash_rows, salt, to_signed
-from embcomp.learned import LearnedBuffers
-from embcomp.looked_up import LookedUp
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.lookup_context import LookedUp
+from embcomp.tables.footprint import TensorFootprint
 
 _FINENESS = 1 << 30  # of probabilities
 

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import optuna
 from optuna.pruners import NopPruner
 
-from embcomp.budget import parse_budget
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.planning import TableSize, sizes_of_dataset
+from embcomp.planning.config_plan import TableSize, sizes_of_dataset
 from embcomp.search.candidate_jobs import CandidateJobs
 from embcomp.search.config import QUALITIES, SearchConfig
 from embcomp.search.correlation import choose_spread, correlate
@@ -43,6 +42,7 @@ from embcomp.search.staged import check_latency, check_stages
 from embcomp.search.storage import explained, open_storage, open_study
 from embcomp.search.training_evaluator import Slot, TrainingEvaluator, make_slots
 from embcomp.search.widths import widths_of
+from embcomp.tables.budget import parse_budget
 
 SEARCHES = "searches"
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from embcomp.config_reading import bind_dataclass, config_error, did_you_mean, listed
-from embcomp.config_section import PositiveInt, Section
+from embcomp.config.sections import PositiveInt, Section
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import bind_dataclass, config_error, did_you_mean, listed
 
 if TYPE_CHECKING:
-    from embcomp.backend import BackendConfig
-    from embcomp.row_types import RowType
+    from embcomp.backends.base import BackendConfig
+    from embcomp.tables.row_types import RowType
 
 ROW_TYPE = "row_type"
 """The key of a choice that is no setting of its method."""
@@ -41,7 +41,7 @@ class ChoiceConfig(Section):
     @classmethod
     def _lists_are_searched(cls, value: Any) -> Any:
         from embcomp.backends import BACKENDS
-        from embcomp.row_types import check_row_type
+        from embcomp.tables.row_types import check_row_type
 
         if isinstance(value, str):
             value = {"method": value}
@@ -97,7 +97,7 @@ class ChoiceConfig(Section):
     def configs(self, embedding_dim: int) -> dict[tuple[int, ...], tuple[BackendConfig, RowType]]:
         """The method's config and row type for each combination, by positions in the grid."""
         from embcomp.backends import BACKENDS
-        from embcomp.row_types import check_row_type
+        from embcomp.tables.row_types import check_row_type
 
         grid = self.grid(embedding_dim)
         found = {}

@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from embcomp.config import TrainConfig, parse_config
-from embcomp.config_reading import (
+from embcomp.config.sections import Bytes, PositiveFloat, Section
+from embcomp.config.train_config import TrainConfig, parse_config
+from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import (
     apply_override,
     config_error,
     describe_errors,
@@ -23,8 +25,6 @@ from embcomp.config_reading import (
     plain,
     read_yaml,
 )
-from embcomp.config_section import Bytes, PositiveFloat, Section
-from embcomp.errors import ConfigError
 from embcomp.search.choices import ChoiceConfig, GroupConfig
 from embcomp.search.sections import (
     EvaluatorConfig,
@@ -195,7 +195,7 @@ class SearchConfig(Section):
         Raises:
             ConfigError: when there is no such recipe, or it is not sound.
         """
-        from embcomp.catalog import find_recipe
+        from embcomp.config.catalog import find_recipe
 
         path = find_recipe(self.recipe)
         document = read_yaml(path)

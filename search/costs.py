@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embcomp.backend import BackendConfig
-from embcomp.footprint import Footprint, RowOptimizer
-from embcomp.planning import ConfigPlan
-from embcomp.row_types import RowType
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.planning.config_plan import ConfigPlan
 from embcomp.search.options import stored_together
 from embcomp.search.space import Candidate, Space
-from embcomp.table_row_types import RowTypes
-from embcomp.tables import TableSpec
+from embcomp.tables.footprint import Footprint, RowOptimizer
+from embcomp.tables.row_types import RowType
+from embcomp.tables.specs import TableSpec
 
 Stored = tuple[BackendConfig, RowType]
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from embcomp.backend import BackendConfig, full_table
-from embcomp.budget import parse_budget
-from embcomp.config import TrainConfig
-from embcomp.placement import (
+from embcomp.backends.base import BackendConfig, full_table
+from embcomp.config.train_config import TrainConfig
+from embcomp.planning.placement import (
     SHARDING,
     Device,
     Placement,
@@ -29,7 +28,8 @@ from embcomp.placement import (
 from embcomp.search.config import SearchConfig
 from embcomp.search.costs import Costs
 from embcomp.search.space import Candidate, Space
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.tables.budget import parse_budget
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)

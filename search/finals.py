@@ -18,9 +18,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from embcomp.atomic_files import write_atomically
-from embcomp.budget import format_bytes
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
+from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config import SearchConfig
 from embcomp.search.evaluators import Outcome, Rung, Running
 from embcomp.search.ledger import KIND, latest_attempts, originals
@@ -30,6 +29,7 @@ from embcomp.search.rungs import front_of
 from embcomp.search.runner import InHand, Jobs
 from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun
+from embcomp.tables.budget import format_bytes
 from embcomp.training.report import Report
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embcomp.budget import parse_budget
-from embcomp.config import TrainConfig
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.config.train_config import TrainConfig
 from embcomp.errors import BudgetError
-from embcomp.planning import TableSize, table_specs
+from embcomp.planning.config_plan import TableSize, table_specs
 from embcomp.search.config import SearchConfig
 from embcomp.search.repair import Repair
 from embcomp.search.sources import Asked, Proposal, Source
-from embcomp.table_row_types import RowTypes
+from embcomp.tables.budget import parse_budget
 
 
 class Gradient(Source):

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
-from embcomp.budget import format_bytes
 from embcomp.search.config import SearchConfig
 from embcomp.search.ledger import KIND, latest_attempts
 from embcomp.search.runner import OUTCOME, number_of
+from embcomp.tables.budget import format_bytes
 
 _SHOWN = 8
 _REFRESH = 1.0  # seconds

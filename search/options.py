@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from embcomp.backend import BackendConfig
 from embcomp.backends import Full
-from embcomp.config import TrainConfig
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.table_row_types import RowTypes, is_final
+from embcomp.config.train_config import TrainConfig
 from embcomp.errors import ConfigError
-from embcomp.row_types import ROW_TYPES, RowType
 from embcomp.search.choices import ROW_TYPE, GroupConfig
-from embcomp.table_row_types import RowTypes, is_final
-from embcomp.tables import TableSpec
+from embcomp.tables.row_types import ROW_TYPES, RowType
+from embcomp.tables.specs import TableSpec
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import plotly.graph_objects as plotly
 
-from embcomp.atomic_files import write_atomically
-from embcomp.budget import format_bytes
+from embcomp.io.atomic_files import write_atomically
 from embcomp.search.page_correlation import correlation_note, draw_correlation
 from embcomp.search.results import CandidateResult, PointResult, SearchResult
+from embcomp.tables.budget import format_bytes
 from embcomp.training.comparison_drawing import byte_ticks
 
 # Okabe and Ito's colours, told apart with any colour vision.

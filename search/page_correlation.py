@@ -6,8 +6,8 @@ import html
 
 import plotly.graph_objects as plotly
 
-from embcomp.budget import format_bytes
 from embcomp.search.results import SearchResult
+from embcomp.tables.budget import format_bytes
 
 _BLUE = "#0072B2"
 

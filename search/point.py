@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from embcomp.backend import BackendConfig
 from embcomp.backends import Full
+from embcomp.backends.base import BackendConfig
 from embcomp.backends.low_dim import LowDim
-from embcomp.config import TrainConfig, parse_config
-from embcomp.config_reading import plain
+from embcomp.config.train_config import TrainConfig, parse_config
+from embcomp.io.yaml_reading import plain
 from embcomp.search.config import SearchConfig
 from embcomp.search.space import Candidate, Space
 

@@ -19,12 +19,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from embcomp.budget import format_bytes
 from embcomp.errors import BudgetError
-from embcomp.placement import PlacementError
+from embcomp.planning.placement import PlacementError
 from embcomp.search.costs import Costs
 from embcomp.search.devices import Devices
 from embcomp.search.space import Candidate, Space
+from embcomp.tables.budget import format_bytes
 
 USED = 0.98
 """The share of the budget that candidates use, where the options allow it."""

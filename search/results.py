@@ -13,9 +13,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from embcomp.atomic_files import write_atomically
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
+from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config import SearchConfig
 from embcomp.search.correlation import RankCorrelation, RankedCandidate
 from embcomp.search.evaluators import Evaluator

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from embcomp.config_reading import bind_dataclass, config_error, listed
-from embcomp.config_section import Bytes, PositiveFloat, PositiveInt, Section, readable_bytes
+from embcomp.config.sections import Bytes, PositiveFloat, PositiveInt, Section, readable_bytes
+from embcomp.io.yaml_reading import bind_dataclass, config_error, listed
 
 LEAST_RANKED = 8
 """Candidates whose ranks in a search and after retraining are worth comparing."""

@@ -9,17 +9,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from embcomp.backend import BackendConfig
-from embcomp.config import TrainConfig
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.plan import Plan, ResolvedPlan, check_known
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.config.train_config import TrainConfig
 from embcomp.errors import ConfigError
-from embcomp.plan import Plan, ResolvedPlan, check_known
-from embcomp.planning import ConfigPlan, TableSize, plan_config, table_specs
-from embcomp.row_types import ROW_TYPES, RowType
+from embcomp.planning.config_plan import ConfigPlan, TableSize, plan_config, table_specs
 from embcomp.search.choices import ROW_TYPE, GroupConfig, RowBand
 from embcomp.search.config import SearchConfig
 from embcomp.search.options import Unit, fixed_unit, stored_together, unit_of
-from embcomp.table_row_types import RowTypes
-from embcomp.tables import TableSpec
+from embcomp.tables.row_types import ROW_TYPES, RowType
+from embcomp.tables.specs import TableSpec
 
 Candidate = tuple[int, ...]
 """The position of the chosen option, for each unit of a space."""

@@ -6,9 +6,9 @@ mean other things than those of a method that is trained once.
 
 from __future__ import annotations
 
-from embcomp.backend import BackendConfig
-from embcomp.config_reading import listed
+from embcomp.backends.base import BackendConfig
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import listed
 from embcomp.search.config import SearchConfig
 from embcomp.search.options import Unit
 from embcomp.search.space import Space

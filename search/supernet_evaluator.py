@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from embcomp.atomic_files import write_atomically
-from embcomp.config import TrainConfig, parse_config
+from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
+from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config import SearchConfig
 from embcomp.search.dataset_view import write_view
 from embcomp.search.evaluators import Evaluator, Outcome, Running, Task
@@ -27,7 +27,7 @@ from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun, full_steps, search_steps
 from embcomp.search.widths import widths_of
 from embcomp.supernet import Trial
-from embcomp.tables import TableSpec
+from embcomp.tables.specs import TableSpec
 from embcomp.training.console import RunConsole
 from embcomp.training.life import Life
 from embcomp.training.noise import quiet_libraries

@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from embcomp.atomic_files import write_atomically
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
+from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config import SearchConfig
 from embcomp.search.dataset_view import write_view
 from embcomp.search.evaluators import Evaluator, Outcome, Rung, Running, Task

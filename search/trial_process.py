@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from embcomp.atomic_files import write_atomically
+from embcomp.io.atomic_files import write_atomically
 
 PARENT = "EMBCOMP_SEARCH_WORKER"
 """Environment variable with the worker's process id and the second in which it began."""
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     threading.Thread(target=_die_with_worker, daemon=True).start()
 
-    from embcomp.config import load_config
+    from embcomp.config.train_config import load_config
     from embcomp.search.latency import look_up_microseconds
     from embcomp.training.api import train
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from embcomp.backend import BackendConfig
 from embcomp.backends import Full
+from embcomp.backends.base import BackendConfig
 from embcomp.backends.low_dim import LowDim
-from embcomp.config_reading import listed
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import listed
 from embcomp.search.options import Option
 from embcomp.search.space import Space
-from embcomp.tables import TableSpec
+from embcomp.tables.specs import TableSpec
 
 
 def widths_of(space: Space) -> list[list[int]]:

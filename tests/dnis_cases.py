@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from embcomp import CompressedEmbeddingBagCollection, DNISSearch
-from embcomp.forms import GroupForm
-from embcomp.tables import TableSpec
-from embcomp.testing.data import plain_tables
+from embcomp.collection.group_states import GroupForm
+from embcomp.tables.specs import TableSpec
+from embcomp.testing.check_data import plain_tables
 
 CUTS = {"t0": (5, 20), "t1": (30,), "t2": (10, 11, 40)}
 

@@ -10,7 +10,7 @@ import torch
 
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import ParquetLoader
-from embcomp.testing.data import joined
+from embcomp.testing.check_data import joined
 from embcomp.training import data, loop
 from embcomp.training.process import Process
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchrec.optim import RowWiseAdagrad
 
 from embcomp import CompressedEmbeddingBagCollection
-from embcomp.backend import BackendConfig
-from embcomp.forms import GroupForm
-from embcomp.plan import ResolvedPlan
-from embcomp.stages import Form, Past
-from embcomp.tables import TableSpec, specs_from_configs
+from embcomp.backends.base import BackendConfig
+from embcomp.backends.stages import Form, Past
+from embcomp.collection.group_states import GroupForm
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.tables.specs import TableSpec, specs_from_configs
 from embcomp.testing.planted import Planted
 from embcomp.training import metrics
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.toy import write_toy_dataset
-from embcomp.planning import TableSize
+from embcomp.planning.config_plan import TableSize
 from embcomp.search import training_evaluator
 from embcomp.search.api import Prepared, prepare_search
 from embcomp.search.config import SearchConfig, parse_search

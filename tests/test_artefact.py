@@ -13,13 +13,13 @@ import torch
 from torchrec.models.dlrm import DLRM
 
 from embcomp import Full, Hash, Plan, load, save
-from embcomp.artefact_folder import header_bytes
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ArtefactError, BudgetError, ConfigError, DataError
-from embcomp.footprint import count_bytes
-from embcomp.row_types import ROW_TYPES, served_footprint, unpack
+from embcomp.serving.artefact_folder import header_bytes
+from embcomp.tables.footprint import count_bytes
+from embcomp.tables.row_types import ROW_TYPES, served_footprint, unpack
 from embcomp.testing.cases import embed_ids, pooled, unpooled
-from embcomp.testing.data import awkward_tables, plain_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
 AWKWARD = (10, 6, 3)

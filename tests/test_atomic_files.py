@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from embcomp.atomic_files import write_atomically
+from embcomp.io.atomic_files import write_atomically
 
 
 def test_many_writers_at_once_leave_one_whole_file_and_nothing_else(tmp_path):

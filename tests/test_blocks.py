@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from embcomp import Blocks, ConfigError, Sparse
-from embcomp.forms import GroupForm
-from embcomp.stages import Form
+from embcomp.backends.stages import Form
+from embcomp.collection.group_states import GroupForm
 from embcomp.testing.cases import embed_ids
-from embcomp.testing.data import batch_of, plain_tables
+from embcomp.testing.check_data import batch_of, plain_tables
 from tests.dnis_cases import collection_of
 
 

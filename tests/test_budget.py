@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcomp.backends import QR, Full, Hash, Unified
-from embcomp.budget import format_bytes, largest_int, parse_budget
+from embcomp.collection.plan import Plan
 from embcomp.errors import BudgetError, ConfigError
-from embcomp.plan import Plan
-from embcomp.tables import TableSpec
+from embcomp.tables.budget import format_bytes, largest_int, parse_budget
+from embcomp.tables.specs import TableSpec
 
 
 @pytest.mark.parametrize(

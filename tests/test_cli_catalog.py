@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from embcomp.backends import BACKENDS
-from embcomp.catalog import find_recipe, recipe_folder, settings_of
 from embcomp.cli import app
-from embcomp.config import load_config
+from embcomp.config.catalog import find_recipe, recipe_folder, settings_of
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.importers import IMPORTERS
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.models import MODELS

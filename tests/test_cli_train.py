@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embcomp.cli import app
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.training.run_folder import RunFolder

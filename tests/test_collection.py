@@ -19,11 +19,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import QR, Full, Hash, Unified
 from embcomp.backends.qr import PairProduct
-from embcomp.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from embcomp.collection.collection import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
 from embcomp.errors import ConfigError
-from embcomp.hashing import salt, splitmix64
+from embcomp.layers.hashing import salt, splitmix64
 from embcomp.testing.cases import pooled
-from embcomp.testing.data import awkward_tables, batch_of, plain_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
 SHAPES = ["single", "ragged", "empty", "full_bags"]

@@ -9,7 +9,7 @@ import pytest
 
 import embcomp.backends
 import embcomp.models
-from embcomp.config import load_config, parse_config
+from embcomp.config.train_config import load_config, parse_config
 from embcomp.errors import ConfigError
 
 

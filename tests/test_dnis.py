@@ -10,13 +10,13 @@ import torch
 
 from embcomp import DNIS, ConfigError, DNISSearch, Full
 from embcomp.backends.dnis_optimizer import SelectionSGD, normalized
-from embcomp.config import parse_config
+from embcomp.backends.stages import Past
+from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
-from embcomp.frequency import traffic_cuts
-from embcomp.stages import Past
+from embcomp.layers.frequency_blocks import traffic_cuts
 from embcomp.testing.cases import embed_ids
-from embcomp.testing.data import awkward_tables, plain_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.life import Life

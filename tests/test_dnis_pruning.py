@@ -18,11 +18,11 @@ from embcomp import (
 )
 from embcomp.backends.dnis_elements import largest, least_element_bytes
 from embcomp.backends.dnis_pruning import choose_columns, column_scores
-from embcomp.forms import GroupForm
-from embcomp.stages import Form, Past
-from embcomp.tables import TableSpec
+from embcomp.backends.stages import Form, Past
+from embcomp.collection.group_states import GroupForm
+from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
-from embcomp.testing.data import awkward_tables, plain_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.dnis_cases import collection_of, holding, mixed_tables, searched, spec
 
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import yaml
 from typer.main import get_command
 
-from embcomp.catalog import find_recipe
 from embcomp.cli import app
-from embcomp.config import parse_config
+from embcomp.config.catalog import find_recipe
+from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.search.config import parse_search
 

@@ -1,4 +1,4 @@
-"""`embcomp.doctor` sees good sets, broken sets and dead interpreters, and says what to install."""
+"""`embcomp.cli.doctor_checks` sees good sets, broken sets and dead interpreters, and says what to install."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embcomp import doctor
 from embcomp.cli import app
-from embcomp.doctor import Finding, check, find_pairing, mend_line, series
+from embcomp.cli import doctor_checks as doctor
+from embcomp.cli.doctor_checks import Finding, check, find_pairing, mend_line, series
 
 GOOD_PROBE = {
     "cuda_driver": False,
@@ -131,7 +131,7 @@ def test_interpreter_killed_at_import_is_reported(monkeypatch, tmp_path):
 
 def test_doctor_and_help_load_no_heavy_package():
     code = (
-        "import sys, embcomp, embcomp.doctor, embcomp.cli\n"
+        "import sys, embcomp, embcomp.cli.doctor_checks, embcomp.cli\n"
         "heavy = {'torch', 'torchrec', 'fbgemm_gpu', 'polars', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from embcomp.backends import QR, Full, Hash, Unified
-from embcomp.footprint import count_bytes
-from embcomp.tables import TableSpec
+from embcomp.tables.footprint import count_bytes
+from embcomp.tables.specs import TableSpec
 
 
 def spec(rows, dim, name="t"):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embcomp.hashing import hash_rows, salt, splitmix64, to_signed
+from embcomp.layers.hashing import hash_rows, salt, splitmix64, to_signed
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

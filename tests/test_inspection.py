@@ -14,17 +14,17 @@ from typer.testing import CliRunner
 from embcomp import Full, Hash, LowDim, Unified, load, save
 from embcomp.backends import Blocks, Coded
 from embcomp.cli import app
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.errors import DataError
-from embcomp.hashing import hash_rows, salt, to_signed
-from embcomp.inspection import inspect_tables
-from embcomp.neighbours import embeddings, nearest
-from embcomp.row_uses import rows_of_ids
+from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.serving.inspection import inspect_tables
+from embcomp.serving.neighbours import embeddings, nearest
+from embcomp.serving.row_sharing import rows_of_ids
 from embcomp.testing.cases import embed_ids, pooled
-from embcomp.testing.data import awkward_tables, plain_tables
+from embcomp.testing.check_data import awkward_tables, plain_tables
 from embcomp.training import train
 from tests.backends_under_test import CASES
 from tests.training_cases import toy_config

@@ -8,11 +8,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from embcomp import CompressedEmbeddingBagCollection, ConfigError, Full, LowDim
 from embcomp.backends.low_dim import low_dim_form, pruned_bytes
-from embcomp.forms import GroupForm
-from embcomp.kept_rows import count_bits, pack, unpack
-from embcomp.tables import TableSpec
+from embcomp.collection.group_states import GroupForm
+from embcomp.layers.pruned_route import count_bits, pack, unpack
+from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
-from embcomp.testing.data import Declared, batch_of, plain_tables, random_batch
+from embcomp.testing.check_data import Declared, batch_of, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, Matryoshka
+from embcomp.collection.plan import Plan
 from embcomp.greedy_widths import allocate_greedily
-from embcomp.looked_up import LookedUp
-from embcomp.plan import Plan
-from embcomp.tables import TableSpec
-from embcomp.testing.data import plain_tables, random_batch
+from embcomp.layers.lookup_context import LookedUp
+from embcomp.tables.specs import TableSpec
+from embcomp.testing.check_data import plain_tables, random_batch
 from embcomp.testing.planted import plant
 from embcomp.width_masks import WidthDraws
 from embcomp.width_space import WidthSpace, width_choices

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchrec.distributed.types import LazyNoWait
 
 from embcomp import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, Full
-from embcomp.config_reading import bind_dataclass
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import bind_dataclass
 from embcomp.models import MODELS, AutoIntConfig, FMConfig, LRConfig, ModelConfig, ModelInputs
 from tests.model_cases import CASES, CONFIGS, DIM, NAMES, build, make_batch, make_kjt, make_tables
 

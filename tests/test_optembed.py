@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, LowDim, OptEmbed
-from embcomp.forms import GroupForm
-from embcomp.plan import Plan
-from embcomp.stages import Form, Past
-from embcomp.tables import TableSpec
+from embcomp.backends.stages import Form, Past
+from embcomp.collection.group_states import GroupForm
+from embcomp.collection.plan import Plan
+from embcomp.tables.specs import TableSpec
 from embcomp.testing.planted import plant
 from tests.learned_cases import SEARCH, TRAIN, Clicks, Memory, auc, begin, fit
 

@@ -109,7 +109,7 @@ def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
 
 
 def test_dependency_pins_are_the_pairing_that_doctor_calls_tested():
-    from embcomp.doctor import PAIRINGS
+    from embcomp.cli.doctor_checks import PAIRINGS
 
     tested = next(pairing for pairing in PAIRINGS if pairing.tested)
     wanted = {
@@ -121,7 +121,7 @@ def test_dependency_pins_are_the_pairing_that_doctor_calls_tested():
 
 
 def test_doctor_names_every_runtime_dependency():
-    from embcomp.doctor import RUNTIME
+    from embcomp.cli.doctor_checks import RUNTIME
 
     names = {
         dependency.split("=")[0].split(">")[0] for dependency in PROJECT["project"]["dependencies"]

@@ -10,9 +10,8 @@ import torch
 from torchrec import EmbeddingBagConfig
 
 from embcomp.backends import QR, Full, Hash, Unified
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.footprint import RowOptimizer
-from embcomp.placement import (
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.planning.placement import (
     PlacementError,
     Query,
     place,
@@ -20,6 +19,7 @@ from embcomp.placement import (
     smallest_memory,
     smallest_world,
 )
+from embcomp.tables.footprint import RowOptimizer
 
 GIB = 1 << 30
 

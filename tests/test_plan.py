@@ -10,10 +10,10 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from embcomp.backends import QR, Full, Hash, Unified
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.plan import Plan
 from embcomp.errors import BudgetError, ConfigError
-from embcomp.plan import Plan
-from embcomp.tables import TableSpec
+from embcomp.tables.specs import TableSpec
 
 
 def specs(*rows, dim=8):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from embcomp import BackendConfig, Full, load, save
-from embcomp.artefact_config import ArtefactConfig
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ArtefactError
-from embcomp.program import Program, export_program, program_inputs, write_program
+from embcomp.serving.artefact_config import ArtefactConfig
+from embcomp.serving.exported_program import Program, export_program, program_inputs, write_program
 from embcomp.testing.cases import pooled, unpooled
-from embcomp.testing.data import awkward_tables, plain_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.backends_under_test import CASES
 
 ALONE = """

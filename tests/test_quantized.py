@@ -12,7 +12,7 @@ from torchrec.quant.embedding_modules import (
 )
 
 from embcomp.testing.cases import pooled
-from embcomp.testing.data import awkward_tables, random_batch
+from embcomp.testing.check_data import awkward_tables, random_batch
 from tests.backends_under_test import CASES
 
 

@@ -7,7 +7,7 @@ import torch
 
 from embcomp import CompressedEmbeddingBagCollection, OptEmbed
 from embcomp.row_gate import Step
-from embcomp.testing.data import plain_tables, random_batch
+from embcomp.testing.check_data import plain_tables, random_batch
 
 
 def test_the_step_is_one_above_zero_only():

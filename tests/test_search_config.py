@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from embcomp.config import parse_config
+from embcomp.config.train_config import parse_config
 from embcomp.errors import BudgetError, ConfigError
-from embcomp.planning import sizes_of_dataset
+from embcomp.planning.config_plan import sizes_of_dataset
 from embcomp.search.api import prepare_search
 from embcomp.search.config import load_search, parse_search
 from embcomp.search.point import config_of, point_yaml, written_method
@@ -236,8 +236,8 @@ def test_resolved_search_is_read_back_equal(recipe, tmp_path):
 
 
 def test_a_point_is_an_ordinary_recipe_of_the_same_bytes(recipe, tmp_path):
-    from embcomp.config import load_config
-    from embcomp.planning import plan_config
+    from embcomp.config.train_config import load_config
+    from embcomp.planning.config_plan import plan_config
 
     choices = [{"method": "low_dim", "width": [1, 2, 4]}, {"method": "hash", "ratio": [0.1, 0.3]}]
     prepared = prepare(recipe, [3000, 600, 8], groups=[{"choices": choices}])

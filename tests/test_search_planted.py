@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embcomp.cli import app
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic import write_criteo_log
 from embcomp.data_pipelines.synthetic_rows import SyntheticConfig

@@ -7,14 +7,14 @@ import json
 import pytest
 import yaml
 
-from embcomp.artefact_loading import load
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.errors import ConfigError
-from embcomp.planning import plan_config
+from embcomp.planning.config_plan import plan_config
 from embcomp.search.api import search
 from embcomp.search.config import parse_search
 from embcomp.search.encoding import Encoding
 from embcomp.search.point import config_of, point_yaml
+from embcomp.serving.artefact_loading import load
 from embcomp.training import Report, train
 from embcomp.training.export import export_run
 from tests.search_cases import prepare, search_document, write_recipe

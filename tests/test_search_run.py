@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from embcomp.cli import app
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.search.config import parse_search
 from embcomp.search.dataset_view import write_view

@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torchrec.optim import RowWiseAdagrad
 
 from embcomp import DNIS
-from embcomp.config import TrainConfig, parse_config
+from embcomp.backends.stages import Stage
+from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.stages import Stage
 from embcomp.training import load_model, loop, train
 from embcomp.training.build import TrainTask, build_model, shard_model
 from embcomp.training.checkpoint import model_state

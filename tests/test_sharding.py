@@ -12,8 +12,8 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 
 from embcomp.backends import QR, Full, Hash, Unified
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.testing.data import joined, plain_tables, random_batch
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.testing.check_data import joined, plain_tables, random_batch
 from embcomp.testing.sharded import (
     Setup,
     check_meta_build,

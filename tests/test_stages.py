@@ -11,13 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from embcomp.artefact_folder import header_bytes
 from embcomp.backends import BACKENDS
-from embcomp.config import TrainConfig, load_config, parse_config
+from embcomp.config.train_config import TrainConfig, load_config, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.footprint import count_bytes
-from embcomp.planning import plan_config, sizes_of_dataset
+from embcomp.planning.config_plan import plan_config, sizes_of_dataset
+from embcomp.serving.artefact_folder import header_bytes
+from embcomp.tables.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.export import export_run
@@ -167,7 +167,7 @@ ATTEMPTS = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.training import api, loop, search_stage
 
 def run(path, runs, kill):

@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from embcomp import Full, Hash, LowDim, Plan, Unified, load, save
-from embcomp.artefact_folder import header_bytes
 from embcomp.cli import app
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.table_row_types import RowTypes
 from embcomp.errors import ConfigError
-from embcomp.planning import plan_config, sizes_of_dataset
-from embcomp.table_row_types import RowTypes
-from embcomp.testing.data import awkward_tables
+from embcomp.planning.config_plan import plan_config, sizes_of_dataset
+from embcomp.serving.artefact_folder import header_bytes
+from embcomp.testing.check_data import awkward_tables
 from embcomp.training import Report, evaluate, train
 from embcomp.training.export import export_run
 from tests.test_stages import staged_config

@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from embcomp.errors import ConfigError
-from embcomp.tables import (
+from embcomp.tables.specs import (
     PhysicalTable,
     SkipEmptyShards,
     TableSpec,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.config import PlateauConfig, TrainConfig
+from embcomp.config.train_config import PlateauConfig, TrainConfig
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.training import load_model, loop, train
 from embcomp.training.build import build_model, shard_model

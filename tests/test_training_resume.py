@@ -36,7 +36,7 @@ ATTEMPTS = """
 import os, socket, sys
 import torch
 torch.set_num_threads(1)
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.training import api, loop
 
 def run(rank, world_size, port, runs, kill_at):

@@ -18,7 +18,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from embcomp.config import load_config
+from embcomp.config.train_config import load_config
 from embcomp.training import api, loop
 
 config_path, folder = sys.argv[1], Path(sys.argv[2])

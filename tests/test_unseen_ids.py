@@ -9,9 +9,9 @@ import torch
 
 from embcomp import Hash, load, save
 from embcomp.backends import BACKENDS
-from embcomp.program import Program, export_program
+from embcomp.serving.exported_program import Program, export_program
 from embcomp.testing.cases import pooled
-from embcomp.testing.data import batch_of, plain_tables
+from embcomp.testing.check_data import batch_of, plain_tables
 from tests.backends_under_test import CASES
 from tests.test_docs import ROOT
 

@@ -13,19 +13,19 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typer.testing import CliRunner
 
 from embcomp import Full, LowDim, load
-from embcomp.artefact_folder import header_bytes
 from embcomp.backends.low_dim import low_dim_form
 from embcomp.cli import app
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.group_states import GroupForm
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.lookup import ValueIndex
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.errors import ConfigError
-from embcomp.forms import GroupForm
-from embcomp.serving_features import as_features
-from embcomp.testing.data import batch_of, plain_tables, random_batch
+from embcomp.serving.artefact_folder import header_bytes
+from embcomp.serving.serving_features import as_features
+from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.training import load_model, train
 from embcomp.training.vocabulary_rewrite import Renumbering, renumbered
 from tests.training_cases import toy_config

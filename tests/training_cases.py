@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from torchrec.optim import RowWiseAdagrad
 
-from embcomp.config import TrainConfig, parse_config
+from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embcomp.backend import BackendConfig
+from embcomp.backends.base import BackendConfig
 from embcomp.backends.blocks import Blocks
 from embcomp.backends.coded import Coded
 from embcomp.backends.dnis import DNIS

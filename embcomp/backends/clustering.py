@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.subvectors import Layout
-from embcomp.hashing import splitmix64
 from embcomp.kmeans import Clustering, kmeans, nearest
-from embcomp.tables import TableSpec
+from embcomp.layers.hashing import splitmix64
+from embcomp.tables.specs import TableSpec
 
 FREQUENCY_EXPONENT = 0.5
 """Ids count in clusterings by this power of their frequency: rare rows are mostly noise."""

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.backend import Backend
+from embcomp.backends.base import Backend
 from embcomp.backends.full import RangeCheck
+from embcomp.backends.stages import Stage
 from embcomp.backends.subvectors import Decode, Layout
 from embcomp.backends.vector_quantized import VectorQuantized, mean_init_std
 from embcomp.bits import gather_bits, pack_parts, packed_bytes
-from embcomp.constants import Constant
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint
-from embcomp.hashing import hash_rows, salt, to_signed
-from embcomp.learned import LearnedBuffers
-from embcomp.routing import Copies, common_count, per_value, renamed
-from embcomp.stages import Stage
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.routing import Copies, common_count, per_value, renamed
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 FREEZE = Stage(
     name="codes",

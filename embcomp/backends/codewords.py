@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embcomp.backends.subvectors import Decode, Layout
-from embcomp.constants import Constant
-from embcomp.hashing import hash_rows, salt, to_signed
 from embcomp.kmeans import nearest
-from embcomp.learned import LearnedBuffers, Penalised
-from embcomp.looked_up import LookedUp
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
+from embcomp.layers.lookup_context import LookedUp
 
 _DEAD = 1e-3  # share of the mean usage below which a codeword is moved
 _LEAST_MASS = 1e-9

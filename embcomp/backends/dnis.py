@@ -45,18 +45,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis_elements import elements_form, least_element_bytes
 from embcomp.backends.dnis_optimizer import SelectionSGD
 from embcomp.backends.dnis_pruning import blocks_form, choose_columns, column_scores
 from embcomp.backends.dnis_search import DNISSearch, Selection
 from embcomp.backends.full import Full
+from embcomp.backends.stages import Form, Past, Stage
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint
-from embcomp.frequency import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
-from embcomp.stages import Form, Past, Stage
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
+from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 Structure = Literal["block", "element"]
 

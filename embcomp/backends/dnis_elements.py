@@ -9,10 +9,10 @@ from torch import Tensor
 
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.sparse import Sparse, pointer_dtype
+from embcomp.backends.stages import Form
 from embcomp.errors import BudgetError
-from embcomp.frequency import block_ranges
-from embcomp.stages import Form
-from embcomp.tables import TableSpec
+from embcomp.layers.frequency_blocks import block_ranges
+from embcomp.tables.specs import TableSpec
 
 
 def least_element_bytes(tables: Sequence[TableSpec]) -> int:

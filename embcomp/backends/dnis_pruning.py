@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.blocks import Blocks, block_table, column_dtype
+from embcomp.backends.stages import Form
 from embcomp.errors import BudgetError
-from embcomp.frequency import block_ranges
-from embcomp.stages import Form
-from embcomp.tables import TableSpec
+from embcomp.layers.frequency_blocks import block_ranges
+from embcomp.tables.specs import TableSpec
 
 Cuts = Mapping[str, tuple[int, ...]]
 

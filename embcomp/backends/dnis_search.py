@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig, full_table
+from embcomp.backends.base import Backend, BackendConfig, full_table
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis_pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.constants import Constant
+from embcomp.backends.stages import Form
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.frequency import block_ranges, check_cuts, traffic_cuts
-from embcomp.learned import Penalised
-from embcomp.looked_up import LookedUp
-from embcomp.stages import Form
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.frequency_blocks import block_ranges, check_cuts, traffic_cuts
+from embcomp.layers.learned_buffers import Penalised
+from embcomp.layers.lookup_context import LookedUp
+from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 Selection = Literal["free", "prefix"]
 

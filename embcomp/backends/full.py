@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig, full_table
-from embcomp.constants import Constant
-from embcomp.footprint import footprint_of
-from embcomp.routing import common_count, per_value, renamed
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.backends.base import Backend, BackendConfig, full_table
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.routing import common_count, per_value, renamed
+from embcomp.tables.footprint import footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)

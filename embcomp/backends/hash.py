@@ -16,12 +16,12 @@ from typing import ClassVar
 from torch import nn
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
-from embcomp.budget import largest_int
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
-from embcomp.hashing import salt, to_signed
-from embcomp.routing import HashRoute
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.layers.hashing import salt, to_signed
+from embcomp.layers.routing import HashRoute
+from embcomp.tables.budget import largest_int
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 _RATIO_STEPS = 1 << 40  # a ratio is a multiple of this one's inverse, so it is an exact float
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.budget import largest_int
+from embcomp.backends.stages import Form
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint
-from embcomp.kept_rows import (
+from embcomp.layers.pruned_route import (
     KeptRoute,
     directory_bytes,
     directory_footprint,
@@ -31,8 +30,9 @@ from embcomp.kept_rows import (
     pack_all,
     unpack,
 )
-from embcomp.stages import Form
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.budget import largest_int
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
 @dataclass(frozen=True, kw_only=True)

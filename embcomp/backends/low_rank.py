@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.clustering import id_weights
 from embcomp.backends.full import Full, FullRoute, RangeCheck
+from embcomp.backends.stages import Form, Past, Stage
 from embcomp.backends.subvectors import (
     Decode,
     Layout,
@@ -30,11 +31,10 @@ from embcomp.backends.subvectors import (
     settled_groups,
 )
 from embcomp.backends.vector_quantized import projection_footprint
-from embcomp.budget import largest_int
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint
-from embcomp.stages import Form, Past, Stage
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.budget import largest_int
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 DENSE = Stage(name="dense", purpose="train the full tables")
 """The first stage of methods that compress trained tables."""

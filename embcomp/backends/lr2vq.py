@@ -24,13 +24,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcomp.backend import Backend, BackendConfig, full_table
+from embcomp.backends.base import Backend, BackendConfig, full_table
 from embcomp.backends.clustering import Codebooks, cluster, encode, id_weights, share_cold_rows
 from embcomp.backends.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.codewords import Codewords, Quantise
 from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.latent_choice import choose_latent_dim
 from embcomp.backends.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
+from embcomp.backends.stages import Form, Past, SearchContext, Stage
 from embcomp.backends.subvectors import Decode, Sharing
 from embcomp.backends.vector_quantized import (
     VectorQuantized,
@@ -39,10 +40,9 @@ from embcomp.backends.vector_quantized import (
     scales_footprint,
 )
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.kmeans import Clustering, missing_for
-from embcomp.stages import Form, Past, SearchContext, Stage
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 _AUTO = "auto"
 

@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from embcomp.backend import Backend
+from embcomp.backends.base import Backend
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form
 from embcomp.backends.searched_size import SearchedSize
+from embcomp.backends.stages import Form, Past, SearchContext, Stage
 from embcomp.errors import ConfigError
 from embcomp.evolution import Evolution, evolve
-from embcomp.footprint import TensorFootprint
 from embcomp.greedy_widths import allocate_greedily
-from embcomp.stages import Form, Past, SearchContext, Stage
 from embcomp.supernet import Supernet, Trial
-from embcomp.tables import TableSpec
+from embcomp.tables.footprint import TensorFootprint
+from embcomp.tables.specs import TableSpec
 from embcomp.width_masks import WidthDraws, draws_footprint
 from embcomp.width_space import Widths, WidthSpace
 

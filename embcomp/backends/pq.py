@@ -13,16 +13,16 @@ from typing import ClassVar
 
 import torch
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.clustering import cluster, encode, id_weights, share_cold_rows
 from embcomp.backends.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.full import Full
 from embcomp.backends.low_rank import DENSE
+from embcomp.backends.stages import Form, Past, Stage
 from embcomp.backends.vector_quantized import VectorQuantized
-from embcomp.footprint import Footprint
 from embcomp.kmeans import Clustering, missing_for
-from embcomp.stages import Form, Past, Stage
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)

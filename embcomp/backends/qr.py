@@ -24,13 +24,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
-from embcomp.budget import largest_int
-from embcomp.constants import Constant
 from embcomp.errors import ConfigError
-from embcomp.routing import Copies, common_count, per_value, renamed
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.routing import Copies, common_count, per_value, renamed
+from embcomp.tables.budget import largest_int
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 Combination = Literal["mult", "add", "concat"]
 

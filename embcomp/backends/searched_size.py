@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from typing_extensions import Self
 
-from embcomp.backend import BackendConfig, full_table
+from embcomp.backends.base import BackendConfig, full_table
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec
 from embcomp.width_space import width_choices
 
 

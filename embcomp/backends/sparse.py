@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.full import RangeCheck
-from embcomp.constants import Constant
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint
-from embcomp.learned import LearnedBuffers
-from embcomp.routing import Copies, per_value, renamed
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.routing import Copies, per_value, renamed
+from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from embcomp.constants import Constant
 from embcomp.errors import ConfigError
-from embcomp.tables import TableSpec, look_up_key
+from embcomp.layers.constant_tensors import Constant
+from embcomp.tables.specs import TableSpec, look_up_key
 
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""

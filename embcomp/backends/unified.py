@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from embcomp.backend import Backend, BackendConfig
-from embcomp.budget import largest_int
+from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint
-from embcomp.hashing import salt, to_signed
-from embcomp.routing import HashRoute
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.layers.hashing import salt, to_signed
+from embcomp.layers.routing import HashRoute
+from embcomp.tables.budget import largest_int
+from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
 
 
 @dataclass(frozen=True, kw_only=True)

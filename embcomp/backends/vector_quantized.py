@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from typing_extensions import Self
 
-from embcomp.backend import BackendConfig
+from embcomp.backends.base import BackendConfig
 from embcomp.backends.subvectors import (
     Layout,
     Sharing,
@@ -21,8 +21,8 @@ from embcomp.backends.subvectors import (
 )
 from embcomp.bits import MAX_BITS, bits_for, packed_bytes
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables import PhysicalTable, TableSpec, UniformInit
+from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit
 
 DEFAULT_CODEWORDS = 256
 _BITS_CHOSEN = range(1, 11)  # widths of a code that a budget may choose: k-means stays quick

@@ -10,7 +10,6 @@ from typer.core import TyperGroup
 from embcomp.cli import (
     catalog,
     compare,
-    console,
     demo,
     doctor,
     evaluate,
@@ -22,6 +21,9 @@ from embcomp.cli import (
     search,
     train,
     validate,
+)
+from embcomp.cli import (
+    consoles as console,
 )
 from embcomp.errors import EmbcompError
 

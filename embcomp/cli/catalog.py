@@ -10,10 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
-    from embcomp.stages import Stage
+    from embcomp.backends.stages import Stage
 
 
 def ls(
@@ -27,9 +27,9 @@ def ls(
     data: Annotated[Path, typer.Option(help="Where prepared datasets lie.")] = Path("data"),
 ) -> None:
     """List recipes, methods, models, prepared datasets and raw formats."""
-    from embcomp.catalog import KINDS, list_entries
-    from embcomp.config_reading import did_you_mean, listed
+    from embcomp.config.catalog import KINDS, list_entries
     from embcomp.errors import ConfigError
+    from embcomp.io.yaml_reading import did_you_mean, listed
 
     kinds = [known for known in KINDS if kind in (None, known)]
     if not kinds:
@@ -54,7 +54,7 @@ def cat(
     name: Annotated[str, typer.Argument(help="A recipe, method, model or dataset folder.")],
 ) -> None:
     """Print a recipe, the settings of a method or model, or what a dataset holds."""
-    from embcomp.catalog import find_recipe, method_classes, model_classes
+    from embcomp.config.catalog import find_recipe, method_classes, model_classes
 
     if (Path(name) / "dataset.json").is_file():
         _print_dataset(Path(name))
@@ -71,7 +71,7 @@ def cp(
     destination: Annotated[str, typer.Argument(help="A new file, or a folder.")],
 ) -> None:
     """Copy a recipe, to be changed; an existing file is never overwritten."""
-    from embcomp.catalog import copy_recipe
+    from embcomp.config.catalog import copy_recipe
 
     print(copy_recipe(recipe, destination))
 
@@ -79,8 +79,8 @@ def cp(
 def _print_settings(name: str, cls: type, key: str) -> None:
     import inspect
 
-    from embcomp.backend import BackendConfig
-    from embcomp.catalog import settings_of
+    from embcomp.backends.base import BackendConfig
+    from embcomp.config.catalog import settings_of
 
     out = console.stdout()
     module = inspect.getmodule(cls)
@@ -98,7 +98,7 @@ def _print_settings(name: str, cls: type, key: str) -> None:
 
 
 def _print_stages(stages: Sequence[Stage]) -> None:
-    from embcomp.catalog import stage_facts
+    from embcomp.config.catalog import stage_facts
 
     out = console.stdout()
     out.print("\nIts stages, each settable: [bold]train.stages: {name: {epochs: 1}}[/]")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
     from embcomp.training.comparison import Comparison

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from embcomp.cli import compare, console
+from embcomp.cli import compare
+from embcomp.cli import consoles as console
 
 
 def demo(
@@ -21,7 +22,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the generated log and the runs.")] = 2021,
 ) -> None:
     """Train AutoInt on full, hashed and Unified tables, from raw Criteo-format logs."""
-    from embcomp.demo import DemoConfig, run_demo
+    from embcomp.cli.demo_steps import DemoConfig, run_demo
 
     err = console.stderr()
     found = run_demo(

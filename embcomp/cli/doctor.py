@@ -6,14 +6,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[bold red]FAIL[/]"}
 
 
 def doctor() -> None:
     """Check versions, their pairing, imports and devices; exit code 1 when it cannot work."""
-    from embcomp.doctor import check
+    from embcomp.cli.doctor_checks import check
 
     report = check()
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -47,7 +47,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a run's best weights, checked against the trained model on real rows."""
-    from embcomp.table_row_types import RowTypes
+    from embcomp.collection.table_row_types import RowTypes
     from embcomp.training.export import export_run
 
     found = export_run(
@@ -80,7 +80,7 @@ def _widths(text: str | None) -> dict[str, int]:
 
 def print_export(found: Export) -> None:
     """Prints what was found, one line each."""
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     assert found.saved is not None
     assert found.parity is not None

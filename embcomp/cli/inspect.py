@@ -10,11 +10,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
-    from embcomp.artefact_report import ArtefactReport
-    from embcomp.inspection import TableFacts
+    from embcomp.serving.artefact_report import ArtefactReport
+    from embcomp.serving.inspection import TableFacts
 
 COLUMNS = (
     "table",
@@ -45,7 +45,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Show an artefact's tables: bytes, pruned and collided traffic, norms, codes, neighbours."""
-    from embcomp.artefact_report import inspect_artefact
+    from embcomp.serving.artefact_report import inspect_artefact
     from embcomp.training.noise import quiet_libraries
 
     with quiet_libraries():

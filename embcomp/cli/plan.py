@@ -10,12 +10,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
-    from embcomp.config import TrainConfig
-    from embcomp.placement import Placement
-    from embcomp.planning import ConfigPlan, Line, TableSize
+    from embcomp.config.train_config import TrainConfig
+    from embcomp.planning.config_plan import ConfigPlan, Line, TableSize
+    from embcomp.planning.placement import Placement
 
 NAMES_SHOWN = 3
 
@@ -51,11 +51,11 @@ def plan(
     Of a method that finds its size by training a config says the most that it may take, and a run
     what it has found.
     """
-    from embcomp.budget import parse_budget
-    from embcomp.catalog import find_recipe
-    from embcomp.config import load_config
+    from embcomp.config.catalog import find_recipe
+    from embcomp.config.train_config import load_config
     from embcomp.errors import BudgetError
-    from embcomp.planning import plan_config, read_sizes, sizes_of_dataset
+    from embcomp.planning.config_plan import plan_config, read_sizes, sizes_of_dataset
+    from embcomp.tables.budget import parse_budget
 
     forms = None
     if (Path(config) / "config.yaml").is_file():
@@ -72,7 +72,7 @@ def plan(
     try:
         found = plan_config(loaded, sizes, forms)
     except BudgetError as error:
-        from embcomp.ways_out import for_budget
+        from embcomp.planning.suggestions import for_budget
 
         console.fail(str(error))
         _print_ways_out(for_budget(loaded, sizes))
@@ -90,7 +90,7 @@ def plan(
 
 
 def _print_lines(found: ConfigPlan) -> None:
-    from embcomp.planning import total_line
+    from embcomp.planning.config_plan import total_line
 
     table = Table(box=console.BOX, pad_edge=False)
     for name in ("tables", "method"):
@@ -115,7 +115,7 @@ def _print_lines(found: ConfigPlan) -> None:
 
 
 def _cells(line: Line, label: str = "") -> list[str]:
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     names = [table.name for table in line.tables]
     if not label:
@@ -145,8 +145,8 @@ def _place(
     reserved: int,
     device: Literal["cuda", "cpu"],
 ) -> None:
-    from embcomp.placement import SHARDING, PlacementError, Query, place
-    from embcomp.ways_out import for_devices
+    from embcomp.planning.placement import SHARDING, PlacementError, Query, place
+    from embcomp.planning.suggestions import for_devices
 
     chosen = config.train.sharding
     query = Query(
@@ -169,7 +169,7 @@ def _place(
 
 
 def _print_placement(placement: Placement) -> None:
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     table = Table(box=console.BOX, pad_edge=False)
     table.add_column("rank", justify="right")
@@ -193,7 +193,7 @@ def _print_placement(placement: Placement) -> None:
 
 def _replicate(found: ConfigPlan, world_size: int, free: int) -> None:
     """Dense rows need no planner: every rank holds every table, its gradient and its state."""
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     each = found.replicated_bytes
     console.stdout().print(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 
 def prepare(

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
     from embcomp.search.api import Prepared
@@ -41,7 +41,7 @@ def search(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
 ) -> None:
     """Search; the same command again joins a search, or goes on with an interrupted one."""
-    from embcomp.catalog import find_recipe
+    from embcomp.config.catalog import find_recipe
     from embcomp.errors import ConfigError
     from embcomp.search.config import load_search
 
@@ -105,7 +105,7 @@ def show(result: SearchResult, folder: Path) -> None:
 
 
 def _show_space(loaded: object, tables: Path | None) -> None:
-    from embcomp.planning import read_sizes
+    from embcomp.planning.config_plan import read_sizes
     from embcomp.search.api import prepare_search
     from embcomp.search.config import SearchConfig
     from embcomp.search.examples import example_candidates
@@ -118,7 +118,7 @@ def _show_space(loaded: object, tables: Path | None) -> None:
 
 
 def _print_range(prepared: Prepared) -> None:
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     space, repair = prepared.space, prepared.repair
     low, high = repair.reachable
@@ -144,8 +144,8 @@ def _few(notes: Sequence[str]) -> list[str]:
 
 
 def _print_candidate(prepared: Prepared, name: str, candidate: Candidate) -> None:
-    from embcomp.budget import format_bytes
-    from embcomp.planning import plan_lines, total_line
+    from embcomp.planning.config_plan import plan_lines, total_line
+    from embcomp.tables.budget import format_bytes
 
     space, repair = prepared.space, prepared.repair
     labels = space.labels(candidate)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcomp.cli import console
+from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
     from embcomp.training.report import Report
@@ -22,8 +22,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report.")] = False,
 ) -> None:
     """Train; the same command again goes on where an interrupted run was."""
-    from embcomp.catalog import find_recipe
-    from embcomp.config import load_config
+    from embcomp.config.catalog import find_recipe
+    from embcomp.config.train_config import load_config
     from embcomp.training.api import train as run
     from embcomp.training.process import launched_by_torchrun
     from embcomp.training.watch import EXIT_CODE, RankFailedError
@@ -47,7 +47,7 @@ def is_first_rank() -> bool:
 
 def print_report(report: Report, folder: Path) -> None:
     """Prints a finished run's figures, one a line."""
-    from embcomp.budget import format_bytes
+    from embcomp.tables.budget import format_bytes
 
     size = f"{format_bytes(report.serve_bytes)} ({report.compression:.1f}x smaller)"
     lines = {

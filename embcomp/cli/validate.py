@@ -34,10 +34,10 @@ def _validate_dataset(folder: Path) -> None:
 
 
 def _validate_config(target: str, overrides: list[str]) -> None:
-    from embcomp.catalog import find_recipe
-    from embcomp.config import load_config
+    from embcomp.config.catalog import find_recipe
+    from embcomp.config.train_config import load_config
     from embcomp.data_pipelines.schema import FILE_NAME
-    from embcomp.planning import plan_config, sizes_of_dataset
+    from embcomp.planning.config_plan import plan_config, sizes_of_dataset
     from embcomp.search.config import is_search
 
     path = find_recipe(target)

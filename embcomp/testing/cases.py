@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.backend import BackendConfig
-from embcomp.collection import (
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
-from embcomp.testing.data import INIT, Declared
+from embcomp.testing.check_data import INIT, Declared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from embcomp.backends import BACKENDS
-from embcomp.footprint import count_bytes
-from embcomp.learned import LearnedBuffers
+from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.tables.footprint import count_bytes
 from embcomp.testing.cases import (
     BackendCase,
     embed_ids,
@@ -26,12 +26,7 @@ from embcomp.testing.cases import (
     pooled,
     unpooled,
 )
-from embcomp.testing.data import (
-    awkward_tables,
-    batch_of,
-    plain_tables,
-    random_batch,
-)
+from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, random_batch
 
 WIDTHS = (1, 2, 3, 6, 10, 16)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.testing.data import Declared
+from embcomp.testing.check_data import Declared
 
 
 @dataclass(frozen=True, kw_only=True)

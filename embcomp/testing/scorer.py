@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from embcomp.collection import (
+from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
 from embcomp.data_pipelines.batch import Batch
-from embcomp.learned import AddPenalty
+from embcomp.layers.learned_buffers import AddPenalty
 
 
 class PooledHead(nn.Module):

@@ -32,15 +32,15 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from embcomp.collection import (
+from embcomp.collection.collection import (
     AnyPlan,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
 from embcomp.data_pipelines.batch import Batch
-from embcomp.tables import splits_by_rows
+from embcomp.tables.specs import splits_by_rows
 from embcomp.testing.cases import expect
-from embcomp.testing.data import Declared, Shape, awkward_tables, joined, random_batch
+from embcomp.testing.check_data import Declared, Shape, awkward_tables, joined, random_batch
 from embcomp.testing.scorer import PooledHead, Scorer, UnpooledHead
 
 Sharding = Literal["table_wise", "row_wise", "column_wise", "data_parallel", "mixed"]

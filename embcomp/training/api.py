@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
@@ -33,7 +33,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     Under torchrun every rank calls it. The run's folder is `<runs>/<config.name>`.
 
     Args:
-        config: The run, from `embcomp.config.load_config`.
+        config: The run, from `embcomp.config.train_config.load_config`.
         runs: The folder of all runs.
         quiet: Whether to print nothing.
 

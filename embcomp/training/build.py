@@ -16,16 +16,16 @@ from torch.nn import functional
 from torchrec import EmbeddingBagConfig, PoolingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.config import TablesConfig, TrainConfig
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.plan import Plan, ResolvedPlan
+from embcomp.config.train_config import TablesConfig, TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.learned import AddPenalty
+from embcomp.layers.learned_buffers import AddPenalty
 from embcomp.models.base import ModelInputs
-from embcomp.plan import Plan, ResolvedPlan
-from embcomp.planning import config_to_plan
-from embcomp.tables import specs_from_configs
+from embcomp.planning.config_plan import config_to_plan
+from embcomp.tables.specs import specs_from_configs
 from embcomp.training.initial_rows import fill_function, initialize_rows
 from embcomp.training.optimizers import attach_fused_optimizer
 from embcomp.training.placement import make_sharder, plan_sharding

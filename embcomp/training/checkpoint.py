@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embcomp.budget import format_bytes
 from embcomp.errors import CheckpointError
+from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.process import Process
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as plotly
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from embcomp.budget import format_bytes
+from embcomp.tables.budget import format_bytes
 from embcomp.training.comparison import HEADINGS, ComparedRun, Comparison
 
 # Okabe and Ito's colours, told apart with any colour vision.

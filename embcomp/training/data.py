@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from embcomp.config import TrainConfig
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo

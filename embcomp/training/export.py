@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.artefact import AnyRowTypes, Saved, save_model
-from embcomp.artefact_config import ArtefactConfig
-from embcomp.artefact_loading import load
-from embcomp.budget import parse_budget
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.config import TrainConfig
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, ParityError
-from embcomp.program import Program, program_inputs, write_program
-from embcomp.row_types import RowType
-from embcomp.serving import ServingModel
-from embcomp.table_row_types import RowTypes
+from embcomp.serving.artefact_config import ArtefactConfig
+from embcomp.serving.artefact_loading import load
+from embcomp.serving.artefact_saving import AnyRowTypes, Saved, save_model
+from embcomp.serving.exported_program import Program, program_inputs, write_program
+from embcomp.serving.modules import ServingModel
+from embcomp.tables.budget import parse_budget
+from embcomp.tables.row_types import RowType
 from embcomp.training.build import model_inputs
 from embcomp.training.loading import load_model
 from embcomp.training.metrics import Metrics, compute_metrics

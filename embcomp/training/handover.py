@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embcomp.atomic_files import write_atomically
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.config import TrainConfig
+from embcomp.backends.stages import Form, Past
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.group_states import GroupForm
+from embcomp.collection.plan_document import plan_to_document
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.forms import GroupForm
-from embcomp.plan_document import plan_to_document
-from embcomp.stages import Form, Past
+from embcomp.io.atomic_files import write_atomically
 from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import model_state
 from embcomp.training.initial_rows import local_pieces

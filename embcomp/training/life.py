@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-from embcomp.backend import BackendConfig
-from embcomp.config import TrainConfig
-from embcomp.config_reading import listed
+from embcomp.backends.base import BackendConfig
+from embcomp.backends.stages import Stage
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.collection.plan_document import plan_from_document
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.plan import ResolvedPlan
-from embcomp.plan_document import plan_from_document
-from embcomp.stages import Stage
-from embcomp.tables import TableSpec
+from embcomp.io.yaml_reading import listed
+from embcomp.tables.specs import TableSpec
 from embcomp.training.build import main_plan
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.unrolled import check_unrolled

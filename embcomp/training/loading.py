@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from embcomp.config import TrainConfig
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.plan import ResolvedPlan
 from embcomp.training.build import UnshardedModel, build_model
 from embcomp.training.checkpoint import checkpoint_folder, read_state, saved_steps
 from embcomp.training.life import Life

@@ -16,9 +16,14 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from embcomp.config import DenseOptimizerConfig, PlateauConfig, RowOptimizerConfig, RunConfig
+from embcomp.backends.stages import Stage
+from embcomp.config.train_config import (
+    DenseOptimizerConfig,
+    PlateauConfig,
+    RowOptimizerConfig,
+    RunConfig,
+)
 from embcomp.errors import ConfigError
-from embcomp.stages import Stage
 from embcomp.training.placement import row_collections
 
 Parameters = Iterable[Tensor]

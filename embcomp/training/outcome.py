@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embcomp.atomic_files import write_atomically
+from embcomp.backends.stages import Stage
 from embcomp.errors import CheckpointError
-from embcomp.stages import Stage
+from embcomp.io.atomic_files import write_atomically
 from embcomp.training.logs import without_nan
 from embcomp.training.run_folder import StageFolder
 from embcomp.training.state import LoopState

@@ -38,7 +38,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 
 from embcomp.errors import ConfigError
-from embcomp.tables import splits_by_rows
+from embcomp.tables.specs import splits_by_rows
 from embcomp.training.process import Process
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]

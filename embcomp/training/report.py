@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embcomp.atomic_files import write_atomically
-from embcomp.config import TrainConfig
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.table_row_types import RowTypes
+from embcomp.io.atomic_files import write_atomically
 from embcomp.training.build import UnshardedModel
 from embcomp.training.evaluation import Evaluation
 from embcomp.training.logs import without_nan

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embcomp.atomic_files import write_atomically
-from embcomp.config import TrainConfig, load_config
+from embcomp.config.train_config import TrainConfig, load_config
 from embcomp.errors import ConfigError, EmbcompError
+from embcomp.io.atomic_files import write_atomically
 
 REPORT_FILE = "report.json"
 _CONFIG_FILE = "config.yaml"

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embcomp.atomic_files import write_atomically
-from embcomp.composite_combine import Combine
-from embcomp.config import TrainConfig
+from embcomp.backends.stages import Form
+from embcomp.collection.combine import Combine
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.stages import Form
+from embcomp.io.atomic_files import write_atomically
 from embcomp.training.batch_norm import refit, running_norms
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.console import RunConsole

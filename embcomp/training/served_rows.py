@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embcomp.collection import CompressedEmbeddingBagCollection
-from embcomp.config import TrainConfig
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.groups import Group
+from embcomp.collection.table_row_types import RowTypes, is_final, is_final_form
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.footprint import Footprint
-from embcomp.groups import Group
-from embcomp.planning import plan_config, sizes_of_dataset
-from embcomp.row_types import RowType, pack, served_footprint, unpack
-from embcomp.table_row_types import RowTypes, is_final, is_final_form
-from embcomp.tables import PhysicalTable, TableSpec
+from embcomp.planning.config_plan import plan_config, sizes_of_dataset
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.row_types import RowType, pack, served_footprint, unpack
+from embcomp.tables.specs import PhysicalTable, TableSpec
 from embcomp.training.build import TASK_PREFIX, UnshardedModel
 from embcomp.training.initial_rows import local_pieces
 

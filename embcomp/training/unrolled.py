@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embcomp.config import RowOptimizerConfig, TrainConfig
+from embcomp.config.train_config import RowOptimizerConfig, TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.training.build import loss_of

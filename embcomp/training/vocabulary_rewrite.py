@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.artefact_folder import RewrittenDataset
-from embcomp.backend import BackendConfig
 from embcomp.backends import Full, LowDim
-from embcomp.collection import CompressedEmbeddingBagCollection
+from embcomp.backends.base import BackendConfig
+from embcomp.backends.stages import Form
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.group_states import GroupForm
+from embcomp.collection.plan import ResolvedPlan
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.forms import GroupForm
-from embcomp.plan import ResolvedPlan
-from embcomp.stages import Form
-from embcomp.tables import TableSpec
+from embcomp.serving.artefact_folder import RewrittenDataset
+from embcomp.tables.specs import TableSpec
 
 _CHUNK = 1 << 16  # rows that are averaged together
 

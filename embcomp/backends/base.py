@@ -1,0 +1,265 @@
+"""The one interface behind which every compression method stands.
+
+A method is three things: a **route** from ids to the ids of physical rows, **physical tables** that
+TorchRec holds, shards and trains, and a **combine** from looked-up rows to embeddings. It serves a
+group of logical tables at once, so that the number of kernels does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.errors import BudgetError, ConfigError
+from embcomp.tables.budget import parse_budget
+from embcomp.tables.footprint import Footprint, footprint_of
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The parts of a method, built for one group of tables; the collection registers them.
+
+    Args:
+        physical_tables: what TorchRec holds. Bags are summed there.
+        keys: the physical look-ups, in the order in which ``combine`` wants their columns.
+        route: module from the group's features, one key for each (table, feature) in order, to
+            the physical look-ups, always the same keys in the same order. It holds no parameters
+            and no buffers but learnt ones (``embcomp.layers.constant_tensors``, ``embcomp.layers.learned_buffers``), and never
+            touches the weights.
+        combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
+            ``(B, sum of logical dims)``, one for each (table, feature) in order.
+        per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
+            one, before bags are pooled.
+        ids_per_value: how many physical ids ``route`` makes of one id within one key.
+        takes_ids: True when ``combine`` is called with the rows and a ``looked_up.LookedUp``, which
+            knows the logical ids and the samples that they were looked up for. Only with
+            ``per_row``.
+        skips: True when ``route`` gives a negative id where an id has no row under a key: nothing
+            is looked up there, and zeros stand for it. Only with one ``ids_per_value``.
+    """
+
+    physical_tables: Sequence[PhysicalTable]
+    keys: Sequence[str]
+    route: nn.Module
+    combine: nn.Module
+    per_row: bool = False
+    ids_per_value: int = 1
+    takes_ids: bool = False
+    skips: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(ABC):
+    """What a method needs to know about a group of tables that share it.
+
+    Args:
+        budget: serving bytes for the group, as ``"64MiB"``, a number of bytes, or a share of the
+            full tables as ``"10%"``. The method's size follows from it.
+    """
+
+    budget: str | int | None = None
+
+    name: ClassVar[str]
+    """The method's name in a configuration file."""
+    size_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that fix the method's size, one of which may be given, or a budget."""
+    learns_size: ClassVar[bool] = False
+    """Whether the serving form is found by training, so that its predicted bytes are a bound."""
+    hashes_small: ClassVar[bool] = False
+    """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            parse_budget(self.budget)
+        given = [key for key in (*self.size_fields, "budget") if self.__dict__[key] is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{self.name}: expected one of {self._size_choices}; got {' and '.join(given)}"
+            )
+
+    @property
+    def _size_choices(self) -> str:
+        return ", ".join((*self.size_fields, "budget"))
+
+    @property
+    def size(self) -> dict[str, float | int]:
+        """The size field that is given, or nothing where the size is still open."""
+        given = {key: self.__dict__[key] for key in self.size_fields}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def require_size(self) -> None:
+        """Raise a ConfigError where the size is still open."""
+        if self.size_fields and not self.size:
+            raise ConfigError(
+                f"{self.name}: the size is open; give one of {self._size_choices}, "
+                "or give the plan a budget"
+            )
+
+    def with_size(self, **size: float) -> Self:
+        """This configuration with one size field set, in place of any other and of the budget."""
+        cleared: dict[str, object] = dict.fromkeys((*self.size_fields, "budget"))
+        return replace(self, **(cleared | size))  # type: ignore[arg-type]
+
+    def named_tables(self) -> Sequence[str]:
+        """Names of tables in the method's settings; there must be such tables."""
+        return ()
+
+    def missing(self) -> str | None:
+        """What training needs that is not installed, and the way out; None where nothing is missing."""
+        return None
+
+    @abstractmethod
+    def keeps_full(self, table: TableSpec) -> bool:
+        """Whether compressing this table would not shrink it, so that it stays as it is."""
+
+    @abstractmethod
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        """The physical tables for tables that are compressed. Nothing is allocated."""
+
+    @abstractmethod
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        """The method's parts for tables that are compressed. Nothing big is allocated."""
+
+    @abstractmethod
+    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
+        """The largest configuration of at most ``budget`` serving bytes; None if there is none."""
+
+    @abstractmethod
+    def smallest(self, tables: Sequence[TableSpec]) -> Self:
+        """The configuration of the fewest serving bytes that the method can reach."""
+
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        """What the method stores beside its physical tables, for tables that are compressed."""
+        return Footprint()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The method's life; most methods are trained once, and that is all."""
+        return (Stage(name="train"),)
+
+    def first_form(self) -> BackendConfig:
+        """The method that holds the tables in the first stage."""
+        return self
+
+    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+        """The form in which a stage after the first begins.
+
+        Args:
+            stage: one of ``stages()``, not the first.
+            tables: the group, without those that stay full.
+            past: what earlier stages left.
+        """
+        return past.before
+
+    def search(
+        self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
+    ) -> Mapping[str, Any]:
+        """Run a stage of the kind ``search``; what it finds, as JSON values."""
+        raise NotImplementedError(f"{self.name} has no search stage")
+
+    def structure_optimizer(
+        self, stage: Stage, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer | None:
+        """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
+        return None
+
+    def slice_form(
+        self, tables: Sequence[TableSpec], form: Form, widths: Mapping[str, int]
+    ) -> Form:
+        """Trained tables cut to fewer columns, where every prefix of a row was trained to serve.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method.
+            widths: columns by table; tables that are not named stay as they are.
+
+        Raises:
+            ConfigError: for a table or a width that is not there, or a method that cannot.
+        """
+        raise ConfigError(
+            f"{self.name}: {', '.join(widths)} cannot be cut to fewer columns, as its rows were not "
+            "trained for that; matryoshka rows are, unless a budget has already cut them"
+        )
+
+    def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+        """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method; its rows may be missing.
+        """
+        return {}
+
+    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+        """The serving form: the same answers from nothing but what must be resident for them.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method, its tensors whole and on the CPU.
+        """
+        return form
+
+    def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        """Exact bytes for these tables, those that stay full included. Nothing is allocated.
+
+        Raises:
+            ConfigError: when the size is still open.
+        """
+        self.require_size()
+        small = [table for table in tables if not self.keeps_full(table)]
+        total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
+        if small:
+            total += footprint_of(self.physical_tables(small)) + self.dense_footprint(small)
+        return total
+
+    def fit_budget(self, tables: Sequence[TableSpec], budget: str | int) -> Self:
+        """The largest configuration of this method whose serving bytes stay within a budget.
+
+        Args:
+            tables: the whole group, those that will stay full included.
+            budget: bytes, or a share of what the full tables take.
+
+        Raises:
+            BudgetError: when even the smallest configuration is larger; the text names it.
+        """
+        full = sum(table.full_bytes for table in tables)
+        allowed = parse_budget(budget, full_bytes=full)
+        found = self.largest_within(tables, allowed)
+        if found is None:
+            smallest = self.smallest(tables)
+            floor = smallest.footprint(tables).serve_bytes
+            raise BudgetError(
+                f"{self.name}: {len(tables)} table(s) of {full:,} bytes cannot be held in "
+                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes. "
+                f"{self.way_out(tables)}"
+            )
+        return found
+
+    def way_out(self, tables: Sequence[TableSpec]) -> str:
+        """What to change when a budget is below the method's floor."""
+        kept = [table for table in tables if self.smallest(tables).keeps_full(table)]
+        out = "Raise the budget, or choose a method with a lower floor (hash, unified)."
+        if kept:
+            size = sum(table.full_bytes for table in kept)
+            out += f" {len(kept)} small table(s) stay full and take {size:,} of these bytes"
+            out += "; a lower collisionless would hash them too." if self.hashes_small else "."
+        return out
+
+
+def full_table(table: TableSpec) -> PhysicalTable:
+    """The physical table of an uncompressed logical one: the same name, rows and width."""
+    return PhysicalTable(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+        init_fn=table.init_fn or UniformInit(*table.init_bounds),
+        data_type=table.data_type,
+    )

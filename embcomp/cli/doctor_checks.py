@@ -1,0 +1,290 @@
+"""Is this installation able to run? Checked without trusting any part of it.
+
+torch, fbgemm_gpu and torchrec come from one build day each; a set that does not belong together
+fails at import, or kills the interpreter. So nothing of theirs is imported here: versions are read
+from package metadata, and the import itself is tried in a child process (`doctor_probe`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from embcomp.io.checkout import checkout_root, package_folder
+
+Level = Literal["ok", "warn", "fail"]
+
+PROBE_TIMEOUT_S = 180
+RUNTIME = (
+    "numpy",
+    "polars",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "typer",
+    "rich",
+    "safetensors",
+    "matplotlib",
+    "plotly",
+    "psutil",
+    "optuna",
+    "cmaes",
+)
+OPTIONAL = {"tensorboard": "training writes no TensorBoard logs; metrics.jsonl has them all"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """Versions (their first two numbers) that belong together."""
+
+    torch: str
+    torchrec: str
+    fbgemm: str
+    tested: bool
+
+
+PAIRINGS = (
+    Pairing(torch="2.13", torchrec="1.8", fbgemm="1.8", tested=True),
+    Pairing(torch="2.11", torchrec="1.6", fbgemm="1.6", tested=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report: what was looked at, what was found, and how bad that is."""
+
+    name: str
+    value: str
+    level: Level = "ok"
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All findings, and the pip line that mends the set when something failed."""
+
+    findings: list[Finding] = field(default_factory=list)
+    mend: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether nothing failed; warnings are allowed."""
+        return all(finding.level != "fail" for finding in self.findings)
+
+
+def check() -> Report:
+    """Looks at the interpreter, the packages, the pairing, the devices and the process groups."""
+    probe = run_probe()
+    findings = [_python(), _embcomp(), *_set_versions(), _pairing(), _fbgemm_provider()]
+    findings += _imports(probe)
+    findings += _devices(probe)
+    findings += _dependencies()
+    return Report(findings=findings, mend=mend_line(findings, probe))
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def series(version: str | None) -> str:
+    """The first two numbers of a version: `2.13.0+cpu` is of series `2.13`."""
+    match = re.match(r"(\d+\.\d+)", version or "")
+    return match.group(1) if match else ""
+
+
+def find_pairing(torch: str | None, torchrec: str | None, fbgemm: str | None) -> Pairing | None:
+    """The known pairing that these versions form, or None."""
+    wanted = (series(torch), series(torchrec), series(fbgemm))
+    for pairing in PAIRINGS:
+        if (pairing.torch, pairing.torchrec, pairing.fbgemm) == wanted:
+            return pairing
+    return None
+
+
+def fbgemm_distribution() -> tuple[str, str | None, str]:
+    """Which distribution provides `fbgemm_gpu`: its name, its version and a word on what it is.
+
+    The CUDA build, the CPU build and the metadata-only stand-in share names, so files decide: the
+    stand-in owns no file of the import package.
+    """
+    owners = []
+    for name in ("fbgemm-gpu", "fbgemm-gpu-cpu"):
+        try:
+            files = metadata.distribution(name).files or []
+        except metadata.PackageNotFoundError:
+            continue
+        if any(file.parts[:1] == ("fbgemm_gpu",) for file in files):
+            owners.append(name)
+    if len(owners) == 2:
+        return "fbgemm-gpu and fbgemm-gpu-cpu", installed("fbgemm-gpu"), "conflict"
+    if owners == ["fbgemm-gpu"]:
+        return "fbgemm-gpu", installed("fbgemm-gpu"), "CUDA build"
+    if owners == ["fbgemm-gpu-cpu"]:
+        stand_in = installed("fbgemm-gpu")
+        kind = "CPU build" + (f", with the fbgemm-gpu {stand_in} stand-in" if stand_in else "")
+        return "fbgemm-gpu-cpu", installed("fbgemm-gpu-cpu"), kind
+    if installed("fbgemm-gpu"):
+        return "fbgemm-gpu", installed("fbgemm-gpu"), "stand-in alone"
+    return "none", None, "missing"
+
+
+def run_probe() -> dict[str, Any]:
+    """Tries torch, fbgemm_gpu, torchrec and one look-up in a child process; see `doctor_probe`."""
+    # As source text, away from here: run as a file, its neighbours would shadow other packages.
+    command = [sys.executable, "-c", Path(__file__).with_name("doctor_probe.py").read_text()]
+    try:
+        child = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+            cwd=sys.prefix,
+        )
+    except subprocess.TimeoutExpired:
+        return {"died": f"no answer within {PROBE_TIMEOUT_S} s"}
+    found: dict[str, Any] = {}
+    for line in child.stdout.splitlines():
+        if line.startswith("{"):
+            found.update(json.loads(line))
+    if child.returncode < 0:
+        found["died"] = f"the interpreter was killed by signal {-child.returncode}"
+    elif child.returncode > 0 and "error" not in found:
+        last = child.stderr.strip().splitlines()[-1:]
+        found["died"] = last[0] if last else f"exit code {child.returncode}"
+    return found
+
+
+def mend_line(findings: list[Finding], probe: dict[str, Any]) -> str:
+    """The pip line that mends what failed, for the kind of machine this one is; or ""."""
+    failed = {finding.name: finding for finding in findings if finding.level == "fail"}
+    if not failed:
+        return ""
+    if set(failed) == {"packages"}:
+        return f"{sys.executable} -m {failed['packages'].note}"
+    tested = next(pairing for pairing in PAIRINGS if pairing.tested)
+    pins = f"torch=={tested.torch}.* torchrec=={tested.torchrec}.*"
+    python = f"{sys.executable} -m pip"
+    clean = f"{python} uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
+    if probe.get("cuda_driver"):
+        return f'{clean}; {python} install {_quote(pins)} "fbgemm-gpu=={tested.fbgemm}.*"'
+    checkout = checkout_root()
+    if (checkout / "requirements-cpu.txt").is_file():
+        return f"{clean}; cd {checkout} && {python} install -r requirements-cpu.txt"
+    # Without the checkout there is no stand-in: torchrec must not pull the CUDA build in.
+    cpu = f'"torch=={tested.torch}.*" "fbgemm-gpu-cpu=={tested.fbgemm}.*"'
+    extra = "tensordict torchmetrics pyre-extensions tqdm"
+    return (
+        f"{clean}; {python} install {cpu} {extra} && "
+        f'{python} install --no-deps "torchrec=={tested.torchrec}.*"'
+    )
+
+
+def _quote(pins: str) -> str:
+    return " ".join(f'"{pin}"' for pin in pins.split())
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(name="python", value=f"{version} ({sys.executable})")
+
+
+def _embcomp() -> Finding:
+    version = installed("embcomp")
+    where = str(package_folder())
+    if version is None:
+        note = "run from a checkout that is not installed: pip install -e ."
+        return Finding(name="embcomp", value=where, level="warn", note=note)
+    return Finding(name="embcomp", value=f"{version} ({where})")
+
+
+def _set_versions() -> Iterator[Finding]:
+    for name in ("torch", "torchrec"):
+        version = installed(name)
+        yield Finding(name=name, value=version or "missing", level="ok" if version else "fail")
+
+
+def _pairing() -> Finding:
+    torch, torchrec = installed("torch"), installed("torchrec")
+    fbgemm = fbgemm_distribution()[1]
+    value = f"torch {torch} + torchrec {torchrec} + fbgemm {fbgemm}"
+    pairing = find_pairing(torch, torchrec, fbgemm)
+    if pairing is None:
+        known = "; ".join(f"{p.torch} + {p.torchrec} + {p.fbgemm}" for p in PAIRINGS)
+        note = f"not a known set (torch + torchrec + fbgemm: {known})"
+        return Finding(name="pairing", value=value, level="warn", note=note)
+    if not pairing.tested:
+        note = "these versions belong together, but embcomp's tests run on another set"
+        return Finding(name="pairing", value=value, level="warn", note=note)
+    return Finding(name="pairing", value=value, note="a tested set")
+
+
+def _fbgemm_provider() -> Finding:
+    name, version, kind = fbgemm_distribution()
+    bad = {
+        "conflict": "both builds own the same files: uninstall both, then install one",
+        "stand-in alone": "the stand-in has no code: install fbgemm-gpu-cpu too",
+        "missing": "nothing provides the module fbgemm_gpu",
+    }
+    value = f"{name} {version or ''}".strip()
+    if kind in bad:
+        return Finding(name="fbgemm_gpu from", value=value, level="fail", note=bad[kind])
+    return Finding(name="fbgemm_gpu from", value=value, note=kind)
+
+
+def _imports(probe: dict[str, Any]) -> Iterator[Finding]:
+    for step in ("import torch", "import fbgemm_gpu", "import torchrec", "look-up"):
+        if step in probe:
+            yield Finding(name=step, value=probe[step])
+            continue
+        why = probe.get("error") or probe.get("died") or "no answer"
+        yield Finding(name=step, value="fails", level="fail", note=str(why))
+        return
+
+
+def _devices(probe: dict[str, Any]) -> Iterator[Finding]:
+    if "import torch" not in probe:
+        return
+    cores = f"cpu ({probe['cores']} cores, {probe['threads']} threads)"
+    yield Finding(name="devices", value=", ".join([cores, *probe["cuda_devices"]]))
+    if probe["cuda_driver"] and not probe["cuda_devices"]:
+        note = f"a driver is here, but torch is the {probe['torch_build']} build"
+        yield Finding(name="cuda", value="not usable", level="warn", note=note)
+    if not probe["gloo"]:
+        note = "training needs a process group even on one process"
+        yield Finding(name="gloo", value="missing", level="fail", note=note)
+    else:
+        yield Finding(name="gloo", value="available")
+    if not probe["nccl"]:
+        needed = bool(probe["cuda_devices"])
+        note = "several GPUs cannot train together" if needed else "only GPUs need it"
+        yield Finding(name="nccl", value="missing", level="warn" if needed else "ok", note=note)
+    else:
+        yield Finding(name="nccl", value="available")
+
+
+def _dependencies() -> Iterator[Finding]:
+    missing = [name for name in RUNTIME if installed(name) is None]
+    if missing:
+        note = f"pip install {' '.join(missing)}"
+        yield Finding(name="packages", value=f"missing: {missing}", level="fail", note=note)
+    else:
+        found = ", ".join(f"{name} {installed(name)}" for name in RUNTIME)
+        yield Finding(name="packages", value=found)
+    for name, loss in OPTIONAL.items():
+        version = installed(name)
+        if version is None:
+            yield Finding(name=name, value="missing", level="warn", note=f"harmless: {loss}")
+        else:
+            yield Finding(name=name, value=version)

@@ -1,0 +1,403 @@
+"""Compressed tables where TorchRec's collections are used.
+
+``route``, ``rows`` and ``combine`` are children of the collection, called one after another: the
+only shape in which TorchRec shards the inner collection, pipelines it and moves ``route`` ahead of
+it. Their names, and those of the physical tables, are the format of checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from typing_extensions import Self
+
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.combine import Combine, PooledCombine, UnpooledCombine
+from embcomp.collection.group_states import (
+    GroupForm,
+    group_names,
+    pad_columns,
+    read_forms,
+    state_name,
+)
+from embcomp.collection.groups import Group, instances_of
+from embcomp.collection.plan import Plan, ResolvedPlan
+from embcomp.collection.route import CompositeRoute
+from embcomp.errors import ConfigError
+from embcomp.layers.learned_buffers import penalty_of
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
+
+AnyPlan = Plan | ResolvedPlan | BackendConfig | Mapping[str, BackendConfig] | None
+
+
+def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
+    """The methods of a plan, built for their tables.
+
+    Args:
+        plan: the method of every table.
+        unpooled: whether all methods' rows are looked up one by one, not only those that need it.
+    """
+    groups = [
+        Group(
+            config=config,
+            tables=tables,
+            backend=(backend := config.build(tables)),
+            instances=[i for i in instances_of(plan.tables) if i.table in tables],
+            unpooled=unpooled or backend.per_row,
+        )
+        for config, tables in plan.groups
+    ]
+    names = [table.name for group in groups for table in group.backend.physical_tables]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"physical tables {', '.join(twice)} clash; rename the logical ones")
+    return groups
+
+
+def _inner(
+    groups: Sequence[Group], *, is_weighted: bool, device: torch.device | None
+) -> EmbeddingBagCollection | None:
+    """The TorchRec collection that holds the groups' rows; None when there is nothing to hold."""
+    tables = [table.config() for group in groups for table in group.backend.physical_tables]
+    if not tables:
+        return None
+    return EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
+
+
+class _Compressed(nn.Module):
+    """What both collections share: the plan, the physical rows and their bytes."""
+
+    route: CompositeRoute
+    rows: Any  # EmbeddingBagCollection of pooled look-ups, sharded or not; None without any
+    unpooled_rows: Any  # the same for look-ups in bags of one
+    combine: nn.Module
+
+    def _set_up(
+        self,
+        specs: list[TableSpec],
+        plan: AnyPlan,
+        *,
+        unpooled: bool,
+        is_weighted: bool,
+        device: torch.device | None,
+    ) -> list[Group]:
+        self._device = device or torch.device("cpu")
+        self._plan = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
+        with self._device:  # learnt buffers, as long as a vocabulary, are made where they belong
+            groups = build_groups(self._plan, unpooled=unpooled)
+        self._groups = groups
+        self._physical = [t for group in groups for t in group.backend.physical_tables]
+        self.route = CompositeRoute(groups, is_weighted=is_weighted)
+        self.rows = _inner(
+            [group for group in groups if not group.unpooled],
+            is_weighted=is_weighted,
+            device=device,
+        )
+        self.unpooled_rows = _inner(
+            [group for group in groups if group.unpooled], is_weighted=is_weighted, device=device
+        )
+        return groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where the collection was built."""
+        return self._device
+
+    @property
+    def plan(self) -> ResolvedPlan:
+        """The method of every table, all sizes fixed."""
+        return self._plan
+
+    @property
+    def footprint(self) -> Footprint:
+        """Predicted bytes; ``serving_tensors`` holds exactly ``footprint.serve_bytes``."""
+        return self._plan.footprint
+
+    @property
+    def physical_tables(self) -> list[PhysicalTable]:
+        """The tables that TorchRec holds."""
+        return list(self._physical)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The methods as built, each with its tables."""
+        return list(self._groups)
+
+    def inner_collections(self) -> Iterator[nn.Module]:
+        """The TorchRec collections that hold the rows, sharded or not."""
+        for inner in (self.rows, self.unpooled_rows):
+            if inner is not None:
+                yield inner
+
+    def penalty(self) -> Tensor | None:
+        """What the last forward pass in training mode adds to the loss, where a method says so.
+
+        A training loop of your own adds it to its loss; `embcomp train` does.
+        """
+        return penalty_of(self.combine)
+
+    def detach_rows(self, detached: bool) -> None:
+        """Keep gradients from the rows, as when only a method's structure learns, or stop that."""
+        combine = self.combine
+        assert isinstance(combine, Combine)
+        combine.detach_rows(detached)
+
+    def forms(self) -> list[GroupForm]:
+        """Every method with its tables and tensors; only for a collection that is not sharded."""
+        return read_forms(self._groups, self._inner_weights(), self.route, self.combine)
+
+    def _inner_weights(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for inner in self.inner_collections():
+            if not isinstance(inner, EmbeddingBagCollection):
+                raise TypeError(
+                    "expected an unsharded collection; load the checkpoint into one to export it"
+                )
+            weights |= {name: bag.weight for name, bag in inner.embedding_bags.items()}
+        return weights
+
+    def names_of(self, index: int, names: Iterable[str]) -> dict[str, str]:
+        """Names in the collection's state dict of the tensors in the form of a group.
+
+        Args:
+            index: the group's place in ``plan.groups``.
+            names: as in ``Form.tensors``.
+        """
+        inner = "unpooled_rows" if self._groups[index].unpooled else "rows"
+        return {name: state_name(name, index, inner) for name in names}
+
+    def serving_tensors(self) -> dict[str, Tensor]:
+        """What must be resident to answer look-ups, as `compact` leaves it.
+
+        Only for a collection that is not sharded; load a checkpoint into one to export it.
+        """
+        compacted = self.compact()
+        weights = compacted._inner_weights()
+        tensors = {
+            table.name: weights[table.name].detach()[:, : table.embedding_dim].contiguous()
+            for table in compacted._physical
+        }
+        for part, module in (("route", compacted.route), ("combine", compacted.combine)):
+            tensors |= {f"{part}.{key}": value for key, value in module.state_dict().items()}
+        return tensors
+
+    def compact(self) -> Self:
+        """The same answers from serving forms alone: nothing pruned is left, no mask is kept.
+
+        A collection whose methods are serving forms already is returned as it is. Only for a
+        collection that is not sharded.
+        """
+        forms = self.forms()
+        compacted = [
+            GroupForm(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
+            for each in forms
+        ]
+        if all(new.form is old.form for new, old in zip(compacted, forms)):
+            return self
+        return self._with_forms(compacted)
+
+    def sliced(self, widths: Mapping[str, int]) -> Self:
+        """The same tables with fewer columns, of methods that train every prefix of a row.
+
+        Args:
+            widths: columns by table.
+
+        Raises:
+            ConfigError: for a table or a width that is not there, or a method that cannot.
+        """
+        known = [table.name for table in self._plan.tables]
+        unknown = [name for name in widths if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"no table is called {', '.join(unknown)}; the tables are {', '.join(known)}"
+            )
+        cut: list[GroupForm] = []
+        for each in self.forms():
+            own = {t.name: widths[t.name] for t in each.tables if t.name in widths}
+            form = each.form.config.slice_form(each.tables, each.form, own) if own else each.form
+            cut.append(GroupForm(tables=each.tables, form=form))
+        return self._with_forms(cut)
+
+    def _with_forms(self, forms: Sequence[GroupForm]) -> Self:
+        """This collection rebuilt from other forms of its tables."""
+        methods = {t.name: each.form.config for each in forms for t in each.tables}
+        rebuilt = self._rebuilt(ResolvedPlan(self._plan.tables, methods))
+        rebuilt.load_forms(forms)
+        rebuilt.train(self.training)
+        return rebuilt
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        raise NotImplementedError
+
+    def load_forms(self, forms: Sequence[GroupForm]) -> None:
+        """Fill this collection with tensors in the forms that it was built from.
+
+        Args:
+            forms: any number of them for one group of this collection.
+        """
+        state = self.state_dict()
+        for name, tensor in self.state_of(forms).items():
+            state[name] = pad_columns(tensor, state[name])
+        self.load_state_dict(state)
+
+    def state_of(self, forms: Sequence[GroupForm]) -> dict[str, Tensor]:
+        """The forms' tensors by their names in the collection's state dict, without padding."""
+        return {
+            state: each.form.tensors[name]
+            for index, group in enumerate(self._groups)
+            for each in forms
+            if each.form.tensors and each.form.config == group.config
+            for name, state in self.names_of(index, group_names(group, each.form.tensors)).items()
+        }
+
+
+class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):
+    """Pooled embeddings from compressed tables, in place of TorchRec's EmbeddingBagCollection.
+
+    Args:
+        tables: TorchRec's table configs. They are read, never changed.
+        plan: a method for all tables, methods by table name, or a Plan; all full by default.
+        is_weighted: whether ids carry weights. Averaged bags are then ``sum(w * e) / length``,
+            as in FBGEMM's kernels.
+        device: where to build; ``meta`` to allocate nothing.
+
+    Raises:
+        ConfigError: for tables or a plan that cannot be.
+        BudgetError: for a budget below the floor, which the text names.
+
+    Example::
+
+        tables = [EmbeddingBagConfig(name="t", embedding_dim=16, num_embeddings=10**6,
+                                     feature_names=["f"])]
+        collection = CompressedEmbeddingBagCollection(tables, Unified(budget="10%"))
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        plan: AnyPlan = None,
+        is_weighted: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        specs = specs_from_configs(tables)
+        self._configs = _logical_configs(tables, specs)
+        self._is_weighted = is_weighted
+        groups = self._set_up(specs, plan, unpooled=False, is_weighted=is_weighted, device=device)
+        self.combine = PooledCombine(groups, instances_of(specs))
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        return type(self)(self._configs, plan, self._is_weighted, self._device)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool.
+
+        Args:
+            features: bags of int32 or int64 ids; B bags for each feature.
+
+        Returns:
+            (B, sum of embedding_dims), keys and widths as declared: the feature's name, or
+            ``feature@table`` when a feature is in several tables. Empty bags give zeros.
+        """
+        # Traced by the train pipeline: no look at the batch here, and no call but of children.
+        x = self.route(features)
+        if self.unpooled_rows is None:
+            return self.combine(self.rows(x[0]), None, x[2])
+        if self.rows is None:
+            return self.combine(None, self.unpooled_rows(x[1]), x[2])
+        return self.combine(self.rows(x[0]), self.unpooled_rows(x[1]), x[2])
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids carry weights."""
+        return self._is_weighted
+
+
+class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
+    """One embedding per id from compressed tables, in place of TorchRec's EmbeddingCollection.
+
+    Args:
+        tables: TorchRec's table configs. They are read, never changed.
+        plan: a method for all tables, methods by table name, or a Plan; all full by default.
+        device: where to build; ``meta`` to allocate nothing.
+        need_indices: whether the ids go along, as the JaggedTensors' weights.
+
+    Raises:
+        ConfigError: for tables or a plan that cannot be.
+        BudgetError: for a budget below the floor, which the text names.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingConfig],
+        plan: AnyPlan = None,
+        device: torch.device | None = None,
+        need_indices: bool = False,
+    ) -> None:
+        super().__init__()
+        specs = specs_from_configs(tables)
+        dims = sorted({table.embedding_dim for table in specs})
+        if len(dims) > 1:
+            raise ConfigError(f"tables of one collection must have one embedding_dim, got {dims}")
+        self._configs = _logical_configs(tables, specs)
+        self._need_indices = need_indices
+        groups = self._set_up(specs, plan, unpooled=True, is_weighted=False, device=device)
+        self._names_by_table = [
+            [i.key for i in instances_of(specs) if i.table is table] for table in specs
+        ]
+        self.combine = UnpooledCombine(groups, instances_of(specs), need_indices=need_indices)
+
+    def _rebuilt(self, plan: ResolvedPlan) -> Self:
+        return type(self)(self._configs, plan, self._device, self._need_indices)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Look up.
+
+        Args:
+            features: bags of int32 or int64 ids; B bags for each feature.
+
+        Returns:
+            For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
+            (number of the feature's ids, embedding_dim) values in B bags.
+        """
+        x = self.route(features)
+        return self.combine(None, self.unpooled_rows(x[1]), x[2])
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def need_indices(self) -> bool:
+        """Whether the ids go along."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """Width of every embedding."""
+        return self._configs[0].embedding_dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Output keys of each table."""
+        return self._names_by_table
+
+
+def _logical_configs(tables: Sequence, specs: Sequence[TableSpec]) -> list:
+    """The user's configs, with the feature names that TorchRec would have written into them."""
+    return [
+        dataclasses.replace(table, feature_names=list(spec.feature_names))
+        for table, spec in zip(tables, specs)
+    ]

@@ -1,0 +1,245 @@
+"""One combine for all methods of a collection: from looked-up rows to embeddings.
+
+Like ``embcomp.collection.route`` it is a leaf for TorchRec's train pipeline, and holds no buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.types import LazyAwaitable
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embcomp.backends.base import Backend
+from embcomp.collection.groups import Group, Instance
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.lookup_context import LookedUp
+from embcomp.tables.specs import PhysicalTable
+
+
+class Rows(nn.Module):
+    """Picks physical look-ups by key out of what TorchRec returns, padding cut off.
+
+    A sharded collection orders its output by sharding type and rank, so position means nothing.
+
+    Args:
+        groups: the methods whose look-ups one inner collection holds.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        super().__init__()
+        self._widths = [group.width for group in groups]
+        self._wanted = [
+            (key, table.embedding_dim)
+            for group in groups
+            for key, table in _in_order(group.backend)
+        ]
+        self._columns: dict[tuple[str, ...], Constant | None] = {}
+        self.detach = False
+
+    def forward(self, rows: KeyedTensor) -> list[Tensor]:
+        """Split ``(B, all physical columns)`` into one ``(B, width)`` tensor per method."""
+        keys = tuple(rows.keys())
+        if keys not in self._columns:
+            self._columns[keys] = self._pick(keys, rows.length_per_key())
+        columns = self._columns[keys]
+        # Fused kernels update rows in every backward pass, unless no gradient reaches them.
+        values = rows.values().detach() if self.detach else rows.values()
+        if columns is not None:
+            values = values.index_select(1, columns.on(values.device))
+        return list(values.split(self._widths, dim=1)) if len(self._widths) > 1 else [values]
+
+    def _pick(self, keys: tuple[str, ...], dims: list[int]) -> Constant | None:
+        starts = dict(zip(keys, [sum(dims[:i]) for i in range(len(dims))]))
+        picked = [starts[key] + column for key, dim in self._wanted for column in range(dim)]
+        return None if picked == list(range(sum(dims))) else Constant(picked)
+
+
+def _in_order(backend: Backend) -> list[tuple[str, PhysicalTable]]:
+    owner = {key: table for table in backend.physical_tables for key in table.keys}
+    return [(key, owner[key]) for key in backend.keys]
+
+
+class Combine(nn.Module):
+    """Turns looked-up rows into each (table, feature)'s embeddings.
+
+    Args:
+        groups: the methods, in the order in which ``CompositeRoute`` has them.
+        instances: all (table, feature) pairs in the order declared: the order of the output.
+    """
+
+    def __init__(self, groups: Sequence[Group], instances: Sequence[Instance]) -> None:
+        super().__init__()
+        self.combines = nn.ModuleList(group.backend.combine for group in groups)
+        self.pooled = Rows([group for group in groups if not group.unpooled])
+        self.unpooled = Rows([group for group in groups if group.unpooled])
+        self._groups = [(list(group.instances), group.unpooled) for group in groups]
+        self._takes_ids = [group.backend.takes_ids for group in groups]
+        self._instances = list(instances)
+        self._came = [instance for group in groups for instance in group.instances]
+
+    def detach_rows(self, detached: bool) -> None:
+        """Keep gradients from the rows, or let them through again."""
+        self.pooled.detach = self.unpooled.detach = detached
+
+    def _rows(
+        self,
+        pooled: KeyedTensor | None,
+        unpooled: KeyedTensor | None,
+        features: KeyedJaggedTensor,
+    ) -> list[tuple[list[Instance], bool, Tensor]]:
+        """Each method's instances, whether they are unpooled, and its combined rows.
+
+        What a sharded collection returns is awaited by the first attribute read, so no isinstance.
+        """
+        sharded = isinstance(pooled, LazyAwaitable) or isinstance(unpooled, LazyAwaitable)
+        parts = iter(self.pooled(pooled) if pooled is not None else [])
+        rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
+        found, start = [], 0
+        for (instances, is_unpooled), takes_ids, combine in zip(
+            self._groups, self._takes_ids, self.combines
+        ):
+            part = next(rows if is_unpooled else parts)
+            if takes_ids:
+                own = slice(start, start + len(instances))
+                combined = combine(part, LookedUp(features, own, len(part), sharded))
+            else:
+                combined = combine(part)
+            found.append((instances, is_unpooled, combined))
+            start += len(instances)
+        return found
+
+
+class PooledCombine(Combine):
+    """Ends in one pooled embedding per (table, feature): a KeyedTensor, as declared."""
+
+    def __init__(self, groups: Sequence[Group], instances: Sequence[Instance]) -> None:
+        super().__init__(groups, instances)
+        self._keys = [instance.key for instance in instances]
+        self._dims = [instance.table.embedding_dim for instance in instances]
+        self._columns = _columns(self._came, instances)
+        means = [i.table.mean_pooling for i in self._came]
+        self._means = Constant(means) if any(means) else None
+        self._owner = Constant(
+            [n for n, i in enumerate(self._came) for _ in range(i.table.embedding_dim)]
+        )
+
+    def forward(
+        self,
+        pooled: KeyedTensor | None,
+        unpooled: KeyedTensor | None,
+        features: KeyedJaggedTensor,
+    ) -> KeyedTensor:
+        parts: list[Tensor] = []
+        start = 0
+        for instances, is_unpooled, rows in self._rows(pooled, unpooled, features):
+            if is_unpooled:
+                rows = sum_bags(rows, instances, features, start)
+            parts.append(rows)
+            start += len(instances)
+        values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if self._means is not None:
+            values = values * self._bag_scales(features)
+        if self._columns is not None:
+            values = values.index_select(1, self._columns.on(values.device))
+        return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
+
+    def _bag_scales(self, features: KeyedJaggedTensor) -> Tensor:
+        """One over the bag's length for averaged columns, one for summed ones: (B, columns)."""
+        assert self._means is not None
+        lengths = features.lengths().view(len(self._came), -1)  # (instances, B)
+        averaged = self._means.on(lengths.device).bool().unsqueeze(1)
+        scales = torch.where(averaged, lengths.clamp(min=1), 1).reciprocal()
+        return scales.t().index_select(1, self._owner.on(lengths.device))
+
+
+def _columns(came: Sequence[Instance], wanted: Sequence[Instance]) -> Constant | None:
+    """Where the wanted columns are among those that came; None when they are in place."""
+    starts: dict[str, int] = {}
+    start = 0
+    for instance in came:
+        starts[instance.key] = start
+        start += instance.table.embedding_dim
+    picked = [
+        starts[instance.key] + column
+        for instance in wanted
+        for column in range(instance.table.embedding_dim)
+    ]
+    return None if picked == list(range(start)) else Constant(picked)
+
+
+def sum_bags(
+    rows: Tensor, instances: Sequence[Instance], features: KeyedJaggedTensor, start: int
+) -> Tensor:
+    """Pool combined rows into the bags that they came from.
+
+    Args:
+        rows: (stride, sum of dims); value ``v`` of an instance in row ``v`` of its columns.
+        instances: the method's (table, feature) pairs.
+        features: the batch's bags, and their weights if any.
+        start: position of the first of the instances among the keys of ``features``.
+
+    Returns:
+        (B, sum of dims), the weighted sums of the bags.
+    """
+    batch = features.stride()
+    counts = features.length_per_key()
+    offsets = features.offset_per_key()
+    lengths = features.lengths().view(-1, batch)
+    weights = features.weights_or_none()
+    dims = [instance.table.embedding_dim for instance in instances]
+    own = slice(start, start + len(dims))
+    if weights is None and counts[own] == [batch] * len(dims) and bool((lengths[own] == 1).all()):
+        return rows[:batch]  # one value a bag: already in place
+    pooled = []
+    for n, part in enumerate(rows.split(dims, dim=1), start):
+        values = part[: counts[n]]
+        if weights is not None:
+            values = values * weights[offsets[n] : offsets[n + 1]].unsqueeze(1)
+        bags = torch.arange(batch, device=rows.device).repeat_interleave(
+            lengths[n], output_size=counts[n]
+        )
+        pooled.append(rows.new_zeros(batch, part.shape[1]).index_add(0, bags, values))
+    return torch.cat(pooled, dim=1)
+
+
+class UnpooledCombine(Combine):
+    """Ends in one embedding per id: a dict of JaggedTensors.
+
+    Args:
+        groups: the methods; all of them unpooled.
+        instances: all (table, feature) pairs in the order declared.
+        need_indices: whether the ids go along, as the JaggedTensors' weights.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], instances: Sequence[Instance], *, need_indices: bool
+    ) -> None:
+        super().__init__(groups, instances)
+        self._need_indices = need_indices
+
+    def forward(
+        self,
+        pooled: KeyedTensor | None,
+        unpooled: KeyedTensor | None,
+        features: KeyedJaggedTensor,
+    ) -> dict[str, JaggedTensor]:
+        batch = features.stride()
+        counts = features.length_per_key()
+        offsets = features.offset_per_key()
+        lengths = features.lengths().view(-1, batch)
+        found: dict[str, JaggedTensor] = {}
+        n = 0
+        for instances, _, rows in self._rows(pooled, unpooled, features):
+            parts = rows.split([instance.table.embedding_dim for instance in instances], dim=1)
+            for instance, part in zip(instances, parts):
+                ids = features.values()[offsets[n] : offsets[n + 1]]
+                found[instance.key] = JaggedTensor(
+                    values=part[: counts[n]],
+                    lengths=lengths[n],
+                    weights=ids if self._need_indices else None,
+                )
+                n += 1
+        return {instance.key: found[instance.key] for instance in self._instances}

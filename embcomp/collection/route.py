@@ -1,0 +1,176 @@
+"""One route for all methods of a collection.
+
+TorchRec's train pipeline traces a collection's ``forward`` and treats this module as a leaf, as it does
+``embcomp.collection.combine``, so everything that looks at keys happens inside them. They hold no
+buffers (``embcomp.layers.constant_tensors``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.collection.groups import Group
+
+
+class CompositeRoute(nn.Module):
+    """Picks each method's features by name, routes them, and lays out the physical look-ups.
+
+    Args:
+        groups: the methods, in order.
+        is_weighted: whether ids carry weights.
+    """
+
+    def __init__(self, groups: Sequence[Group], *, is_weighted: bool) -> None:
+        super().__init__()
+        self.routes = nn.ModuleList(group.backend.route for group in groups)
+        self._sizes = [len(group.instances) for group in groups]
+        self._unpooled = [group.unpooled for group in groups]
+        self._ids_per_value = [group.backend.ids_per_value for group in groups]
+        self._skips = [group.backend.skips for group in groups]
+        self._features = [i.feature for group in groups for i in group.instances]
+        self._is_weighted = is_weighted
+        self._orders: dict[tuple[str, ...], list[int] | None] = {}
+
+    def forward(
+        self, features: KeyedJaggedTensor
+    ) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None, KeyedJaggedTensor]:
+        """Route a batch.
+
+        Args:
+            features: bags of ids, keys in any order and more of them than needed.
+
+        Returns:
+            Look-ups whose bags are pooled by TorchRec, look-ups in bags of one (either None when
+            no method wants it), and the features themselves, one key per (table, feature).
+        """
+        features = self._select(features)
+        parts = features.split(self._sizes) if len(self._sizes) > 1 else [features]
+        pooled: list[KeyedJaggedTensor] = []
+        unpooled: list[tuple[KeyedJaggedTensor, int]] = []
+        for i, route in enumerate(self.routes):
+            if self._unpooled[i]:
+                unpooled.append((route(_without_weights(parts[i])), self._ids_per_value[i]))
+            elif self._skips[i]:
+                pooled.append(_without_skipped(route(parts[i])))
+            else:
+                pooled.append(route(parts[i]))
+        skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
+        rows = _bags_of_one(unpooled, is_weighted=self._is_weighted, skips=skips)
+        return _concatenated(pooled) if pooled else None, rows, features
+
+    def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features that the tables want, in their order; never more, never fewer."""
+        if features.variable_stride_per_key():
+            raise ValueError(
+                "expected a KeyedJaggedTensor with one batch size for all keys, got a variable "
+                "stride per key; deduplicated (VBE) batches must be expanded first"
+            )
+        if self._is_weighted and features.weights_or_none() is None:
+            raise ValueError("the collection is weighted, but the features carry no weights")
+        if not self._is_weighted:
+            features = _without_weights(features)
+        keys = tuple(features.keys())
+        if keys not in self._orders:
+            self._orders[keys] = self._order(keys)
+        order = self._orders[keys]
+        return features if order is None else features.permute(order)
+
+    def _order(self, keys: tuple[str, ...]) -> list[int] | None:
+        missing = [feature for feature in self._features if feature not in keys]
+        if missing:
+            raise ValueError(
+                f"expected features {', '.join(dict.fromkeys(missing))}, which the batch lacks; "
+                f"it has {', '.join(keys)}"
+            )
+        order = [keys.index(feature) for feature in self._features]
+        return None if order == list(range(len(keys))) else order
+
+
+def _without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    if features.weights_or_none() is None:
+        return features
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        lengths=features.lengths(),
+        offsets=features.offsets_or_none(),
+        stride=features.stride(),
+        length_per_key=features.length_per_key(),
+    )
+
+
+def _concatenated(parts: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
+    return parts[0] if len(parts) == 1 else KeyedJaggedTensor.concat(parts)
+
+
+def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The look-ups less those with negative ids; bags grow shorter."""
+    kept = part.values() >= 0
+    weights = part.weights_or_none()
+    ends = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
+    torch.cumsum(kept, 0, out=ends[1:])
+    offsets = ends[part.offsets().long()]
+    return KeyedJaggedTensor(
+        keys=part.keys(),
+        values=part.values()[kept],
+        weights=None if weights is None else weights[kept],
+        lengths=offsets.diff().to(torch.int32),
+        offsets=offsets,
+        stride=part.stride(),
+    )
+
+
+def _bags_of_one(
+    parts: list[tuple[KeyedJaggedTensor, int]], *, is_weighted: bool, skips: bool
+) -> KeyedJaggedTensor | None:
+    """Give each value a bag of its own, the keys padded by empty bags to one stride.
+
+    An EmbeddingBagCollection over such bags hands out rows one by one, and trains many times
+    faster on CPU than an EmbeddingCollection does.
+
+    Args:
+        parts: look-ups, and how many physical ids stand for one value in them.
+        is_weighted: whether the bags must carry weights (ones: the true ones come later).
+        skips: whether bags of negative ids are to be empty.
+    """
+    if not parts:
+        return None
+    physical = [count for part, _ in parts for count in part.length_per_key()]
+    sizes = [ids for part, ids in parts for _ in part.keys()]
+    counts = [count // ids for count, ids in zip(physical, sizes)]
+    values = [part.values().to(torch.int64) for part, _ in parts]
+    device = values[0].device
+    stride = _common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
+    if counts == [stride] * len(counts) and len(set(sizes)) == 1:
+        lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
+    else:
+        filled = torch.arange(stride, device=device) < torch.tensor(counts, device=device)[:, None]
+        lengths = (filled * torch.tensor(sizes, device=device)[:, None]).to(torch.int32).view(-1)
+    joined = values[0] if len(values) == 1 else torch.cat(values)
+    if skips:
+        firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
+        lengths[lengths > 0] *= torch.cat(firsts) >= 0
+        joined = joined[joined >= 0]
+    return KeyedJaggedTensor(
+        keys=[key for part, _ in parts for key in part.keys()],
+        values=joined,
+        weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
+        lengths=lengths,
+        stride=stride,
+        length_per_key=None if skips else physical,
+    )
+
+
+def _common_stride(stride: int, device: torch.device) -> int:
+    """The largest stride over the ranks: row-wise sharded tables need the same on each of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return stride
+    on = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    largest = torch.tensor(stride, device=on)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())

@@ -1,0 +1,111 @@
+"""What every part of a YAML file is made of: strict mappings, and choices of an entry by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
+
+from embcomp.io.yaml_reading import bind_dataclass, config_error, did_you_mean, listed, plain
+from embcomp.tables.budget import why_unreadable
+
+if TYPE_CHECKING:
+    from embcomp.backends.base import BackendConfig
+    from embcomp.models import ModelConfig
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def readable_bytes(value: Any) -> Any:
+    """A number of bytes, or a share, as it is written; an error where it cannot be read."""
+    if problem := why_unreadable(value):
+        raise config_error(problem)
+    return value
+
+
+Bytes = Annotated[int | str, BeforeValidator(readable_bytes)]
+
+
+class Section(BaseModel):
+    """One mapping of the YAML: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """`{name: qr, num_remainders: 1000}`: a registry's entry and the fields of its dataclass.
+
+    A bare string is short for a mapping with a name only.
+    """
+
+    name: str
+    settings: Any = Field(repr=False)
+    kind: ClassVar[str] = "entry"
+
+    @classmethod
+    def registry(cls) -> Mapping[str, type]:
+        """The dataclass behind each name."""
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bind(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return {"name": value.name, "settings": value.settings}
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            raise config_error(f"expected a mapping with the key 'name', got {value!r}")
+        options = dict(value)
+        if set(options) == {"name", "settings"} and dataclasses.is_dataclass(options["settings"]):
+            return options
+        registry = cls.registry()
+        if "name" not in options:
+            raise config_error(f"the key 'name' is missing; the {cls.kind}s are {listed(registry)}")
+        name = options.pop("name")
+        if not isinstance(name, str) or name not in registry:
+            hint = did_you_mean(str(name), registry)
+            raise config_error(
+                f"unknown {cls.kind} {name!r}{hint}; the {cls.kind}s are {listed(registry)}"
+            )
+        return {"name": name, "settings": bind_dataclass(registry[name], options)}
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        return {"name": self.name, **plain(dataclasses.asdict(self.settings))}
+
+
+class MethodConfig(Choice):
+    """A compression method of `embcomp.backends`."""
+
+    kind: ClassVar[str] = "method"
+
+    @classmethod
+    def registry(cls) -> Mapping[str, type[BackendConfig]]:
+        # Imported on use: reading a YAML should not wait for torch before its first complaint.
+        from embcomp.backends import BACKENDS
+
+        return BACKENDS
+
+
+class ModelChoice(Choice):
+    """A model of `embcomp.models`."""
+
+    kind: ClassVar[str] = "model"
+
+    @classmethod
+    def registry(cls) -> Mapping[str, type[ModelConfig]]:
+        from embcomp.models import MODELS
+
+        return MODELS

@@ -1,0 +1,376 @@
+"""The YAML of a training run, one to one as pydantic models; every key is checked before anything starts.
+
+`tables.method` and `model` name an entry of `embcomp.backends.BACKENDS` and `embcomp.models.MODELS`;
+their remaining keys are the fields of that dataclass, so a new method or model needs no line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from embcomp.config.sections import (
+    Bytes,
+    MethodConfig,
+    ModelChoice,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import (
+    apply_override,
+    config_error,
+    describe_errors,
+    did_you_mean,
+    listed,
+    plain,
+    read_yaml,
+)
+from embcomp.tables.budget import why_unreadable
+
+
+class DataConfig(Section):
+    """Which dataset, and how it is cut into batches.
+
+    Attributes:
+        path: The folder that holds `dataset.json`.
+        batch_size: Rows per training step over all ranks together.
+        eval_batch_size: Rows per evaluation step over all ranks together.
+        shuffle: Whether the training rows are shuffled in each epoch.
+        shuffle_buffer: Rows of the shuffle buffer; None leaves the loader's default.
+        drop_last: Whether an epoch's last, smaller training batch is left out.
+        search_share: Share of the training rows, the last ones, that methods which choose their
+            structure on data they do not train on keep for it: the search-validation rows.
+    """
+
+    path: str
+    batch_size: PositiveInt = 4096
+    eval_batch_size: PositiveInt = 16384
+    shuffle: bool = True
+    shuffle_buffer: PositiveInt | None = None
+    drop_last: bool = False
+    search_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class InitConfig(Section):
+    """Initial rows: the method's own rule, or one distribution for every physical table.
+
+    Attributes:
+        name: `default` (the method's rule), `normal` or `uniform` (around zero).
+        scale: Standard deviation of `normal`, bound of `uniform`.
+    """
+
+    name: Literal["default", "normal", "uniform"] = "default"
+    scale: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _scale_fits(self) -> InitConfig:
+        if (self.name == "default") != (self.scale is None):
+            takes = "takes no scale" if self.name == "default" else "needs a scale"
+            raise config_error(f"init {self.name!r} {takes}, got scale={self.scale}")
+        return self
+
+
+class TablesConfig(Section):
+    """The embedding tables.
+
+    Attributes:
+        embedding_dim: Width of an embedding as the model sees it.
+        method: How tables are stored unless `overrides` says otherwise.
+        budget: Serving bytes of all tables: a number, `64MiB`, or `10%` of the full tables.
+        overrides: Feature name to its own method.
+        first_order: How first-order weights are stored, for models that use them.
+        pooling: How the values of a multi-valued feature become one vector.
+        init: Initial rows.
+        row_types: What type rows are served in: `fp32`, `fp16`, `int8` or `int4`, or a mapping from
+            table to type with a `default`. Training is not changed by it; the final metrics, the
+            reported bytes and `embcomp export` are those of such rows.
+    """
+
+    embedding_dim: PositiveInt = 16
+    method: MethodConfig
+    budget: Bytes | None = None
+    overrides: dict[str, MethodConfig] = Field(default_factory=dict)
+    first_order: MethodConfig = Field(default_factory=lambda: MethodConfig.model_validate("full"))
+    pooling: Literal["sum", "mean"] = "mean"
+    init: InitConfig = InitConfig()
+    row_types: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("row_types", mode="before")
+    @classmethod
+    def _row_types_exist(cls, wanted: Any) -> Any:
+        if isinstance(wanted, str):
+            wanted = {"default": wanted}
+        if not isinstance(wanted, Mapping):
+            raise config_error(f"expected a type, or a mapping from table to type; got {wanted!r}")
+        if wanted:
+            from embcomp.tables.row_types import check_row_type
+
+            for type_ in wanted.values():
+                try:
+                    check_row_type(type_)
+                except ConfigError as error:
+                    raise config_error(str(error)) from None
+        return dict(wanted)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_sizes_the_method(cls, value: Any) -> Any:
+        """Hands the budget to the method, which must know where its size comes from."""
+        if not isinstance(value, Mapping) or value.get("budget") is None or "method" not in value:
+            return value
+        method = value["method"]
+        options = {"name": method} if isinstance(method, str) else method
+        registered = isinstance(options, Mapping) and options.get("name") in MethodConfig.registry()
+        if not registered:
+            return value  # the method's own check says what is wrong
+        if why_unreadable(value["budget"]):
+            return value  # the budget's own check says so, once
+        sizes = MethodConfig.registry()[options["name"]].size_fields
+        for key in (*sizes, "budget"):
+            if options.get(key) is not None:
+                raise config_error(f"give either budget or method.{key}; both would fix the size")
+        return {**value, "method": {**options, "budget": value["budget"]}}
+
+    @model_serializer(mode="wrap")
+    def _budget_once(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain_self = handler(self)
+        if self.budget is not None:
+            del plain_self["method"]["budget"]
+        return plain_self
+
+
+class RowOptimizerConfig(Section):
+    """What updates embedding rows.
+
+    Attributes:
+        name: `adam` is fused on CUDA only; elsewhere it needs `mode: dense`.
+        learning_rate: Learning rate of the rows.
+        mode: `fused` updates touched rows inside the backward pass; `dense` is an ordinary torch
+            optimizer over whole tables (small tables only), as published baselines are trained.
+        eps: Added to the denominator of Adagrad and Adam.
+        betas: Adam's.
+        weight_decay: Decoupled decay, lazy for fused rows: equal to decaying every row in every step.
+        l2: `0.5 * l2 * ||E||^2` over whole tables is added to the loss (dense mode only).
+        max_gradient: Bound on each element of a row's gradient (fused mode only).
+    """
+
+    name: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
+    learning_rate: PositiveFloat = 0.05
+    mode: Literal["fused", "dense"] = "fused"
+    eps: PositiveFloat = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    l2: NonNegativeFloat = 0.0
+    max_gradient: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _mode_fits(self) -> RowOptimizerConfig:
+        if self.mode == "fused" and self.l2:
+            raise config_error(
+                "l2 acts on whole tables and needs mode: dense; fused rows take weight_decay instead"
+            )
+        if self.mode == "dense" and self.max_gradient is not None:
+            raise config_error(
+                "max_gradient belongs to mode: fused; dense rows are clipped by clip_norm"
+            )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise config_error(
+                "learning_rate * weight_decay must be below 1, else a step flips every row"
+            )
+        return self
+
+
+class DenseOptimizerConfig(Section):
+    """The optimizer of everything that is not a row."""
+
+    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    learning_rate: PositiveFloat = 0.001
+    eps: PositiveFloat = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class PlateauConfig(Section):
+    """Both learning rates are multiplied by `factor` whenever an evaluation brings no improvement."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    min_learning_rate: NonNegativeFloat = 1e-6
+
+
+class EarlyStopConfig(Section):
+    """Training ends after `patience` evaluations in a row without an improvement."""
+
+    patience: PositiveInt = 2
+
+
+class StageConfig(Section):
+    """What differs from a method's own idea of one of its stages.
+
+    Attributes:
+        epochs: Passes over the stage's training rows; 0 only hands over.
+        max_steps: Stop after this many steps.
+        learning_rate: Factor on the learning rates of rows and network.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+
+
+class RunConfig(Section):
+    """The loop.
+
+    Attributes:
+        epochs: Passes over the training split.
+        max_steps: Stop after this many steps, whatever the epochs say.
+        row_optimizer: What updates embedding rows.
+        dense_optimizer: What updates everything else.
+        clip_norm: Bound on the gradients' norm; rows take part in dense mode only.
+        warmup_steps: Steps over which both learning rates grow linearly from zero.
+        plateau: Reduce the learning rates when the monitored metric stalls.
+        early_stop: End the training when the monitored metric stalls.
+        monitor: The validation metric that decides what is best.
+        min_delta: By how much it must improve to count.
+        eval_every: Steps between evaluations; None evaluates at the end of each epoch.
+        checkpoint_every: Steps between checkpoints, besides the one after each evaluation.
+        keep_checkpoints: How many of the latest checkpoints stay, besides the best.
+        log_every: Steps between two records of the training loss.
+        device: `auto` takes CUDA when there is one.
+        precision: `bf16` runs the dense part under autocast (CUDA only).
+        sharding: How tables are spread over ranks; `auto` asks TorchRec's planner.
+        rank_timeout: Seconds without a sign of life after which a rank counts as dead.
+        stages: For methods that are trained in stages: stage name to what differs in it.
+        start_from: Folder of a finished run whose best weights stand for the first stage, which is
+            then not trained. Its tables must be stored as that stage stores them.
+    """
+
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    row_optimizer: RowOptimizerConfig = RowOptimizerConfig()
+    dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    clip_norm: PositiveFloat | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    plateau: PlateauConfig | None = None
+    early_stop: EarlyStopConfig | None = None
+    monitor: Literal["auc", "gauc", "log_loss"] = "auc"
+    min_delta: NonNegativeFloat = 1e-6
+    eval_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 100
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    rank_timeout: PositiveFloat = 30.0
+    stages: dict[str, StageConfig] = Field(default_factory=dict)
+    start_from: str | None = None
+
+    @model_validator(mode="after")
+    def _rows_can_be_placed(self) -> RunConfig:
+        rows = self.row_optimizer
+        if rows.mode == "dense" and self.sharding not in ("auto", "data_parallel"):
+            raise config_error(
+                f"sharding {self.sharding!r} does not go with row_optimizer.mode: dense, "
+                "which keeps a copy of every table on each rank; use auto or data_parallel"
+            )
+        if self.sharding == "data_parallel" and rows.mode == "fused":
+            if rows.name == "adam":
+                raise config_error(
+                    "data_parallel rows take no fused adam; use row_optimizer.mode: dense"
+                )
+            if rows.max_gradient is not None:
+                raise config_error("data_parallel rows take no max_gradient; use another sharding")
+        if self.sharding == "column_wise" and rows.name == "rowwise_adagrad":
+            raise config_error(
+                "column_wise splits a row, and rowwise_adagrad would then keep one state per piece, "
+                "so that results depend on the number of ranks; use adagrad, sgd or another sharding"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Everything that a training run depends on."""
+
+    name: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0)] = 2021
+    data: DataConfig
+    tables: TablesConfig
+    model: ModelChoice
+    train: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _stages_exist(self) -> TrainConfig:
+        if not self.train.stages:
+            return self
+        methods = [self.tables.method, *self.tables.overrides.values()]
+        known = [stage.name for method in methods for stage in method.settings.stages()]
+        for name in self.train.stages:
+            if name not in known:
+                raise config_error(
+                    f"train.stages: unknown stage {name!r}{did_you_mean(name, known)}; the stages "
+                    f"of {self.tables.method.name} are {listed(dict.fromkeys(known))}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_stay_whole(self) -> TrainConfig:
+        narrow = set(self.tables.row_types.values()) - {"fp32"}
+        if narrow and self.train.sharding == "column_wise":
+            raise config_error(
+                "train.sharding: column_wise splits rows, and tables.row_types rounds whole ones; "
+                "use auto, table_wise or row_wise"
+            )
+        return self
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
+            raise config_error(f"the name becomes a folder under runs/; {name!r} cannot be one")
+        return name
+
+    def to_yaml(self) -> str:
+        """The resolved config, defaults included; `load_config` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Reads and checks a training YAML.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value` strings; a value is parsed as YAML.
+
+    Raises:
+        ConfigError: On any problem, with every problem found and the keys that are valid.
+    """
+    path = Path(path)
+    return parse_config(read_yaml(path), overrides, source=str(path))
+
+
+def parse_config(
+    raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "config"
+) -> TrainConfig:
+    """Checks a config that is already a mapping; see `load_config`."""
+    document = plain(raw)
+    for override in overrides:
+        apply_override(document, override)
+    try:
+        return TrainConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe_errors(error, TrainConfig)}") from None

@@ -1,0 +1,1 @@
+"""Files and texts: YAML, JSON, atomic writes."""

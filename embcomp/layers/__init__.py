@@ -1,0 +1,1 @@
+"""Pieces that methods route and combine with."""

@@ -1,0 +1,188 @@
+"""From ids to the rows that pruning left: a bit per id, and a count per 256 of them.
+
+The row of a kept id is the number of kept ids before it: the count at the head of its block, and
+the set bits of the block before its own. That takes ``N / 8 + N / 64`` bytes for ``N`` ids, where a
+list of rows would take ``4 N``. All arithmetic is on int64, so ids above 2**24 stay exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.routing import common_count, per_value, renamed
+from embcomp.tables.footprint import TensorFootprint
+
+_BLOCK = 256  # ids
+_WORDS = _BLOCK // 64
+_BLOCK_BYTES = _BLOCK // 8 + 4
+
+
+def num_blocks(num_embeddings: int) -> int:
+    """Blocks of 256 ids that a table takes."""
+    return -(-num_embeddings // _BLOCK)
+
+
+def directory_bytes(num_embeddings: int) -> int:
+    """Bytes of the bits and counts of one table."""
+    return num_blocks(num_embeddings) * _BLOCK_BYTES
+
+
+def directory_footprint(table: str, num_embeddings: int) -> tuple[TensorFootprint, ...]:
+    """The bits and counts of one table, as a method bills them."""
+    return tuple(
+        TensorFootprint(
+            name=f"{table}.{part}",
+            role="mask",
+            rows=num_blocks(num_embeddings),
+            columns=columns,
+            itemsize=itemsize,
+            train_columns=columns,
+            look_up=False,
+        )
+        for part, columns, itemsize in (("words", _WORDS, 8), ("counts", 1, 4))
+    )
+
+
+def pack(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits and counts of one table.
+
+    Args:
+        kept: (N,) bool, on the CPU.
+
+    Returns:
+        (blocks, 4) int64 words, the lowest bit for the lowest id; (blocks,) int32 kept ids before
+        each block.
+    """
+    blocks = num_blocks(len(kept))
+    bits = np.zeros(blocks * _BLOCK, dtype=np.bool_)
+    bits[: len(kept)] = kept.numpy()
+    words = np.packbits(bits, bitorder="little").view("<i8").astype(np.int64)
+    per_block = bits.reshape(blocks, _BLOCK).sum(axis=1, dtype=np.int64)
+    counts = (np.cumsum(per_block) - per_block).astype(np.int32)
+    return torch.from_numpy(words.reshape(blocks, _WORDS)), torch.from_numpy(counts)
+
+
+def unpack(words: Tensor, num_embeddings: int) -> Tensor:
+    """Which ids of one table are kept: (N,) bool from (blocks, 4) int64 words."""
+    packed = words.cpu().contiguous().numpy().astype("<i8").view(np.uint8).reshape(-1)
+    bits = np.unpackbits(packed, count=num_embeddings, bitorder="little")
+    return torch.from_numpy(bits.astype(np.bool_))
+
+
+def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The buffers of a ``KeptRoute`` for its pruned tables, in order."""
+    parts = [pack(mask) for mask in kept]
+    return {
+        "words": torch.cat([words for words, _ in parts]),
+        "counts": torch.cat([counts for _, counts in parts]),
+    }
+
+
+class KeptRoute(LearnedBuffers):
+    """Sends kept ids to rows of their own and pruned ids to the row behind those.
+
+    Until it is told otherwise, a pruned table keeps its first ids: the most frequent ones where
+    ids are ranked by frequency.
+
+    Args:
+        keys: names of the look-ups, one for each (table, feature).
+        owners: for each look-up, its table.
+        num_embeddings: ids of each pruned table, in the order of the buffers. Ids of other tables
+            are rows already.
+        kept: rows of each pruned table, without the shared one.
+        check: refuses ids that are out of range.
+    """
+
+    words: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        owners: Sequence[str],
+        num_embeddings: Mapping[str, int],
+        kept: Mapping[str, int],
+        check: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.check = check
+        self._keys = list(keys)
+        self._sizes = [(n, kept[table]) for table, n in num_embeddings.items()]
+        starts: dict[str, int] = {}
+        total = 0
+        for table, n in num_embeddings.items():
+            starts[table] = total
+            total += num_blocks(n)
+        # An unpruned table's look-ups read some block too, and what they find is not used.
+        self._starts = Constant([starts.get(owner, -1) for owner in owners])
+        self._shared = Constant([kept.get(owner, 0) for owner in owners])
+        self._all_pruned = all(owner in starts for owner in owners)
+        self.register_buffer("words", torch.zeros(total, _WORDS, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
+        self._derived: tuple[Tensor, int, Tensor] | None = None
+
+    def reset_buffers(self) -> None:
+        packed = pack_all([torch.arange(n) < kept for n, kept in self._sizes])
+        self.words.copy_(packed["words"])
+        self.counts.copy_(packed["counts"])
+
+    def masks(self) -> list[Tensor]:
+        """For each pruned table, (N,) bool which ids are kept."""
+        self.ensure_filled()
+        blocks = [num_blocks(n) for n, _ in self._sizes]
+        return [unpack(w, n) for w, (n, _) in zip(self.words.split(blocks), self._sizes)]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        self.check(features)
+        self.ensure_filled()
+        ids = features.values().to(torch.int64)
+        starts, shared = self._starts.on(ids.device), self._shared.on(ids.device)
+        if common_count(features) is None:
+            starts, shared = per_value(starts, features), per_value(shared, features)
+        else:
+            ids = ids.view(len(self._keys), -1)
+            starts, shared = starts.unsqueeze(1), shared.unsqueeze(1)
+        rows = self._rows(ids, starts, shared)
+        if not self._all_pruned:
+            rows = torch.where(starts >= 0, rows, ids)
+        return renamed(features, self._keys, rows.reshape(-1))
+
+    def _rows(self, ids: Tensor, starts: Tensor, shared: Tensor) -> Tensor:
+        blocks = ids.bitwise_right_shift(8).add_(starts)
+        if not self._all_pruned:
+            blocks = torch.where(starts >= 0, blocks, 0)
+        place = ids & 63
+        at = (blocks << 2).add_(ids.bitwise_right_shift(6).bitwise_and_(_WORDS - 1))
+        word = self.words.view(-1)[at]
+        lower = word & torch.bitwise_left_shift(torch.ones_like(place), place).sub_(1)
+        rank = count_bits(lower) + self.counts[blocks] + self._before_words()[at]
+        return torch.where(word.bitwise_right_shift_(place).bitwise_and_(1) == 1, rank, shared)
+
+    def _before_words(self) -> Tensor:
+        """(4 blocks,) uint8 the set bits of each block before each of its words."""
+        # Followed by version, as checkpoints are read into the buffer without asking this module.
+        version = 0 if self.words.is_inference() else self.words._version
+        if self._derived is not None:
+            words, seen, before = self._derived
+            if words is self.words and seen == version:
+                return before
+        bits = count_bits(self.words)
+        before = (bits.cumsum(1) - bits).to(torch.uint8).view(-1)  # at most 192
+        self._derived = (self.words, version, before)
+        return before
+
+
+def count_bits(words: Tensor) -> Tensor:
+    """The set bits of each int64, by sums over ever wider fields of bits."""
+    # Arithmetic shifts bring in sign bits, which every mask cuts off again.
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((eights * 0x0101010101010101) >> 56) & 0x7F

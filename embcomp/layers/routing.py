@@ -1,0 +1,123 @@
+"""What routes share: the shape of a batch of ids, and ids hashed for many look-ups at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.hashing import hash_rows
+
+
+def common_count(features: KeyedJaggedTensor) -> int | None:
+    """The number of values that every key has, or None when they differ.
+
+    Where it exists, the values are a rectangle ``(keys, count)`` and constants of the keys
+    broadcast over it. This is so whenever every feature is single-valued.
+    """
+    counts = features.length_per_key()
+    return counts[0] if counts and counts.count(counts[0]) == len(counts) else None
+
+
+def key_offsets(features: KeyedJaggedTensor) -> list[int]:
+    """Where each key's values begin, and where the last one's end; also in exported programs.
+
+    TorchRec's ``offset_per_key`` calls an operator of FBGEMM there.
+    """
+    return [0, *accumulate(features.length_per_key())]
+
+
+def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
+    """One constant per key ``(keys,)`` repeated for each of the key's values ``(N,)``."""
+    counts = torch.tensor(features.length_per_key(), device=constants.device)
+    return constants.repeat_interleave(counts, output_size=features.values().numel())
+
+
+class Copies(nn.Module):
+    """Repeats features, each as many times as it is looked up, key by key.
+
+    Args:
+        keys: names of the look-ups.
+        sources: for each look-up, the position of its feature among the incoming keys.
+    """
+
+    def __init__(self, keys: Sequence[str], sources: Sequence[int]) -> None:
+        super().__init__()
+        self._keys = list(keys)
+        self._sources = list(sources)
+        self._index = Constant(self._sources)
+        self._is_identity = self._sources == list(range(len(self._sources)))
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        if self._is_identity:
+            return renamed(features, self._keys, features.values())
+        count = common_count(features)
+        if count is None:
+            return renamed(features.permute(self._sources), self._keys)
+        index = self._index.on(features.device())
+        num_keys = len(features.keys())
+        weights = features.weights_or_none()
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=features.values().view(num_keys, count)[index].view(-1),
+            weights=None if weights is None else weights.view(num_keys, count)[index].view(-1),
+            lengths=features.lengths().view(num_keys, -1)[index].view(-1),
+            stride=features.stride(),
+            length_per_key=[count] * len(self._keys),
+        )
+
+
+def renamed(
+    features: KeyedJaggedTensor, keys: list[str], values: Tensor | None = None
+) -> KeyedJaggedTensor:
+    """The same bags under other keys, and with other values when they are given."""
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=features.values() if values is None else values,
+        weights=features.weights_or_none(),
+        lengths=features.lengths(),
+        offsets=features.offsets_or_none(),
+        stride=features.stride(),
+        length_per_key=features.length_per_key(),
+    )
+
+
+class HashRoute(nn.Module):
+    """Sends every id to one hashed row per look-up.
+
+    Args:
+        keys: names of the look-ups.
+        sources: for each look-up, the position of its feature among the incoming keys.
+        salts: for each look-up, its signed 64-bit salt.
+        num_rows: for each look-up, the rows that it chooses among.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        sources: Sequence[int],
+        salts: Sequence[int],
+        num_rows: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self._keys = list(keys)
+        self.copies = Copies(keys, sources)
+        self._salts = Constant(salts)
+        self._num_rows = Constant(num_rows)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        copies = self.copies(features)
+        values = copies.values()
+        salts = self._salts.on(values.device)
+        num_rows = self._num_rows.on(values.device)
+        count = common_count(copies)
+        if count is None:
+            rows = hash_rows(values, per_value(salts, copies), per_value(num_rows, copies))
+        else:
+            ids = values.view(len(self._keys), count)
+            rows = hash_rows(ids, salts.unsqueeze(1), num_rows.unsqueeze(1)).view(-1)
+        return renamed(copies, self._keys, rows)

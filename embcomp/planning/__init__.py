@@ -1,0 +1,64 @@
+"""Bytes and placement of a config before anything is allocated.
+
+The names of the module are handed on, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from embcomp.io.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from embcomp.planning.config_plan import (
+        ROLES_OF_WEIGHTS as ROLES_OF_WEIGHTS,
+    )
+    from embcomp.planning.config_plan import (
+        ConfigPlan as ConfigPlan,
+    )
+    from embcomp.planning.config_plan import (
+        Line as Line,
+    )
+    from embcomp.planning.config_plan import (
+        TableSize as TableSize,
+    )
+    from embcomp.planning.config_plan import (
+        config_to_plan as config_to_plan,
+    )
+    from embcomp.planning.config_plan import (
+        plan_config as plan_config,
+    )
+    from embcomp.planning.config_plan import (
+        plan_lines as plan_lines,
+    )
+    from embcomp.planning.config_plan import (
+        read_sizes as read_sizes,
+    )
+    from embcomp.planning.config_plan import (
+        sizes_of_dataset as sizes_of_dataset,
+    )
+    from embcomp.planning.config_plan import (
+        table_specs as table_specs,
+    )
+    from embcomp.planning.config_plan import (
+        total_line as total_line,
+    )
+
+_HOMES = dict.fromkeys(
+    (
+        "ConfigPlan",
+        "Line",
+        "ROLES_OF_WEIGHTS",
+        "TableSize",
+        "config_to_plan",
+        "plan_config",
+        "plan_lines",
+        "read_sizes",
+        "sizes_of_dataset",
+        "table_specs",
+        "total_line",
+    ),
+    "embcomp.planning.config_plan",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

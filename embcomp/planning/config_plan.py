@@ -1,0 +1,363 @@
+"""What a training config's tables will cost, before anything is allocated or any data is read.
+
+Only the names and cardinalities of the categorical features are needed: from the prepared dataset,
+or from a small YAML when there is none yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+
+from embcomp.backends.base import BackendConfig
+from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.plan import Plan, ResolvedPlan
+from embcomp.collection.table_row_types import FP32, RowTypes, is_final
+from embcomp.config.train_config import TrainConfig
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import listed, read_yaml
+from embcomp.tables.footprint import Footprint, RowOptimizer
+from embcomp.tables.specs import TableSpec, specs_from_configs
+
+ROLES_OF_WEIGHTS = ("weights", "projection", "codebook")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSize:
+    """A categorical feature: all that a plan needs to know of the data.
+
+    Args:
+        name: the feature, and its table.
+        num_embeddings: ids run over ``[0, num_embeddings)``.
+        mean_length: mean number of values in a row.
+    """
+
+    name: str
+    num_embeddings: int
+    mean_length: float = 1.0
+
+
+def sizes_of_dataset(folder: str | Path) -> list[TableSize]:
+    """The categorical features of a prepared dataset."""
+    return [
+        TableSize(
+            name=feature.name,
+            num_embeddings=feature.num_embeddings,
+            mean_length=feature.mean_length,
+        )
+        for feature in DatasetInfo.load(folder).categorical
+    ]
+
+
+def read_sizes(path: str | Path) -> list[TableSize]:
+    """A YAML of ``name: num_embeddings``, or ``name: {num_embeddings: 10, mean_length: 2.5}``.
+
+    Raises:
+        ConfigError: for anything else, with the table's name.
+    """
+    known = ("num_embeddings", "mean_length")
+    sizes = []
+    for name, value in read_yaml(Path(path)).items():
+        entry = value if isinstance(value, dict) else {"num_embeddings": value}
+        unknown = [key for key in entry if key not in known]
+        if unknown or "num_embeddings" not in entry:
+            got = f"unknown key {unknown[0]!r}" if unknown else "num_embeddings is missing"
+            raise ConfigError(f"{path}: table {name!r}: {got}; the keys are {listed(known)}")
+        rows, length = entry["num_embeddings"], entry.get("mean_length", 1.0)
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ConfigError(
+                f"{path}: table {name!r}: num_embeddings must be a positive integer, got {rows!r}"
+            )
+        if isinstance(length, bool) or not isinstance(length, int | float) or length <= 0:
+            raise ConfigError(
+                f"{path}: table {name!r}: mean_length must be a positive number, got {length!r}"
+            )
+        sizes.append(TableSize(name=str(name), num_embeddings=rows, mean_length=float(length)))
+    if not sizes:
+        raise ConfigError(f"{path}: expected at least one 'name: num_embeddings', got none")
+    return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Bytes of one table, or of several that share their storage.
+
+    Args:
+        tables: the logical tables.
+        method: the method's name in configs.
+        stored_rows: physical rows.
+        stored_dim: physical width, or widths joined by ``+``.
+        weights: serving bytes of rows, projections and codebooks.
+        indices: serving bytes of codes, remaps and masks.
+        optimizer: bytes of the row optimizer's state.
+        train: bytes that training keeps, in the stage that keeps most.
+        serve: bytes of the serving form.
+        full: bytes of the uncompressed tables.
+        learnt: whether training finds the size, or another form that narrow row types shrink, so
+            that the serving bytes are an upper bound.
+    """
+
+    tables: tuple[TableSpec, ...]
+    method: str
+    stored_rows: int
+    stored_dim: str
+    weights: int
+    indices: int
+    optimizer: int
+    train: int
+    serve: int
+    full: int
+    learnt: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Logical rows."""
+        return sum(table.num_embeddings for table in self.tables)
+
+    @property
+    def compression(self) -> float:
+        """Full bytes over serving bytes."""
+        return self.full / self.serve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigPlan:
+    """A config's tables with every size fixed.
+
+    Args:
+        main: the embedding tables; None when the model has none.
+        first_order: tables of first-order weights; None when the model has none.
+        optimizer: the row optimizer.
+        dense_rows: whether each rank holds whole tables, trained by an ordinary optimizer.
+        sizes: the features.
+        row_types: the types that rows are served in.
+    """
+
+    main: ResolvedPlan | None
+    first_order: ResolvedPlan | None
+    optimizer: RowOptimizer
+    dense_rows: bool
+    sizes: Sequence[TableSize]
+    row_types: RowTypes = FP32
+
+    def lines(self) -> list[Line]:
+        """The embedding tables, in order of their first table."""
+        return plan_lines(self.main, self.optimizer, self.row_types) if self.main else []
+
+    def first_order_lines(self) -> list[Line]:
+        """Tables of first-order weights."""
+        plan = self.first_order
+        return plan_lines(plan, self.optimizer, self.row_types) if plan else []
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Bytes on every rank in dense mode: weights, their gradient and the optimizer's state."""
+        total = sum((plan.footprint for plan in self._plans()), Footprint())
+        return 2 * total.train_weight_bytes + total.optimizer_bytes(self.optimizer)
+
+    def on_meta(self) -> nn.ModuleDict:
+        """The collections without storage, as the planner wants them."""
+        return nn.ModuleDict({str(i): _on_meta(plan) for i, plan in enumerate(self._plans())})
+
+    def pooling_factors(self) -> dict[str, float]:
+        """Mean bag length for each physical look-up."""
+        lengths = {size.name: size.mean_length for size in self.sizes}
+        factors: dict[str, float] = {}
+        for plan in self._plans():
+            for config, group in plan.groups:
+                for table in config.physical_tables(group):
+                    factors |= {key: lengths.get(_feature(key), 1.0) for key in table.keys}
+        return factors
+
+    def _plans(self) -> list[ResolvedPlan]:
+        return [plan for plan in (self.main, self.first_order) if plan is not None]
+
+
+def plan_config(
+    config: TrainConfig, sizes: Sequence[TableSize], forms: ResolvedPlan | None = None
+) -> ConfigPlan:
+    """Sizes the tables of a config.
+
+    Args:
+        config: the run.
+        sizes: the features.
+        forms: how the embedding tables are stored, where training has found that already.
+
+    Raises:
+        ConfigError: for an override, or a row type, of a feature that does not exist.
+        BudgetError: for a budget that cannot be met; the text names the floor.
+    """
+    row_types = RowTypes.of(config.tables.row_types)
+    row_types.check([size.name for size in sizes], "tables.row_types")
+    main = first_order = None
+    model = config.model.settings
+    if model.uses_embeddings:
+        main = forms or config_to_plan(config).resolve(table_specs(config, sizes))
+    if model.uses_first_order:
+        first_order = Plan(default=config.tables.first_order.settings).resolve(
+            table_specs(config, sizes, embedding_dim=1)
+        )
+    rows = config.train.row_optimizer
+    return ConfigPlan(
+        main=main,
+        first_order=first_order,
+        optimizer=rows.name,
+        dense_rows=rows.mode == "dense" or config.train.sharding == "data_parallel",
+        sizes=sizes,
+        row_types=row_types,
+    )
+
+
+def config_to_plan(config: TrainConfig) -> Plan:
+    """The plan that a config's ``tables`` section describes."""
+    return Plan(
+        default=config.tables.method.settings,
+        overrides={name: choice.settings for name, choice in config.tables.overrides.items()},
+        budget=config.tables.budget,
+    )
+
+
+def table_specs(
+    config: TrainConfig, sizes: Sequence[TableSize], *, embedding_dim: int | None = None
+) -> list[TableSpec]:
+    """One table for each feature, as training builds them."""
+    bags = PoolingType.MEAN if config.tables.pooling == "mean" else PoolingType.SUM
+    return specs_from_configs(
+        [
+            EmbeddingBagConfig(
+                name=size.name,
+                feature_names=[size.name],
+                num_embeddings=size.num_embeddings,
+                embedding_dim=embedding_dim or config.tables.embedding_dim,
+                pooling=PoolingType.SUM if size.mean_length == 1 else bags,
+            )
+            for size in sizes
+        ]
+    )
+
+
+def plan_lines(
+    plan: ResolvedPlan, optimizer: RowOptimizer, row_types: RowTypes = FP32
+) -> list[Line]:
+    """One line for each table, or for each set of tables that share their storage."""
+    lines = []
+    for config, group in plan.groups:
+        for tables in _storage_units(config, group):
+            lines.append(_line(config, tables, optimizer, row_types))
+    order = {table.name: index for index, table in enumerate(plan.tables)}
+    return sorted(lines, key=lambda line: order[line.tables[0].name])
+
+
+def total_line(lines: Sequence[Line]) -> Line:
+    """The sum of lines."""
+    return Line(
+        tables=tuple(table for line in lines for table in line.tables),
+        method="",
+        stored_rows=sum(line.stored_rows for line in lines),
+        stored_dim="",
+        weights=sum(line.weights for line in lines),
+        indices=sum(line.indices for line in lines),
+        optimizer=sum(line.optimizer for line in lines),
+        train=sum(line.train for line in lines),
+        serve=sum(line.serve for line in lines),
+        full=sum(line.full for line in lines),
+        learnt=any(line.learnt for line in lines),
+    )
+
+
+def _storage_units(
+    config: BackendConfig, group: list[TableSpec]
+) -> Iterator[tuple[TableSpec, ...]]:
+    """Single tables when the method stores each by itself, else the whole group."""
+    alone = [_for_table(config, table).footprint([table]) for table in group]
+    names = [tensor.name for footprint in alone for tensor in footprint.tensors]
+    together = config.footprint(group)
+    if len(names) == len(set(names)) and set(names) == {t.name for t in together.tensors}:
+        yield from ((table,) for table in group)
+    else:
+        yield tuple(group)
+
+
+def _for_table(config: BackendConfig, table: TableSpec) -> BackendConfig:
+    """A method with no settings for single tables but those of this one."""
+    own = {
+        field.name: {key: value for key, value in given.items() if key == table.name}
+        for field in dataclasses.fields(config)
+        if isinstance(given := vars(config)[field.name], Mapping)
+        and all(isinstance(key, str) for key in given)
+    }
+    return dataclasses.replace(config, **own)  # type: ignore[arg-type]
+
+
+def _line(
+    config: BackendConfig,
+    tables: tuple[TableSpec, ...],
+    optimizer: RowOptimizer,
+    row_types: RowTypes,
+) -> Line:
+    if len(tables) == 1:
+        config = _for_table(config, tables[0])
+    footprint = row_types.footprint(config, tables)
+    narrow = any(row_types.of_table(table.name) != "fp32" for table in tables)
+    stored = [tensor for tensor in footprint.tensors if tensor.look_up]
+    return Line(
+        tables=tables,
+        method=config.name,
+        stored_rows=sum(tensor.rows for tensor in stored),
+        stored_dim="+".join(str(dim) for dim in sorted({tensor.columns for tensor in stored})),
+        weights=_serve_bytes(footprint, weights=True),
+        indices=_serve_bytes(footprint, weights=False),
+        optimizer=footprint.optimizer_bytes(optimizer),
+        train=max(
+            form.footprint(tables).train_bytes(optimizer) for form in (config, config.first_form())
+        ),
+        serve=footprint.serve_bytes,
+        full=sum(table.full_bytes for table in tables),
+        learnt=config.learns_size or (narrow and not is_final(config)),
+    )
+
+
+def _serve_bytes(footprint: Footprint, *, weights: bool) -> int:
+    return sum(
+        tensor.serve_bytes
+        for tensor in footprint.tensors
+        if (tensor.role in ROLES_OF_WEIGHTS) == weights
+    )
+
+
+def _on_meta(plan: ResolvedPlan) -> CompressedEmbeddingBagCollection:
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            feature_names=list(table.feature_names),
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            pooling=PoolingType.MEAN if table.mean_pooling else PoolingType.SUM,
+        )
+        for table in plan.tables
+    ]
+    methods = {name: _largest_form(config, plan) for name, config in plan.methods.items()}
+    return CompressedEmbeddingBagCollection(
+        configs, ResolvedPlan(plan.tables, methods), device=torch.device("meta")
+    )
+
+
+def _largest_form(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
+    """The form that takes most in training: a method in stages may begin with full tables."""
+    tables = [table for table in plan.tables if plan.methods[table.name] == config]
+    first = config.first_form()
+    sizes = [form.footprint(tables).train_bytes() for form in (config, first)]
+    return first if sizes[1] > sizes[0] else config
+
+
+def _feature(key: str) -> str:
+    """The feature of a look-up key ``table/feature#look_up``; table and feature are equal here."""
+    both = key.rpartition("#")[0]
+    return both[: len(both) // 2]

@@ -1,0 +1,52 @@
+"""Artefacts: saved, loaded, answering, looked into.
+
+The names of the module are handed on, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from embcomp.io.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from embcomp.serving.modules import (
+        MakeRows as MakeRows,
+    )
+    from embcomp.serving.modules import (
+        ServingEmbeddingBagCollection as ServingEmbeddingBagCollection,
+    )
+    from embcomp.serving.modules import (
+        ServingEmbeddingCollection as ServingEmbeddingCollection,
+    )
+    from embcomp.serving.modules import (
+        ServingModel as ServingModel,
+    )
+    from embcomp.serving.modules import (
+        check_shapes as check_shapes,
+    )
+    from embcomp.serving.modules import (
+        expected_tensors as expected_tensors,
+    )
+    from embcomp.serving.modules import (
+        persistent_tensors as persistent_tensors,
+    )
+    from embcomp.serving.modules import (
+        rows_class as rows_class,
+    )
+
+_HOMES = dict.fromkeys(
+    (
+        "MakeRows",
+        "ServingEmbeddingBagCollection",
+        "ServingEmbeddingCollection",
+        "ServingModel",
+        "check_shapes",
+        "expected_tensors",
+        "persistent_tensors",
+        "rows_class",
+    ),
+    "embcomp.serving.modules",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

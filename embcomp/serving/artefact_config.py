@@ -1,0 +1,242 @@
+"""`config.json` of an artefact: everything but the tensors that serving needs to know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+from typing_extensions import Self
+
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.collection.plan_document import plan_from_document, plan_to_document
+from embcomp.errors import ArtefactError
+from embcomp.tables.row_types import RowType
+from embcomp.tables.specs import TableSpec, specs_from_configs
+
+FORMAT = "embcomp artefact"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+TENSORS_FILE = "model.safetensors"
+PROGRAM_FILE = "program.pt2"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LogicalTable(_Strict):
+    """One table as its user declared it."""
+
+    name: str
+    num_embeddings: int = Field(gt=0)
+    embedding_dim: int = Field(gt=0)
+    feature_names: list[str]
+    pooling: Literal["sum", "mean"] = "sum"
+    data_type: Literal["fp32", "fp16"] = "fp32"
+
+
+class PlanEntry(_Strict):
+    """A method, its settings, and the tables that it holds."""
+
+    tables: list[str]
+    method: dict[str, Any]
+
+
+class TablesRecord(_Strict):
+    """A compacted collection.
+
+    Attributes:
+        kind: Whether bags are pooled.
+        is_weighted: Whether ids carry weights.
+        need_indices: Whether an unpooled collection hands the ids along.
+        tables: The logical tables; hashes are salted by their order.
+        plan: Which method holds which of them.
+        row_types: How each physical table is stored.
+        bytes: What their tensors take in the file.
+    """
+
+    kind: Literal["pooled", "unpooled"]
+    is_weighted: bool = False
+    need_indices: bool = False
+    tables: list[LogicalTable]
+    plan: list[PlanEntry]
+    row_types: dict[str, RowType]
+    bytes: int = Field(ge=0)
+
+    def configs(self) -> list[Any]:
+        """The tables as TorchRec's configs."""
+        return [_torchrec_config(table, self.kind) for table in self.tables]
+
+    def resolved_plan(self, source: str) -> ResolvedPlan:
+        """The method of every table.
+
+        Args:
+            source: where this stands, for errors.
+        """
+        document = [entry.model_dump() for entry in self.plan]
+        return plan_from_document(document, specs_from_configs(self.configs()), source=source)
+
+    @classmethod
+    def of(
+        cls,
+        plan: ResolvedPlan,
+        row_types: dict[str, RowType],
+        *,
+        kind: Literal["pooled", "unpooled"],
+        is_weighted: bool,
+        need_indices: bool,
+        size: int,
+    ) -> Self:
+        """Describe a collection of that plan."""
+        return cls(
+            kind=kind,
+            is_weighted=is_weighted,
+            need_indices=need_indices,
+            tables=[_logical_table(table) for table in plan.tables],
+            plan=[PlanEntry(**entry) for entry in plan_to_document(plan)],
+            row_types=row_types,
+            bytes=size,
+        )
+
+
+class ModelRecord(_Strict):
+    """A CTR model: its name in `embcomp.models.MODELS`, its settings and its inputs."""
+
+    name: str
+    settings: dict[str, Any]
+    feature_names: list[str]
+    embedding_dim: int
+    num_dense: int
+    pooling: Literal["sum", "mean"]
+
+
+class DatasetRecord(_Strict):
+    """The dataset that ids come from.
+
+    Attributes:
+        name: Its name.
+        fingerprint: The SHA-256 of its `dataset.json`.
+        renumbered: Features whose ids are not the dataset's own any more.
+    """
+
+    name: str
+    fingerprint: str
+    renumbered: list[str] = []
+
+
+class ProgramRecord(_Strict):
+    """What `program.pt2` takes and gives, each with its shape."""
+
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class ArtefactConfig(_Strict):
+    """The content of `config.json`.
+
+    Attributes:
+        embcomp_version: What wrote it.
+        row_type: The row type asked for, or types by table and a `default`; `row_types` of the
+            tables say what they got.
+        tables: The collection, or the model's embedding tables where it has them.
+        first_order: The model's first-order tables where it has them.
+        model: The network; None for a collection alone.
+        dataset: Where the ids come from, where that is known.
+        budget: The bytes that the embedding tables were to stay within.
+        network_bytes: What the network's tensors take in the file.
+        sha256: Of `model.safetensors`.
+        program: What `program.pt2` takes, where there is one.
+    """
+
+    format: Literal["embcomp artefact"] = "embcomp artefact"
+    format_version: int = FORMAT_VERSION
+    embcomp_version: str
+    row_type: RowType | dict[str, RowType]
+    tables: TablesRecord | None = None
+    first_order: TablesRecord | None = None
+    model: ModelRecord | None = None
+    dataset: DatasetRecord | None = None
+    budget: int | None = None
+    network_bytes: int = 0
+    sha256: str
+    program: ProgramRecord | None = None
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> ArtefactConfig:
+        """Read `folder/config.json`.
+
+        Raises:
+            ArtefactError: the folder is no artefact, is damaged, or has another version.
+        """
+        path = folder / CONFIG_FILE
+        if not folder.exists():
+            raise ArtefactError(f"{folder} does not exist; `embcomp export` makes an artefact")
+        if not path.is_file():
+            raise ArtefactError(
+                f"{folder} is not an artefact: it has no {CONFIG_FILE}; `embcomp export RUN` "
+                "makes one of a finished run"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ArtefactError(f"{path} is not JSON ({error}); export the run again") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ArtefactError(f"{path} does not describe an artefact of embcomp")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{path} has format_version {version!r}; this embcomp reads {FORMAT_VERSION}: "
+                "export the run again, or use the embcomp that wrote it "
+                f"({content.get('embcomp_version', 'unknown')})"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+            )
+            raise ArtefactError(f"{path} is damaged: {problems}; export the run again") from None
+
+
+def _logical_table(table: TableSpec) -> LogicalTable:
+    return LogicalTable(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        feature_names=list(table.feature_names),
+        pooling="mean" if table.mean_pooling else "sum",
+        data_type="fp16" if table.data_type is DataType.FP16 else "fp32",
+    )
+
+
+def _torchrec_config(table: LogicalTable, kind: str) -> BaseEmbeddingConfig:
+    data_type = DataType.FP16 if table.data_type == "fp16" else DataType.FP32
+    if kind == "unpooled":
+        return EmbeddingConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=list(table.feature_names),
+            data_type=data_type,
+        )
+    return EmbeddingBagConfig(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        feature_names=list(table.feature_names),
+        data_type=data_type,
+        pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+    )

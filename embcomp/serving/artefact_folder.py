@@ -1,0 +1,141 @@
+"""The files of an artefact: written as a whole or not at all, and read with named errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ArtefactError
+from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, DatasetRecord
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes it when all went well.
+
+    Raises:
+        ArtefactError: something is there already, or cannot be made there.
+    """
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp keeps others out
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+                _flush(file)
+        _refuse_existing(path)
+        folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise ArtefactError(f"{path} exists and is left as it is; remove it or name another folder")
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def header_bytes(file: Path) -> dict[str, int]:
+    """Bytes of a safetensors file's tensors by the first part of their names, from its header."""
+    sizes: dict[str, int] = {}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            role = name.partition(".")[0]
+            sizes[role] = sizes.get(role, 0) + stop - start
+    return sizes
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_tensors(folder: Path, config: ArtefactConfig, *, verify: bool) -> dict[str, Tensor]:
+    """The tensors of an artefact, by their names in the file.
+
+    Args:
+        folder: the artefact's.
+        config: its description.
+        verify: whether to compare the file with its SHA-256.
+    """
+    file = folder / TENSORS_FILE
+    if not file.is_file():
+        raise ArtefactError(f"{folder} has no {TENSORS_FILE}; copy the whole folder")
+    if verify and sha256_of(file) != config.sha256:
+        raise ArtefactError(f"{file} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
+    try:
+        return safetensors.torch.load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ArtefactError(f"{file} is damaged ({error}); export the run again") from None
+
+
+def fingerprint(info: DatasetInfo) -> str:
+    """The SHA-256 of a dataset's `dataset.json`."""
+    return hashlib.sha256((info.folder / DATASET_FILE).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewrittenDataset:
+    """What an artefact says of its dataset when ids were numbered anew.
+
+    Attributes:
+        info: The description with the new counts.
+        vocabularies: By feature, the new columns id, value, count; other features keep theirs.
+    """
+
+    info: DatasetInfo
+    vocabularies: Mapping[str, pl.DataFrame]
+
+
+def copy_dataset(
+    info: DatasetInfo, rewritten: RewrittenDataset | None, folder: Path
+) -> DatasetRecord:
+    """The dataset without its rows: description and vocabularies, which encode raw values."""
+    copied = (info if rewritten is None else rewritten.info).model_copy(deep=True)
+    vocabularies = {} if rewritten is None else rewritten.vocabularies
+    for split in copied.splits.values():
+        split.files = []
+    copied.save(folder)
+    for feature in copied.categorical:
+        if feature.vocabulary:
+            target = folder / feature.vocabulary
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if feature.name in vocabularies:
+                vocabularies[feature.name].write_parquet(target)
+            else:
+                shutil.copyfile(info.folder / feature.vocabulary, target)
+    return DatasetRecord(
+        name=info.name, fingerprint=fingerprint(info), renumbered=sorted(vocabularies)
+    )

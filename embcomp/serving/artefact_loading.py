@@ -1,0 +1,134 @@
+"""Reading artefacts: from a folder to a module that answers. Nothing of the training is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic_core import PydanticCustomError
+from torch import Tensor
+
+from embcomp.errors import ArtefactError, ConfigError
+from embcomp.io.yaml_reading import bind_dataclass, did_you_mean, listed
+from embcomp.models import MODELS, ModelInputs
+from embcomp.serving.artefact_config import CONFIG_FILE, ArtefactConfig, ModelRecord, TablesRecord
+from embcomp.serving.artefact_folder import read_tensors
+from embcomp.serving.modules import (
+    MakeRows,
+    ServingEmbeddingBagCollection,
+    ServingEmbeddingCollection,
+    ServingModel,
+    check_shapes,
+    persistent_tensors,
+    rows_class,
+)
+
+Serving = ServingEmbeddingBagCollection | ServingEmbeddingCollection | ServingModel
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    rows: Literal["auto", "fbgemm", "torch"] = "auto",
+    verify: bool = False,
+) -> Serving:
+    """Read an artefact as a module that answers; no training code is imported.
+
+    Args:
+        path: the artefact's folder.
+        device: where to serve.
+        rows: what reads the rows: FBGEMM's inference kernel (CPU), plain torch operations, or
+            whichever is faster there.
+        verify: whether to compare the tensors' file with its SHA-256.
+
+    Returns:
+        A ServingModel for a model; for a collection alone a ServingEmbeddingBagCollection or
+        ServingEmbeddingCollection, which stand where TorchRec's collections do.
+
+    Raises:
+        ArtefactError: the folder is missing, damaged, or of another version.
+        ConfigError: it names a method that this embcomp does not have.
+    """
+    folder, on = Path(path), torch.device(device)
+    config = ArtefactConfig.read(folder)
+    tensors = read_tensors(folder, config, verify=verify)
+    make_rows, source = rows_class(rows, on), str(folder / CONFIG_FILE)
+    if config.model is None:
+        if config.tables is None:
+            raise ArtefactError(f"{source} describes neither tables nor a model")
+        return _collection(config.tables, tensors, "tables", make_rows, on, source)
+    return _model(config, config.model, tensors, make_rows, on, source)
+
+
+def _own(tensors: Mapping[str, Tensor], role: str) -> dict[str, Tensor]:
+    prefix = f"{role}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _collection(
+    record: TablesRecord,
+    tensors: Mapping[str, Tensor],
+    role: str,
+    make_rows: MakeRows,
+    device: torch.device,
+    source: str,
+) -> ServingEmbeddingBagCollection | ServingEmbeddingCollection:
+    kind = ServingEmbeddingBagCollection if record.kind == "pooled" else ServingEmbeddingCollection
+    try:
+        return kind(
+            record,
+            _own(tensors, role),
+            make_rows=make_rows,
+            device=device,
+            source=f"{source}: {role}",
+        )
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if source in text else f"{source}: {role}: {text}") from None
+
+
+def _model(
+    config: ArtefactConfig,
+    record: ModelRecord,
+    tensors: Mapping[str, Tensor],
+    make_rows: MakeRows,
+    device: torch.device,
+    source: str,
+) -> ServingModel:
+    if record.name not in MODELS:
+        raise ArtefactError(
+            f"{source}: unknown model {record.name!r}{did_you_mean(record.name, MODELS)}; this "
+            f"version has {listed(MODELS)}"
+        )
+    parts = {
+        role: _collection(part, tensors, role, make_rows, device, source)
+        for role, part in (("tables", config.tables), ("first_order", config.first_order))
+        if part is not None
+    }
+    inputs = ModelInputs(
+        feature_names=tuple(record.feature_names),
+        embedding_dim=record.embedding_dim,
+        num_dense=record.num_dense,
+        pooling=record.pooling,
+    )
+    try:
+        settings: Any = bind_dataclass(MODELS[record.name], dict(record.settings))
+        with torch.random.fork_rng(devices=[]):  # drawn, then loaded
+            network = settings.build(inputs, parts.get("tables"), parts.get("first_order"))
+    except (PydanticCustomError, ConfigError) as error:
+        raise ArtefactError(f"{source}: model {record.name!r}: {error}") from None
+    dense = {
+        name: tensor
+        for name, tensor in persistent_tensors(network).items()
+        if not name.startswith(("tables.", "first_order_tables."))
+    }
+    came = _own(tensors, "network")
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in dense.items()}
+    check_shapes(wanted, came, f"{source}: network")
+    with torch.no_grad():
+        for name, tensor in dense.items():
+            tensor.copy_(came[name])
+    return ServingModel(network, record.feature_names, record.num_dense, device)

@@ -1,0 +1,284 @@
+"""Artefacts: a collection or a whole CTR model in its serving form, as a folder.
+
+    config.json         what it is, versioned
+    model.safetensors   tables under ``tables.``, first-order ones under ``first_order.``, the
+                        network under ``network.``
+    dataset.json        features and counts of the dataset, where there is one
+    vocabulary/         from raw values to ids, where the dataset has them
+
+Nothing pruned is stored and no mask; the bytes under ``tables.`` are the footprint's serving bytes.
+Nothing is pickled. A folder is complete or not there, and an existing one is never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from embcomp.collection.collection import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ArtefactError, BudgetError
+from embcomp.io.yaml_reading import plain
+from embcomp.models import MODELS, ModelConfig, ModelInputs
+from embcomp.serving.artefact_config import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    ArtefactConfig,
+    ModelRecord,
+    TablesRecord,
+)
+from embcomp.serving.artefact_folder import (
+    RewrittenDataset,
+    copy_dataset,
+    header_bytes,
+    new_folder,
+    sha256_of,
+)
+from embcomp.serving.modules import persistent_tensors
+from embcomp.tables.budget import parse_budget
+from embcomp.tables.row_types import RowType, largest_error, pack, served_footprint
+
+Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+Extra = Callable[[Path, ArtefactConfig], ArtefactConfig]
+AnyRowTypes = str | Mapping[str, str] | RowTypes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What `save` wrote.
+
+    Attributes:
+        path: The folder.
+        config: Its description.
+        row_error: For ``tables`` and ``first_order``, the largest error of a weight in each
+            physical table whose rows are not float32.
+    """
+
+    path: Path
+    config: ArtefactConfig
+    row_error: Mapping[str, Mapping[str, float]]
+
+
+def save(
+    collection: Collection,
+    path: str | Path,
+    *,
+    row_type: AnyRowTypes = "fp32",
+    budget: str | int | None = None,
+) -> Saved:
+    """Write a collection's serving form; `load` reads it back.
+
+    Args:
+        collection: an unsharded one; it is compacted here, and itself left as it is.
+        path: the folder to make.
+        row_type: ``fp32``, ``fp16``, ``int8`` or ``int4``, for every method's rows; or a mapping
+            from table to type, in which ``default`` stands for the others.
+        budget: serving bytes that the tables may take.
+
+    Raises:
+        ConfigError: a type or a table does not exist, or tables that share rows have several types.
+        ArtefactError: the folder exists already.
+        BudgetError: the tables are larger than the budget; nothing is left.
+    """
+    wanted = RowTypes.of(row_type)
+    part = _Part.of(collection, wanted)
+    allowed = _budget(budget, collection)
+    return _write(
+        Path(path), {"tables": part}, {}, row_type=wanted, budget=allowed, model=None, info=None
+    )
+
+
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    settings: ModelConfig,
+    inputs: ModelInputs,
+    row_type: AnyRowTypes = "fp32",
+    budget: str | int | None = None,
+    dataset: DatasetInfo | None = None,
+    rewritten: RewrittenDataset | None = None,
+    extra: Extra | None = None,
+) -> Saved:
+    """Write a CTR model of `embcomp.models` with its tables' serving forms.
+
+    Args:
+        model: unsharded, as ``settings.build`` made it around compressed collections.
+        path: the folder to make.
+        settings: the model's.
+        inputs: what it was built for.
+        row_type: as for `save`; a table's first-order weights have its type.
+        budget: serving bytes that the embedding tables may take, first-order ones not counted.
+        dataset: whose description and vocabularies go along.
+        rewritten: what of them differs.
+        extra: is called with the folder and its description before the folder gets its name. It
+            may read the artefact, write further files and describe them, or raise.
+    """
+    wanted = RowTypes.of(row_type)
+    children = dict(model.named_children())
+    parts: dict[str, _Part] = {}
+    for role, child in (("tables", "tables"), ("first_order", "first_order_tables")):
+        collection = children.get(child)
+        if collection is None:
+            continue
+        if not isinstance(collection, CompressedEmbeddingBagCollection):
+            raise ArtefactError(
+                f"the model's {child} are a {type(collection).__name__}; expected a "
+                "CompressedEmbeddingBagCollection, unsharded"
+            )
+        parts[role] = _Part.of(collection, wanted)
+    network = {
+        name: tensor.detach()
+        for name, tensor in persistent_tensors(model).items()
+        if not name.startswith(("tables.", "first_order_tables."))
+    }
+    names = {type_: name for name, type_ in MODELS.items()}
+    if type(settings) not in names:
+        raise ArtefactError(f"{type(settings).__name__} is not one of embcomp.models.MODELS")
+    record = ModelRecord(
+        name=names[type(settings)],
+        settings=plain(dataclasses.asdict(settings)),
+        feature_names=list(inputs.feature_names),
+        embedding_dim=inputs.embedding_dim,
+        num_dense=inputs.num_dense,
+        pooling=inputs.pooling,
+    )
+    main = children.get("tables")
+    allowed = _budget(budget, main) if isinstance(main, _COLLECTIONS) else None
+    return _write(
+        Path(path),
+        parts,
+        network,
+        row_type=wanted,
+        budget=allowed,
+        model=record,
+        info=dataset,
+        rewritten=rewritten,
+        extra=extra,
+    )
+
+
+_COLLECTIONS = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A compacted collection, its tensors as they are stored."""
+
+    record: TablesRecord
+    tensors: Mapping[str, Tensor]
+    predicted: int
+    row_error: Mapping[str, float]
+
+    @classmethod
+    def of(cls, collection: Collection, wanted: RowTypes) -> _Part:
+        if not isinstance(collection, _COLLECTIONS):
+            raise ArtefactError(
+                "expected a CompressedEmbeddingBagCollection or CompressedEmbeddingCollection, "
+                f"got {type(collection).__name__}"
+            )
+        wanted.check([table.name for table in collection.plan.tables])
+        compacted = collection.compact()
+        types: dict[str, RowType] = {}
+        tensors: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        for index, (each, group) in enumerate(zip(compacted.forms(), compacted.groups)):
+            own = wanted.of_physical(group.tables, group.backend.physical_tables)
+            types |= own
+            for name, tensor in each.form.tensors.items():
+                part, _, rest = name.partition(".")
+                if part != "rows":
+                    tensors[f"{part}.{index}.{rest}"] = tensor.detach().cpu().contiguous()
+                    continue
+                rows = tensor.detach().cpu()
+                tensors[name] = pack(rows, own[rest])
+                if own[rest] != "fp32":
+                    errors[rest] = largest_error(rows, tensors[name], own[rest])
+        kind: Literal["pooled", "unpooled"] = "unpooled"
+        is_weighted = need_indices = False
+        if isinstance(compacted, CompressedEmbeddingBagCollection):
+            kind, is_weighted = "pooled", compacted.is_weighted()
+        else:
+            need_indices = compacted.need_indices()
+        predicted = served_footprint(compacted.footprint, types).serve_bytes
+        record = TablesRecord.of(
+            compacted.plan,
+            types,
+            kind=kind,
+            is_weighted=is_weighted,
+            need_indices=need_indices,
+            size=predicted,
+        )
+        return cls(record=record, tensors=tensors, predicted=predicted, row_error=errors)
+
+
+def _budget(budget: str | int | None, collection: Collection) -> int | None:
+    if budget is None:
+        return None
+    return parse_budget(budget, full_bytes=collection.plan.full_bytes)
+
+
+def _write(
+    path: Path,
+    parts: Mapping[str, _Part],
+    network: Mapping[str, Tensor],
+    *,
+    row_type: RowTypes,
+    budget: int | None,
+    model: ModelRecord | None,
+    info: DatasetInfo | None,
+    rewritten: RewrittenDataset | None = None,
+    extra: Extra | None = None,
+) -> Saved:
+    tensors = {
+        f"{role}.{name}": t for role, part in parts.items() for name, t in part.tensors.items()
+    }
+    tensors |= {f"network.{name}": t.cpu().clone().contiguous() for name, t in network.items()}
+    with new_folder(path) as folder:
+        file = folder / TENSORS_FILE
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        sizes = header_bytes(file)
+        for role, part in parts.items():
+            measured = sizes.get(role, 0)
+            assert measured == part.predicted, (
+                f"{role} take {measured} bytes in the file, {part.predicted} were predicted"
+            )
+        if budget is not None and sizes.get("tables", 0) > budget:
+            raise BudgetError(
+                f"the tables take {sizes['tables']:,} bytes as {row_type} rows, over the budget of "
+                f"{budget:,} bytes; nothing was written. Export narrower rows (int8, int4) or "
+                "widths, or raise the budget"
+            )
+        dataset = None if info is None else copy_dataset(info, rewritten, folder)
+        config = ArtefactConfig(
+            embcomp_version=version("embcomp"),
+            row_type=row_type.plain(),
+            tables=parts["tables"].record if "tables" in parts else None,
+            first_order=parts["first_order"].record if "first_order" in parts else None,
+            model=model,
+            dataset=dataset,
+            budget=budget,
+            network_bytes=sizes.get("network", 0),
+            sha256=sha256_of(file),
+        )
+        _write_config(folder, config)
+        if extra is not None:
+            config = extra(folder, config)
+            _write_config(folder, config)
+    errors = {role: part.row_error for role, part in parts.items()}
+    return Saved(path=path, config=config, row_error=errors)
+
+
+def _write_config(folder: Path, config: ArtefactConfig) -> None:
+    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")

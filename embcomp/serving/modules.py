@@ -1,0 +1,393 @@
+"""What `embcomp.load` returns: collections and models that only answer.
+
+They are the collections of `embcomp.collection.collection` with stored rows in the place of trained ones: the
+same ``route``, the same ``combine``, nothing that training needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollectionInterface,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+
+from embcomp.backends.stages import Form
+from embcomp.collection.collection import build_groups
+from embcomp.collection.combine import PooledCombine, UnpooledCombine
+from embcomp.collection.groups import Group, instances_of
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.collection.route import CompositeRoute
+from embcomp.errors import ArtefactError, DataError
+from embcomp.serving.artefact_config import TablesRecord
+from embcomp.serving.serving_features import Features, as_features
+from embcomp.serving.serving_rows import KernelRows, StoredTable, TorchRows
+from embcomp.tables.footprint import Footprint
+from embcomp.tables.row_types import served_footprint, stored_dtype, stored_shape
+
+MakeRows = Callable[[Sequence[Group], Mapping[str, StoredTable]], nn.Module]
+
+
+def rows_class(rows: str, device: torch.device) -> MakeRows:
+    """What reads the rows.
+
+    Args:
+        rows: ``fbgemm`` (CPU only), ``torch``, or ``auto`` for the faster one that there is.
+        device: where to serve.
+    """
+    if rows not in ("auto", "fbgemm", "torch"):
+        raise ArtefactError(f"rows are read by auto, fbgemm or torch; got {rows!r}")
+    if rows == "fbgemm" and device.type != "cpu":
+        raise ArtefactError(f"rows='fbgemm' serves on the CPU, not on {device}; take rows='torch'")
+    return TorchRows if rows == "torch" or device.type != "cpu" else KernelRows
+
+
+class _Serving(nn.Module):
+    """What both collections share."""
+
+    route: CompositeRoute
+    rows: nn.Module | None
+    unpooled_rows: nn.Module | None
+    combine: nn.Module
+
+    def _set_up(
+        self,
+        record: TablesRecord,
+        tensors: Mapping[str, Tensor],
+        make_rows: MakeRows,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        self._record = record
+        self._device = device
+        self._configs = record.configs()
+        self._plan = record.resolved_plan(source)
+        unpooled = record.kind == "unpooled"
+        with torch.random.fork_rng(devices=[]):  # parts are drawn, then loaded
+            self._groups = build_groups(self._plan, unpooled=unpooled)
+        self._features = list(
+            dict.fromkeys(name for table in self._plan.tables for name in table.feature_names)
+        )
+        _check_tensors(self._groups, record, tensors, source)
+        self.route = CompositeRoute(self._groups, is_weighted=record.is_weighted)
+        self.combine = self._make_combine()
+        for index, group in enumerate(self._groups):
+            _load(group.backend.route, tensors, f"route.{index}.")
+            _load(group.backend.combine, tensors, f"combine.{index}.")
+        stored = {
+            table.name: StoredTable(
+                name=table.name,
+                dim=table.embedding_dim,
+                row_type=record.row_types[table.name],
+                rows=tensors[f"rows.{table.name}"],
+            )
+            for group in self._groups
+            for table in group.backend.physical_tables
+        }
+        self.rows = self._make_rows(make_rows, stored, unpooled=False)
+        self.unpooled_rows = self._make_rows(make_rows, stored, unpooled=True)
+        self.requires_grad_(False)
+        self.eval()
+        self.to(device)
+
+    def _make_rows(
+        self, make_rows: MakeRows, stored: Mapping[str, StoredTable], *, unpooled: bool
+    ) -> nn.Module | None:
+        groups = [group for group in self._groups if group.unpooled == unpooled]
+        has_tables = any(group.backend.physical_tables for group in groups)
+        return make_rows(groups, stored) if has_tables else None
+
+    def _make_combine(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _look_up(self, features: Features) -> Any:
+        batch = as_features(
+            features,
+            self._features,
+            is_weighted=self._record.is_weighted,
+            device=self._device,
+        )
+        pooled, unpooled, selected = self.route(batch)
+        return self.combine(
+            None if self.rows is None else self.rows(pooled),
+            None if self.unpooled_rows is None else self.unpooled_rows(unpooled),
+            selected,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self._device
+
+    @property
+    def plan(self) -> ResolvedPlan:
+        """The method of every table, in its serving form."""
+        return self._plan
+
+    @property
+    def groups(self) -> list[Group]:
+        """The methods as built."""
+        return list(self._groups)
+
+    @property
+    def record(self) -> TablesRecord:
+        """How the artefact describes the collection."""
+        return self._record
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The features that are looked up."""
+        return list(self._features)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes of the tables in the types that they are served in."""
+        return served_footprint(self._plan.footprint, self._record.row_types)
+
+    def form(self, index: int) -> Form:
+        """A method in its serving form, without its rows: they are in another type."""
+        group = self._groups[index]
+        tensors: dict[str, Tensor] = {}
+        for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
+            tensors |= {f"{part}.{n}": t for n, t in persistent_tensors(module).items()}
+        return Form(config=group.config, tensors=tensors)
+
+
+class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
+    """Pooled embeddings from an artefact, where TorchRec's EmbeddingBagCollection is used.
+
+    Args:
+        record: the collection's description.
+        tensors: its tensors, named as ``rows.<table>``, ``route.<method>.<name>`` and
+            ``combine.<method>.<name>``.
+        make_rows: what reads the rows.
+        device: where to serve.
+        source: where the description stands, for errors.
+    """
+
+    def __init__(
+        self,
+        record: TablesRecord,
+        tensors: Mapping[str, Tensor],
+        *,
+        make_rows: MakeRows,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        super().__init__()
+        self._set_up(record, tensors, make_rows, device, source)
+
+    def _make_combine(self) -> nn.Module:
+        return PooledCombine(self._groups, instances_of(self._plan.tables))
+
+    def forward(self, features: Features) -> KeyedTensor:
+        """Look up and pool.
+
+        Args:
+            features: a KeyedJaggedTensor, or for each feature (B,) ids or a pair of (N,) values
+                and (B + 1,) offsets.
+
+        Returns:
+            (B, sum of embedding_dims) float32, keys and widths as declared.
+        """
+        return self._look_up(features)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids carry weights."""
+        return self._record.is_weighted
+
+
+class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
+    """One embedding per id from an artefact, where TorchRec's EmbeddingCollection is used.
+
+    The arguments are those of ServingEmbeddingBagCollection.
+    """
+
+    def __init__(
+        self,
+        record: TablesRecord,
+        tensors: Mapping[str, Tensor],
+        *,
+        make_rows: MakeRows,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        super().__init__()
+        self._set_up(record, tensors, make_rows, device, source)
+
+    def _make_combine(self) -> nn.Module:
+        return UnpooledCombine(
+            self._groups,
+            instances_of(self._plan.tables),
+            need_indices=self._record.need_indices,
+        )
+
+    def forward(self, features: Features) -> dict[str, JaggedTensor]:
+        """Look up.
+
+        Args:
+            features: as for the pooled collection.
+
+        Returns:
+            For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
+            (number of the feature's ids, embedding_dim) float32 values in B bags.
+        """
+        return self._look_up(features)
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The logical tables, as declared."""
+        return self._configs
+
+    def need_indices(self) -> bool:
+        """Whether the ids go along."""
+        return self._record.need_indices
+
+    def embedding_dim(self) -> int:
+        """Width of every embedding."""
+        return self._configs[0].embedding_dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Output keys of each table."""
+        instances = instances_of(self._plan.tables)
+        return [[i.key for i in instances if i.table is t] for t in self._plan.tables]
+
+
+@final
+class ServingModel(nn.Module):
+    """A CTR model from an artefact: a network around serving tables.
+
+    Args:
+        network: takes dense values and a KeyedJaggedTensor, and returns logits.
+        feature_names: the features that it looks up.
+        num_dense: its numeric features.
+        device: where to serve.
+    """
+
+    def __init__(
+        self, network: nn.Module, feature_names: Sequence[str], num_dense: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.feature_names = list(feature_names)
+        self.num_dense = num_dense
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    @property
+    def tables(self) -> ServingEmbeddingBagCollection | None:
+        """The embedding tables; None for a model without any."""
+        return self._collection("tables")
+
+    @property
+    def first_order(self) -> ServingEmbeddingBagCollection | None:
+        """The first-order tables; None for a model without any."""
+        return self._collection("first_order_tables")
+
+    def _collection(self, name: str) -> ServingEmbeddingBagCollection | None:
+        found = dict(self.network.named_children()).get(name)
+        return found if isinstance(found, ServingEmbeddingBagCollection) else None
+
+    def forward(self, dense: Tensor | None, sparse: Features) -> Tensor:
+        """Score rows.
+
+        Args:
+            dense: (B, I) float32 values, transformed as the dataset says; None without any.
+            sparse: a KeyedJaggedTensor, or for each feature (B,) ids or a pair of (N,) values and
+                (B + 1,) offsets.
+
+        Returns:
+            (B,) float32 logits; their sigmoid is the probability of a click.
+        """
+        batch = as_features(sparse, self.feature_names, is_weighted=False, device=self._device)
+        if dense is None:
+            dense = torch.zeros(batch.stride(), 0)
+        if dense.dim() != 2 or dense.shape != (batch.stride(), self.num_dense):
+            raise DataError(
+                f"expected dense values of shape ({batch.stride()}, {self.num_dense}), got "
+                f"{tuple(dense.shape)}"
+            )
+        return self.network(dense.to(self._device, torch.float32), batch)
+
+
+def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, as a state dict would have them."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                found[prefix + name] = buffer
+    return found
+
+
+def expected_tensors(
+    groups: Sequence[Group], record: TablesRecord
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor that a description asks for."""
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for index, group in enumerate(groups):
+        for table in group.backend.physical_tables:
+            row_type = record.row_types.get(table.name)
+            if row_type is not None:
+                wanted[f"rows.{table.name}"] = (
+                    stored_shape(table.num_embeddings, table.embedding_dim, row_type),
+                    stored_dtype(row_type),
+                )
+        for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
+            for name, tensor in persistent_tensors(module).items():
+                wanted[f"{part}.{index}.{name}"] = (tuple(tensor.shape), tensor.dtype)
+    return wanted
+
+
+def _check_tensors(
+    groups: Sequence[Group], record: TablesRecord, tensors: Mapping[str, Tensor], source: str
+) -> None:
+    physical = {table.name for group in groups for table in group.backend.physical_tables}
+    if physical != set(record.row_types):
+        odd = ", ".join(sorted(physical ^ set(record.row_types)))
+        raise ArtefactError(f"{source}: row_types and the physical tables differ in {odd}")
+    check_shapes(expected_tensors(groups, record), tensors, source)
+
+
+def check_shapes(
+    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    tensors: Mapping[str, Tensor],
+    source: str,
+) -> None:
+    """Raise an ArtefactError unless the tensors are the wanted ones."""
+    for name, (shape, dtype) in wanted.items():
+        if name not in tensors:
+            raise ArtefactError(f"{source}: the tensor {name} is missing; export the run again")
+        came = tensors[name]
+        if tuple(came.shape) != shape or came.dtype != dtype:
+            raise ArtefactError(
+                f"{source}: the tensor {name} should be {dtype} of shape {shape}, but is "
+                f"{came.dtype} of shape {tuple(came.shape)}; export the run again"
+            )
+    odd = sorted(set(tensors) - set(wanted))
+    if odd:
+        raise ArtefactError(f"{source}: no method wants the tensors {', '.join(odd)}")
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    if own:
+        module.load_state_dict(own)

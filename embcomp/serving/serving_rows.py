@@ -1,0 +1,203 @@
+"""Physical rows of a serving module: stored tables in place of a trained TorchRec collection.
+
+``KernelRows`` hands them to FBGEMM's inference kernel, one call for all tables of all types.
+``TorchRows`` reads the same bytes with plain torch operations, on any device and in exported
+programs. Both take what ``route`` makes and return what ``combine`` wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+    BoundsCheckMode,
+    EmbeddingLocation,
+    PoolingMode,
+)
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
+    IntNBitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from typing_extensions import Self
+
+from embcomp.collection.groups import Group
+from embcomp.errors import EmbcompError
+from embcomp.tables.row_types import RowType, padded_width, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTable:
+    """A physical table as an artefact holds it.
+
+    Args:
+        name: the physical table's.
+        dim: weights of a row, without padding.
+        row_type: how rows are stored.
+        rows: the stored rows.
+    """
+
+    name: str
+    dim: int
+    row_type: RowType
+    rows: Tensor
+
+
+def look_ups(groups: Sequence[Group]) -> dict[str, str]:
+    """The physical look-ups of some methods in order, and the table of each."""
+    owners = {key: t.name for g in groups for t in g.backend.physical_tables for key in t.keys}
+    return {key: owners[key] for group in groups for key in group.backend.keys}
+
+
+class KernelRows(nn.Module):
+    """Rows in FBGEMM's inference kernel for the CPU.
+
+    Args:
+        groups: the methods whose look-ups are made here.
+        tables: their physical tables, by name.
+    """
+
+    def __init__(self, groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> None:
+        super().__init__()
+        owners = look_ups(groups)
+        stored = [tables[name] for name in dict.fromkeys(owners.values())]
+        place = {table.name: n for n, table in enumerate(stored)}
+        self._keys = list(owners)
+        self._dims = [tables[name].dim for name in owners.values()]
+        widths = [padded_width(table.dim, table.row_type) for table in stored]
+        self._widths = [widths[place[name]] for name in owners.values()]
+        self.kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
+            embedding_specs=[
+                (
+                    table.name,
+                    len(table.rows),
+                    width,
+                    SparseType(table.row_type),
+                    EmbeddingLocation.HOST,
+                )
+                for table, width in zip(stored, widths)
+            ],
+            feature_table_map=[place[name] for name in owners.values()],
+            pooling_mode=PoolingMode.SUM,
+            bounds_check_mode=BoundsCheckMode.FATAL,  # a damaged code must not read other memory
+            output_dtype=SparseType.FP32,
+            row_alignment=1,
+            device=torch.device("cpu"),
+        )
+        self.kernel.initialize_weights()
+        bytes_of = self.kernel.split_embedding_weights(split_scale_shifts=False)
+        for (own, _), table in zip(bytes_of, stored):
+            own.copy_(table.rows.contiguous().view(torch.uint8))
+        self._columns = self._kept_columns()
+
+    def _kept_columns(self) -> Tensor | None:
+        if self._widths == self._dims:
+            return None
+        kept: list[int] = []
+        start = 0
+        for dim, width in zip(self._dims, self._widths):
+            kept += range(start, start + dim)
+            start += width
+        return torch.tensor(kept)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Sum the rows of every bag, weighted where the bags are: (B, sum of dims)."""
+        if features.keys() != self._keys:
+            features = features.permute([features.keys().index(key) for key in self._keys])
+        values = self.kernel(
+            features.values().to(torch.int64),
+            features.offsets().to(torch.int64),
+            features.weights_or_none(),
+        )
+        if self._columns is not None:
+            values = values.index_select(1, self._columns)
+        return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        moved = fn(torch.zeros(0))
+        if moved.device.type != "cpu":
+            raise EmbcompError(
+                f"an artefact that was loaded for the CPU cannot be moved to {moved.device}; "
+                f'load it there: embcomp.load(path, device="{moved.device}")'
+            )
+        return self  # nor is there anything that another float type could change
+
+
+class TorchRows(nn.Module):
+    """Rows as plain tensors.
+
+    Args:
+        groups: the methods whose look-ups are made here.
+        tables: their physical tables, by name.
+    """
+
+    def __init__(self, groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> None:
+        super().__init__()
+        self._owners = look_ups(groups)
+        names = list(dict.fromkeys(self._owners.values()))
+        self._formats = {name: (tables[name].dim, tables[name].row_type) for name in names}
+        self._buffer = {name: f"stored_{n}" for n, name in enumerate(names)}
+        for name in names:
+            self.register_buffer(self._buffer[name], tables[name].rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `module.half()` must not change what is stored: rows are moved, never cast.
+        device = fn(torch.zeros(0)).device
+        for name, stored in self._buffers.items():
+            assert stored is not None
+            self._buffers[name] = stored.to(device)
+        return self
+
+    def rows_of(self, table: str, ids: Tensor) -> Tensor:
+        """(N, dim) float32 rows of a physical table for (N,) ids."""
+        stored = self._buffers[self._buffer[table]]
+        assert stored is not None
+        return unpack(stored.index_select(0, ids), *self._formats[table])
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Sum the rows of every bag, weighted where the bags are: (B, sum of dims)."""
+        batch = features.stride()
+        found: dict[str, Tensor] = {}
+        for key, jagged in features.to_dict().items():
+            rows = self.rows_of(self._owners[key], jagged.values().to(torch.int64))
+            weights = jagged.weights_or_none()
+            if weights is not None:
+                rows = rows * weights.unsqueeze(1)
+            bags = torch.arange(batch, device=rows.device).repeat_interleave(
+                jagged.lengths().to(torch.int64), output_size=len(rows)
+            )
+            found[key] = rows.new_zeros(batch, rows.shape[1]).index_add(0, bags, rows)
+        return KeyedTensor(
+            keys=list(self._owners),
+            length_per_key=[self._formats[name][0] for name in self._owners.values()],
+            values=torch.cat([found[key] for key in self._owners], dim=1),
+        )
+
+    def rectangle(
+        self, keys: Sequence[str], ids: Tensor, *, skips: bool = False
+    ) -> dict[str, Tensor]:
+        """Rows of look-ups that all have as many ids, in bags of one size.
+
+        Args:
+            keys: the look-ups.
+            ids: (look-ups, bags, bag size) int64.
+            skips: whether negative ids stand for zeros.
+
+        Returns:
+            For each look-up, (bags, dim) sums.
+        """
+        found: dict[str, Tensor] = {}
+        for table in dict.fromkeys(self._owners[key] for key in keys):
+            own = [n for n, key in enumerate(keys) if self._owners[key] == table]
+            picked = ids if len(own) == len(keys) else torch.stack([ids[n] for n in own])
+            flat = picked.reshape(-1)
+            rows = self.rows_of(table, flat.clamp(min=0) if skips else flat)
+            if skips:
+                rows = torch.where(flat.unsqueeze(1) >= 0, rows, 0.0)
+            bags = rows.view(*picked.shape, rows.shape[1])
+            summed = bags.squeeze(2) if picked.shape[2] == 1 else bags.sum(dim=2)
+            found |= {keys[n]: part for n, part in zip(own, summed)}
+        return found

@@ -1,0 +1,56 @@
+"""What a table is and weighs: specifications, bytes, budgets, row types.
+
+The names of the module are handed on, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from embcomp.io.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from embcomp.tables.specs import (
+        InitFn as InitFn,
+    )
+    from embcomp.tables.specs import (
+        PhysicalTable as PhysicalTable,
+    )
+    from embcomp.tables.specs import (
+        SkipEmptyShards as SkipEmptyShards,
+    )
+    from embcomp.tables.specs import (
+        TableSpec as TableSpec,
+    )
+    from embcomp.tables.specs import (
+        UniformInit as UniformInit,
+    )
+    from embcomp.tables.specs import (
+        look_up_key as look_up_key,
+    )
+    from embcomp.tables.specs import (
+        padded_dim as padded_dim,
+    )
+    from embcomp.tables.specs import (
+        specs_from_configs as specs_from_configs,
+    )
+    from embcomp.tables.specs import (
+        splits_by_rows as splits_by_rows,
+    )
+
+_HOMES = dict.fromkeys(
+    (
+        "InitFn",
+        "PhysicalTable",
+        "SkipEmptyShards",
+        "TableSpec",
+        "UniformInit",
+        "look_up_key",
+        "padded_dim",
+        "specs_from_configs",
+        "splits_by_rows",
+    ),
+    "embcomp.tables.specs",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
