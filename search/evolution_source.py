@@ -1,6 +1,6 @@
 """Evolution as a source of candidates: children of the best so far, repaired and new.
 
-The operators are those of `embcomp.evolution`, here over the options of any space, whatever scores
+The operators are those of `embcomp.backends.widths.evolution`, here over the options of any space, whatever scores
 the candidates. A child is bred from what was scored when it is asked for, and drawn from the
 search's seed and its own rank: there are no generations to wait for, nothing is kept outside of the
 study, and a search that was killed goes on as it would have.
@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from embcomp.evolution import Evolution, cross, mutate
+from embcomp.backends.widths.evolution import Evolution, cross, mutate
+from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.search.repair import Repair
 from embcomp.search.sources import Asked, Proposal, Source, Tried
 from embcomp.search.space import Candidate
-from embcomp.width_space import WidthSpace
 
 _ATTEMPTS = 50  # at a child that is new
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from embcomp.backends.widths.supernet import Trial
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
@@ -26,7 +27,6 @@ from embcomp.search.point import for_search
 from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun, full_steps, search_steps
 from embcomp.search.widths import widths_of
-from embcomp.supernet import Trial
 from embcomp.tables.specs import TableSpec
 from embcomp.training.console import RunConsole
 from embcomp.training.life import Life

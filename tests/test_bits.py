@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcomp.bits import bits_for, gather_bits, pack_bits, pack_parts, packed_bytes, unpack_bits
+from embcomp.backends.codebooks.bit_packing import (
+    bits_for,
+    gather_bits,
+    pack_bits,
+    pack_parts,
+    packed_bytes,
+    unpack_bits,
+)
 from embcomp.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embcomp import DNIS, ConfigError, DNISSearch, Full
-from embcomp.backends.dnis_optimizer import SelectionSGD, normalized
+from embcomp.backends.dnis.optimizer import SelectionSGD, normalized
 from embcomp.backends.stages import Past
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo

@@ -16,8 +16,8 @@ from embcomp import (
     DNISSearch,
     Full,
 )
-from embcomp.backends.dnis_elements import largest, least_element_bytes
-from embcomp.backends.dnis_pruning import choose_columns, column_scores
+from embcomp.backends.dnis.elements import largest, least_element_bytes
+from embcomp.backends.dnis.pruning import choose_columns, column_scores
 from embcomp.backends.stages import Form, Past
 from embcomp.collection.group_states import GroupForm
 from embcomp.tables.specs import TableSpec

@@ -11,9 +11,9 @@ import random
 import pytest
 
 from embcomp import BudgetError, ConfigError
-from embcomp import evolution as module
-from embcomp.evolution import Evolution, cross, evolve, mutate
-from embcomp.width_space import WidthSpace, width_choices
+from embcomp.backends.widths import evolution as module
+from embcomp.backends.widths.evolution import Evolution, cross, evolve, mutate
+from embcomp.backends.widths.width_space import WidthSpace, width_choices
 
 QUICK = Evolution(generations=8, population=12, parents=8, mutants=6, crossovers=6, finalists=3)
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from embcomp.backends.codebooks.kmeans import kmeans, nearest
 from embcomp.errors import ConfigError
-from embcomp.kmeans import kmeans, nearest
 
 
 def drawn(*shape, seed=0):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, Matryoshka
+from embcomp.backends.widths.greedy_widths import allocate_greedily
+from embcomp.backends.widths.masks import WidthDraws
+from embcomp.backends.widths.width_space import WidthSpace, width_choices
 from embcomp.collection.plan import Plan
-from embcomp.greedy_widths import allocate_greedily
 from embcomp.layers.lookup_context import LookedUp
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.check_data import plain_tables, random_batch
 from embcomp.testing.planted import plant
-from embcomp.width_masks import WidthDraws
-from embcomp.width_space import WidthSpace, width_choices
 from tests.learned_cases import Clicks, Memory, auc, begin, fit
 
 NARROW = plant(num_values=(60, 60, 300, 300), rank=4, seed=1)

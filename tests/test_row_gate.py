@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embcomp import CompressedEmbeddingBagCollection, OptEmbed
-from embcomp.row_gate import Step
+from embcomp.backends.widths.threshold_gate import Step
 from embcomp.testing.check_data import plain_tables, random_batch
 
 

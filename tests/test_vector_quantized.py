@@ -9,17 +9,17 @@ import torch
 from pydantic_core import PydanticCustomError
 
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
-from embcomp.backends.clustering import id_weights, share_cold_rows
-from embcomp.backends.latent_choice import choose_latent_dim
+from embcomp.backends.codebooks.bit_packing import unpack_bits
+from embcomp.backends.codebooks.clustering import id_weights, share_cold_rows
+from embcomp.backends.codebooks.kmeans import nearest
+from embcomp.backends.codebooks.latent_choice import choose_latent_dim
+from embcomp.backends.codebooks.subvectors import Layout
 from embcomp.backends.stages import Form, Past
-from embcomp.backends.subvectors import Layout
-from embcomp.bits import unpack_bits
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import bind_dataclass
-from embcomp.kmeans import nearest
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import Declared, plain_tables, random_batch

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.blocks import Blocks
-from embcomp.backends.coded import Coded
-from embcomp.backends.dnis import DNIS
-from embcomp.backends.dnis_search import DNISSearch
+from embcomp.backends.codebooks.coded import Coded
+from embcomp.backends.codebooks.low_rank import LowRank
+from embcomp.backends.codebooks.lr2vq import LR2VQ
+from embcomp.backends.codebooks.pq import PQ
+from embcomp.backends.dnis.config import DNIS
+from embcomp.backends.dnis.search import DNISSearch
 from embcomp.backends.full import Full
 from embcomp.backends.hash import Hash
 from embcomp.backends.low_dim import LowDim
-from embcomp.backends.low_rank import LowRank
-from embcomp.backends.lr2vq import LR2VQ
-from embcomp.backends.matryoshka import Matryoshka
-from embcomp.backends.optembed import OptEmbed
-from embcomp.backends.pq import PQ
 from embcomp.backends.qr import QR
 from embcomp.backends.sparse import Sparse
 from embcomp.backends.unified import Unified
+from embcomp.backends.widths.matryoshka import Matryoshka
+from embcomp.backends.widths.optembed import OptEmbed
 
 _CONFIGS: tuple[type[BackendConfig], ...] = (
     Blocks,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcomp.backends.vector_quantized import VectorQuantized
+from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.collection.groups import Group
 from embcomp.serving.neighbours import NO_DIRECTION, Tables, embeddings
 from embcomp.serving.row_sharing import RowUses

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
-from embcomp.width_space import Widths, WidthSpace
 
 Score = Callable[[Widths], float]
 

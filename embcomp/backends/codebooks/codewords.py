@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embcomp.backends.subvectors import Decode, Layout
-from embcomp.kmeans import nearest
+from embcomp.backends.codebooks.kmeans import nearest
+from embcomp.backends.codebooks.subvectors import Decode, Layout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised

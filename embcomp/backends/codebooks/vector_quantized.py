@@ -12,14 +12,14 @@ from typing import ClassVar
 from typing_extensions import Self
 
 from embcomp.backends.base import BackendConfig
-from embcomp.backends.subvectors import (
+from embcomp.backends.codebooks.bit_packing import MAX_BITS, bits_for, packed_bytes
+from embcomp.backends.codebooks.subvectors import (
     Layout,
     Sharing,
     SharingGroups,
     check_sharing,
     settled_groups,
 )
-from embcomp.bits import MAX_BITS, bits_for, packed_bytes
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit

@@ -8,7 +8,7 @@ weights, and they are all there is: pruned rows and columns are not stored.
 
 Where we depart from the paper and its code:
 
-- norms are measured in units of their mean (``embcomp.row_gate``), so that thresholds learn whatever
+- norms are measured in units of their mean (``embcomp.backends.widths.threshold_gate``), so that thresholds learn whatever
   the width and the initial weights are;
 - with a budget, rows are ranked by norm times count and widths are searched within the bytes; how
   many rows to keep is tried out. Without one, thresholds decide as they were learnt, and the search
@@ -17,7 +17,7 @@ Where we depart from the paper and its code:
   zero; fused optimizers leave it as it was drawn, so its norm means nothing. Rows that are rarely
   touched need ``train.row_optimizer.weight_decay`` for the same reason;
 - pruned ids share one row, which starts at zero and learns (``low_dim``);
-- the evolution has none of the mistakes of the public code (``embcomp.evolution``).
+- the evolution has none of the mistakes of the public code (``embcomp.backends.widths.evolution``).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from torch import Tensor, nn
 from embcomp.backends.base import Backend
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form, pruned_bytes
-from embcomp.backends.searched_size import SearchedSize
 from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.widths.evolution import Evolution, evolve
+from embcomp.backends.widths.masks import WidthDraws, draws_footprint
+from embcomp.backends.widths.row_ranking import RowOrder, counts_or_ranks
+from embcomp.backends.widths.searched_size import SearchedSize
+from embcomp.backends.widths.supernet import Supernet, Trial
+from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_norms
+from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.errors import ConfigError
-from embcomp.evolution import Evolution, evolve
-from embcomp.row_gate import Norm, relative_norms, row_norms
-from embcomp.row_order import RowOrder, counts_or_ranks
-from embcomp.supernet import Supernet, Trial
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
-from embcomp.width_masks import WidthDraws, draws_footprint
-from embcomp.width_space import WidthSpace
 
 Prune = Literal["both", "rows", "widths"]
 Importance = Literal["norm_and_count", "norm"]

@@ -18,11 +18,11 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends.base import Backend
+from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts, packed_bytes
+from embcomp.backends.codebooks.subvectors import Decode, Layout
+from embcomp.backends.codebooks.vector_quantized import VectorQuantized, mean_init_std
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
-from embcomp.backends.subvectors import Decode, Layout
-from embcomp.backends.vector_quantized import VectorQuantized, mean_init_std
-from embcomp.bits import gather_bits, pack_parts, packed_bytes
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed

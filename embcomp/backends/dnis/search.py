@@ -1,6 +1,6 @@
 """The search form of DNIS: whole rows, times the soft selection of their frequency block.
 
-``embcomp.backends.dnis`` cites the papers. Every block of ids of every table has a selection in
+``embcomp.backends.dnis.config`` cites the papers. Every block of ids of every table has a selection in
 [0, 1] for each column, 1 at first. An embedding is its row times its block's selection; what the
 search brings to 0 is not needed.
 """
@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig, full_table
 from embcomp.backends.blocks import column_dtype
-from embcomp.backends.dnis_pruning import blocks_form
+from embcomp.backends.dnis.pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.stages import Form
 from embcomp.errors import ConfigError

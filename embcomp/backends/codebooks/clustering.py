@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcomp.backends.subvectors import Layout
-from embcomp.kmeans import Clustering, kmeans, nearest
+from embcomp.backends.codebooks.kmeans import Clustering, kmeans, nearest
+from embcomp.backends.codebooks.subvectors import Layout
 from embcomp.layers.hashing import splitmix64
 from embcomp.tables.specs import TableSpec
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.stages import SearchContext
+from embcomp.backends.widths.masks import Columns, WidthDraws
+from embcomp.backends.widths.threshold_gate import Norm, NormMeans, Step, Thresholds, relative_norms
+from embcomp.backends.widths.width_space import Widths
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookedUp
-from embcomp.row_gate import Norm, NormMeans, Step, Thresholds, relative_norms
 from embcomp.tables.specs import TableSpec
-from embcomp.width_masks import Columns, WidthDraws
-from embcomp.width_space import Widths
 
 
 class Supernet(Penalised):

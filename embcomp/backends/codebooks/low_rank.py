@@ -19,10 +19,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
-from embcomp.backends.clustering import id_weights
-from embcomp.backends.full import Full, FullRoute, RangeCheck
-from embcomp.backends.stages import Form, Past, Stage
-from embcomp.backends.subvectors import (
+from embcomp.backends.codebooks.clustering import id_weights
+from embcomp.backends.codebooks.subvectors import (
     Decode,
     Layout,
     Sharing,
@@ -30,7 +28,9 @@ from embcomp.backends.subvectors import (
     check_sharing,
     settled_groups,
 )
-from embcomp.backends.vector_quantized import projection_footprint
+from embcomp.backends.codebooks.vector_quantized import projection_footprint
+from embcomp.backends.full import Full, FullRoute, RangeCheck
+from embcomp.backends.stages import Form, Past, Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint

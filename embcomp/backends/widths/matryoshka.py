@@ -17,16 +17,16 @@ from typing import Any, ClassVar, Literal, get_args
 from embcomp.backends.base import Backend
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form
-from embcomp.backends.searched_size import SearchedSize
 from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.widths.evolution import Evolution, evolve
+from embcomp.backends.widths.greedy_widths import allocate_greedily
+from embcomp.backends.widths.masks import WidthDraws, draws_footprint
+from embcomp.backends.widths.searched_size import SearchedSize
+from embcomp.backends.widths.supernet import Supernet, Trial
+from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
-from embcomp.evolution import Evolution, evolve
-from embcomp.greedy_widths import allocate_greedily
-from embcomp.supernet import Supernet, Trial
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
-from embcomp.width_masks import WidthDraws, draws_footprint
-from embcomp.width_space import Widths, WidthSpace
 
 Choose = Literal["greedy", "evolution"]
 

@@ -7,7 +7,7 @@ from the sub-vectors' width and the number of codewords, while ``d`` is free.
 
 The paper compresses convolutions and we could read its outline only, so the stages are ours, put
 together from methods whose code is public: a low-rank model is trained on from the dense one; its
-latents are clustered and trained with the codewords in their place (``embcomp.backends.codewords``);
+latents are clustered and trained with the codewords in their place (``embcomp.backends.codebooks.codewords``);
 then codes are frozen and codewords trained (Martinez et al., "Permute, Quantize, and Fine-tune", CVPR
 2021). With ``latent_dim`` as wide as the sub-vector and ``from_dense: false`` it is the vector-quantised
 form of DPQ (Chen, Li, Sun, "Differentiable Product Quantization", ICML 2020), but for codes, which
@@ -25,22 +25,28 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.base import Backend, BackendConfig, full_table
-from embcomp.backends.clustering import Codebooks, cluster, encode, id_weights, share_cold_rows
-from embcomp.backends.coded import FREEZE, Coded, pack_codes
-from embcomp.backends.codewords import Codewords, Quantise
-from embcomp.backends.full import Full, FullRoute, RangeCheck
-from embcomp.backends.latent_choice import choose_latent_dim
-from embcomp.backends.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
-from embcomp.backends.stages import Form, Past, SearchContext, Stage
-from embcomp.backends.subvectors import Decode, Sharing
-from embcomp.backends.vector_quantized import (
+from embcomp.backends.codebooks.clustering import (
+    Codebooks,
+    cluster,
+    encode,
+    id_weights,
+    share_cold_rows,
+)
+from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
+from embcomp.backends.codebooks.codewords import Codewords, Quantise
+from embcomp.backends.codebooks.kmeans import Clustering, missing_for
+from embcomp.backends.codebooks.latent_choice import choose_latent_dim
+from embcomp.backends.codebooks.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
+from embcomp.backends.codebooks.subvectors import Decode, Sharing
+from embcomp.backends.codebooks.vector_quantized import (
     VectorQuantized,
     mean_init_std,
     projection_footprint,
     scales_footprint,
 )
+from embcomp.backends.full import Full, FullRoute, RangeCheck
+from embcomp.backends.stages import Form, Past, SearchContext, Stage
 from embcomp.errors import ConfigError
-from embcomp.kmeans import Clustering, missing_for
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 

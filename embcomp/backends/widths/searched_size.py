@@ -10,10 +10,10 @@ from typing import ClassVar
 from typing_extensions import Self
 
 from embcomp.backends.base import BackendConfig, full_table
+from embcomp.backends.widths.width_space import width_choices
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
-from embcomp.width_space import width_choices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embcomp.backends.clustering import find_scales, members
-from embcomp.backends.low_rank import Moments
-from embcomp.backends.subvectors import Layout
-from embcomp.kmeans import Clustering, kmeans
+from embcomp.backends.codebooks.clustering import find_scales, members
+from embcomp.backends.codebooks.kmeans import Clustering, kmeans
+from embcomp.backends.codebooks.low_rank import Moments
+from embcomp.backends.codebooks.subvectors import Layout
 
 NOT_REGAINED = 1 / 3
 """The share of the low-rank residual that further training is taken to leave."""

@@ -47,10 +47,10 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.blocks import column_dtype
-from embcomp.backends.dnis_elements import elements_form, least_element_bytes
-from embcomp.backends.dnis_optimizer import SelectionSGD
-from embcomp.backends.dnis_pruning import blocks_form, choose_columns, column_scores
-from embcomp.backends.dnis_search import DNISSearch, Selection
+from embcomp.backends.dnis.elements import elements_form, least_element_bytes
+from embcomp.backends.dnis.optimizer import SelectionSGD
+from embcomp.backends.dnis.pruning import blocks_form, choose_columns, column_scores
+from embcomp.backends.dnis.search import DNISSearch, Selection
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Form, Past, Stage
 from embcomp.errors import ConfigError

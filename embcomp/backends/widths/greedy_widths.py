@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from embcomp.backends.widths.evolution import Score, comparable
+from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
-from embcomp.evolution import Score, comparable
-from embcomp.width_space import Widths, WidthSpace
 
 _EXPONENTS = (0.0, 0.2, 0.5)  # power laws that the outcome is held against
 

@@ -1,0 +1,1 @@
+"""Codebooks: ids become codes, or latents, into shared codewords and projections."""

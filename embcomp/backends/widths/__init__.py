@@ -1,0 +1,1 @@
+"""Widths and rows searched on a supernet: OptEmbed, Matryoshka."""
