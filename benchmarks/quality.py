@@ -33,7 +33,7 @@ from embcomp.serving.artefact_config import TENSORS_FILE
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.artefact_saving import save
 from embcomp.training import Report, load_model, train
-from embcomp.training.export import read_batches
+from embcomp.training.export.export import read_batches
 from embcomp.training.run_folder import RunFolder
 
 METHODS: dict[str, dict[str, object]] = {

@@ -31,10 +31,10 @@ from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo, NumericFeature
 from embcomp.training.build import build_model, shard_model
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.optimizers import Optimizers
-from embcomp.training.precision import Precision
-from embcomp.training.process import Process, process_group
+from embcomp.training.distributed.process import Process, process_group
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.optim.optimizers import Optimizers
+from embcomp.training.optim.precision import Precision
 from embcomp.training.steps import PlainSteps, Updates
 
 FEATURES = 26

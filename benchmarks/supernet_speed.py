@@ -33,8 +33,8 @@ from embcomp.search.supernet_evaluator import SupernetEvaluator
 from embcomp.search.training_evaluator import make_slots
 from embcomp.training.build import build_model, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
-from embcomp.training.evaluation import evaluate_batches
-from embcomp.training.noise import quiet_libraries
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.reporting.evaluation import evaluate_batches
 
 FEATURES, NUMERIC = 26, 13
 VALUES = (10_000, 1_000, 100, 20)  # of the features, in turn

@@ -30,7 +30,7 @@ from embcomp.search.runner import InHand, Jobs
 from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun
 from embcomp.tables.budget import format_bytes
-from embcomp.training.report import Report
+from embcomp.training.reporting.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model
-from embcomp.training.process import choose_device
+from embcomp.training.distributed.process import choose_device
 
 _WARM_UP = 3
 _REPEATS = 21

@@ -13,7 +13,7 @@ from embcomp.io.atomic_files import write_atomically
 from embcomp.search.page_correlation import correlation_note, draw_correlation
 from embcomp.search.results import CandidateResult, PointResult, SearchResult
 from embcomp.tables.budget import format_bytes
-from embcomp.training.comparison_drawing import byte_ticks
+from embcomp.training.reporting.comparison_drawing import byte_ticks
 
 # Okabe and Ito's colours, told apart with any colour vision.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"

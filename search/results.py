@@ -27,7 +27,7 @@ from embcomp.search.repair import Repair
 from embcomp.search.rungs import front_of
 from embcomp.search.runner import OUTCOME, STOPPED, number_of
 from embcomp.search.space import Space
-from embcomp.training.logs import without_nan
+from embcomp.training.reporting.logs import without_nan
 
 RESULT_FILE = "search_result.json"
 FORMAT = 1

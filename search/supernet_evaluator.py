@@ -28,13 +28,13 @@ from embcomp.search.space import Candidate, Space
 from embcomp.search.training_evaluator import Slot, TrainingRun, full_steps, search_steps
 from embcomp.search.widths import widths_of
 from embcomp.tables.specs import TableSpec
-from embcomp.training.console import RunConsole
-from embcomp.training.life import Life
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.process import Process, process_group
-from embcomp.training.report import Report
+from embcomp.training.distributed.process import Process, process_group
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.reporting.console import RunConsole
+from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.search_stage import StageSearch
+from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.search_stage import StageSearch
 
 NAME = "supernet"
 _LOOK_EVERY = 0.2  # seconds between two looks at the supernet's training

@@ -30,7 +30,7 @@ from embcomp.search.rungs import rung_steps
 from embcomp.search.space import Space
 from embcomp.search.staged import staged_methods
 from embcomp.search.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
-from embcomp.training.report import Report
+from embcomp.training.reporting.report import Report
 
 _PATIENCE = 10.0  # seconds between asking a process to end and making it
 

@@ -12,7 +12,7 @@ from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.testing.check_data import joined
 from embcomp.training import data, loop
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 
 class JoinedLoader:

@@ -17,7 +17,7 @@ from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.tables.specs import TableSpec, specs_from_configs
 from embcomp.testing.planted import Planted
-from embcomp.training import metrics
+from embcomp.training.reporting import metrics
 
 TRAIN, SEARCH, TEST = slice(0, 11_000), slice(11_000, 13_000), slice(13_000, 15_000)
 """Rows of planted data."""

@@ -19,9 +19,9 @@ from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
-from embcomp.training.life import Life
-from embcomp.training.loading import load_unsharded
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.stages.loading import load_unsharded
+from embcomp.training.stages.schedule import Life
 from tests.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
 from tests.joined_batches import batches_of_ranks
 from tests.training_cases import train_on_ranks

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
-from embcomp.training.metrics import auc, compute_metrics, gauc, log_loss
+from embcomp.training.reporting.metrics import auc, compute_metrics, gauc, log_loss
 
 
 def sample(rows: int, levels: int | None, seed: int = 0):

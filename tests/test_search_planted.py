@@ -21,7 +21,7 @@ from embcomp.search.api import search
 from embcomp.search.config import parse_search
 from embcomp.search.correlation import spearman
 from embcomp.training import load_model, train
-from embcomp.training.report import Report
+from embcomp.training.reporting.report import Report
 from tests.search_cases import search_document, train_here
 
 # C9 is left out, which has three values whatever the settings.

@@ -16,7 +16,7 @@ from embcomp.search.encoding import Encoding
 from embcomp.search.point import config_of, point_yaml
 from embcomp.serving.artefact_loading import load
 from embcomp.training import Report, train
-from embcomp.training.export import export_run
+from embcomp.training.export.export import export_run
 from tests.search_cases import prepare, search_document, write_recipe
 
 TYPED = [

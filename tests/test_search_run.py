@@ -24,7 +24,7 @@ from embcomp.search.storage import JournalLock
 from embcomp.search.training_evaluator import Slot, TrainingRun, make_slots
 from embcomp.search.trial_process import PARENT, describe
 from embcomp.training.api import train
-from embcomp.training.report import Report
+from embcomp.training.reporting.report import Report
 from tests.search_cases import search_document, write_recipe
 
 

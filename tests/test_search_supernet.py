@@ -21,10 +21,10 @@ from embcomp.search.api import search
 from embcomp.search.config import parse_search
 from embcomp.search.correlation import choose_spread, mean_ranks, spearman
 from embcomp.search.results import SearchResult
-from embcomp.training import search_stage
-from embcomp.training.batch_norm import refit, running_norms
-from embcomp.training.process import Process
-from embcomp.training.report import Report
+from embcomp.training.distributed.process import Process
+from embcomp.training.reporting.report import Report
+from embcomp.training.stages import search_stage
+from embcomp.training.stages.batch_norm import refit, running_norms
 from tests.search_cases import search_document, train_here, write_recipe
 
 SUPERNET = {"name": "supernet", "method": "matryoshka"}

@@ -19,12 +19,12 @@ from embcomp.training import load_model, loop, train
 from embcomp.training.build import TrainTask, build_model, shard_model
 from embcomp.training.checkpoint import model_state
 from embcomp.training.data import search_batches, training_batches
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.optimizers import Learners, Optimizers
-from embcomp.training.precision import Precision
-from embcomp.training.process import process_group
+from embcomp.training.distributed.process import process_group
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.optim.optimizers import Learners, Optimizers
+from embcomp.training.optim.precision import Precision
+from embcomp.training.second_order import UnrolledSteps, through_step
 from embcomp.training.steps import Updates
-from embcomp.training.unrolled import UnrolledSteps, through_step
 from tests.joined_batches import batches_of_ranks
 from tests.training_cases import train_on_ranks, whole, write_dataset
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embcomp.training.process import Process, process_group
-from embcomp.training.shared_tensors import SharedTensors
+from embcomp.training.distributed.process import Process, process_group
+from embcomp.training.stages.shared_tensors import SharedTensors
 
 
 def share(folder: Path) -> tuple[dict[str, torch.Tensor], bool, int]:

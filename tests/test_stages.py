@@ -20,12 +20,12 @@ from embcomp.serving.artefact_folder import header_bytes
 from embcomp.tables.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
 from embcomp.training.checkpoint import saved_steps
-from embcomp.training.export import export_run
-from embcomp.training.handover import path_of
-from embcomp.training.life import Life, StageSetup
-from embcomp.training.loading import forms_of_run, load_unsharded
-from embcomp.training.outcome import read_outcome
+from embcomp.training.export.export import export_run
+from embcomp.training.reporting.stage_result import read_outcome
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.stages.handover import path_of
+from embcomp.training.stages.loading import forms_of_run, load_unsharded
+from embcomp.training.stages.schedule import Life, StageSetup
 from tests.joined_batches import batches_of_ranks
 from tests.staged_methods import STAGED
 from tests.training_cases import train_on_ranks, write_dataset

@@ -16,7 +16,7 @@ from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.testing.check_data import awkward_tables
 from embcomp.training import Report, evaluate, train
-from embcomp.training.export import export_run
+from embcomp.training.export.export import export_run
 from tests.test_stages import staged_config
 from tests.training_cases import toy_config, train_on_ranks, write_dataset
 

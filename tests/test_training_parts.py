@@ -16,12 +16,12 @@ from embcomp.data_pipelines.loader import ParquetLoader
 from embcomp.training import load_model, loop, train
 from embcomp.training.build import build_model, shard_model
 from embcomp.training.checkpoint import model_state
-from embcomp.training.evaluation import count_unseen
-from embcomp.training.initial_rows import initialize_rows
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.optimizers import reduced
-from embcomp.training.process import Process, process_group
-from embcomp.training.state import LoopState
+from embcomp.training.distributed.process import Process, process_group
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.loop_state import LoopState
+from embcomp.training.optim.initial_rows import initialize_rows
+from embcomp.training.optim.optimizers import reduced
+from embcomp.training.reporting.evaluation import count_unseen
 from embcomp.training.steps import PipelinedSteps
 from tests.training_cases import (
     first_weights,

@@ -27,7 +27,7 @@ from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.serving_features import as_features
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.training import load_model, train
-from embcomp.training.vocabulary_rewrite import Renumbering, renumbered
+from embcomp.training.export.vocabulary_rewrite import Renumbering, renumbered
 from tests.training_cases import toy_config
 
 KEPT = {"C1": 20, "C3": 5}

@@ -15,9 +15,9 @@ from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.training import load_model, train
 from embcomp.training.build import build_model
 from embcomp.training.checkpoint import model_state
+from embcomp.training.distributed.process import process_group
+from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.loop import Training
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.process import process_group
 from embcomp.training.run_folder import RunFolder
 
 

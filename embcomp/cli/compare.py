@@ -12,7 +12,7 @@ from rich.table import Table
 from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
-    from embcomp.training.comparison import Comparison
+    from embcomp.training.reporting.comparison import Comparison
 
 PAGE_NAME = "report.html"
 PICTURE_NAME = "auc_against_bytes.png"
@@ -25,7 +25,7 @@ def compare(
     ),
 ) -> None:
     """Compare finished runs: bytes, AUC, log loss, speed."""
-    from embcomp.training.comparison import compare as read
+    from embcomp.training.reporting.comparison import compare as read
 
     # `runs/*` may match a stray file; a folder without a report is an error all the same.
     found = read([run for run in runs if not run.is_file()])
@@ -36,7 +36,7 @@ def compare(
 
 def show(found: Comparison) -> None:
     """Prints the table."""
-    from embcomp.training.comparison import HEADINGS
+    from embcomp.training.reporting.comparison import HEADINGS
 
     table = Table(box=console.BOX, pad_edge=False)
     for number, heading in enumerate(HEADINGS):

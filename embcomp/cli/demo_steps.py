@@ -16,7 +16,7 @@ from embcomp.errors import DataError
 from embcomp.io.yaml_reading import plain
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.training.api import train
-from embcomp.training.comparison import Comparison, compare
+from embcomp.training.reporting.comparison import Comparison, compare
 
 SHARE = "10%"
 """What compressed tables may take of the full ones' bytes."""

@@ -17,7 +17,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's best weights; prints the metrics as JSON."""
     from embcomp.training.api import evaluate as score
-    from embcomp.training.report import as_record
+    from embcomp.training.reporting.report import as_record
 
     found = score(run, split, quiet=True)
     if is_first_rank():

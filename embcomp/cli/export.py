@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from embcomp.training.export import Export
+    from embcomp.training.export.export import Export
 
 
 def export(
@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Export a run's best weights, checked against the trained model on real rows."""
     from embcomp.collection.table_row_types import RowTypes
-    from embcomp.training.export import export_run
+    from embcomp.training.export.export import export_run
 
     found = export_run(
         run,

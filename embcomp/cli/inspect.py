@@ -46,7 +46,7 @@ def inspect(
 ) -> None:
     """Show an artefact's tables: bytes, pruned and collided traffic, norms, codes, neighbours."""
     from embcomp.serving.artefact_report import inspect_artefact
-    from embcomp.training.noise import quiet_libraries
+    from embcomp.training.distributed.quiet import quiet_libraries
 
     with quiet_libraries():
         found = inspect_artefact(artefact, neighbours=neighbours or [], count=count)

@@ -59,7 +59,7 @@ def plan(
 
     forms = None
     if (Path(config) / "config.yaml").is_file():
-        from embcomp.training.loading import forms_of_run
+        from embcomp.training.stages.loading import forms_of_run
 
         loaded = load_config(Path(config) / "config.yaml", overrides or [])
         forms = forms_of_run(config)

@@ -10,7 +10,7 @@ import typer
 from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
-    from embcomp.training.report import Report
+    from embcomp.training.reporting.report import Report
 
 
 def train(
@@ -25,8 +25,8 @@ def train(
     from embcomp.config.catalog import find_recipe
     from embcomp.config.train_config import load_config
     from embcomp.training.api import train as run
-    from embcomp.training.process import launched_by_torchrun
-    from embcomp.training.watch import EXIT_CODE, RankFailedError
+    from embcomp.training.distributed.process import launched_by_torchrun
+    from embcomp.training.distributed.rank_watchdog import EXIT_CODE, RankFailedError
 
     loaded = load_config(find_recipe(config), overrides or [])
     try:

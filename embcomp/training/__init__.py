@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from embcomp.training.api import evaluate, train
-from embcomp.training.comparison import Comparison, compare
-from embcomp.training.evaluation import Evaluation
-from embcomp.training.loading import load_model
-from embcomp.training.metrics import Metrics
-from embcomp.training.report import Report
+from embcomp.training.reporting.comparison import Comparison, compare
+from embcomp.training.reporting.evaluation import Evaluation
+from embcomp.training.reporting.metrics import Metrics
+from embcomp.training.reporting.report import Report
+from embcomp.training.stages.loading import load_model
 
 __all__ = [
     "Comparison",

@@ -12,19 +12,19 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
-from embcomp.training.console import RunConsole
 from embcomp.training.data import check_splits, evaluation_batches
-from embcomp.training.evaluation import Evaluation, evaluate_batches
-from embcomp.training.handover import check_other_run
-from embcomp.training.life import Life
-from embcomp.training.loading import best_step, latest_stage
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.process import Process, process_group
-from embcomp.training.report import Report
+from embcomp.training.distributed.process import Process, process_group
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.distributed.rank_watchdog import watch_ranks
+from embcomp.training.reporting.console import RunConsole
+from embcomp.training.reporting.evaluation import Evaluation, evaluate_batches
+from embcomp.training.reporting.report import Report
 from embcomp.training.run import run_stages
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.served_rows import check_served_types, round_rows, served_types
-from embcomp.training.watch import watch_ranks
+from embcomp.training.stages.handover import check_other_run
+from embcomp.training.stages.loading import best_step, latest_stage
+from embcomp.training.stages.schedule import Life
 
 
 def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False) -> Report:

@@ -26,11 +26,11 @@ from embcomp.layers.learned_buffers import AddPenalty
 from embcomp.models.base import ModelInputs
 from embcomp.planning.config_plan import config_to_plan
 from embcomp.tables.specs import specs_from_configs
-from embcomp.training.initial_rows import fill_function, initialize_rows
-from embcomp.training.optimizers import attach_fused_optimizer
-from embcomp.training.placement import make_sharder, plan_sharding
-from embcomp.training.precision import Precision
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
+from embcomp.training.distributed.sharding_plan import make_sharder, plan_sharding
+from embcomp.training.optim.initial_rows import fill_function, initialize_rows
+from embcomp.training.optim.optimizers import attach_fused_optimizer
+from embcomp.training.optim.precision import Precision
 
 TASK_PREFIX = "model."
 """What `TrainTask` puts before the names of its model's tensors."""

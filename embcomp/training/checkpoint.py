@@ -32,7 +32,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embcomp.errors import CheckpointError
 from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 _STATE_FILE = "state.json"
 

@@ -11,7 +11,7 @@ from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, DataError
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 SEARCH = "search"
 """The name of the search-validation rows, which are cut from the end of the train split."""

@@ -33,7 +33,6 @@ from embcomp.training.checkpoint import (
     save_checkpoint,
     saved_steps,
 )
-from embcomp.training.console import RunConsole
 from embcomp.training.data import (
     check_last_batch,
     endless,
@@ -43,21 +42,22 @@ from embcomp.training.data import (
     search_batches,
     training_batches,
 )
-from embcomp.training.evaluation import Evaluation, evaluate_batches
-from embcomp.training.handover import load_start, path_of
-from embcomp.training.lazy_decay import LazyDecay
-from embcomp.training.life import Life, StageSetup
-from embcomp.training.logs import RunLogs
-from embcomp.training.loss_record import LossRecord
-from embcomp.training.optimizers import Learners, Optimizers, Phase
-from embcomp.training.outcome import Outcome, write_outcome
-from embcomp.training.process import Process
-from embcomp.training.report import Report, as_record
+from embcomp.training.distributed.process import Process
+from embcomp.training.loop_state import LoopState
+from embcomp.training.optim.lazy_decay import LazyDecay
+from embcomp.training.optim.optimizers import Learners, Optimizers, Phase
+from embcomp.training.reporting.console import RunConsole
+from embcomp.training.reporting.evaluation import Evaluation, evaluate_batches
+from embcomp.training.reporting.logs import RunLogs
+from embcomp.training.reporting.loss_record import LossRecord
+from embcomp.training.reporting.report import Report, as_record
+from embcomp.training.reporting.stage_result import Outcome, write_outcome
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.second_order import UnrolledSteps
 from embcomp.training.served_rows import round_rows, served_types
-from embcomp.training.state import LoopState
+from embcomp.training.stages.handover import load_start, path_of
+from embcomp.training.stages.schedule import Life, StageSetup
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
-from embcomp.training.unrolled import UnrolledSteps
 
 
 class Training:

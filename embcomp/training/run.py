@@ -6,15 +6,15 @@ import torch.distributed as dist
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.training.console import RunConsole
-from embcomp.training.handover import prepare_start
-from embcomp.training.life import Life, StageSetup
+from embcomp.training.distributed.process import Process
 from embcomp.training.loop import Training
-from embcomp.training.outcome import Outcome, read_outcome, write_outcome
-from embcomp.training.process import Process
-from embcomp.training.report import Report
+from embcomp.training.reporting.console import RunConsole
+from embcomp.training.reporting.report import Report
+from embcomp.training.reporting.stage_result import Outcome, read_outcome, write_outcome
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.search_stage import StageSearch
+from embcomp.training.stages.handover import prepare_start
+from embcomp.training.stages.schedule import Life, StageSetup
+from embcomp.training.stages.search_stage import StageSearch
 
 
 def run_stages(

@@ -24,7 +24,7 @@ from embcomp.tables.footprint import Footprint
 from embcomp.tables.row_types import RowType, pack, served_footprint, unpack
 from embcomp.tables.specs import PhysicalTable, TableSpec
 from embcomp.training.build import TASK_PREFIX, UnshardedModel
-from embcomp.training.initial_rows import local_pieces
+from embcomp.training.optim.initial_rows import local_pieces
 
 _CHUNK = 1 << 18  # rows that are rounded together
 

@@ -10,10 +10,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embcomp.data_pipelines.batch import Batch
-from embcomp.training.lazy_decay import LazyDecay
-from embcomp.training.optimizers import Optimizers, Phase
-from embcomp.training.precision import Precision
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
+from embcomp.training.optim.lazy_decay import LazyDecay
+from embcomp.training.optim.optimizers import Optimizers, Phase
+from embcomp.training.optim.precision import Precision
 
 
 class Updates:

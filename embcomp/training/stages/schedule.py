@@ -16,7 +16,7 @@ from embcomp.io.yaml_reading import listed
 from embcomp.tables.specs import TableSpec
 from embcomp.training.build import main_plan
 from embcomp.training.run_folder import RunFolder, StageFolder
-from embcomp.training.unrolled import check_unrolled
+from embcomp.training.second_order import check_unrolled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcomp.errors import EmbcompError
-from embcomp.training.report import Report
+from embcomp.training.reporting.report import Report
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class Comparison:
 
     def save_html(self, path: str | Path) -> None:
         """Writes one page that needs nothing else: the picture, interactive, and the table."""
-        from embcomp.training.comparison_drawing import write_html
+        from embcomp.training.reporting.comparison_drawing import write_html
 
         write_html(self, Path(path))
 
     def save_png(self, path: str | Path) -> None:
         """Writes the picture alone."""
-        from embcomp.training.comparison_drawing import write_png
+        from embcomp.training.reporting.comparison_drawing import write_png
 
         write_png(self, Path(path))
 

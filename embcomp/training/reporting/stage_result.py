@@ -11,9 +11,9 @@ from typing import Any
 from embcomp.backends.stages import Stage
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import write_atomically
-from embcomp.training.logs import without_nan
+from embcomp.training.loop_state import LoopState
+from embcomp.training.reporting.logs import without_nan
 from embcomp.training.run_folder import StageFolder
-from embcomp.training.state import LoopState
 
 
 @dataclass(frozen=True, kw_only=True)

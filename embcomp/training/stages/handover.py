@@ -29,12 +29,12 @@ from embcomp.errors import ConfigError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import model_state
-from embcomp.training.initial_rows import local_pieces
-from embcomp.training.life import Life
-from embcomp.training.loading import load_model, load_unsharded
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.outcome import read_outcome
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.optim.initial_rows import local_pieces
+from embcomp.training.reporting.stage_result import read_outcome
 from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.stages.loading import load_model, load_unsharded
+from embcomp.training.stages.schedule import Life
 
 
 def left_by(

@@ -13,8 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import UNSEEN_ID
-from embcomp.training.metrics import Metrics, compute_metrics
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
+from embcomp.training.reporting.metrics import Metrics, compute_metrics
 
 
 @dataclass(frozen=True)

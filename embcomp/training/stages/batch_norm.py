@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from embcomp.data_pipelines.batch import Batch
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:

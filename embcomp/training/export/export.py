@@ -33,11 +33,11 @@ from embcomp.serving.modules import ServingModel
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.row_types import RowType
 from embcomp.training.build import model_inputs
-from embcomp.training.loading import load_model
-from embcomp.training.metrics import Metrics, compute_metrics
-from embcomp.training.noise import quiet_libraries
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.export.vocabulary_rewrite import Rewrite, rewrite_vocabulary
+from embcomp.training.reporting.metrics import Metrics, compute_metrics
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.vocabulary_rewrite import Rewrite, rewrite_vocabulary
+from embcomp.training.stages.loading import load_model
 
 Format = Literal["safetensors", "pt2"]
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embcomp.errors import EmbcompError
-from embcomp.training.process import Process
-from embcomp.training.state import LoopState
+from embcomp.training.distributed.process import Process
+from embcomp.training.loop_state import LoopState
 
 
 class LossRecord:

@@ -27,9 +27,9 @@ from embcomp.config.train_config import RowOptimizerConfig, TrainConfig
 from embcomp.data_pipelines.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.training.build import loss_of
-from embcomp.training.optimizers import Optimizers
-from embcomp.training.precision import Precision
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
+from embcomp.training.optim.optimizers import Optimizers
+from embcomp.training.optim.precision import Precision
 from embcomp.training.steps import PlainSteps, Updates
 
 _REACH = 1e-2  # the largest move of a weight in a difference, as a share of the largest weight

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 
 class SharedTensors:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
-from embcomp.training.evaluation import Evaluation
+from embcomp.training.reporting.evaluation import Evaluation
 
 
 class RunConsole:

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from embcomp.training.process import Process, launched_by_torchrun
+from embcomp.training.distributed.process import Process, launched_by_torchrun
 
 EXIT_CODE = 13
 """Exit status of a process that stops because another rank died."""

@@ -18,18 +18,18 @@ from embcomp.data_pipelines.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
-from embcomp.training.batch_norm import refit, running_norms
 from embcomp.training.build import build_model, check_precision, shard_model
-from embcomp.training.console import RunConsole
 from embcomp.training.data import SEARCH, evaluation_batches
-from embcomp.training.evaluation import evaluate_batches
-from embcomp.training.handover import counts_of, form_of, left_by, load_tensors_of
-from embcomp.training.life import Life
-from embcomp.training.logs import without_nan
-from embcomp.training.outcome import Outcome
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
+from embcomp.training.reporting.console import RunConsole
+from embcomp.training.reporting.evaluation import evaluate_batches
+from embcomp.training.reporting.logs import without_nan
+from embcomp.training.reporting.stage_result import Outcome
 from embcomp.training.run_folder import RunFolder, StageFolder
-from embcomp.training.shared_tensors import SharedTensors
+from embcomp.training.stages.batch_norm import refit, running_norms
+from embcomp.training.stages.handover import counts_of, form_of, left_by, load_tensors_of
+from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.shared_tensors import SharedTensors
 
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
 

@@ -39,7 +39,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from embcomp.errors import ConfigError
 from embcomp.tables.specs import splits_by_rows
-from embcomp.training.process import Process
+from embcomp.training.distributed.process import Process
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
 

@@ -14,10 +14,10 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.training.build import UnshardedModel, build_model
 from embcomp.training.checkpoint import checkpoint_folder, read_state, saved_steps
-from embcomp.training.life import Life
-from embcomp.training.noise import quiet_libraries
-from embcomp.training.report import Report
+from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.stages.schedule import Life
 
 
 def load_model(run: str | Path, step: int | None = None) -> nn.Module:

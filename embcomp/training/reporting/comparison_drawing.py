@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from embcomp.tables.budget import format_bytes
-from embcomp.training.comparison import HEADINGS, ComparedRun, Comparison
+from embcomp.training.reporting.comparison import HEADINGS, ComparedRun, Comparison
 
 # Okabe and Ito's colours, told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

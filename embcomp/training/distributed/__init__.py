@@ -1,0 +1,1 @@
+"""Ranks: processes, placement, a watchdog, quiet libraries."""

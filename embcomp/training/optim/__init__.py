@@ -1,0 +1,1 @@
+"""Optimizers, their decay, initial rows, precision."""

@@ -1,0 +1,1 @@
+"""A method's life: its stages, and what one hands to the next."""
