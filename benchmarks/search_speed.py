@@ -23,9 +23,9 @@ from result_table import ResultTable
 from embcomp.data_pipelines.synthetic_rows import CRITEO_CARDINALITIES
 from embcomp.planning.config_plan import TableSize
 from embcomp.search.api import Prepared, directions_of, prepare_search
-from embcomp.search.config import parse_search
-from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source
-from embcomp.search.space import Candidate
+from embcomp.search.config.search_config import parse_search
+from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
+from embcomp.search.space.space import Candidate
 
 RECIPE = """
 name: speed

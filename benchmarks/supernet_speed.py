@@ -28,9 +28,9 @@ from result_table import ResultTable
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.search.api import make_evaluator, prepare_search, search
-from embcomp.search.config import SearchConfig, parse_search
-from embcomp.search.supernet_evaluator import SupernetEvaluator
-from embcomp.search.training_evaluator import make_slots
+from embcomp.search.config.search_config import SearchConfig, parse_search
+from embcomp.search.evaluators.supernet_evaluator import SupernetEvaluator
+from embcomp.search.evaluators.training_evaluator import make_slots
 from embcomp.training.build import build_model, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.quiet import quiet_libraries

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embcomp.search.api import Prepared, prepare_search, search
-    from embcomp.search.config import SearchConfig, load_search, parse_search
-    from embcomp.search.evaluators import Evaluator
-    from embcomp.search.results import SearchResult
-    from embcomp.search.sources import Source
+    from embcomp.search.config.search_config import SearchConfig, load_search, parse_search
+    from embcomp.search.evaluators.base import Evaluator
+    from embcomp.search.reporting.results import SearchResult
+    from embcomp.search.samplers.base import Source
 
 __all__ = [
     "Evaluator",

@@ -14,13 +14,23 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.planning.config_plan import TableSize, sizes_of_dataset
-from embcomp.search.candidate_jobs import CandidateJobs
-from embcomp.search.config import QUALITIES, SearchConfig
-from embcomp.search.correlation import choose_spread, correlate
-from embcomp.search.costs import Costs
-from embcomp.search.devices import Devices, limits_of
-from embcomp.search.evaluators import Evaluator
-from embcomp.search.finals import (
+from embcomp.search.config.search_config import QUALITIES, SearchConfig
+from embcomp.search.config.search_sections import LEAST_RANKED
+from embcomp.search.evaluators.base import Evaluator
+from embcomp.search.evaluators.training_evaluator import Slot, TrainingEvaluator, make_slots
+from embcomp.search.evaluators.trial_pruning import make_pruner
+from embcomp.search.reporting.correlation import choose_spread, correlate
+from embcomp.search.reporting.results import SearchResult, gather
+from embcomp.search.samplers.gradient import at_budget
+from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
+from embcomp.search.space.costs import Costs
+from embcomp.search.space.device_limits import Devices, limits_of
+from embcomp.search.space.repair import Repair
+from embcomp.search.space.space import Space, build_space
+from embcomp.search.space.staged_methods import check_latency, check_stages
+from embcomp.search.space.widths import widths_of
+from embcomp.search.trials.candidate_jobs import CandidateJobs
+from embcomp.search.trials.retraining import (
     FinalJobs,
     FinalsSampler,
     Point,
@@ -28,20 +38,10 @@ from embcomp.search.finals import (
     finals_name,
     write_recipes,
 )
-from embcomp.search.gradient import at_budget
-from embcomp.search.ledger import Ledger
-from embcomp.search.live import SearchConsole
-from embcomp.search.optuna_search import RepairedSampler, make_encoding, make_source
-from embcomp.search.repair import Repair
-from embcomp.search.results import SearchResult, gather
-from embcomp.search.rungs import make_pruner
-from embcomp.search.runner import Worker
-from embcomp.search.sections import LEAST_RANKED
-from embcomp.search.space import Space, build_space
-from embcomp.search.staged import check_latency, check_stages
-from embcomp.search.storage import explained, open_storage, open_study
-from embcomp.search.training_evaluator import Slot, TrainingEvaluator, make_slots
-from embcomp.search.widths import widths_of
+from embcomp.search.trials.storage import explained, open_storage, open_study
+from embcomp.search.trials.trial_progress import SearchConsole
+from embcomp.search.trials.trial_queue import Ledger
+from embcomp.search.trials.worker import Worker
 from embcomp.tables.budget import parse_budget
 
 SEARCHES = "searches"
@@ -111,7 +111,7 @@ def search(
     """Searches, joins a search that goes on, or goes on with one that was interrupted.
 
     Args:
-        config: The search, from `embcomp.search.config.load_search`.
+        config: The search, from `embcomp.search.config.search_config.load_search`.
         folder: The folder of all searches; this one's is `<folder>/<config.name>`.
         quiet: Whether to print nothing.
 
@@ -183,7 +183,7 @@ def search(
             correlation,
         )
     result.save(home)
-    from embcomp.search.page import write_page
+    from embcomp.search.reporting.page import write_page
 
     write_page(result, home / "search.html")
     return result
@@ -200,7 +200,7 @@ def make_evaluator(prepared: Prepared, home: Path, slots: Sequence[Slot]) -> Eva
     config = prepared.config
     if config.evaluator.name == "training":
         return TrainingEvaluator(config, prepared.space, home, slots)
-    from embcomp.search.supernet_evaluator import SupernetEvaluator
+    from embcomp.search.evaluators.supernet_evaluator import SupernetEvaluator
 
     return SupernetEvaluator(config, prepared.space, home, slots, prepared.budget)
 

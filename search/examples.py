@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from embcomp.search.api import Prepared
-from embcomp.search.baselines import starts
-from embcomp.search.space import Candidate
+from embcomp.search.samplers.baselines import starts
+from embcomp.search.space.space import Candidate
 
 
 def example_candidates(prepared: Prepared, count: int) -> dict[str, Candidate]:

@@ -13,9 +13,9 @@ import pytest
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.planning.config_plan import TableSize
-from embcomp.search import training_evaluator
 from embcomp.search.api import Prepared, prepare_search
-from embcomp.search.config import SearchConfig, parse_search
+from embcomp.search.config.search_config import SearchConfig, parse_search
+from embcomp.search.evaluators import training_evaluator
 from embcomp.training.api import train
 
 RECIPE = """# A toy recipe.

@@ -16,7 +16,7 @@ from embcomp.cli import app
 from embcomp.config.catalog import find_recipe
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.toy import write_toy_dataset
-from embcomp.search.config import parse_search
+from embcomp.search.config.search_config import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

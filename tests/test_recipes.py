@@ -13,7 +13,7 @@ from embcomp.data_pipelines.table import TableImporter
 from embcomp.data_pipelines.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.search.api import search
-from embcomp.search.config import is_search, load_search
+from embcomp.search.config.search_config import is_search, load_search
 from embcomp.training.api import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

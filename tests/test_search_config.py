@@ -13,8 +13,8 @@ from embcomp.config.train_config import parse_config
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.planning.config_plan import sizes_of_dataset
 from embcomp.search.api import prepare_search
-from embcomp.search.config import load_search, parse_search
-from embcomp.search.point import config_of, point_yaml, written_method
+from embcomp.search.config.search_config import load_search, parse_search
+from embcomp.search.space.recipes import config_of, point_yaml, written_method
 from embcomp.training import load_model, train
 from tests.search_cases import RECIPE, WIDTHS, prepare, search_document, write_recipe
 

@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from embcomp.search.few_trials import FewTrialsTPE, few_trials
+from embcomp.search.samplers.bounded_tpe import FewTrialsTPE, few_trials
 
 SPACE: dict[str, BaseDistribution] = {f"x{i}": IntDistribution(0, 9) for i in range(6)} | {
     "kind": CategoricalDistribution(["a", "b"])

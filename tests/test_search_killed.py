@@ -15,9 +15,9 @@ import yaml
 from optuna.trial import TrialState
 
 from embcomp.search.api import search
-from embcomp.search.config import load_search
-from embcomp.search.ledger import RETRY_OF
-from embcomp.search.storage import JOURNAL, open_storage
+from embcomp.search.config.search_config import load_search
+from embcomp.search.trials.storage import JOURNAL, open_storage
+from embcomp.search.trials.trial_queue import RETRY_OF
 from tests.search_cases import search_document, train_here, write_recipe
 
 COUNT = 40

@@ -15,10 +15,17 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from embcomp.search.evaluators import Running
-from embcomp.search.ledger import LOST, RETRY_OF, WORKER, Ledger, latest_attempts, originals
-from embcomp.search.runner import Jobs, Worker
-from embcomp.search.storage import StorageError, explained, open_storage
+from embcomp.search.evaluators.base import Running
+from embcomp.search.trials.storage import StorageError, explained, open_storage
+from embcomp.search.trials.trial_queue import (
+    LOST,
+    RETRY_OF,
+    WORKER,
+    Ledger,
+    latest_attempts,
+    originals,
+)
+from embcomp.search.trials.worker import Jobs, Worker
 
 SPACE = {"x": IntDistribution(0, 1000)}
 DEAD = f"{os.uname().nodename}:999999:1"
@@ -212,8 +219,8 @@ import sys, time
 from pathlib import Path
 import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-from embcomp.search.evaluators import Outcome, Running
-from embcomp.search.runner import Jobs, Worker, number_of
+from embcomp.search.evaluators.base import Outcome, Running
+from embcomp.search.trials.worker import Jobs, Worker, number_of
 from tests.test_search_ledger import make_ledger
 assert 'torchrec' not in sys.modules  # a worker's bookkeeping is light
 

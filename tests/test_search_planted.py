@@ -18,8 +18,8 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic import write_criteo_log
 from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
 from embcomp.search.api import search
-from embcomp.search.config import parse_search
-from embcomp.search.correlation import spearman
+from embcomp.search.config.search_config import parse_search
+from embcomp.search.reporting.correlation import spearman
 from embcomp.training import load_model, train
 from embcomp.training.reporting.report import Report
 from tests.search_cases import search_document, train_here

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from embcomp.errors import BudgetError
 from embcomp.planning.placement import PlacementError, Query, place, row_wise_bytes
-from embcomp.search.baselines import power_law, starts, uniform
-from embcomp.search.repair import USED
+from embcomp.search.samplers.baselines import power_law, starts, uniform
+from embcomp.search.space.repair import USED
 from tests.search_cases import WIDTHS, prepare, write_recipe
 
 QUICK = settings(

@@ -11,9 +11,9 @@ from embcomp.config.train_config import load_config
 from embcomp.errors import ConfigError
 from embcomp.planning.config_plan import plan_config
 from embcomp.search.api import search
-from embcomp.search.config import parse_search
-from embcomp.search.encoding import Encoding
-from embcomp.search.point import config_of, point_yaml
+from embcomp.search.config.search_config import parse_search
+from embcomp.search.samplers.candidate_encoding import Encoding
+from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.serving.artefact_loading import load
 from embcomp.training import Report, train
 from embcomp.training.export.export import export_run

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.search.config import parse_search
-from embcomp.search.dataset_view import write_view
-from embcomp.search.evaluators import Outcome
-from embcomp.search.results import SearchResult
-from embcomp.search.storage import JournalLock
-from embcomp.search.training_evaluator import Slot, TrainingRun, make_slots
-from embcomp.search.trial_process import PARENT, describe
+from embcomp.search.config.search_config import parse_search
+from embcomp.search.evaluators.base import Outcome
+from embcomp.search.evaluators.dataset_view import write_view
+from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, make_slots
+from embcomp.search.evaluators.trial_process import PARENT, describe
+from embcomp.search.reporting.results import SearchResult
+from embcomp.search.trials.storage import JournalLock
 from embcomp.training.api import train
 from embcomp.training.reporting.report import Report
 from tests.search_cases import search_document, write_recipe
@@ -282,7 +282,7 @@ def test_a_trial_that_is_killed_or_takes_too_long_is_an_outcome(recipe, tmp_path
 def test_a_trial_does_not_outlive_its_worker(recipe, tmp_path):
     config = tmp_path / "orphan.yaml"
     config.write_text(load_config(recipe, ["train.epochs=2000", "name=orphan"]).to_yaml())
-    command = [sys.executable, "-m", "embcomp.search.trial_process", str(config)]
+    command = [sys.executable, "-m", "embcomp.search.evaluators.trial_process", str(config)]
     done = subprocess.run(
         [*command, "--runs", str(tmp_path)],
         check=False,

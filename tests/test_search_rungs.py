@@ -6,9 +6,9 @@ import numpy as np
 import optuna
 import pytest
 
-from embcomp.search.importance import importances
-from embcomp.search.rungs import falls_behind, front_of, make_pruner, rung_steps
-from embcomp.search.sections import RungsConfig
+from embcomp.search.config.search_sections import RungsConfig
+from embcomp.search.evaluators.trial_pruning import falls_behind, front_of, make_pruner, rung_steps
+from embcomp.search.reporting.importance import importances
 
 
 def test_rungs_grow_by_the_reduction_and_end_below_the_last_step():

@@ -14,7 +14,7 @@ from optuna.pruners import NopPruner
 from optuna.samplers import RandomSampler
 
 from embcomp.errors import ConfigError
-from embcomp.search.storage import (
+from embcomp.search.trials.storage import (
     JournalLock,
     StorageError,
     explained,
@@ -66,7 +66,7 @@ def test_a_locked_journal_is_named_within_a_second_and_kept(tmp_path):
 def test_a_process_that_is_killed_while_it_writes_keeps_nobody_waiting(tmp_path):
     join(open_storage(None, tmp_path), {})
     code = (
-        "import sys, time; from pathlib import Path; from embcomp.search.storage import JournalLock\n"
+        "import sys, time; from pathlib import Path; from embcomp.search.trials.storage import JournalLock\n"
         "JournalLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "study.journal")]

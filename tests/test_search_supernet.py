@@ -18,9 +18,9 @@ from embcomp.cli import app
 from embcomp.data_pipelines.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.search.api import search
-from embcomp.search.config import parse_search
-from embcomp.search.correlation import choose_spread, mean_ranks, spearman
-from embcomp.search.results import SearchResult
+from embcomp.search.config.search_config import parse_search
+from embcomp.search.reporting.correlation import choose_spread, mean_ranks, spearman
+from embcomp.search.reporting.results import SearchResult
 from embcomp.training.distributed.process import Process
 from embcomp.training.reporting.report import Report
 from embcomp.training.stages import search_stage
@@ -170,7 +170,8 @@ def test_candidates_to_rank_are_spread_over_all_scores(recipe, monkeypatch, metr
     sign = 1 if metric == "auc" else -1
     scores = [0.1, 0.2, 0.35, 0.5, 0.62, *(0.7 + i / 1000 for i in range(30))]
     monkeypatch.setattr(
-        "embcomp.search.correlation.completed", lambda *_: scored([sign * s for s in scores])
+        "embcomp.search.reporting.correlation.completed",
+        lambda *_: scored([sign * s for s in scores]),
     )
     chosen = choose_spread(config, None, None)
     assert [point.number for point in chosen[:1]] == [34]
@@ -178,7 +179,9 @@ def test_candidates_to_rank_are_spread_over_all_scores(recipe, monkeypatch, metr
     assert len({point.number for point in chosen}) == 8
     assert {point.seeds for point in chosen} == {(config.seed + 1,)}
     assert choose_spread(config, None, None) == chosen
-    monkeypatch.setattr("embcomp.search.correlation.completed", lambda *_: scored(range(7)))
+    monkeypatch.setattr(
+        "embcomp.search.reporting.correlation.completed", lambda *_: scored(range(7))
+    )
     assert choose_spread(config, None, None) == []
 
 

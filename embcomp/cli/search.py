@@ -15,8 +15,8 @@ from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
     from embcomp.search.api import Prepared
-    from embcomp.search.results import SearchResult
-    from embcomp.search.space import Candidate
+    from embcomp.search.reporting.results import SearchResult
+    from embcomp.search.space.space import Candidate
 
 EXAMPLES = 3
 NOTES_SHOWN = 10
@@ -43,7 +43,7 @@ def search(
     """Search; the same command again joins a search, or goes on with an interrupted one."""
     from embcomp.config.catalog import find_recipe
     from embcomp.errors import ConfigError
-    from embcomp.search.config import load_search
+    from embcomp.search.config.search_config import load_search
 
     loaded = load_search(find_recipe(config), overrides or [])
     if tables is not None and not dry_run:
@@ -107,7 +107,7 @@ def show(result: SearchResult, folder: Path) -> None:
 def _show_space(loaded: object, tables: Path | None) -> None:
     from embcomp.planning.config_plan import read_sizes
     from embcomp.search.api import prepare_search
-    from embcomp.search.config import SearchConfig
+    from embcomp.search.config.search_config import SearchConfig
     from embcomp.search.examples import example_candidates
 
     assert isinstance(loaded, SearchConfig)

@@ -38,7 +38,7 @@ def _validate_config(target: str, overrides: list[str]) -> None:
     from embcomp.config.train_config import load_config
     from embcomp.data_pipelines.schema import FILE_NAME
     from embcomp.planning.config_plan import plan_config, sizes_of_dataset
-    from embcomp.search.config import is_search
+    from embcomp.search.config.search_config import is_search
 
     path = find_recipe(target)
     if is_search(path):
@@ -54,7 +54,7 @@ def _validate_config(target: str, overrides: list[str]) -> None:
 
 def _validate_search(path: Path, overrides: list[str]) -> None:
     from embcomp.data_pipelines.schema import FILE_NAME
-    from embcomp.search.config import load_search
+    from embcomp.search.config.search_config import load_search
 
     search = load_search(path, overrides)
     data = search.base().data.path

@@ -1,0 +1,52 @@
+"""The YAML of a search.
+
+The names of the module are handed on, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from embcomp.io.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from embcomp.search.config.search_config import (
+        COSTS as COSTS,
+    )
+    from embcomp.search.config.search_config import (
+        OBJECTIVES as OBJECTIVES,
+    )
+    from embcomp.search.config.search_config import (
+        ONE_OBJECTIVE as ONE_OBJECTIVE,
+    )
+    from embcomp.search.config.search_config import (
+        QUALITIES as QUALITIES,
+    )
+    from embcomp.search.config.search_config import (
+        SearchConfig as SearchConfig,
+    )
+    from embcomp.search.config.search_config import (
+        is_search as is_search,
+    )
+    from embcomp.search.config.search_config import (
+        load_search as load_search,
+    )
+    from embcomp.search.config.search_config import (
+        parse_search as parse_search,
+    )
+
+_HOMES = dict.fromkeys(
+    (
+        "COSTS",
+        "OBJECTIVES",
+        "ONE_OBJECTIVE",
+        "QUALITIES",
+        "SearchConfig",
+        "is_search",
+        "load_search",
+        "parse_search",
+    ),
+    "embcomp.search.config.search_config",
+)
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,0 +1,191 @@
+"""The parts of a search's YAML: where candidates come from, how they are tried, what is retrained.
+
+``embcomp.search.config.search_config`` puts them together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from embcomp.config.sections import Bytes, PositiveFloat, PositiveInt, Section, readable_bytes
+from embcomp.io.yaml_reading import bind_dataclass, config_error, listed
+
+LEAST_RANKED = 8
+"""Candidates whose ranks in a search and after retraining are worth comparing."""
+SamplerName = Literal[
+    "tpe", "nsga2", "cmaes", "random", "grid", "evolution", "greedy", "gradient", "uniform"
+]
+
+
+class SamplerConfig(Section):
+    """Where candidates come from.
+
+    Attributes:
+        name: `tpe`, `nsga2`, `cmaes`, `random` and `grid` are Optuna's; `evolution` breeds the
+            best so far; `greedy` measures each table alone and fills a knapsack; `gradient` trains
+            `dnis` at the budget; `uniform` is the baseline of equal shares.
+        starts: Whether the equal share and power laws of the tables' rows are tried first.
+        startup: Candidates before TPE or CMA-ES model anything, starts included.
+        population: Candidates of an NSGA-II generation; with `evolution`, those that it begins
+            with.
+    """
+
+    name: SamplerName = "tpe"
+    starts: bool = True
+    startup: PositiveInt = 10
+    population: Annotated[int, Field(ge=2)] = 20
+
+
+class RungsConfig(Section):
+    """Candidates that do badly are stopped at rungs of `min_steps * reduction ** k` steps.
+
+    Attributes:
+        min_steps: Steps to the first rung.
+        reduction: One in so many candidates goes on from a rung.
+        kind: `halving` or `hyperband`; several objectives always stop what is far from the front.
+    """
+
+    min_steps: PositiveInt
+    reduction: Annotated[int, Field(ge=2)] = 3
+    kind: Literal["halving", "hyperband"] = "halving"
+
+
+class FidelityConfig(Section):
+    """How much training a candidate gets; the chosen ones are retrained in full.
+
+    Attributes:
+        max_steps: Steps, at most; None trains as long as the recipe.
+        epochs: Epochs, at most; None takes the recipe's.
+        valid_rows: Rows of the validation split that candidates are scored on; None takes all.
+        rungs: Where to stop the bad ones early; None trains all to the end.
+    """
+
+    max_steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    valid_rows: PositiveInt | None = None
+    rungs: RungsConfig | None = None
+
+    @model_validator(mode="after")
+    def _rungs_lie_before_the_end(self) -> FidelityConfig:
+        if self.rungs and self.max_steps and self.rungs.min_steps >= self.max_steps:
+            raise config_error(
+                f"rungs.min_steps {self.rungs.min_steps} must be below max_steps {self.max_steps}"
+            )
+        return self
+
+
+class TrialsConfig(Section):
+    """How candidates are run.
+
+    Attributes:
+        count: Candidates to try.
+        parallel: How many at once, in each worker; None takes one on CPU, and on CUDA as many as
+            the devices allow.
+        world_size: Ranks of one candidate's training.
+        devices: `auto`, `cpu`, or CUDA device numbers.
+        threads: CPU threads of a rank; None shares the cores out evenly.
+        timeout: Seconds after which a candidate is stopped and counts as failed.
+        retries: How often a candidate is tried again whose worker died.
+    """
+
+    count: PositiveInt = 40
+    parallel: PositiveInt | None = None
+    world_size: PositiveInt = 1
+    devices: Literal["auto", "cpu"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
+    threads: PositiveInt | None = None
+    timeout: PositiveFloat | None = None
+    retries: Annotated[int, Field(ge=0)] = 5
+
+
+class FinalsConfig(Section):
+    """What is retrained in full, on all data, as an ordinary run.
+
+    Attributes:
+        points: How many candidates, the best or spread over the front.
+        seeds: How many runs of each.
+        baseline: Whether the equal share is retrained beside them, when it was tried.
+        correlation: How many candidates that a supernet scored are retrained once each, to see how
+            well it ranks them; 0 for none, else at least 8.
+    """
+
+    points: Annotated[int, Field(ge=0)] = 3
+    seeds: PositiveInt = 3
+    baseline: bool = True
+    correlation: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("correlation")
+    @classmethod
+    def _enough_to_rank(cls, count: int) -> int:
+        if 0 < count < LEAST_RANKED:
+            raise config_error(
+                f"the ranks of {count} candidates say little; take at least {LEAST_RANKED}, or 0 "
+                "to leave them out"
+            )
+        return count
+
+
+class EvaluatorConfig(Section):
+    """What scores a candidate.
+
+    A bare string is short for an evaluator without settings.
+
+    Attributes:
+        name: `training` trains each candidate; `supernet` trains nested widths once, and scores a
+            candidate by one pass over search-validation rows.
+        method: Of the supernet: `matryoshka`, or the first stage of `optembed`.
+        settings: Of that method, as `weights`; its widths are those of the search's choices.
+        rows: Search-validation rows that a candidate is scored on, in whole batches; None takes
+            all, `data.search_share` of the train split.
+    """
+
+    name: Literal["training", "supernet"] = "training"
+    method: Literal["matryoshka", "optembed"] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    rows: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _method_takes_its_settings(self) -> EvaluatorConfig:
+        if self.name == "training":
+            if self.method is not None or self.settings or self.rows is not None:
+                raise config_error("method, settings and rows are of the evaluator supernet")
+            return self
+        if self.method is None:
+            raise config_error("evaluator supernet needs a method: matryoshka or optembed")
+        own = [key for key in ("target_bytes", "width_grid", "prune") if key in self.settings]
+        if own:
+            raise config_error(
+                f"settings: {listed(own)} follow from the search, which keeps all rows, and from "
+                "its budget and choices; leave them out"
+            )
+        from embcomp.backends import BACKENDS
+
+        bind_dataclass(BACKENDS[self.method], self.settings)
+        return self
+
+
+class TopologyConfig(Section):
+    """Devices on which TorchRec's planner must be able to place every candidate.
+
+    Attributes:
+        world_size: Ranks.
+        device_memory: Memory of one device.
+        device: Kind of device.
+        reserve: Memory of each device kept for everything but tables.
+    """
+
+    world_size: PositiveInt
+    device_memory: Bytes
+    device: Literal["cpu", "cuda"] = "cuda"
+    reserve: int | str = "10%"
+
+    @field_validator("reserve", mode="before")
+    @classmethod
+    def _may_be_nothing(cls, value: Any) -> Any:
+        return "0" if str(value) in ("0", "0%") else readable_bytes(value)

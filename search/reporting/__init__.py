@@ -1,0 +1,1 @@
+"""What a search found: results, correlation, importance, the page."""

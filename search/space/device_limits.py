@@ -1,0 +1,205 @@
+"""Can TorchRec's planner place a candidate? Asked seldom, as one answer takes it a tenth of a second.
+
+What the planner counts for a table split row-wise over all devices does not depend on the other
+tables. So those bytes are taken from its own enumerator once for each physical table, and added up.
+A table with too few rows to be split lies on one device, and is counted on each. When all of that
+fits, a placement exists which the planner is made to try, so it cannot fail; when weights and state
+alone exceed all devices together, it cannot succeed. Between the two it is asked, once for each set
+of physical tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from embcomp.backends.base import BackendConfig, full_table
+from embcomp.config.train_config import TrainConfig
+from embcomp.planning.placement import (
+    SHARDING,
+    Device,
+    Placement,
+    PlacementError,
+    Query,
+    Signature,
+    place,
+    row_wise_bytes,
+)
+from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.space.costs import Costs
+from embcomp.search.space.space import Candidate, Space
+from embcomp.tables.budget import parse_budget
+from embcomp.tables.specs import PhysicalTable, TableSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a device holds.
+
+    Args:
+        train: bytes of tables and optimizer state on one device; None when not limited.
+        query: what the planner is asked; None when it is not.
+        world_size: ranks over which tables are spread; 1 in dense mode, as each holds all.
+    """
+
+    train: int | None
+    query: Query | None
+    world_size: int = 1
+
+
+def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limits:
+    """The limits that a search states.
+
+    With ranks to spread tables over, bytes per device are the planner's to know.
+    """
+    topology = config.topology
+    world = topology.world_size if topology else config.trials.world_size
+    train = None if config.train_per_device is None else parse_budget(config.train_per_device)
+    if dense_rows or (topology is None and (train is None or world == 1)):
+        if dense_rows and topology:
+            memory = parse_budget(topology.device_memory)
+            free = memory - _reserved(topology.reserve, memory)
+            train = free if train is None else min(train, free)
+        return Limits(train=train, query=None)
+    device: Device = "cpu"
+    memory, reserved = train or 0, 0
+    if topology:
+        device = topology.device
+        memory = parse_budget(topology.device_memory)
+        reserved = _reserved(topology.reserve, memory)
+        if train is not None:
+            reserved = max(reserved, memory - train)
+    chosen = base.train.sharding
+    query = Query(
+        world_size=world,
+        device_memory=memory,
+        device=device,
+        optimizer=base.train.row_optimizer.name,
+        batch_size=max(1, base.data.batch_size // world),
+        reserved=reserved,
+        sharding=SHARDING if chosen == "auto" else (chosen,),
+    )
+    return Limits(train=None, query=query, world_size=world)
+
+
+def _reserved(reserve: int | str, memory: int) -> int:
+    return 0 if reserve == "0" else parse_budget(reserve, full_bytes=memory)
+
+
+class Devices:
+    """Answers whether candidates can be placed, and where.
+
+    Args:
+        space: the space.
+        costs: bytes of its candidates.
+        limits: what a device holds.
+    """
+
+    def __init__(self, space: Space, costs: Costs, limits: Limits) -> None:
+        self._space, self._costs = space, costs
+        self.limits = limits
+        self.asked = 0
+        self._lengths = {size.name: size.mean_length for size in space.sizes}
+        self._row_wise: dict[Signature, tuple[int, ...]] = {}
+        self._tables: dict[tuple[int, int], tuple[list[Signature], bool]] = {}
+        self._known: dict[tuple[Signature, ...], bool] = {}
+        plan = space.recipe_plan.first_order
+        first = [] if plan is None else [self._signed(c, group) for c, group in plan.groups]
+        self._first_order = [one for signatures, _ in first for one in signatures]
+
+    @property
+    def most_train(self) -> int | None:
+        """Training bytes beyond which nothing fits, buffers left out; None if there is no limit."""
+        query = self.limits.query
+        if query is None:
+            return self.limits.train
+        return query.world_size * (query.device_memory - query.reserved)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether training the candidate fits the devices."""
+        train, query = self.limits.train, self.limits.query
+        cost = self._costs.of(candidate).train
+        if train is not None and cost > train:
+            return False
+        if query is None:
+            return True
+        free = query.device_memory - query.reserved
+        if cost > query.world_size * free:
+            return False
+        signatures, single_values = self._signatures(candidate)
+        if not single_values and "row_wise" in query.sharding:
+            each = self._add_row_wise(signatures, query)
+            if max(each) <= free:
+                return True
+        key = tuple(sorted(signatures))
+        if key not in self._known:
+            try:
+                self.place(candidate)
+                self._known[key] = True
+            except PlacementError:
+                self._known[key] = False
+        return self._known[key]
+
+    def place(self, candidate: Candidate) -> Placement:
+        """Asks the planner, whatever is known.
+
+        Raises:
+            PlacementError: when there is no placement; the text says why.
+        """
+        assert self.limits.query is not None
+        self.asked += 1
+        plan = self._space.config_plan(candidate)
+        query = replace(self.limits.query, pooling_factors=plan.pooling_factors())
+        return place(plan.on_meta(), query)
+
+    def _add_row_wise(self, signatures: Sequence[Signature], query: Query) -> list[int]:
+        missing = sorted({one for one in signatures if one not in self._row_wise})
+        if missing:
+            found = row_wise_bytes(missing, query)
+            self._row_wise |= dict(zip(missing, found))
+        totals = [0] * query.world_size
+        for one in signatures:
+            for rank, size in enumerate(self._row_wise[one]):
+                totals[rank] += size
+        return totals
+
+    def _signatures(self, candidate: Candidate) -> tuple[list[Signature], bool]:
+        """The physical tables, and whether some are looked up value by value."""
+        found, single_values = list(self._first_order), False
+        if self._costs.additive:
+            parts = (self._of_option(u, o) for u, o in enumerate(candidate))
+        else:
+            groups = self._space.plan(candidate).groups
+            parts = (self._signed(config, tables) for config, tables in groups)
+        for signatures, per_row in parts:
+            found += signatures
+            single_values = single_values or per_row
+        return found, single_values
+
+    def _of_option(self, unit: int, place: int) -> tuple[list[Signature], bool]:
+        if (unit, place) not in self._tables:
+            config = self._space.units[unit].options[place].config
+            self._tables[unit, place] = self._signed(config, self._space.units[unit].tables)
+        return self._tables[unit, place]
+
+    def _signed(
+        self, config: BackendConfig, tables: Sequence[TableSpec]
+    ) -> tuple[list[Signature], bool]:
+        small = [table for table in tables if not config.keeps_full(table)]
+        kept = [table for table in tables if config.keeps_full(table)]
+        physical = [full_table(table) for table in kept]
+        physical += config.physical_tables(small) if small else []
+        bags = any(self._lengths.get(table.name, 1.0) != 1.0 for table in small)
+        # Only methods that see rows one by one need unpooled rows, and only for bags.
+        per_row = bags and config.build(small).per_row
+        return [self._signature(table) for table in physical], per_row
+
+    def _signature(self, table: PhysicalTable) -> Signature:
+        lengths = tuple(self._lengths.get(_feature(key), 1.0) for key in table.keys)
+        config = table.config()
+        return table.num_embeddings, config.embedding_dim, table.data_type_bytes, lengths
+
+
+def _feature(key: str) -> str:
+    both = key.rpartition("#")[0]
+    return both[: len(both) // 2]

@@ -1,0 +1,131 @@
+"""A candidate as a training config: an ordinary one, which `embcomp train` runs as it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from embcomp.backends import Full
+from embcomp.backends.base import BackendConfig
+from embcomp.backends.low_dim import LowDim
+from embcomp.config.train_config import TrainConfig, parse_config
+from embcomp.io.yaml_reading import plain
+from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.space.space import Candidate, Space
+
+
+def config_of(
+    space: Space, candidate: Candidate, name: str, seed: int | None = None
+) -> TrainConfig:
+    """The recipe with the candidate's tables.
+
+    Args:
+        space: the space.
+        candidate: what to train.
+        name: the run's name.
+        seed: None takes the recipe's.
+    """
+    document = space.base.model_dump(mode="json", exclude_defaults=True)
+    document |= {"name": name, "seed": space.base.seed if seed is None else seed}
+    tables = dict(document["tables"])
+    tables.pop("budget", None)
+    tables.pop("row_types", None)
+    row_types = space.row_types(candidate)
+    if not row_types.are_fp32:
+        tables["row_types"] = row_types.plain()
+    methods = space.methods(candidate)
+    widths = _mixed_widths(space, methods)
+    if widths:
+        document["tables"] = {**tables, "method": widths, "overrides": {}}
+        return parse_config(document, source=name)
+    written = {table: written_method(method) for table, method in methods.items()}
+    # The commonest method is the default, so that the YAML stays short.
+    common = Counter(yaml.safe_dump(method) for method in written.values()).most_common()
+    default = yaml.safe_load(min(text for text, count in common if count == common[0][1]))
+    tables["method"] = default
+    tables["overrides"] = {t: method for t, method in written.items() if method != default}
+    document["tables"] = tables
+    return parse_config(document, source=name)
+
+
+def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> dict[str, Any] | None:
+    """One method for tables that differ in width alone; full ones are those that it does not name.
+
+    None where a table has another method, or all are alike.
+    """
+    widths = {}
+    for table in space.tables:
+        method = methods[table.name]
+        if isinstance(method, Full):
+            continue
+        if not isinstance(method, LowDim) or method.kept or method.widths:
+            return None
+        if method.columns(table) < table.embedding_dim:
+            widths[table.name] = method.columns(table)
+    if not widths or (len(widths) == len(methods) and len(set(widths.values())) == 1):
+        return None
+    return {"name": LowDim.name, "widths": widths}
+
+
+def written_method(config: BackendConfig) -> dict[str, Any]:
+    """A method as a YAML says it: its name, and what differs from the defaults."""
+    written: dict[str, Any] = {"name": config.name}
+    for field in dataclasses.fields(config):
+        value = config.__dict__[field.name]
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.init and value != default:
+            written[field.name] = plain(value)
+    return written
+
+
+def point_yaml(config: TrainConfig, comment: str) -> str:
+    """A config as a recipe: a first comment line, and no defaults."""
+    document = config.model_dump(mode="json", exclude_defaults=True)
+    document["tables"]["method"] = written_method(config.tables.method.settings)
+    overrides = {
+        table: written_method(choice.settings) for table, choice in config.tables.overrides.items()
+    }
+    document["tables"].pop("overrides", None)
+    if overrides:
+        document["tables"]["overrides"] = overrides
+    body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return f"# {comment}\n{body}"
+
+
+def trial_config(
+    search: SearchConfig, space: Space, candidate: Candidate, name: str, view: str
+) -> TrainConfig:
+    """The recipe as a candidate is tried: on the dataset's view, for as long as the fidelity says.
+
+    Rules that count evaluations are off, as there are more of them here.
+    """
+    return for_search(search, config_of(space, candidate, name, search.seed), view)
+
+
+def for_search(search: SearchConfig, config: TrainConfig, view: str) -> TrainConfig:
+    """A run on the dataset's view, for as long as the fidelity says."""
+    train: dict[str, Any] = {
+        "monitor": search.quality,
+        "plateau": None,
+        "early_stop": None,
+        "keep_checkpoints": 1,
+    }
+    fidelity = search.fidelity
+    if fidelity.max_steps is not None:
+        train["max_steps"] = min(fidelity.max_steps, config.train.max_steps or fidelity.max_steps)
+    if fidelity.epochs is not None:
+        train["epochs"] = min(fidelity.epochs, config.train.epochs)
+    if fidelity.rungs is not None:
+        train["eval_every"] = fidelity.rungs.min_steps
+    if search.trials.devices == "cpu":
+        train["device"] = "cpu"
+    document = config.model_dump(mode="json")
+    document["train"] |= train
+    document["data"]["path"] = view
+    return parse_config(document, source=config.name)

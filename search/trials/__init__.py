@@ -1,0 +1,1 @@
+"""The queue of trials, its workers and its storage."""

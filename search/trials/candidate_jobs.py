@@ -1,0 +1,92 @@
+"""What a search's trials stand for: candidates that an evaluator scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.trial import Trial
+
+from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.evaluators.base import Evaluator, Outcome, Rung, Running, Task
+from embcomp.search.evaluators.trial_pruning import falls_behind
+from embcomp.search.samplers.optuna_sampler import RepairedSampler
+from embcomp.search.space.repair import Repair
+from embcomp.search.trials.trial_queue import KIND, Ledger, latest_attempts
+from embcomp.search.trials.worker import RUNGS, InHand, Jobs, number_of
+
+
+class CandidateJobs(Jobs):
+    """The trials of a search.
+
+    Args:
+        config: the search.
+        ledger: its study.
+        sampler: the study's sampler.
+        repair: the limits.
+        evaluator: scores candidates.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        ledger: Ledger,
+        sampler: RepairedSampler,
+        repair: Repair,
+        evaluator: Evaluator,
+    ) -> None:
+        self._config, self._ledger, self._sampler = config, ledger, sampler
+        self._repair, self._evaluator = repair, evaluator
+        self._sign = 1 if config.quality != "log_loss" else -1
+
+    def ready(self) -> bool:
+        tried = self._sampler.tried(self._ledger.study)
+        return self._sampler.source.ready(len(tried), tried)
+
+    def start(self, trial: Trial, slot: int) -> Running | None:
+        if self._sampler.exhausted:
+            return None
+        candidate = self._sampler.encoding.decode(trial.params)
+        cost = self._repair.costs.of(candidate)
+        assert cost.serve <= self._repair.budget and self._repair.devices.fits(candidate)
+        # A study without parameters, as that of `gradient`, asks its sampler for nothing.
+        kind = self._sampler.kinds.get(trial.number, self._config.sampler.name)
+        trial.set_user_attr(KIND, trial.user_attrs.get(KIND) or kind)
+        trial.set_user_attr("serve_bytes", cost.serve)
+        trial.set_user_attr("train_bytes", cost.train)
+        trial.set_user_attr("options", self._repair.space.labels(candidate))
+        return self._evaluator.start(Task(number=number_of(trial), candidate=candidate, slot=slot))
+
+    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+        rungs = self._config.fidelity.rungs
+        if rungs is None:
+            return False
+        if len(self._config.objectives) == 1:
+            hand.trial.report(rung.quality, rung.step)
+            return hand.trial.should_prune()
+        key = str(rung.step)
+        peers = [
+            self._point(trial.user_attrs[RUNGS][key], trial.user_attrs["serve_bytes"])
+            for trial in latest_attempts(self._ledger.study)
+            if key in trial.user_attrs.get(RUNGS, {}) and trial.number != hand.trial.number
+        ]
+        point = self._point(rung.quality, hand.trial.user_attrs["serve_bytes"])
+        return falls_behind(point, peers, rungs.reduction)
+
+    def _point(self, quality: float, serve_bytes: int) -> tuple[float, ...]:
+        costs = (float(serve_bytes),) if "bytes" in self._config.objectives else ()
+        return (-self._sign * quality, *costs)
+
+    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+        known: dict[str, Any] = {
+            self._config.quality: outcome.quality,
+            "bytes": trial.user_attrs["serve_bytes"],
+            "latency": outcome.latency,
+        }
+        return [float(known[name]) for name in self._config.objectives]
+
+    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+        score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
+        size = f"{trial.user_attrs['serve_bytes']:,} bytes"
+        parts = [what, outcome.message, score, size, f"{outcome.seconds:.0f} s"]
+        kind = trial.user_attrs[KIND]
+        return f"candidate {number_of(trial)} ({kind}): {', '.join(p for p in parts if p)}"

@@ -1,0 +1,294 @@
+"""The chosen candidates, retrained in full on several seeds: only here are test data looked at.
+
+Finals are a study of their own, so that workers share them, and a search that is killed goes on
+here as well. What is chosen depends on the validation split alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from embcomp.config.train_config import TrainConfig
+from embcomp.io.atomic_files import write_atomically
+from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.evaluators.base import Outcome, Rung, Running
+from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
+from embcomp.search.evaluators.trial_pruning import front_of
+from embcomp.search.samplers.optuna_sampler import RepairedSampler
+from embcomp.search.space.recipes import config_of, point_yaml
+from embcomp.search.space.space import Candidate, Space
+from embcomp.search.trials.trial_queue import KIND, latest_attempts, originals
+from embcomp.search.trials.worker import InHand, Jobs
+from embcomp.tables.budget import format_bytes
+from embcomp.training.reporting.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A chosen candidate.
+
+    Args:
+        name: of its recipe.
+        number: of its trial.
+        kind: how it was proposed.
+        candidate: what it is.
+        quality: its metric in the search.
+        serve_bytes: its size.
+        seeds: of its runs.
+        baseline: whether it is here to be compared with.
+    """
+
+    name: str
+    number: int
+    kind: str
+    candidate: Candidate
+    quality: float
+    serve_bytes: int
+    seeds: tuple[int, ...]
+    baseline: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        trial: FrozenTrial,
+        candidate: Candidate,
+        *,
+        name: str,
+        seeds: tuple[int, ...],
+        baseline: bool = False,
+    ) -> Point:
+        """What a scored trial tried, to be retrained."""
+        return cls(
+            name=name,
+            number=trial.number,
+            kind=trial.user_attrs.get(KIND, ""),
+            candidate=candidate,
+            quality=trial.values[0],
+            serve_bytes=trial.user_attrs["serve_bytes"],
+            seeds=seeds,
+            baseline=baseline,
+        )
+
+
+def choose_points(
+    config: SearchConfig, study: optuna.Study, sampler: RepairedSampler
+) -> list[Point]:
+    """The best candidates by validation score, or a spread of the front; and the equal share.
+
+    The equal share is retrained beside them when it was tried, as what they must beat, unless the
+    search does without.
+    """
+    done = completed(study, sampler)
+    uniform = next(
+        (c for c, trial in done.items() if trial.user_attrs.get(KIND) == "uniform"), None
+    )
+    chosen = _best(config, study, done)[: config.finals.points]
+    wanted = config.finals.points and config.finals.baseline
+    if wanted and uniform is not None and uniform not in chosen:
+        chosen.append(uniform)
+    seeds = tuple(config.seed + 1 + i for i in range(config.finals.seeds))
+    return [
+        Point.of(
+            done[candidate],
+            candidate,
+            name=f"{config.name}_{place + 1}",
+            seeds=seeds,
+            baseline=candidate == uniform,
+        )
+        for place, candidate in enumerate(chosen)
+    ]
+
+
+def completed(study: optuna.Study, sampler: RepairedSampler) -> dict[Candidate, FrozenTrial]:
+    """Every candidate that was scored, with its trial, in the order in which they were proposed."""
+    done: dict[Candidate, FrozenTrial] = {}
+    for trial in latest_attempts(study):
+        candidate = sampler.candidate(trial)
+        if trial.state is TrialState.COMPLETE and candidate is not None:
+            done.setdefault(candidate, trial)
+    return done
+
+
+def _best(
+    config: SearchConfig, study: optuna.Study, done: dict[Candidate, FrozenTrial]
+) -> list[Candidate]:
+    signs = [1 if d == optuna.study.StudyDirection.MINIMIZE else -1 for d in study.directions]
+    points = {c: tuple(s * v for s, v in zip(signs, t.values)) for c, t in done.items()}
+    if len(signs) == 1:
+        return sorted(points, key=lambda candidate: (points[candidate], done[candidate].number))
+    everyone = list(points)
+    fronts = front_of([points[candidate] for candidate in everyone])
+    front = sorted((c for c, f in zip(everyone, fronts) if f == 0), key=lambda c: points[c])
+    count = min(config.finals.points, len(front))
+    if count < 2:
+        return front[:count]
+    return [front[i * (len(front) - 1) // (count - 1)] for i in range(count)]
+
+
+def finals_name(config: SearchConfig, points: Sequence[Point], what: str) -> str:
+    """The study's name: one for each choice of points, as a longer search may choose others."""
+    chosen = json.dumps([[p.number, list(p.candidate), list(p.seeds)] for p in points])
+    return f"{config.name} {what} {hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
+
+
+def write_recipes(space: Space, points: Sequence[Point], folder: Path) -> dict[str, Path]:
+    """An ordinary training YAML for each point, by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for point in points:
+        config = config_of(space, point.candidate, point.name)
+        size = format_bytes(point.serve_bytes)
+        comment = f"Found by a search: {size} of tables, candidate {point.number} ({point.kind})."
+        paths[point.name] = folder / f"{point.name}.yaml"
+        write_atomically(paths[point.name], point_yaml(config, comment))
+    return paths
+
+
+class FinalsSampler(BaseSampler):
+    """Hands out every point with every seed, in order."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.pairs = [(p, s) for s in range(len(points[0].seeds)) for p in range(len(points))]
+        self.distributions: dict[str, BaseDistribution] = {
+            "point": IntDistribution(0, len(points) - 1),
+            "seed": IntDistribution(0, len(points[0].seeds) - 1),
+        }
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return dict(self.distributions)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        rank = sum(1 for one in originals(study) if one.number < trial.number)
+        point, seed = self.pairs[min(rank, len(self.pairs) - 1)]
+        return {"point": point, "seed": seed}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        raise RuntimeError(f"{param_name} is not a parameter of the finals")
+
+
+class FinalJobs(Jobs):
+    """The trials of the finals: each is an ordinary run under `finals/`.
+
+    Args:
+        config: the search.
+        space: its space.
+        points: what was chosen.
+        folder: the search's folder.
+        slots: what runs may use.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: Space,
+        points: Sequence[Point],
+        folder: Path,
+        slots: Sequence[Slot],
+    ) -> None:
+        self._config, self._space, self._points = config, space, points
+        self._runs = folder / "finals"
+        self._slots = list(slots)
+        self._runs.mkdir(parents=True, exist_ok=True)
+
+    def ready(self) -> bool:
+        return True
+
+    def run_config(self, point: Point, seed: int) -> TrainConfig:
+        """One of a point's runs: in full, with the recipe's own rules."""
+        name = f"trial-{point.number:04d}_seed-{seed}"
+        config = config_of(self._space, point.candidate, name, seed)
+        if self._config.trials.devices == "cpu":
+            config = config.model_copy(
+                update={"train": config.train.model_copy(update={"device": "cpu"})}
+            )
+        return config
+
+    def start(self, trial: Trial, slot: int) -> Running | None:
+        point, seed = self._pair(trial)
+        config = self.run_config(point, seed)
+        path = self._runs / f"{config.name}.yaml"
+        write_atomically(path, config.to_yaml())
+        return FinalRun(
+            TrainingRun(
+                config_path=path,
+                name=config.name,
+                runs=self._runs,
+                slot=self._slots[slot],
+                quality=self._config.quality,
+                world_size=self._config.trials.world_size,
+                clean=False,
+            )
+        )
+
+    def _pair(self, trial: Trial) -> tuple[Point, int]:
+        point = self._points[trial.params["point"]]
+        return point, point.seeds[trial.params["seed"]]
+
+    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+        return False
+
+    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+        assert outcome.quality is not None
+        return [outcome.quality]
+
+    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+        point, seed = self._pair(trial)
+        score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
+        parts = [what, outcome.message, score, f"{outcome.seconds:.0f} s"]
+        return f"{point.name}, seed {seed}, in full: {', '.join(p for p in parts if p)}"
+
+
+class FinalRun(Running):
+    """A run in full; its outcome holds the report's validation and test metrics.
+
+    Args:
+        run: the process.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def poll(self) -> Outcome | None:
+        outcome = self._run.poll()
+        if outcome is None or outcome.quality is None:
+            return outcome
+        report = Report.load(self._run.folder)
+        details = {
+            "valid": numbers(report.valid),
+            "test": numbers(report.test or {}),
+            "full_bytes": report.full_bytes,
+        }
+        return Outcome(
+            quality=outcome.quality, seconds=outcome.seconds, steps=outcome.steps, details=details
+        )
+
+    def stop(self) -> Outcome:
+        return self._run.stop()
+
+    def let_go(self) -> None:
+        self._run.let_go()
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are single numbers."""
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

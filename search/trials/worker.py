@@ -1,0 +1,163 @@
+"""One worker: starts candidates, looks in on them, writes down what became of each."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from embcomp.search.evaluators.base import Outcome, Rung, Running
+from embcomp.search.trials.trial_queue import INTERRUPTED, RETRY_OF, Ledger
+
+LOOK_EVERY = 0.2  # seconds between two looks at running candidates
+
+OUTCOME, RUNGS, STOPPED = "outcome", "rungs", "stopped_at"
+"""User attributes of a trial: the outcome, scores at rungs, and the rung that it did not pass."""
+
+
+class Watcher(Protocol):
+    """Sees a search go on."""
+
+    def look(self, running: Sequence[int]) -> None:
+        """Now and then; the numbers of this worker's running candidates."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+
+@dataclass
+class InHand:
+    """A candidate that runs here."""
+
+    trial: Trial
+    slot: int
+    run: Running
+    scores: dict[str, float]
+
+
+class Jobs(ABC):
+    """What a worker does with a study's trials."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether a new trial can be started without waiting for others."""
+
+    @abstractmethod
+    def start(self, trial: Trial, slot: int) -> Running | None:
+        """Begins a trial's work; None gives it back, and ends the search."""
+
+    @abstractmethod
+    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+        """Whether to stop a trial after a score on the way."""
+
+    @abstractmethod
+    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+        """The study's values of an outcome with a score."""
+
+    @abstractmethod
+    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+        """One line for people."""
+
+
+class Worker:
+    """Runs a study's trials until none is left.
+
+    Args:
+        ledger: the study.
+        jobs: what its trials stand for.
+        watcher: sees it go on.
+        slots: how many run at once.
+    """
+
+    def __init__(self, ledger: Ledger, jobs: Jobs, watcher: Watcher, slots: int) -> None:
+        self._ledger, self._jobs, self._watcher, self._slots = ledger, jobs, watcher, slots
+        self._hands: list[InHand] = []
+        self._ended = False
+        self._any_ended = False
+
+    def run(self) -> None:
+        """Returns when every trial of the study has ended, those of other workers included."""
+        try:
+            while self._turn():
+                if not self._any_ended:
+                    time.sleep(LOOK_EVERY)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _turn(self) -> bool:
+        ledger = self._ledger
+        self._any_ended = False
+        ledger.sign()
+        for number in ledger.retry_lost():
+            self._watcher.say(
+                f"candidate {number}: its worker is gone; it goes on here or elsewhere"
+            )
+        while not self._ended and len(self._hands) < self._slots and ledger.has_next():
+            if not self._start():
+                break
+        for hand in list(self._hands):
+            self._look_at(hand)
+        self._watcher.look([number_of(hand.trial) for hand in self._hands])
+        more = not self._ended and ledger.has_next()
+        return bool(self._hands) or more or ledger.others_run()
+
+    def _start(self) -> bool:
+        if not self._jobs.ready():
+            return False
+        trial = self._ledger.next()
+        if trial is None:
+            return False
+        used = {hand.slot for hand in self._hands}
+        slot = next(i for i in range(self._slots) if i not in used)
+        run = self._jobs.start(trial, slot)
+        if run is None:
+            self._ledger.withdraw(trial)
+            self._watcher.say("every candidate within the budget that could be found was tried")
+            self._ended = True
+            return False
+        self._hands.append(InHand(trial, slot, run, {}))
+        return True
+
+    def _look_at(self, hand: InHand) -> None:
+        outcome = hand.run.poll()
+        for rung in hand.run.rungs():
+            hand.scores[str(rung.step)] = rung.quality
+            hand.trial.set_user_attr(RUNGS, dict(hand.scores))
+            if outcome is None and self._jobs.is_behind(hand, rung):
+                hand.trial.set_user_attr(STOPPED, rung.step)
+                self._end(hand, hand.run.stop(), TrialState.PRUNED)
+                return
+        if outcome is not None:
+            state = TrialState.FAIL if outcome.quality is None else TrialState.COMPLETE
+            self._end(hand, outcome, state)
+
+    def _end(self, hand: InHand, outcome: Outcome, state: TrialState) -> None:
+        hand.trial.set_user_attr(OUTCOME, recorded(outcome))
+        values = self._jobs.values(hand.trial, outcome) if state is TrialState.COMPLETE else None
+        self._ledger.study.tell(hand.trial, values, state=state)
+        self._hands.remove(hand)
+        self._any_ended = True
+        what = {TrialState.PRUNED: "stopped early", TrialState.FAIL: outcome.failure or "failed"}
+        self._watcher.say(self._jobs.line(hand.trial, outcome, what.get(state, "")))
+
+    def _let_go(self) -> None:
+        """Ends what runs here; the trials stay open, for whoever comes next."""
+        for hand in self._hands:
+            hand.run.let_go()
+        for hand in self._hands:
+            hand.trial.set_user_attr(INTERRUPTED, True)
+
+
+def recorded(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON values."""
+    return {key: value for key, value in vars(outcome).items() if value not in (None, "", {})}
+
+
+def number_of(trial: Trial | FrozenTrial) -> int:
+    """The number of a candidate: that of its first attempt."""
+    return int(trial.user_attrs.get(RETRY_OF, trial.number))
