@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import (
     CategoricalFeature,
     DatasetInfo,
     NumericFeature,
     SplitInfo,
 )
-from embcomp.data_pipelines.synthetic import draw
-from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
+from embcomp.data_pipelines.synthetic.generate import draw
+from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 
 ROW_GROUP_ROWS = 65_536
 MIN_ROWS_PER_SECOND = 1.5e6

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from embcomp.data_pipelines.workspace import mib, parse_bytes
+from embcomp.data_pipelines.preparing.workspace import mib, parse_bytes
 
 
 def main() -> int:
@@ -37,8 +37,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = args.source or Path(folder) / "train.txt"
         if args.source is None:
-            from embcomp.data_pipelines.synthetic import write_criteo_log
-            from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
+            from embcomp.data_pipelines.synthetic.generate import write_criteo_log
+            from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 
             start = time.perf_counter()
             write_criteo_log(source, SyntheticConfig(rows=args.rows, scale=args.scale))

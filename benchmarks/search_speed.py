@@ -20,7 +20,7 @@ from pathlib import Path
 import optuna
 from result_table import ResultTable
 
-from embcomp.data_pipelines.synthetic_rows import CRITEO_CARDINALITIES
+from embcomp.data_pipelines.synthetic.synthetic_rows import CRITEO_CARDINALITIES
 from embcomp.planning.config_plan import TableSize
 from embcomp.search.api import Prepared, directions_of, prepare_search
 from embcomp.search.config.search_config import parse_search

@@ -28,7 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import BACKENDS
 from embcomp.config.train_config import TrainConfig, parse_config
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo, NumericFeature
 from embcomp.training.build import build_model, shard_model
 from embcomp.training.distributed.process import Process, process_group

@@ -26,7 +26,7 @@ import torch
 from result_table import ResultTable
 
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.search.api import make_evaluator, prepare_search, search
 from embcomp.search.config.search_config import SearchConfig, parse_search
 from embcomp.search.evaluators.supernet_evaluator import SupernetEvaluator

@@ -15,17 +15,17 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
-from embcomp.data_pipelines.features import choose_features
-from embcomp.data_pipelines.importer import Importer
-from embcomp.data_pipelines.importers import make_importer
-from embcomp.data_pipelines.passes import Passes, versions
-from embcomp.data_pipelines.row_writer import ROWS_PER_GROUP
+from embcomp.data_pipelines.importers.base import Importer
+from embcomp.data_pipelines.importers.registry import make_importer
+from embcomp.data_pipelines.importers.sources import Source, raw_files
+from embcomp.data_pipelines.preparing.features import choose_features
+from embcomp.data_pipelines.preparing.passes import Passes, versions
+from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
+from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib, parse_bytes
 from embcomp.data_pipelines.schema import (
     DatasetInfo,
 )
-from embcomp.data_pipelines.sources import Source, raw_files
 from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, parse_split
-from embcomp.data_pipelines.workspace import Workspace, disk_errors, mib, parse_bytes
 from embcomp.errors import DataError
 
 BLOCKS_PER_PART = 128

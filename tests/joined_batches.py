@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from embcomp.data_pipelines.batch import Batch
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.testing.check_data import joined
 from embcomp.training import data, loop
 from embcomp.training.distributed.process import Process

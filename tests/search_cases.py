@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from embcomp.config.train_config import load_config
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import TableSize
 from embcomp.search.api import Prepared, prepare_search
 from embcomp.search.config.search_config import SearchConfig, parse_search

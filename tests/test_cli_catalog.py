@@ -12,8 +12,8 @@ from embcomp.backends import BACKENDS
 from embcomp.cli import app
 from embcomp.config.catalog import find_recipe, recipe_folder, settings_of
 from embcomp.config.train_config import load_config
-from embcomp.data_pipelines.importers import IMPORTERS
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.importers.registry import IMPORTERS
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.models import MODELS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

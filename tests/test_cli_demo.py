@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from embcomp.cli import app
 from embcomp.cli.demo_steps import METHODS, demo_run
-from embcomp.data_pipelines import synthetic
-from embcomp.data_pipelines.synthetic import write_criteo_log
-from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic import generate as synthetic
+from embcomp.data_pipelines.synthetic.generate import write_criteo_log
+from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 
 

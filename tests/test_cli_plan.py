@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, read_sizes, total_line
 
 CONFIG = """

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from embcomp.cli import app
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 
 
 def run(*arguments):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training.run_folder import RunFolder
 
 CONFIG = """

@@ -13,7 +13,7 @@ from embcomp.backends.dnis.optimizer import SelectionSGD, normalized
 from embcomp.backends.stages import Past
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.layers.frequency_blocks import traffic_cuts
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch

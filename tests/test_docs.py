@@ -15,7 +15,7 @@ from typer.main import get_command
 from embcomp.cli import app
 from embcomp.config.catalog import find_recipe
 from embcomp.config.train_config import parse_config
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.search.config.search_config import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from embcomp import load
 from embcomp.cli import app
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import DataError
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.training import load_model, train

@@ -6,13 +6,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from embcomp.data_pipelines import parquet
-from embcomp.data_pipelines.importer import Importer, RawFile
-from embcomp.data_pipelines.importers import IMPORTERS, make_importer
-from embcomp.data_pipelines.libfm import LibFMImporter
+from embcomp.data_pipelines.importers import parquet
+from embcomp.data_pipelines.importers.base import Importer, RawFile
+from embcomp.data_pipelines.importers.libfm import LibFMImporter
+from embcomp.data_pipelines.importers.registry import IMPORTERS, make_importer
+from embcomp.data_pipelines.importers.table import TableImporter
+from embcomp.data_pipelines.importers.table_schema import load_schema
 from embcomp.data_pipelines.prepare import prepare
-from embcomp.data_pipelines.table import TableImporter
-from embcomp.data_pipelines.table_schema import load_schema
 from embcomp.errors import DataError
 from tests.raw_logs import criteo_bytes, criteo_rows, decode, read_split
 

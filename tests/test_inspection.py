@@ -17,7 +17,7 @@ from embcomp.cli import app
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import DataError
 from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.serving.inspection import inspect_tables

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import (
     CategoricalFeature,
     DatasetInfo,
     NumericFeature,
     SplitInfo,
 )
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import CheckpointError, DataError, EmbcompError
 
 NUM_ROWS = 97

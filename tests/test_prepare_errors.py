@@ -9,9 +9,10 @@ import textwrap
 import pyarrow.parquet as pq
 import pytest
 
-from embcomp.data_pipelines import row_writer, text, workspace
-from embcomp.data_pipelines.passes import BAD_ROWS_FILE
+from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.prepare import prepare
+from embcomp.data_pipelines.preparing import row_writer, workspace
+from embcomp.data_pipelines.preparing.passes import BAD_ROWS_FILE
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.validate import validate_dataset
 from embcomp.errors import DataError

@@ -7,9 +7,10 @@ import textwrap
 
 import pytest
 
-from embcomp.data_pipelines import passes, text
-from embcomp.data_pipelines.encoding import plan_rounds
+from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.prepare import prepare
+from embcomp.data_pipelines.preparing import passes
+from embcomp.data_pipelines.preparing.encoding import plan_rounds
 from embcomp.errors import DataError
 from tests.raw_logs import folder_bytes, write_criteo
 

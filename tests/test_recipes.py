@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
-from embcomp.data_pipelines.table import TableImporter
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.importers.table import TableImporter
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.search.api import search
 from embcomp.search.config.search_config import is_search, load_search

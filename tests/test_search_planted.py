@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.synthetic import write_criteo_log
-from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
+from embcomp.data_pipelines.synthetic.generate import write_criteo_log
+from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 from embcomp.search.api import search
 from embcomp.search.config.search_config import parse_search
 from embcomp.search.reporting.correlation import spearman

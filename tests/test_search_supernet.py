@@ -15,7 +15,7 @@ from torchrec import KeyedJaggedTensor
 from typer.testing import CliRunner
 
 from embcomp.cli import app
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.search.api import search
 from embcomp.search.config.search_config import parse_search

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training import train
 from tests.training_cases import toy_config
 

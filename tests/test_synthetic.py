@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from embcomp.data_pipelines.click_model import MISSING
 from embcomp.data_pipelines.schema import BayesMetrics
 from embcomp.data_pipelines.splits import ChronologicalSplit, FileSplit, RandomSplit
-from embcomp.data_pipelines.synthetic import draw, write_criteo_log
-from embcomp.data_pipelines.synthetic_rows import CRITEO_CARDINALITIES, RowSource, SyntheticConfig
+from embcomp.data_pipelines.synthetic.click_model import MISSING
+from embcomp.data_pipelines.synthetic.generate import draw, write_criteo_log
+from embcomp.data_pipelines.synthetic.synthetic_rows import (
+    CRITEO_CARDINALITIES,
+    RowSource,
+    SyntheticConfig,
+)
 from embcomp.data_pipelines.truth import BayesMeter, Truth
 from embcomp.errors import ConfigError, DataError
 

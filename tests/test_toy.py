@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embcomp.data_pipelines.schema import FIRST_ID, DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 
 
 def _train(folder, info, column):

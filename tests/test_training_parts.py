@@ -12,7 +12,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.config.train_config import PlateauConfig, TrainConfig
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.training import load_model, loop, train
 from embcomp.training.build import build_model, shard_model
 from embcomp.training.checkpoint import model_state

@@ -18,10 +18,10 @@ from embcomp.cli import app
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupForm
 from embcomp.data_pipelines.frequencies import id_counts
-from embcomp.data_pipelines.loader import ParquetLoader
-from embcomp.data_pipelines.lookup import ValueIndex
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
+from embcomp.data_pipelines.preparing.lookup import ValueIndex
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import ConfigError
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.serving_features import as_features

@@ -9,9 +9,9 @@ from torch.nn import functional
 from torchrec.optim import RowWiseAdagrad
 
 from embcomp.config.train_config import TrainConfig, parse_config
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.toy import write_toy_dataset
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training import load_model, train
 from embcomp.training.build import build_model
 from embcomp.training.checkpoint import model_state

@@ -10,8 +10,8 @@ from pathlib import Path
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
-from embcomp.data_pipelines.synthetic import write_criteo_log
-from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
+from embcomp.data_pipelines.synthetic.generate import write_criteo_log
+from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 from embcomp.errors import DataError
 from embcomp.io.yaml_reading import plain
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset

@@ -30,10 +30,10 @@ def generate(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write a synthetic Criteo-format log, and what the best model could reach beside it."""
-    from embcomp.data_pipelines.progress import phase
+    from embcomp.data_pipelines.preparing.progress import phase
     from embcomp.data_pipelines.splits import parse_split
-    from embcomp.data_pipelines.synthetic import write_criteo_log
-    from embcomp.data_pipelines.synthetic_rows import SyntheticConfig
+    from embcomp.data_pipelines.synthetic.generate import write_criteo_log
+    from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
     from embcomp.errors import DataError
 
     if output.exists() and not overwrite:

@@ -228,7 +228,7 @@ def _datasets(data: Path) -> list[Entry]:
 
 
 def _formats() -> list[Entry]:
-    from embcomp.data_pipelines.importers import IMPORTERS
+    from embcomp.data_pipelines.importers.registry import IMPORTERS
 
     return [Entry(name=name, summary=kind.title) for name, kind in IMPORTERS.items()]
 

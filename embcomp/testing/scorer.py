@@ -10,7 +10,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.layers.learned_buffers import AddPenalty
 
 

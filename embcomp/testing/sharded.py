@@ -37,7 +37,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.tables.specs import splits_by_rows
 from embcomp.testing.cases import expect
 from embcomp.testing.check_data import Declared, Shape, awkward_tables, joined, random_batch

@@ -19,7 +19,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.config.train_config import TablesConfig, TrainConfig
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import AddPenalty

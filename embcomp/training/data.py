@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.batch import Batch
-from embcomp.data_pipelines.loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
+from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.parquet_loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, DataError
 from embcomp.training.distributed.process import Process

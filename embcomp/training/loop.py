@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import (
     TASK_PREFIX,

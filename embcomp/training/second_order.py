@@ -24,7 +24,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embcomp.config.train_config import RowOptimizerConfig, TrainConfig
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.errors import ConfigError
 from embcomp.training.build import loss_of
 from embcomp.training.distributed.process import Process

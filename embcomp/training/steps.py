@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.training.distributed.process import Process
 from embcomp.training.optim.lazy_decay import LazyDecay
 from embcomp.training.optim.optimizers import Optimizers, Phase

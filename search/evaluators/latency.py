@@ -8,7 +8,7 @@ import time
 import torch
 
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model
 from embcomp.training.distributed.process import choose_device

@@ -21,8 +21,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.batch import Batch
-from embcomp.data_pipelines.loader import ParquetLoader
+from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, ParityError
 from embcomp.serving.artefact_config import ArtefactConfig

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import UNSEEN_ID
 from embcomp.training.distributed.process import Process
 from embcomp.training.reporting.metrics import Metrics, compute_metrics

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.training.distributed.process import Process
 
 

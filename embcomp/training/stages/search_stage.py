@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from embcomp.backends.stages import Form
 from embcomp.collection.combine import Combine
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.batch import Batch
+from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically

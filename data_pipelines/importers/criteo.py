@@ -12,16 +12,16 @@ from typing import ClassVar
 
 import polars as pl
 
-from embcomp.data_pipelines.delimited import ColumnType, Delimited
-from embcomp.data_pipelines.importer import (
+from embcomp.data_pipelines.importers.base import (
     CategoricalColumn,
     Importer,
     Layout,
     NumericColumn,
     RawFile,
 )
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importers.text import Parsed, TextTable
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
-from embcomp.data_pipelines.text import Parsed, TextTable
 from embcomp.errors import DataError
 
 NUMERIC = tuple(f"I{i}" for i in range(1, 14))

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from embcomp.data_pipelines.counting import held_bytes, merge_counts, read_run
-from embcomp.data_pipelines.row_writer import RowGroupWriter
+from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
+from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import FIRST_ID
 from embcomp.errors import DataError
 

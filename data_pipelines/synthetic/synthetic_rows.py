@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from embcomp.data_pipelines.click_model import MISSING, RawRows
+from embcomp.data_pipelines.synthetic.click_model import MISSING, RawRows
 from embcomp.errors import ConfigError
 
 CRITEO_CARDINALITIES = (

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.text import Parsed, split_lines
+from embcomp.data_pipelines.importers.text import Parsed, split_lines
 from embcomp.errors import DataError
 
 ColumnType = Literal["int", "float", "text"]

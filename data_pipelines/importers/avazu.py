@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import polars as pl
 
-from embcomp.data_pipelines.delimited import ColumnType, Delimited
-from embcomp.data_pipelines.importer import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.base import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
-from embcomp.data_pipelines.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
 COLUMNS = [

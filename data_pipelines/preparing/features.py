@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import polars as pl
 
-from embcomp.data_pipelines.importer import Layout, NumericColumn
+from embcomp.data_pipelines.importers.base import Layout, NumericColumn
 from embcomp.data_pipelines.transforms import BUCKET, TRANSFORMS, bucket_expression
 from embcomp.errors import DataError
 

@@ -15,8 +15,9 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel
 
-from embcomp.data_pipelines.counting import PartCounts, RunWriter, SplitOf, count_part
-from embcomp.data_pipelines.encoding import (
+from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, SplitOf, count_part
+from embcomp.data_pipelines.preparing.encoding import (
     Encoder,
     PartRows,
     encode_part,
@@ -24,9 +25,10 @@ from embcomp.data_pipelines.encoding import (
     store_ids,
     unseen_rates,
 )
-from embcomp.data_pipelines.features import Features
-from embcomp.data_pipelines.importer import BadRow, Block, RawTable, Rows
-from embcomp.data_pipelines.progress import phase
+from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.progress import phase
+from embcomp.data_pipelines.preparing.vocabulary import Ranked, build_vocabulary
+from embcomp.data_pipelines.preparing.workspace import Workspace, write_text
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     BayesMetrics,
@@ -38,8 +40,6 @@ from embcomp.data_pipelines.schema import (
 from embcomp.data_pipelines.sidecar import read_bayes
 from embcomp.data_pipelines.splits import SPLITS, SplitRule
 from embcomp.data_pipelines.transforms import NumericStats
-from embcomp.data_pipelines.vocabulary import Ranked, build_vocabulary
-from embcomp.data_pipelines.workspace import Workspace, write_text
 from embcomp.errors import DataError
 
 BAD_ROWS_FILE = "bad_rows.tsv"

@@ -19,8 +19,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.importer import CategoricalColumn, Importer, Layout, RawFile
-from embcomp.data_pipelines.text import Parsed, TextTable, read_head, split_lines
+from embcomp.data_pipelines.importers.base import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
 Form = Literal["auto", "indices", "bag", "pairs", "ffm"]

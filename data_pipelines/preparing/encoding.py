@@ -17,12 +17,12 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 from typing_extensions import Self
 
-from embcomp.data_pipelines.ahead import ahead
-from embcomp.data_pipelines.counting import SplitOf
-from embcomp.data_pipelines.features import Feature, Features
-from embcomp.data_pipelines.importer import Block, RawTable
-from embcomp.data_pipelines.lookup import BYTES_PER_VALUE, ValueIndex
-from embcomp.data_pipelines.row_writer import RowGroupWriter
+from embcomp.data_pipelines.importers.base import Block, RawTable
+from embcomp.data_pipelines.loader.ahead import ahead
+from embcomp.data_pipelines.preparing.counting import SplitOf
+from embcomp.data_pipelines.preparing.features import Feature, Features
+from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
+from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import UNSEEN_ID, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import numeric_expression

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.data_pipelines.batch import Batch
-from embcomp.data_pipelines.row_groups import Bags, Columns
+from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.row_groups import Bags, Columns
 from embcomp.data_pipelines.schema import DatasetInfo
 
 

@@ -12,8 +12,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from embcomp.data_pipelines.delimited import ColumnType, Delimited
-from embcomp.data_pipelines.importer import (
+from embcomp.data_pipelines.importers.base import (
     DROP,
     CategoricalColumn,
     Importer,
@@ -22,10 +21,11 @@ from embcomp.data_pipelines.importer import (
     RawFile,
     RawTable,
 )
-from embcomp.data_pipelines.parquet import ParquetTable
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importers.parquet import ParquetTable
+from embcomp.data_pipelines.importers.table_schema import TableSchema, load_schema
+from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head
 from embcomp.data_pipelines.splits import SplitRule
-from embcomp.data_pipelines.table_schema import TableSchema, load_schema
-from embcomp.data_pipelines.text import Parsed, TextTable, read_head
 from embcomp.errors import DataError
 
 _FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"}

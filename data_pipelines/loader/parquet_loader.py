@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from embcomp.data_pipelines.batch import Batch
-from embcomp.data_pipelines.prefetch import prefetch
-from embcomp.data_pipelines.row_groups import Columns, RowGroups
-from embcomp.data_pipelines.row_order import RowOrder
+from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.prefetch import prefetch
+from embcomp.data_pipelines.loader.row_groups import Columns, RowGroups
+from embcomp.data_pipelines.loader.row_sampler import RowOrder
+from embcomp.data_pipelines.loader.shuffle_buffer import BatchMaker, Window
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.data_pipelines.window import BatchMaker, Window
 from embcomp.errors import CheckpointError, DataError
 
 STATE_VERSION = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from embcomp.data_pipelines.importer import Importer, RawFile
+from embcomp.data_pipelines.importers.base import Importer, RawFile
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.errors import DataError
 

@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.importer import (
+from embcomp.data_pipelines.importers.base import (
     BadRow,
     Block,
     FileIndex,

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embcomp.data_pipelines.click_model import MISSING, RawRows
+from embcomp.data_pipelines.synthetic.click_model import MISSING, RawRows
 
 _DIGITS = 8
 _TWO_DIGITS = np.frombuffer("".join(f"{i:02x}" for i in range(256)).encode(), dtype=np.uint16)

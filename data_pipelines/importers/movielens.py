@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import polars as pl
 
-from embcomp.data_pipelines.delimited import Delimited
-from embcomp.data_pipelines.importer import DROP, CategoricalColumn, Importer, Layout, RawFile
-from embcomp.data_pipelines.text import Parsed, TextTable
+from embcomp.data_pipelines.importers.base import DROP, CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.delimited import Delimited
+from embcomp.data_pipelines.importers.text import Parsed, TextTable
 from embcomp.errors import DataError
 
 FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")

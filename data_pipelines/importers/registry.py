@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from embcomp.data_pipelines.avazu import AvazuImporter
-from embcomp.data_pipelines.criteo import CriteoImporter
-from embcomp.data_pipelines.importer import Importer
-from embcomp.data_pipelines.libfm import LibFMImporter
-from embcomp.data_pipelines.movielens import MovieLensImporter
-from embcomp.data_pipelines.table import TableImporter
+from embcomp.data_pipelines.importers.avazu import AvazuImporter
+from embcomp.data_pipelines.importers.base import Importer
+from embcomp.data_pipelines.importers.criteo import CriteoImporter
+from embcomp.data_pipelines.importers.libfm import LibFMImporter
+from embcomp.data_pipelines.importers.movielens import MovieLensImporter
+from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.errors import DataError
 
 IMPORTERS: dict[str, type[Importer]] = {

@@ -10,15 +10,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embcomp.data_pipelines.importer import (
-    Block,
-    FileIndex,
-    Layout,
-    RawFile,
-    RawTable,
-    Rows,
-)
-from embcomp.data_pipelines.text import file_sha256
+from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
+from embcomp.data_pipelines.importers.text import file_sha256
 from embcomp.errors import DataError
 
 BLOCK_ROWS = 65_536

@@ -1,0 +1,1 @@
+"""The passes of `prepare`: count, rank, encode, write."""
