@@ -1,0 +1,110 @@
+"""Every YAML in configs/ is sound and trains, evaluates and reports on a toy dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embcomp.cli import app
+from embcomp.config.train_config import load_config
+from embcomp.data_pipelines.importers.table import TableImporter
+from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
+from embcomp.planning.config_plan import plan_config, sizes_of_dataset
+from embcomp.search.api import search
+from embcomp.search.config.search_config import is_search, load_search
+from embcomp.training.api import train
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SCHEMAS = sorted((CONFIGS / "datasets").glob("*.yaml"))
+SEARCHES = sorted(path for path in CONFIGS.glob("*.yaml") if is_search(path))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - {*SCHEMAS, *SEARCHES})
+# The run is cut short, never changed in kind: models, methods and optimizers stay the recipe's.
+SHORT = ["data.batch_size=64", "data.eval_batch_size=256", "train.epochs=1", "train.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes") / "toy"
+    write_toy_dataset(
+        folder, rows=(2048, 128, 128), num_values=(2000, 500, 50), multi_valued=["C2"]
+    )
+    return folder
+
+
+def test_recipes_are_found():
+    assert len(RECIPES) >= 11
+    assert SCHEMAS
+    assert len(SEARCHES) >= 2
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.stem)
+def test_schema_of_raw_tables_is_sound(path):
+    assert TableImporter.from_yaml(path).schema.categorical
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_named_after_its_file_and_says_what_it_is(path):
+    assert load_config(path).name == path.stem
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs(path, dataset, tmp_path):
+    config = load_config(path, [f"data.path={dataset}", *SHORT])
+    if "generations" in vars(config.tables.method.settings):
+        short_search = ["tables.method.generations=1", "tables.method.population=4"]
+        config = load_config(path, [f"data.path={dataset}", *SHORT, *short_search])
+    report = train(config, runs=tmp_path, quiet=True)
+    assert {stage["steps"] for stage in report.stages} - {0} == {4}
+    assert report.test is not None and 0 < report.test["auc"] < 1
+    planned = sum(line.serve for line in plan_config(config, sizes_of_dataset(dataset)).lines())
+    if config.tables.method.settings.learns_size:
+        assert planned / 4 < report.serve_bytes <= planned
+    else:
+        assert report.serve_bytes == planned
+    if config.tables.budget == "10%":
+        assert report.compression >= 10
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_search_is_named_after_its_file_and_shows_its_space(path, dataset):
+    assert load_search(path).name == path.stem
+    assert path.read_text().startswith("# ")
+    result = CliRunner().invoke(
+        app, ["search", str(path), f"overrides.data.path={dataset}", "--dry-run"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("of the budget") >= 1
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_search_runs(path, dataset, tmp_path):
+    short = ["trials.count=1", "trials.devices=cpu", "fidelity={max_steps: 2, valid_rows: 50}"]
+    small = [f"overrides.data={{path: {dataset}, batch_size: 64, eval_batch_size: 256}}"]
+    config = load_search(path, [*short, *small, "finals.points=0"])
+    result = search(config, folder=tmp_path, quiet=True)
+    (candidate,) = result.candidates
+    assert candidate.state == "complete", candidate.message
+    assert 0 < candidate.serve_bytes <= result.budget
+
+
+@pytest.mark.parametrize(
+    ("name", "first_order"),
+    [("autoint", False), ("autoint_plus", False), ("deepfm", True), ("dcnv2", False)],
+)
+def test_benchmark_recipes_keep_the_published_settings(name, first_order):
+    config = load_config(CONFIGS / f"frappe_x1_{name}.yaml")
+    train_settings = config.train
+    assert (config.seed, config.tables.embedding_dim, config.data.batch_size) == (2021, 10, 4096)
+    assert config.tables.method.name == "full"
+    assert (config.tables.init.name, config.tables.init.scale) == ("normal", 1e-4)
+    rows = train_settings.row_optimizer
+    assert (rows.name, rows.mode, rows.learning_rate) == ("adam", "dense", 1e-3)
+    assert rows.l2 == (0.1 if name == "autoint_plus" else 0.05)
+    assert train_settings.dense_optimizer.weight_decay == 0
+    assert train_settings.clip_norm == 10
+    assert train_settings.plateau is not None and train_settings.plateau.factor == 0.1
+    assert train_settings.early_stop is not None and train_settings.early_stop.patience == 2
+    assert config.model.settings.uses_first_order is first_order

@@ -1,0 +1,129 @@
+"""The wheel holds the whole tree under `embcomp`, and nothing beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+MAPPED = ("models", "data_pipelines", "search")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def package_folder(package: str) -> Path:
+    """The folder of a package: its own mapping, or that of its nearest mapped parent."""
+    mapping = PROJECT["tool"]["setuptools"]["package-dir"]
+    parts = package.split(".")
+    for end in range(len(parts), 0, -1):
+        if (mapped := mapping.get(".".join(parts[:end]))) is not None:
+            return ROOT.joinpath(mapped, *parts[end:])
+    return ROOT.joinpath(*parts)
+
+
+def source_files() -> set[str]:
+    """Every module of the checkout, by the path that it has inside the wheel."""
+    found = set()
+    for package in PROJECT["tool"]["setuptools"]["packages"]:
+        for file in package_folder(package).glob("*.py"):
+            found.add(f"{package.replace('.', '/')}/{file.name}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy without symlinks, as a zip download has none."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "checkout"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    ignored = shutil.ignore_patterns("__pycache__", *MAPPED)
+    shutil.copytree(ROOT / "embcomp", copy / "embcomp", ignore=ignored)
+    for name in MAPPED:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(copy)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_every_folder_with_an_init_is_listed_as_a_package():
+    found = set()
+    for top in ("embcomp", *MAPPED):
+        prefix = "" if top == "embcomp" else "embcomp."
+        for init in (ROOT / top).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            if top != "embcomp" or len(parts) < 2 or parts[1] not in MAPPED:
+                found.add(prefix + ".".join(parts))
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_symlink_shows_the_mapped_folder(name):
+    link = ROOT / "embcomp" / name
+    if os.name == "nt" or not link.is_symlink():
+        pytest.skip("this checkout has no symlinks")
+    assert link.resolve() == ROOT / name
+    assert link.readlink() == Path("..") / name
+
+
+def test_wheel_holds_every_module_and_only_embcomp(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"embcomp", f"{wheel.name[:13]}.dist-info"}
+    assert {name for name in names if name.endswith(".py")} == source_files()
+    assert "embcomp/py.typed" in names
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    code = (
+        "import embcomp, embcomp.models, embcomp.data_pipelines, embcomp.search, embcomp.cli\n"
+        "print(embcomp.__file__, embcomp.models.__file__, embcomp.data_pipelines.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(Path(file).is_relative_to(target) for file in done.stdout.split())
+
+
+def test_dependency_pins_are_the_pairing_that_doctor_calls_tested():
+    from embcomp.cli.doctor_checks import PAIRINGS
+
+    tested = next(pairing for pairing in PAIRINGS if pairing.tested)
+    wanted = {
+        f"torch=={tested.torch}.*",
+        f"torchrec=={tested.torchrec}.*",
+        f"fbgemm-gpu=={tested.fbgemm}.*",
+    }
+    assert wanted <= set(PROJECT["project"]["dependencies"])
+
+
+def test_doctor_names_every_runtime_dependency():
+    from embcomp.cli.doctor_checks import RUNTIME
+
+    names = {
+        dependency.split("=")[0].split(">")[0] for dependency in PROJECT["project"]["dependencies"]
+    }
+    assert names - {"torch", "torchrec", "fbgemm-gpu"} == set(RUNTIME)

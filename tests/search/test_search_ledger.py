@@ -1,0 +1,299 @@
+"""Nothing finished is lost or done twice, whoever dies and whenever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+
+from embcomp.search.evaluators.base import Running
+from embcomp.search.trials.storage import StorageError, explained, open_storage
+from embcomp.search.trials.trial_queue import (
+    LOST,
+    RETRY_OF,
+    WORKER,
+    Ledger,
+    latest_attempts,
+    originals,
+)
+from embcomp.search.trials.worker import Jobs, Worker
+
+SPACE = {"x": IntDistribution(0, 1000)}
+DEAD = f"{os.uname().nodename}:999999:1"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def make_ledger(folder, *, count=3, retries=2, name="study"):
+    storage = open_storage(None, folder)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        load_if_exists=True,
+    )
+    return Ledger(study, storage, SPACE, count=count, retries=retries)
+
+
+def abandon(ledger, worker=DEAD):
+    """Starts a candidate as a worker that then dies."""
+    trial = ledger.next()
+    trial.set_user_attr(WORKER, worker)
+    return trial
+
+
+def finish(ledger):
+    trial = ledger.next()
+    ledger.study.tell(trial, 0.5)
+    return trial
+
+
+def test_a_candidate_of_a_dead_worker_is_done_again_and_once(tmp_path):
+    ledger = make_ledger(tmp_path)
+    lost = abandon(ledger)
+    assert ledger.retry_lost() == [0]
+    assert ledger.retry_lost() == []
+    again = ledger.next()
+    assert again.user_attrs[RETRY_OF] == 0 and again.params == lost.params
+    ledger.study.tell(again, 0.7)
+    for _ in range(2):
+        finish(ledger)
+    assert not ledger.has_next()
+    assert [t.state for t in latest_attempts(ledger.study)] == [TrialState.COMPLETE] * 3
+    assert len(originals(ledger.study)) == 3 and len(ledger.study.trials) == 4
+
+
+def test_a_living_worker_keeps_its_candidates(tmp_path):
+    ledger = make_ledger(tmp_path)
+    ledger.next()
+    far = abandon(ledger, "elsewhere:1:1")
+    ledger.study.set_user_attr("worker elsewhere:1:1", time.time())
+    assert ledger.retry_lost() == []
+    ledger.study.set_user_attr("worker elsewhere:1:1", time.time() - 1000)
+    assert ledger.retry_lost() == [far.number]
+
+
+def test_two_that_look_at_once_take_a_lost_candidate_once(tmp_path):
+    one, two = make_ledger(tmp_path), make_ledger(tmp_path)
+    abandon(one)
+    trial = two.study.trials[0]
+    assert one._take_off(trial)
+    assert not two._take_off(trial)
+
+
+def test_a_worker_that_dies_between_taking_and_enqueueing_is_made_good(tmp_path):
+    ledger = make_ledger(tmp_path)
+    abandon(ledger)
+    storage_id = ledger._storage.get_trial_id_from_study_id_trial_number(ledger._study_id, 0)
+    ledger._storage.set_trial_user_attr(storage_id, LOST, DEAD)
+    ledger.study.tell(0, state=TrialState.FAIL)
+    assert ledger.retry_lost() == [0]
+    assert ledger.retry_lost() == []
+
+
+def test_a_candidate_that_kills_its_workers_is_given_up(tmp_path):
+    ledger = make_ledger(tmp_path, count=1, retries=2)
+    for _ in range(3):
+        abandon(ledger)
+        ledger.retry_lost()
+    assert not ledger.has_next()
+    (last,) = latest_attempts(ledger.study)
+    assert last.state is TrialState.FAIL
+
+
+def test_a_candidate_without_parameters_leaves_no_gap(tmp_path):
+    ledger = make_ledger(tmp_path, count=1)
+    trial = ledger.study.ask()  # its worker dies before anything was drawn
+    ledger._storage.set_trial_user_attr(trial._trial_id, WORKER, DEAD)
+    assert ledger.retry_lost() == []
+    assert ledger.has_next()
+    assert finish(ledger).params
+    assert not ledger.has_next() and len(originals(ledger.study)) == 1
+
+
+def test_a_candidate_that_was_only_proposed_is_proposed_anew_at_once(tmp_path):
+    ledger = make_ledger(tmp_path, count=2)
+    finish(ledger)
+    asked = ledger.study.ask(fixed_distributions=SPACE)  # its worker dies before it signs this
+    ledger.study.set_user_attr(f"worker {DEAD}", time.time())
+    assert asked.params and ledger.retry_lost() == []
+    assert len(originals(ledger.study)) == 1  # so that the next has the rank that this one had
+    finish(ledger)
+    assert not ledger.has_next() and not ledger.others_run()
+
+
+def test_a_candidate_that_a_living_worker_may_be_proposing_is_left_alone(tmp_path):
+    ledger = make_ledger(tmp_path)
+    ledger.study.set_user_attr("worker elsewhere:1:1", time.time())
+    ledger.study.ask(fixed_distributions=SPACE)
+    assert ledger.retry_lost() == []
+    assert len(originals(ledger.study)) == 1 and ledger.others_run()
+
+
+def test_the_count_is_kept_by_workers_that_start_at_once(tmp_path):
+    one, two = make_ledger(tmp_path, count=3), make_ledger(tmp_path, count=3)
+    assert one.has_next() and two.has_next()
+    started = [ledger.next() for ledger in (one, two, one, two)]
+    assert [trial is None for trial in started] == [False, False, False, True]
+    assert len(originals(one.study)) == 3
+
+
+class Endless(Running):
+    """A candidate that runs until it is let go."""
+
+    def __init__(self):
+        self.was_let_go = False
+
+    def poll(self):
+        return None
+
+    def let_go(self):
+        self.was_let_go = True
+
+
+class EndlessJobs(Jobs):
+    def __init__(self, when_started):
+        self.runs, self._when_started = [], when_started
+
+    def ready(self):
+        return True
+
+    def start(self, trial, slot):
+        self.runs.append(Endless())
+        self._when_started(len(self.runs))
+        return self.runs[-1]
+
+    def is_behind(self, hand, rung):
+        return False
+
+    def values(self, trial, outcome):
+        return []
+
+    def line(self, trial, outcome, what):
+        return ""
+
+
+class Silent:
+    def look(self, running):
+        pass
+
+    def say(self, text):
+        pass
+
+
+def test_a_storage_that_goes_away_ends_what_runs_and_is_one_message(tmp_path):
+    folder = tmp_path / "search"
+    ledger = make_ledger(folder)
+
+    def lose_storage(started):
+        if started == 2:
+            folder.rename(tmp_path / "elsewhere")
+
+    jobs = EndlessJobs(lose_storage)
+    with (
+        pytest.raises(StorageError, match=r"study\.journal.*Finished candidates are kept"),
+        explained(None, folder),
+    ):
+        Worker(ledger, jobs, Silent(), 2).run()
+    assert [run.was_let_go for run in jobs.runs] == [True, True]
+    # Back in its place, the study is whole: the two are still on its books.
+    (tmp_path / "elsewhere").rename(folder)
+    assert [trial.state for trial in make_ledger(folder).study.trials] == [TrialState.RUNNING] * 2
+
+
+WORKER_SCRIPT = """
+import sys, time
+from pathlib import Path
+import optuna
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+from embcomp.search.evaluators.base import Outcome, Running
+from embcomp.search.trials.worker import Jobs, Worker, number_of
+from tests.search.test_search_ledger import make_ledger
+assert 'torchrec' not in sys.modules  # a worker's bookkeeping is light
+
+folder = Path(sys.argv[1])
+
+class Sleep(Running):
+    def __init__(self): self.until = time.monotonic() + 0.15
+    def poll(self): return Outcome(quality=0.5) if time.monotonic() > self.until else None
+
+class Sleeps(Jobs):
+    def ready(self): return True
+    def start(self, trial, slot): return Sleep()
+    def is_behind(self, hand, rung): return False
+    def values(self, trial, outcome):
+        with (folder / "told.txt").open("a") as file:
+            file.write(f"{number_of(trial)}\\n")
+        return [trial.params["x"]]
+    def line(self, trial, outcome, what): return ""
+
+class Silent:
+    def look(self, running): pass
+    def say(self, text): pass
+
+ledger = make_ledger(folder, count=16, retries=5)
+Worker(ledger, Sleeps(), Silent(), 2).run()
+"""
+
+
+def start_worker(folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER_SCRIPT, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_two_workers_and_kill_minus_nine_lose_and_double_nothing(tmp_path):
+    one, two = start_worker(tmp_path), start_worker(tmp_path)
+    told = tmp_path / "told.txt"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and len(lines(told)) < 6:
+        time.sleep(0.05)
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+    assert two.wait(90) == 0
+    study = make_ledger(tmp_path).study
+    ended = latest_attempts(study)
+    assert len(ended) == 16
+    assert all(trial.state is TrialState.COMPLETE for trial in ended)
+    # A killed worker may have told its log and not the study; the study has each once.
+    complete = [t for t in study.trials if t.state is TrialState.COMPLETE]
+    assert len(complete) == 16
+    assert 16 <= len(lines(told)) <= 18
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_search_that_was_killed_whole_goes_on(tmp_path):
+    worker = start_worker(tmp_path)
+    told = tmp_path / "told.txt"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and len(lines(told)) < 5:
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    before = {
+        t.number for t in make_ledger(tmp_path).study.trials if t.state is TrialState.COMPLETE
+    }
+    assert start_worker(tmp_path).wait(90) == 0
+    study = make_ledger(tmp_path).study
+    complete = [t.number for t in study.trials if t.state is TrialState.COMPLETE]
+    assert before <= set(complete) and len(complete) == 16
+    journal = (tmp_path / "study.journal").read_text().splitlines()
+    assert all(json.loads(line) for line in journal)
