@@ -6,75 +6,45 @@ answer even where that import fails.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from embcomp.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from embcomp.backends import (
-        BACKENDS,
-        DNIS,
-        LR2VQ,
-        PQ,
-        QR,
-        Blocks,
-        Coded,
-        DNISSearch,
-        Full,
-        Hash,
-        LowDim,
-        LowRank,
-        Matryoshka,
-        OptEmbed,
-        Sparse,
-        Unified,
+        BACKENDS as BACKENDS,
+        DNIS as DNIS,
+        LR2VQ as LR2VQ,
+        PQ as PQ,
+        QR as QR,
+        Blocks as Blocks,
+        Coded as Coded,
+        DNISSearch as DNISSearch,
+        Full as Full,
+        Hash as Hash,
+        LowDim as LowDim,
+        LowRank as LowRank,
+        Matryoshka as Matryoshka,
+        OptEmbed as OptEmbed,
+        Sparse as Sparse,
+        Unified as Unified,
     )
-    from embcomp.backends.base import BackendConfig
+    from embcomp.backends.base import BackendConfig as BackendConfig
     from embcomp.collection.collection import (
-        CompressedEmbeddingBagCollection,
-        CompressedEmbeddingCollection,
+        CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
+        CompressedEmbeddingCollection as CompressedEmbeddingCollection,
     )
-    from embcomp.collection.plan import Plan
+    from embcomp.collection.plan import Plan as Plan
     from embcomp.errors import (
-        ArtefactError,
-        BudgetError,
-        CheckpointError,
-        ConfigError,
-        DataError,
-        EmbcompError,
+        ArtefactError as ArtefactError,
+        BudgetError as BudgetError,
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        DataError as DataError,
+        EmbcompError as EmbcompError,
     )
-    from embcomp.serving.artefact_loading import load
-    from embcomp.serving.artefact_saving import save
-
-__all__ = [
-    "BACKENDS",
-    "DNIS",
-    "LR2VQ",
-    "PQ",
-    "QR",
-    "ArtefactError",
-    "BackendConfig",
-    "Blocks",
-    "BudgetError",
-    "CheckpointError",
-    "Coded",
-    "CompressedEmbeddingBagCollection",
-    "CompressedEmbeddingCollection",
-    "ConfigError",
-    "DNISSearch",
-    "DataError",
-    "EmbcompError",
-    "Full",
-    "Hash",
-    "LowDim",
-    "LowRank",
-    "Matryoshka",
-    "OptEmbed",
-    "Plan",
-    "Sparse",
-    "Unified",
-    "load",
-    "save",
-]
+    from embcomp.serving.artefact_loading import load as load
+    from embcomp.serving.artefact_saving import save as save
 
 _HOMES = {
     "ArtefactError": "embcomp.errors",
@@ -96,9 +66,9 @@ _HOMES = {
     "LR2VQ": "embcomp.backends",
     "LowDim": "embcomp.backends",
     "LowRank": "embcomp.backends",
-    "PQ": "embcomp.backends",
     "Matryoshka": "embcomp.backends",
     "OptEmbed": "embcomp.backends",
+    "PQ": "embcomp.backends",
     "Plan": "embcomp.collection.plan",
     "QR": "embcomp.backends",
     "Sparse": "embcomp.backends",
@@ -107,15 +77,5 @@ _HOMES = {
     "save": "embcomp.serving.artefact_saving",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'embcomp' has no attribute {name!r}; it has {__all__}")
-    module = import_module(_HOMES[name])
-    value = vars(module)[name]
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__all__ = list(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -6,44 +6,36 @@ torch.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from embcomp.search.api import Prepared, prepare_search, search
-    from embcomp.search.config.search_config import SearchConfig, load_search, parse_search
-    from embcomp.search.evaluators.base import Evaluator
-    from embcomp.search.reporting.results import SearchResult
-    from embcomp.search.samplers.base import Source
+from embcomp.io.lazy_names import lazy_names
 
-__all__ = [
-    "Evaluator",
-    "Prepared",
-    "SearchConfig",
-    "SearchResult",
-    "Source",
-    "load_search",
-    "parse_search",
-    "prepare_search",
-    "search",
-]
+if TYPE_CHECKING:
+    from embcomp.search.api import (
+        Prepared as Prepared,
+        prepare_search as prepare_search,
+        search as search,
+    )
+    from embcomp.search.config.search_config import (
+        SearchConfig as SearchConfig,
+        load_search as load_search,
+        parse_search as parse_search,
+    )
+    from embcomp.search.evaluators.base import Evaluator as Evaluator
+    from embcomp.search.reporting.results import SearchResult as SearchResult
+    from embcomp.search.samplers.base import Source as Source
 
 _HOMES = {
-    "Evaluator": "evaluators",
-    "Prepared": "api",
-    "SearchConfig": "config",
-    "SearchResult": "results",
-    "Source": "sources",
-    "load_search": "config",
-    "parse_search": "config",
-    "prepare_search": "api",
-    "search": "api",
+    "Evaluator": "embcomp.search.evaluators.base",
+    "Prepared": "embcomp.search.api",
+    "SearchConfig": "embcomp.search.config.search_config",
+    "SearchResult": "embcomp.search.reporting.results",
+    "Source": "embcomp.search.samplers.base",
+    "load_search": "embcomp.search.config.search_config",
+    "parse_search": "embcomp.search.config.search_config",
+    "prepare_search": "embcomp.search.api",
+    "search": "embcomp.search.api",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'embcomp.search' has no attribute {name!r}; it has {__all__}")
-    value = vars(import_module(f"embcomp.search.{_HOMES[name]}"))[name]
-    globals()[name] = value
-    return value
+__all__ = list(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from embcomp.search.evaluators.training_evaluator import Slot, TrainingEvaluator
 from embcomp.search.evaluators.trial_pruning import make_pruner
 from embcomp.search.reporting.correlation import choose_spread, correlate
 from embcomp.search.reporting.results import SearchResult, gather
+from embcomp.search.samplers.baselines import starts
 from embcomp.search.samplers.gradient import at_budget
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.costs import Costs
 from embcomp.search.space.device_limits import Devices, limits_of
 from embcomp.search.space.repair import Repair
-from embcomp.search.space.space import Space, build_space
+from embcomp.search.space.space import Candidate, Space, build_space
 from embcomp.search.space.staged_methods import check_latency, check_stages
 from embcomp.search.space.widths import widths_of
 from embcomp.search.trials.candidate_jobs import CandidateJobs
@@ -296,3 +298,19 @@ def _cuda_devices() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def example_candidates(prepared: Prepared, count: int) -> dict[str, Candidate]:
+    """The equal share, another start, then random proposals after repair, by name."""
+    found: dict[str, Candidate] = {}
+    for name, candidate in list(starts(prepared.repair).items())[:2]:
+        found[name] = candidate
+    draw = random.Random(prepared.config.seed)
+    for attempt in range(1, 20 * count):
+        if len(found) >= count:
+            break
+        proposal = tuple(draw.randrange(len(unit.options)) for unit in prepared.space.units)
+        candidate = prepared.repair(proposal, fill=prepared.config.fills)
+        if candidate not in found.values():
+            found[f"random {attempt}"] = candidate
+    return found

@@ -12,8 +12,6 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.data_pipelines.importers.registry import (
         IMPORTERS as IMPORTERS,
-    )
-    from embcomp.data_pipelines.importers.registry import (
         make_importer as make_importer,
     )
 

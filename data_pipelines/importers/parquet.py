@@ -31,7 +31,7 @@ class ParquetTable(RawTable):
 
     @abstractmethod
     def shape(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Bring the raw columns into the common shape (see `importer`)."""
+        """Bring the raw columns into the common shape (see `importers.base`)."""
 
     def types(self, file: RawFile) -> dict[str, pl.DataType]:
         """Return the polars type of each column of a file."""

@@ -168,7 +168,7 @@ class SchemaParquet(ParquetTable):
 
 
 def shape(frame: pl.DataFrame, schema: TableSchema) -> pl.DataFrame:
-    """Bring raw columns into the common shape that `importer` describes."""
+    """Bring raw columns into the common shape that `importers.base` describes."""
     label, drop = schema.label.expressions()
     columns = [label.alias("label"), drop.alias(DROP)]
     for numeric in schema.numeric:

@@ -99,7 +99,7 @@ class TextTable(RawTable):
 
     @abstractmethod
     def parse(self, data: bytes, rows: int) -> Parsed:
-        """Turn a block of lines into columns of the common shape (see `importer`)."""
+        """Turn a block of lines into columns of the common shape (see `importers.base`)."""
 
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
         path = self.files[file].path

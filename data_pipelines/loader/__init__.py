@@ -12,11 +12,7 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.data_pipelines.loader.parquet_loader import (
         DEFAULT_SHUFFLE_BUFFER as DEFAULT_SHUFFLE_BUFFER,
-    )
-    from embcomp.data_pipelines.loader.parquet_loader import (
         STATE_VERSION as STATE_VERSION,
-    )
-    from embcomp.data_pipelines.loader.parquet_loader import (
         ParquetLoader as ParquetLoader,
     )
 

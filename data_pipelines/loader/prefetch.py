@@ -1,10 +1,11 @@
-"""Run an iterator ahead in a background thread."""
+"""Run an iterator ahead in a background thread: by up to `depth` items, or by exactly one."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -60,3 +61,16 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items of an iterator, taking each from it in a thread, one ahead of its use.
+
+    Never more than one: `prepare` counts its memory by that, where `prefetch(depth=1)` may hold two.
+    """
+    end: list[T] = []
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
-from embcomp.data_pipelines.loader.ahead import ahead
+from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import NumericStats

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.base import Block, RawTable
-from embcomp.data_pipelines.loader.ahead import ahead
+from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel
 
+from embcomp.data_pipelines.bayes_metrics import read_bayes
 from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
 from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, SplitOf, count_part
 from embcomp.data_pipelines.preparing.encoding import (
@@ -37,7 +38,6 @@ from embcomp.data_pipelines.schema import (
     SourceFile,
     SplitInfo,
 )
-from embcomp.data_pipelines.sidecar import read_bayes
 from embcomp.data_pipelines.splits import SPLITS, SplitRule
 from embcomp.data_pipelines.transforms import NumericStats
 from embcomp.errors import DataError

@@ -12,11 +12,7 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.data_pipelines.synthetic.generate import (
         TRUTH_SUFFIX as TRUTH_SUFFIX,
-    )
-    from embcomp.data_pipelines.synthetic.generate import (
         draw as draw,
-    )
-    from embcomp.data_pipelines.synthetic.generate import (
         write_criteo_log as write_criteo_log,
     )
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embcomp.data_pipelines.bayes_metrics import BayesMeter, Truth
 from embcomp.data_pipelines.preparing.workspace import disk_errors
 from embcomp.data_pipelines.splits import SPLITS, ChronologicalSplit, FileSplit, SplitRule
 from embcomp.data_pipelines.synthetic.click_model import ClickModel, RawRows
 from embcomp.data_pipelines.synthetic.criteo_text import to_lines
 from embcomp.data_pipelines.synthetic.synthetic_rows import CHUNK_ROWS, RowSource, SyntheticConfig
-from embcomp.data_pipelines.truth import BayesMeter, Truth
 from embcomp.errors import ConfigError
 
 TRUTH_SUFFIX = ".truth.json"

@@ -8,15 +8,15 @@ group of logical tables at once, so that the number of kernels does not grow wit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
@@ -32,14 +32,14 @@ class Backend:
         keys: the physical look-ups, in the order in which ``combine`` wants their columns.
         route: module from the group's features, one key for each (table, feature) in order, to
             the physical look-ups, always the same keys in the same order. It holds no parameters
-            and no buffers but learnt ones (``embcomp.layers.constant_tensors``, ``embcomp.layers.learned_buffers``), and never
-            touches the weights.
+            and no buffers but learnt ones (``embcomp.layers.constant_tensors``,
+            ``embcomp.layers.learned_buffers``), and never touches the weights.
         combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
             ``(B, sum of logical dims)``, one for each (table, feature) in order.
         per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
         ids_per_value: how many physical ids ``route`` makes of one id within one key.
-        takes_ids: True when ``combine`` is called with the rows and a ``looked_up.LookedUp``, which
+        takes_ids: True when ``combine`` is called with the rows and a ``lookup_context.LookedUp``, which
             knows the logical ids and the samples that they were looked up for. Only with
             ``per_row``.
         skips: True when ``route`` gives a negative id where an id has no row under a key: nothing
@@ -251,6 +251,89 @@ class BackendConfig(ABC):
             out += f" {len(kept)} small table(s) stay full and take {size:,} of these bytes"
             out += "; a lower collisionless would hash them too." if self.hashes_small else "."
         return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A method at one moment of its life, with the tensors of its group of tables.
+
+    Args:
+        config: the method that holds the tables now.
+        tensors: ``rows.<physical table>`` (true width), and what is in the state dicts of the
+            method's own modules as ``route.<name>`` and ``combine.<name>``. An empty mapping
+            stands for fresh weights. There may be more than the method asked for.
+    """
+
+    config: BackendConfig
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, table: str) -> Tensor:
+        """(rows, true width) of a physical table."""
+        return self.tensors[f"rows.{table}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a method may look at when it begins a stage.
+
+    Args:
+        before: the form that the stage before left, whole and on the CPU.
+        initial: the form of the first stage as it was before its first step.
+        counts: for each table, (num_embeddings,) how often each id occurs in the training rows;
+            empty where nobody counted.
+        results: what earlier ``search`` stages found, by stage.
+        seed: the run's seed.
+    """
+
+    before: Form
+    initial: Callable[[], Form]
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+
+class SearchContext(Protocol):
+    """What a ``search`` stage works with; the same on every rank."""
+
+    @property
+    def form(self) -> Form:
+        """The form that the stage before left, whole and on the CPU."""
+
+    @property
+    def combine(self) -> nn.Module:
+        """The method's own ``combine`` inside the (sharded) model that ``evaluate`` runs."""
+
+    @property
+    def counts(self) -> Mapping[str, Tensor]:
+        """How often each id of each table occurs in the training rows."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+
+    def shared(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Large tensors that one rank makes and all ranks read, in a host's memory once.
+
+        Args:
+            name: unique in the stage.
+            make: called on one rank alone; it evaluates nothing.
+        """
+
+    def evaluate(self, rows: int | None = None) -> float:
+        """Score the model as it is now on search-validation rows; more is better.
+
+        Args:
+            rows: the first so many rows; all of them when None.
+        """
+
+    def load(self) -> dict[str, Any] | None:
+        """What ``save`` was last given, after an interruption; None at the beginning."""
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Keep JSON values that the search can go on from."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
 
 
 def full_table(table: TableSpec) -> PhysicalTable:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, Form
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.backends.stages import Form
 from embcomp.errors import ConfigError
 from embcomp.layers.pruned_route import (
     KeptRoute,

@@ -8,14 +8,8 @@ bytes like any other training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from embcomp.backends.base import BackendConfig
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,86 +51,3 @@ class Stage:
     learning_rate: float = 1.0
     restarts: bool = False
     keeps: Literal["best", "best_or_start", "last"] = "best"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """A method at one moment of its life, with the tensors of its group of tables.
-
-    Args:
-        config: the method that holds the tables now.
-        tensors: ``rows.<physical table>`` (true width), and what is in the state dicts of the
-            method's own modules as ``route.<name>`` and ``combine.<name>``. An empty mapping
-            stands for fresh weights. There may be more than the method asked for.
-    """
-
-    config: BackendConfig
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def rows(self, table: str) -> Tensor:
-        """(rows, true width) of a physical table."""
-        return self.tensors[f"rows.{table}"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Past:
-    """What a method may look at when it begins a stage.
-
-    Args:
-        before: the form that the stage before left, whole and on the CPU.
-        initial: the form of the first stage as it was before its first step.
-        counts: for each table, (num_embeddings,) how often each id occurs in the training rows;
-            empty where nobody counted.
-        results: what earlier ``search`` stages found, by stage.
-        seed: the run's seed.
-    """
-
-    before: Form
-    initial: Callable[[], Form]
-    counts: Mapping[str, Tensor] = field(default_factory=dict)
-    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    seed: int = 0
-
-
-class SearchContext(Protocol):
-    """What a ``search`` stage works with; the same on every rank."""
-
-    @property
-    def form(self) -> Form:
-        """The form that the stage before left, whole and on the CPU."""
-
-    @property
-    def combine(self) -> nn.Module:
-        """The method's own ``combine`` inside the (sharded) model that ``evaluate`` runs."""
-
-    @property
-    def counts(self) -> Mapping[str, Tensor]:
-        """How often each id of each table occurs in the training rows."""
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-
-    def shared(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Large tensors that one rank makes and all ranks read, in a host's memory once.
-
-        Args:
-            name: unique in the stage.
-            make: called on one rank alone; it evaluates nothing.
-        """
-
-    def evaluate(self, rows: int | None = None) -> float:
-        """Score the model as it is now on search-validation rows; more is better.
-
-        Args:
-            rows: the first so many rows; all of them when None.
-        """
-
-    def load(self) -> dict[str, Any] | None:
-        """What ``save`` was last given, after an interruption; None at the beginning."""
-
-    def save(self, progress: Mapping[str, Any]) -> None:
-        """Keep JSON values that the search can go on from."""
-
-    def say(self, text: str) -> None:
-        """A line for people."""

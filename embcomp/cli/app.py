@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from embcomp.cli import (
     catalog,
     compare,
+    consoles as console,
     demo,
     doctor,
     evaluate,
@@ -21,9 +22,6 @@ from embcomp.cli import (
     search,
     train,
     validate,
-)
-from embcomp.cli import (
-    consoles as console,
 )
 from embcomp.errors import EmbcompError
 

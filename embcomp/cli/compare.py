@@ -36,7 +36,7 @@ def compare(
 
 def show(found: Comparison) -> None:
     """Prints the table."""
-    from embcomp.training.reporting.comparison import HEADINGS
+    from embcomp.training.reporting.compared_run import HEADINGS
 
     table = Table(box=console.BOX, pad_edge=False)
     for number, heading in enumerate(HEADINGS):

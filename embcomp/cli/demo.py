@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from embcomp.cli import compare
-from embcomp.cli import consoles as console
+from embcomp.cli import compare, consoles as console
 
 
 def demo(

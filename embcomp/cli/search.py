@@ -106,9 +106,8 @@ def show(result: SearchResult, folder: Path) -> None:
 
 def _show_space(loaded: object, tables: Path | None) -> None:
     from embcomp.planning.config_plan import read_sizes
-    from embcomp.search.api import prepare_search
+    from embcomp.search.api import example_candidates, prepare_search
     from embcomp.search.config.search_config import SearchConfig
-    from embcomp.search.examples import example_candidates
 
     assert isinstance(loaded, SearchConfig)
     prepared = prepare_search(loaded, read_sizes(tables) if tables else None)

@@ -12,14 +12,8 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.collection.collection import (
         AnyPlan as AnyPlan,
-    )
-    from embcomp.collection.collection import (
         CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
-    )
-    from embcomp.collection.collection import (
         CompressedEmbeddingCollection as CompressedEmbeddingCollection,
-    )
-    from embcomp.collection.collection import (
         build_groups as build_groups,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from embcomp.backends.stages import Form
+from embcomp.backends.base import Form
 from embcomp.collection.combine import Combine
 from embcomp.collection.groups import Group
 from embcomp.collection.route import CompositeRoute

@@ -12,38 +12,16 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.config.train_config import (
         DataConfig as DataConfig,
-    )
-    from embcomp.config.train_config import (
         DenseOptimizerConfig as DenseOptimizerConfig,
-    )
-    from embcomp.config.train_config import (
         EarlyStopConfig as EarlyStopConfig,
-    )
-    from embcomp.config.train_config import (
         InitConfig as InitConfig,
-    )
-    from embcomp.config.train_config import (
         PlateauConfig as PlateauConfig,
-    )
-    from embcomp.config.train_config import (
         RowOptimizerConfig as RowOptimizerConfig,
-    )
-    from embcomp.config.train_config import (
         RunConfig as RunConfig,
-    )
-    from embcomp.config.train_config import (
         StageConfig as StageConfig,
-    )
-    from embcomp.config.train_config import (
         TablesConfig as TablesConfig,
-    )
-    from embcomp.config.train_config import (
         TrainConfig as TrainConfig,
-    )
-    from embcomp.config.train_config import (
         load_config as load_config,
-    )
-    from embcomp.config.train_config import (
         parse_config as parse_config,
     )
 

@@ -12,35 +12,15 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.planning.config_plan import (
         ROLES_OF_WEIGHTS as ROLES_OF_WEIGHTS,
-    )
-    from embcomp.planning.config_plan import (
         ConfigPlan as ConfigPlan,
-    )
-    from embcomp.planning.config_plan import (
         Line as Line,
-    )
-    from embcomp.planning.config_plan import (
         TableSize as TableSize,
-    )
-    from embcomp.planning.config_plan import (
         config_to_plan as config_to_plan,
-    )
-    from embcomp.planning.config_plan import (
         plan_config as plan_config,
-    )
-    from embcomp.planning.config_plan import (
         plan_lines as plan_lines,
-    )
-    from embcomp.planning.config_plan import (
         read_sizes as read_sizes,
-    )
-    from embcomp.planning.config_plan import (
         sizes_of_dataset as sizes_of_dataset,
-    )
-    from embcomp.planning.config_plan import (
         table_specs as table_specs,
-    )
-    from embcomp.planning.config_plan import (
         total_line as total_line,
     )
 

@@ -12,26 +12,12 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.serving.modules import (
         MakeRows as MakeRows,
-    )
-    from embcomp.serving.modules import (
         ServingEmbeddingBagCollection as ServingEmbeddingBagCollection,
-    )
-    from embcomp.serving.modules import (
         ServingEmbeddingCollection as ServingEmbeddingCollection,
-    )
-    from embcomp.serving.modules import (
         ServingModel as ServingModel,
-    )
-    from embcomp.serving.modules import (
         check_shapes as check_shapes,
-    )
-    from embcomp.serving.modules import (
         expected_tensors as expected_tensors,
-    )
-    from embcomp.serving.modules import (
         persistent_tensors as persistent_tensors,
-    )
-    from embcomp.serving.modules import (
         rows_class as rows_class,
     )
 

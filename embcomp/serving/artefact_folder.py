@@ -17,8 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE
-from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, DatasetRecord
 

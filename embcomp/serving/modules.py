@@ -18,7 +18,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from embcomp.backends.stages import Form
+from embcomp.backends.base import Form
 from embcomp.collection.collection import build_groups
 from embcomp.collection.combine import PooledCombine, UnpooledCombine
 from embcomp.collection.groups import Group, instances_of

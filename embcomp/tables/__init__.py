@@ -12,29 +12,13 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.tables.specs import (
         InitFn as InitFn,
-    )
-    from embcomp.tables.specs import (
         PhysicalTable as PhysicalTable,
-    )
-    from embcomp.tables.specs import (
         SkipEmptyShards as SkipEmptyShards,
-    )
-    from embcomp.tables.specs import (
         TableSpec as TableSpec,
-    )
-    from embcomp.tables.specs import (
         UniformInit as UniformInit,
-    )
-    from embcomp.tables.specs import (
         look_up_key as look_up_key,
-    )
-    from embcomp.tables.specs import (
         padded_dim as padded_dim,
-    )
-    from embcomp.tables.specs import (
         specs_from_configs as specs_from_configs,
-    )
-    from embcomp.tables.specs import (
         splits_by_rows as splits_by_rows,
     )
 

@@ -12,26 +12,12 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.search.config.search_config import (
         COSTS as COSTS,
-    )
-    from embcomp.search.config.search_config import (
         OBJECTIVES as OBJECTIVES,
-    )
-    from embcomp.search.config.search_config import (
         ONE_OBJECTIVE as ONE_OBJECTIVE,
-    )
-    from embcomp.search.config.search_config import (
         QUALITIES as QUALITIES,
-    )
-    from embcomp.search.config.search_config import (
         SearchConfig as SearchConfig,
-    )
-    from embcomp.search.config.search_config import (
         is_search as is_search,
-    )
-    from embcomp.search.config.search_config import (
         load_search as load_search,
-    )
-    from embcomp.search.config.search_config import (
         parse_search as parse_search,
     )
 

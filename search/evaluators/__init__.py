@@ -12,17 +12,9 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.search.evaluators.base import (
         Evaluator as Evaluator,
-    )
-    from embcomp.search.evaluators.base import (
         Outcome as Outcome,
-    )
-    from embcomp.search.evaluators.base import (
         Rung as Rung,
-    )
-    from embcomp.search.evaluators.base import (
         Running as Running,
-    )
-    from embcomp.search.evaluators.base import (
         Task as Task,
     )
 

@@ -14,11 +14,11 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
+from embcomp.search.attempts import latest_attempts
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.config.search_sections import LEAST_RANKED
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.trials.retraining import Point, completed
-from embcomp.search.trials.trial_queue import latest_attempts
 from embcomp.search.trials.worker import OUTCOME
 
 

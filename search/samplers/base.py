@@ -1,7 +1,7 @@
 """Where candidates come from, whatever scores them.
 
 A source proposes one candidate at a time from what was tried before. Optuna's samplers are in
-`optuna_search`; these need no model. What a source proposes is repaired before it is tried.
+`optuna_sampler`; these need no model. What a source proposes is repaired before it is tried.
 """
 
 from __future__ import annotations

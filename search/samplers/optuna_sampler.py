@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from embcomp.search.attempts import RETRY_OF, latest_attempts, originals
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.samplers.base import (
     Asked,
@@ -36,7 +37,6 @@ from embcomp.search.samplers.gradient import Gradient
 from embcomp.search.samplers.greedy_sampler import Greedy
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
-from embcomp.search.trials.trial_queue import RETRY_OF, latest_attempts, originals
 
 _ATTEMPTS = 64  # changes of a candidate that was tried before, until a new one is found
 

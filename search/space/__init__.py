@@ -12,11 +12,7 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.search.space.space import (
         Candidate as Candidate,
-    )
-    from embcomp.search.space.space import (
         Space as Space,
-    )
-    from embcomp.search.space.space import (
         build_space as build_space,
     )
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from optuna.trial import Trial
 
+from embcomp.search.attempts import KIND, latest_attempts
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Outcome, Rung, Running, Task
 from embcomp.search.evaluators.trial_pruning import falls_behind
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.repair import Repair
-from embcomp.search.trials.trial_queue import KIND, Ledger, latest_attempts
+from embcomp.search.trials.trial_queue import Ledger
 from embcomp.search.trials.worker import RUNGS, InHand, Jobs, number_of
 
 

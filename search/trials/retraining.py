@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.io.atomic_files import write_atomically
+from embcomp.search.attempts import KIND, latest_attempts, originals
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Outcome, Rung, Running
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
@@ -27,7 +28,6 @@ from embcomp.search.evaluators.trial_pruning import front_of
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.search.space.space import Candidate, Space
-from embcomp.search.trials.trial_queue import KIND, latest_attempts, originals
 from embcomp.search.trials.worker import InHand, Jobs
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.report import Report

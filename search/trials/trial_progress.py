@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
+from embcomp.search.attempts import KIND, latest_attempts
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.trials.trial_queue import KIND, latest_attempts
 from embcomp.search.trials.worker import OUTCOME, number_of
 from embcomp.tables.budget import format_bytes
 

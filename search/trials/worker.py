@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from embcomp.search.attempts import INTERRUPTED, RETRY_OF
 from embcomp.search.evaluators.base import Outcome, Rung, Running
-from embcomp.search.trials.trial_queue import INTERRUPTED, RETRY_OF, Ledger
+from embcomp.search.trials.trial_queue import Ledger
 
 LOOK_EVERY = 0.2  # seconds between two looks at running candidates
 

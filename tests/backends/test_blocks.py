@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embcomp import Blocks, ConfigError, Sparse
-from embcomp.backends.stages import Form
+from embcomp.backends.base import Form
 from embcomp.collection.group_states import GroupForm
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import batch_of, plain_tables

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from embcomp import DNIS, ConfigError, DNISSearch, Full
+from embcomp.backends.base import Past
 from embcomp.backends.dnis.optimizer import SelectionSGD, normalized
-from embcomp.backends.stages import Past
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from embcomp import (
     DNIS,
@@ -16,9 +15,9 @@ from embcomp import (
     DNISSearch,
     Full,
 )
+from embcomp.backends.base import Form, Past
 from embcomp.backends.dnis.elements import largest, least_element_bytes
 from embcomp.backends.dnis.pruning import choose_columns, column_scores
-from embcomp.backends.stages import Form, Past
 from embcomp.collection.group_states import GroupForm
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, LowDim, OptEmbed
-from embcomp.backends.stages import Form, Past
+from embcomp.backends.base import Form, Past
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import Plan
 from embcomp.tables.specs import TableSpec

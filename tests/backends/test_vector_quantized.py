@@ -9,12 +9,12 @@ import torch
 from pydantic_core import PydanticCustomError
 
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
+from embcomp.backends.base import Form, Past
 from embcomp.backends.codebooks.bit_packing import unpack_bits
 from embcomp.backends.codebooks.clustering import id_weights, share_cold_rows
 from embcomp.backends.codebooks.kmeans import nearest
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
 from embcomp.backends.codebooks.subvectors import Layout
-from embcomp.backends.stages import Form, Past
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import Plan, ResolvedPlan

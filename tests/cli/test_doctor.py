@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embcomp.cli import app
-from embcomp.cli import doctor_checks as doctor
+from embcomp.cli import app, doctor_checks as doctor
 from embcomp.cli.doctor_checks import Finding, check, find_pairing, mend_line, series
 
 GOOD_PROBE = {

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader

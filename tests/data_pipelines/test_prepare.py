@@ -8,16 +8,14 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from embcomp.data_pipelines import prepare as prepare_module
 from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.importers.table_schema import TableSchema
 from embcomp.data_pipelines.prepare import prepare
-from embcomp.data_pipelines.preparing import encoding, passes
-from embcomp.data_pipelines.preparing import vocabulary as vocabulary_module
+from embcomp.data_pipelines.preparing import encoding, passes, vocabulary as vocabulary_module
 from embcomp.data_pipelines.preparing.counting import RunWriter
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import uniform

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from embcomp.data_pipelines.bayes_metrics import BayesMeter, Truth
 from embcomp.data_pipelines.schema import BayesMetrics
 from embcomp.data_pipelines.splits import ChronologicalSplit, FileSplit, RandomSplit
 from embcomp.data_pipelines.synthetic.click_model import MISSING
@@ -15,7 +16,6 @@ from embcomp.data_pipelines.synthetic.synthetic_rows import (
     RowSource,
     SyntheticConfig,
 )
-from embcomp.data_pipelines.truth import BayesMeter, Truth
 from embcomp.errors import ConfigError, DataError
 
 SMALL = SyntheticConfig(rows=20_000, scale=0.0001)

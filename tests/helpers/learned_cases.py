@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torchrec.optim import RowWiseAdagrad
 
 from embcomp import CompressedEmbeddingBagCollection
-from embcomp.backends.base import BackendConfig
-from embcomp.backends.stages import Form, Past
+from embcomp.backends.base import BackendConfig, Form, Past
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.tables.specs import TableSpec, specs_from_configs

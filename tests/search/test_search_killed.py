@@ -15,9 +15,9 @@ import yaml
 from optuna.trial import TrialState
 
 from embcomp.search.api import search
+from embcomp.search.attempts import RETRY_OF
 from embcomp.search.config.search_config import load_search
 from embcomp.search.trials.storage import JOURNAL, open_storage
-from embcomp.search.trials.trial_queue import RETRY_OF
 from tests.helpers.search_cases import search_document, train_here, write_recipe
 
 COUNT = 40

@@ -15,16 +15,10 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
+from embcomp.search.attempts import LOST, RETRY_OF, WORKER, latest_attempts, originals
 from embcomp.search.evaluators.base import Running
 from embcomp.search.trials.storage import StorageError, explained, open_storage
-from embcomp.search.trials.trial_queue import (
-    LOST,
-    RETRY_OF,
-    WORKER,
-    Ledger,
-    latest_attempts,
-    originals,
-)
+from embcomp.search.trials.trial_queue import Ledger
 from embcomp.search.trials.worker import Jobs, Worker
 
 SPACE = {"x": IntDistribution(0, 1000)}

@@ -6,8 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from embcomp.errors import BudgetError
 from embcomp.planning.placement import PlacementError, Query, place, row_wise_bytes

@@ -11,12 +11,12 @@ from optuna.trial import TrialState
 
 from embcomp.errors import ConfigError
 from embcomp.search.api import directions_of
+from embcomp.search.attempts import KIND
 from embcomp.search.samplers.baselines import uniform
 from embcomp.search.samplers.candidate_encoding import Encoding
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.repair import USED
 from embcomp.search.trials.retraining import choose_points
-from embcomp.search.trials.trial_queue import KIND
 from tests.helpers.search_cases import WIDTHS, prepare, write_recipe
 from tests.search.test_search_repair import EVERY_METHOD
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss as sklearn_log_loss, roc_auc_score
 
 from embcomp.training.reporting.metrics import auc, compute_metrics, gauc, log_loss
 

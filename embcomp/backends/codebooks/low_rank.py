@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, Form, Past
 from embcomp.backends.codebooks.clustering import id_weights
 from embcomp.backends.codebooks.subvectors import (
     Decode,
@@ -30,7 +30,7 @@ from embcomp.backends.codebooks.subvectors import (
 )
 from embcomp.backends.codebooks.vector_quantized import projection_footprint
 from embcomp.backends.full import Full, FullRoute, RangeCheck
-from embcomp.backends.stages import Form, Past, Stage
+from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcomp.backends.base import Backend, BackendConfig, full_table
+from embcomp.backends.base import Backend, BackendConfig, Form, Past, SearchContext, full_table
 from embcomp.backends.codebooks.clustering import (
     Codebooks,
     cluster,
@@ -45,7 +45,7 @@ from embcomp.backends.codebooks.vector_quantized import (
     scales_footprint,
 )
 from embcomp.backends.full import Full, FullRoute, RangeCheck
-from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec

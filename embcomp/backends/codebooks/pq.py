@@ -13,14 +13,14 @@ from typing import ClassVar
 
 import torch
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, Form, Past
 from embcomp.backends.codebooks.clustering import cluster, encode, id_weights, share_cold_rows
 from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.low_rank import DENSE
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.backends.full import Full
-from embcomp.backends.stages import Form, Past, Stage
+from embcomp.backends.stages import Stage
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
 

@@ -12,8 +12,6 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.backends.dnis.config import (
         DNIS as DNIS,
-    )
-    from embcomp.backends.dnis.config import (
         Structure as Structure,
     )
 

@@ -45,14 +45,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, Form, Past
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis.elements import elements_form, least_element_bytes
 from embcomp.backends.dnis.optimizer import SelectionSGD
 from embcomp.backends.dnis.pruning import blocks_form, choose_columns, column_scores
 from embcomp.backends.dnis.search import DNISSearch, Selection
 from embcomp.backends.full import Full
-from embcomp.backends.stages import Form, Past, Stage
+from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
 from embcomp.tables.footprint import Footprint, TensorFootprint

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from embcomp.backends.base import Form
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.sparse import Sparse, pointer_dtype
-from embcomp.backends.stages import Form
 from embcomp.errors import BudgetError
 from embcomp.layers.frequency_blocks import block_ranges
 from embcomp.tables.specs import TableSpec

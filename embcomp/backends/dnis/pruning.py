@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from embcomp.backends.base import Form
 from embcomp.backends.blocks import Blocks, block_table, column_dtype
-from embcomp.backends.stages import Form
 from embcomp.errors import BudgetError
 from embcomp.layers.frequency_blocks import block_ranges
 from embcomp.tables.specs import TableSpec

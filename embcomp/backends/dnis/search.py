@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, full_table
+from embcomp.backends.base import Backend, BackendConfig, Form, full_table
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis.pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.backends.stages import Form
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts, traffic_cuts

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from embcomp.backends.base import Backend
+from embcomp.backends.base import Backend, Form, Past, SearchContext
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form
-from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.greedy_widths import allocate_greedily
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint

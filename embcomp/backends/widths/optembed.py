@@ -29,10 +29,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from embcomp.backends.base import Backend
+from embcomp.backends.base import Backend, Form, Past, SearchContext
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form, pruned_bytes
-from embcomp.backends.stages import Form, Past, SearchContext, Stage
+from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
 from embcomp.backends.widths.row_ranking import RowOrder, counts_or_ranks

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from embcomp.backends.stages import SearchContext
+from embcomp.backends.base import SearchContext
 from embcomp.backends.widths.masks import Columns, WidthDraws
 from embcomp.backends.widths.threshold_gate import Norm, NormMeans, Step, Thresholds, relative_norms
 from embcomp.backends.widths.width_space import Widths

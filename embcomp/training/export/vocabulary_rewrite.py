@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import Full, LowDim
-from embcomp.backends.base import BackendConfig
-from embcomp.backends.stages import Form
+from embcomp.backends.base import BackendConfig, Form
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan import ResolvedPlan

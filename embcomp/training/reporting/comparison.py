@@ -7,60 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcomp.errors import EmbcompError
+from embcomp.training.reporting.compared_run import HEADINGS, ComparedRun
 from embcomp.training.reporting.report import Report
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """One line of a comparison.
-
-    Attributes:
-        name: The run's name.
-        dataset: The dataset's name.
-        model: The model's name.
-        method: The tables' method.
-        split: The split of the metrics: test, or valid for datasets without one.
-        serve_bytes: What the embedding tables take when served.
-        compression: How many times smaller that is than the full tables.
-        auc: AUC of the best weights; NaN where undefined.
-        log_loss: Log loss of the best weights.
-        samples_per_second: Training rows per second.
-        bayes_auc: Best reachable AUC, where the data was generated.
-    """
-
-    name: str
-    dataset: str
-    model: str
-    method: str
-    split: str
-    serve_bytes: int
-    compression: float
-    auc: float
-    log_loss: float
-    samples_per_second: float
-    bayes_auc: float | None
-
-    @classmethod
-    def of(cls, report: Report) -> ComparedRun:
-        """The line of a report."""
-        metrics = report.valid if report.test is None else report.test
-        auc = metrics.get("auc")
-        return cls(
-            name=report.name,
-            dataset=report.dataset,
-            model=report.model,
-            method=report.method,
-            split="valid" if report.test is None else "test",
-            serve_bytes=report.serve_bytes,
-            compression=report.compression,
-            auc=float("nan") if auc is None else auc,
-            log_loss=metrics.get("log_loss", float("nan")),
-            samples_per_second=report.samples_per_second,
-            bayes_auc=None if report.bayes is None else report.bayes["auc"],
-        )
-
-
-HEADINGS = ("run", "model", "method", "serve bytes", "compression", "AUC", "log loss", "rows/s")
 
 
 @dataclass(frozen=True)
@@ -114,13 +62,13 @@ class Comparison:
         """Writes one page that needs nothing else: the picture, interactive, and the table."""
         from embcomp.training.reporting.comparison_drawing import write_html
 
-        write_html(self, Path(path))
+        write_html(self.runs, self.cells(), self.caption(), Path(path))
 
     def save_png(self, path: str | Path) -> None:
         """Writes the picture alone."""
         from embcomp.training.reporting.comparison_drawing import write_png
 
-        write_png(self, Path(path))
+        write_png(self.runs, self.caption(), Path(path))
 
 
 def compare(runs: Iterable[str | Path]) -> Comparison:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from embcomp.tables.budget import format_bytes
-from embcomp.training.reporting.comparison import HEADINGS, ComparedRun, Comparison
+from embcomp.training.reporting.compared_run import HEADINGS, ComparedRun
 
 # Okabe and Ito's colours, told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,18 +23,18 @@ _STYLE = (
 )
 
 
-def write_png(comparison: Comparison, path: Path) -> None:
+def write_png(runs: Sequence[ComparedRun], caption: str, path: Path) -> None:
     """The picture as PNG."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for (method, runs), colour in zip(_by_method(comparison).items(), _cycled(comparison)):
-        sizes = [run.serve_bytes for run in runs]
-        axes.scatter(sizes, [run.auc for run in runs], s=60, color=colour, label=method, zorder=3)
-        for run in runs:
+    for (method, points), colour in zip(_by_method(runs).items(), _cycled(runs)):
+        sizes = [run.serve_bytes for run in points]
+        axes.scatter(sizes, [run.auc for run in points], s=60, color=colour, label=method, zorder=3)
+        for run in points:
             place = (run.serve_bytes, run.auc)
             axes.annotate(run.name, place, xytext=(7, 4), textcoords="offset points", fontsize=9)
-    for value in _bayes(comparison):
+    for value in _bayes(runs):
         axes.axhline(value, color="#888", linestyle="--", linewidth=1)
         axes.annotate(
             f"best possible {value:.4f}",
@@ -47,37 +47,40 @@ def write_png(comparison: Comparison, path: Path) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.margins(x=0.15, y=0.12)
-    axes.set_xticks(_ticks(comparison), map(_round_bytes, _ticks(comparison)))
+    ticks = byte_ticks([run.serve_bytes for run in runs])
+    axes.set_xticks(ticks, map(_round_bytes, ticks))
     axes.set_xlabel("serving bytes of the embedding tables")
     axes.set_ylabel("AUC")
-    axes.set_title(f"{_TITLE}\n{comparison.caption()}", fontsize=10, loc="left")
+    axes.set_title(f"{_TITLE}\n{caption}", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(title="method", frameon=False)
     # No date and no version inside: the same runs draw the same bytes.
     figure.savefig(path, metadata={"Software": None})
 
 
-def write_html(comparison: Comparison, path: Path) -> None:
+def write_html(
+    runs: Sequence[ComparedRun], cells: Sequence[Sequence[str]], caption: str, path: Path
+) -> None:
     """The picture and the table as one page, plotly's script included."""
     figure = plotly.Figure()
-    for (method, runs), colour in zip(_by_method(comparison).items(), _cycled(comparison)):
+    for (method, points), colour in zip(_by_method(runs).items(), _cycled(runs)):
         figure.add_scatter(
-            x=[run.serve_bytes for run in runs],
-            y=[run.auc for run in runs],
+            x=[run.serve_bytes for run in points],
+            y=[run.auc for run in points],
             mode="markers+text",
             marker={"size": 12, "color": colour},
             name=method,
-            text=[html.escape(run.name) for run in runs],
+            text=[html.escape(run.name) for run in points],
             textposition="top center",
             customdata=[
                 (format_bytes(run.serve_bytes), run.compression, run.log_loss, run.model)
-                for run in runs
+                for run in points
             ],
             hovertemplate="%{text} (%{customdata[3]})<br>AUC %{y:.6f}, log loss "
             "%{customdata[2]:.6f}<br>%{customdata[0]}, %{customdata[1]:.1f}x smaller"
             "<extra></extra>",
         )
-    for value in _bayes(comparison):
+    for value in _bayes(runs):
         figure.add_hline(
             y=value,
             line_dash="dash",
@@ -90,7 +93,7 @@ def write_html(comparison: Comparison, path: Path) -> None:
         legend_title_text="method",
         margin={"l": 60, "r": 20, "t": 20, "b": 60},
     )
-    ticks = _ticks(comparison)
+    ticks = byte_ticks([run.serve_bytes for run in runs])
     figure.update_xaxes(
         type="log",
         title="serving bytes of the embedding tables",
@@ -102,22 +105,18 @@ def write_html(comparison: Comparison, path: Path) -> None:
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_TITLE}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{_TITLE}</h1>\n{drawing}\n"
-        f"{_table(comparison)}<p>{html.escape(comparison.caption())}</p></body></html>\n"
+        f"{_table(cells)}<p>{html.escape(caption)}</p></body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _table(comparison: Comparison) -> str:
+def _table(cells: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells in comparison.cells()
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+        for line in cells
     )
     return f"<table><tr>{head}</tr>\n{body}</table>\n"
-
-
-def _ticks(comparison: Comparison) -> list[int]:
-    return byte_ticks([run.serve_bytes for run in comparison.runs])
 
 
 def byte_ticks(sizes: Sequence[int]) -> list[int]:
@@ -131,16 +130,16 @@ def _round_bytes(size: int) -> str:
     return format_bytes(size).replace(".0 ", " ")
 
 
-def _by_method(comparison: Comparison) -> dict[str, list[ComparedRun]]:
+def _by_method(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
     methods: dict[str, list[ComparedRun]] = {}
-    for run in comparison.runs:
+    for run in runs:
         methods.setdefault(run.method, []).append(run)
     return methods
 
 
-def _cycled(comparison: Comparison) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(len(comparison.runs))]
+def _cycled(runs: Sequence[ComparedRun]) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(len(runs))]
 
 
-def _bayes(comparison: Comparison) -> list[float]:
-    return sorted({run.bayes_auc for run in comparison.runs if run.bayes_auc is not None})
+def _bayes(runs: Sequence[ComparedRun]) -> list[float]:
+    return sorted({run.bayes_auc for run in runs if run.bayes_auc is not None})

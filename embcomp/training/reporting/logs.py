@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+from embcomp.io.json_values import without_nan
 from embcomp.training.run_folder import RunFolder
 
 
@@ -83,15 +83,6 @@ class RunLogs:
         if self._enabled:
             with self._files[name].open("a", encoding="utf-8") as file:
                 file.write(json.dumps(without_nan(record)) + "\n")
-
-
-def without_nan(value: Any) -> Any:
-    """NaN and infinities as None, which JSON can hold."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _cut(path: Path, size: int) -> None:

@@ -14,11 +14,11 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.io.json_values import without_nan
 from embcomp.training.build import UnshardedModel
 from embcomp.training.distributed.process import Process
 from embcomp.training.loop_state import LoopState
 from embcomp.training.reporting.evaluation import Evaluation
-from embcomp.training.reporting.logs import without_nan
 from embcomp.training.reporting.stage_result import Outcome
 from embcomp.training.run_folder import REPORT_FILE
 from embcomp.training.served_rows import served_bytes

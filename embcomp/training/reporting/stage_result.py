@@ -11,8 +11,8 @@ from typing import Any
 from embcomp.backends.stages import Stage
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.io.json_values import without_nan
 from embcomp.training.loop_state import LoopState
-from embcomp.training.reporting.logs import without_nan
 from embcomp.training.run_folder import StageFolder
 
 

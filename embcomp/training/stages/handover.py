@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embcomp.backends.stages import Form, Past
+from embcomp.backends.base import Form, Past
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupForm
 from embcomp.collection.plan_document import plan_to_document

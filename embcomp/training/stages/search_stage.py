@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embcomp.backends.stages import Form
+from embcomp.backends.base import Form
 from embcomp.collection.combine import Combine
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.io.json_values import without_nan
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import evaluate_batches
-from embcomp.training.reporting.logs import without_nan
 from embcomp.training.reporting.stage_result import Outcome
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.batch_norm import refit, running_norms

@@ -1,8 +1,12 @@
-"""How well the best possible model scores on generated data, and the file that says so."""
+"""How well the best possible model scores on generated data, and the file that says so.
+
+`truth.json` is written by generators, ours or others, and read by `prepare`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +96,29 @@ class BayesMeter:
         return BayesMetrics(
             auc=round(ordered / (2 * pairs), 6), log_loss=round(self._loss / self.rows, 6)
         )
+
+
+def read_bayes(files: Sequence[Path], rule: SplitRule) -> dict[str, float] | None:
+    """Return `{"auc": ..., "log_loss": ...}` of the test split from the files' sidecar, if any.
+
+    The sidecar is `<file>.truth.json`, or `truth.json` in the files' folder. Its `split_rule`
+    names the rule whose test rows the figures are of: under another rule they mean nothing and are
+    left out. A sidecar without a rule is taken at its word.
+    """
+    candidates = [files[0].with_name(files[0].name + ".truth.json")]
+    candidates.append(files[0].parent / "truth.json")
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        bayes = content.get("bayes")
+        expected = content.get("split_rule")
+        if bayes is None or (expected is not None and expected != rule.model_dump()):
+            return None
+        return {"auc": float(bayes["auc"]), "log_loss": float(bayes["log_loss"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a truth file ({error!r}); expected "
+            f'{{"bayes": {{"auc": ..., "log_loss": ...}}}}'
+        ) from None

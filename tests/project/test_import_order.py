@@ -1,0 +1,83 @@
+"""Dependencies point one way: between the rooms of the house, inside them, and between modules."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
+
+# Left to right: a name imports what stands in groups before its own, and nothing beside itself in
+# its group. A name stands for a module or a folder; docs/architecture.md shows the same lines.
+ORDER = {
+    "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection"
+    " < config, serving, testing < planning < training < search < cli",
+    "embcomp.backends": "stages < base < full < hash, qr, unified, blocks, low_dim"
+    " < codebooks, sparse < dnis, widths",
+    "embcomp.training": "distributed < optim < build < checkpoint, run_folder, served_rows,"
+    " loop_state < reporting < data, steps < second_order < stages < loop < run < api, export",
+    "embcomp.search": "config < space, attempts < samplers, evaluators < trials < reporting < api",
+    "embcomp.data_pipelines": "schema, splits < transforms, frequencies, bayes_metrics"
+    " < importers, loader < preparing < prepare < synthetic, validate",
+}
+
+
+def ranks(order: str) -> dict[str, int]:
+    groups = [re.split(r",\s*", group.strip()) for group in order.split("<")]
+    return {name: place for place, group in enumerate(groups) for name in group}
+
+
+def child(package: str, module: str) -> str | None:
+    """The name right below `package` that `module` belongs to."""
+    if not module.startswith(package + "."):
+        return None
+    return module[len(package) + 1 :].split(".")[0]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_name_of_a_room_has_a_place_in_its_order(package):
+    names = {child(package, module) for module in modules()} - {None}
+    assert names == set(ranks(ORDER[package]))
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_import_goes_up_or_sideways(package):
+    place = ranks(ORDER[package])
+    wrong = []
+    for module in modules():
+        name = child(package, module)
+        if name is None:
+            continue
+        for target in imports_of(module):
+            other = child(package, target)
+            if other in place and other != name and place[other] >= place[name]:
+                wrong.append(f"{module} -> {target}")
+    assert wrong == []
+
+
+def test_no_two_modules_import_each_other():
+    """No circle of any length, type-only imports included. A package hands on its own names only."""
+    edges = {
+        module: imports_of(module) & set(modules())
+        for module in modules()
+        if not is_package(module)
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done or module not in edges:
+            return
+        for target in sorted(edges[module]):
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in sorted(edges):
+        visit(module, ())
+
+
+def test_the_order_stands_in_the_documentation():
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    missing = [order for order in ORDER.values() if re.sub(r"\s+", " ", order) not in text]
+    assert missing == []
