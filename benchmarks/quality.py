@@ -133,7 +133,7 @@ def begins_with_full_tables(method: str) -> bool:
     """Whether the run on full tables can stand for the method's first stage."""
     settings = BACKENDS[str(METHODS[method]["name"])]()
     stages = settings.stages()
-    return len(stages) > 1 and isinstance(settings.first_form(), Full) and not stages[0].holds_out
+    return len(stages) > 1 and isinstance(settings.first_method(), Full) and not stages[0].holds_out
 
 
 @functools.cache

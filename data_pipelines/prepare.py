@@ -19,7 +19,7 @@ from embcomp.data_pipelines.importers.base import Importer
 from embcomp.data_pipelines.importers.registry import make_importer
 from embcomp.data_pipelines.importers.sources import Source, raw_files
 from embcomp.data_pipelines.preparing.features import choose_features
-from embcomp.data_pipelines.preparing.passes import Passes, versions
+from embcomp.data_pipelines.preparing.passes import PreparePasses, versions
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
 from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib, parse_bytes
 from embcomp.data_pipelines.schema import (
@@ -106,14 +106,14 @@ def prepare(
     if group is not None and group not in names:
         raise DataError(f"group {group!r} is no categorical feature; there are {', '.join(names)}")
     output = Path(output)
-    room = _room(parse_bytes(max_memory))
-    run = Passes(
+    memory_budget = _memory_budget(parse_bytes(max_memory))
+    run = PreparePasses(
         table=table,
         features=features,
         rule=rule,
         name=name or output.resolve().name,
         group=group,
-        room=room,
+        memory_budget=memory_budget,
         max_bad_rows=max_bad_rows,
         progress=progress,
         report=report or (lambda line: None),
@@ -155,14 +155,14 @@ def _frugal_arrow() -> Iterator[None]:
         pa.set_memory_pool(before)
 
 
-def _room(max_memory: int) -> int:
+def _memory_budget(max_memory: int) -> int:
     """Return what counts, vocabularies and indices may take beside the blocks."""
     held = psutil.Process().memory_info().rss
-    room = max_memory - held - _BLOCK_MEMORY
-    if room < _LEAST_MEMORY:
+    memory_budget = max_memory - held - _BLOCK_MEMORY
+    if memory_budget < _LEAST_MEMORY:
         raise DataError(
             f"max_memory is {mib(max_memory)}, but this process already holds {mib(held)} and a "
             f"block takes {mib(_BLOCK_MEMORY)}; give at least "
             f"{mib(held + _BLOCK_MEMORY + _LEAST_MEMORY)}"
         )
-    return room
+    return memory_budget

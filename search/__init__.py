@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     )
     from embcomp.search.evaluators.base import Evaluator as Evaluator
     from embcomp.search.reporting.results import SearchResult as SearchResult
-    from embcomp.search.samplers.base import Source as Source
+    from embcomp.search.samplers.base import CandidateSampler as CandidateSampler
 
 _HOMES = {
     "Evaluator": "embcomp.search.evaluators.base",
     "Prepared": "embcomp.search.api",
     "SearchConfig": "embcomp.search.config.search_config",
     "SearchResult": "embcomp.search.reporting.results",
-    "Source": "embcomp.search.samplers.base",
+    "CandidateSampler": "embcomp.search.samplers.base",
     "load_search": "embcomp.search.config.search_config",
     "parse_search": "embcomp.search.config.search_config",
     "prepare_search": "embcomp.search.api",

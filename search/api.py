@@ -26,7 +26,7 @@ from embcomp.search.samplers.baselines import starts
 from embcomp.search.samplers.gradient import at_budget
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.costs import Costs
-from embcomp.search.space.device_limits import Devices, limits_of
+from embcomp.search.space.device_limits import PlacementChecker, limits_of
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate, Space, build_space
 from embcomp.search.space.staged_methods import check_latency, check_stages
@@ -35,14 +35,14 @@ from embcomp.search.trials.candidate_jobs import CandidateJobs
 from embcomp.search.trials.retraining import (
     FinalJobs,
     FinalsSampler,
-    Point,
-    choose_points,
+    SelectedCandidate,
     finals_name,
+    select_candidates,
     write_recipes,
 )
 from embcomp.search.trials.storage import explained, open_storage, open_study
 from embcomp.search.trials.trial_progress import SearchConsole
-from embcomp.search.trials.trial_queue import Ledger
+from embcomp.search.trials.trial_queue import TrialQueue
 from embcomp.search.trials.worker import Worker
 from embcomp.tables.budget import parse_budget
 
@@ -102,7 +102,7 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
         widths_of(space)
     budget = parse_budget(config.budget, full_bytes=space.full_bytes)
     costs = Costs(space)
-    devices = Devices(space, costs, limits_of(config, base, space.recipe_plan.dense_rows))
+    devices = PlacementChecker(space, costs, limits_of(config, base, space.recipe_plan.dense_rows))
     repair = Repair(space, costs, devices, budget, config.importance)
     return Prepared(config=config, base=base, space=space, repair=repair)
 
@@ -149,24 +149,24 @@ def search(
             identity_of(prepared, evaluator.steps),
         )
         for note in prepared.space.notes:
-            console.say(note)
-        ledger = Ledger(
+            console.log(note)
+        queue = TrialQueue(
             study, storage, encoding.distributions, count=count, retries=config.trials.retries
         )
         console.follow(study, f"{config.name}: {evaluator.fidelity}", count, evaluator.slots)
         try:
             evaluator.prepare()
-            jobs = CandidateJobs(config, ledger, sampler, prepared.repair, evaluator)
-            Worker(ledger, jobs, console, evaluator.slots).run()
+            jobs = CandidateJobs(config, queue, sampler, prepared.repair, evaluator)
+            Worker(queue, jobs, console, evaluator.slots).run()
         finally:
             evaluator.close()
-        points = choose_points(config, study, sampler)
+        points = select_candidates(config, study, sampler)
         write_recipes(prepared.space, points, home / "points")
         retraining = Retraining(prepared, home, storage, console, slots)
         finals = retraining.run("finals", "chosen points in full", points)
         spread = choose_spread(config, study, sampler)
         if config.finals.correlation and not spread:
-            console.say(f"fewer than {LEAST_RANKED} candidates were scored: too few to rank")
+            console.log(f"fewer than {LEAST_RANKED} candidates were scored: too few to rank")
         ranked = retraining.run("correlation", "candidates in full, to rank them", spread)
         correlation = None
         if ranked is not None:
@@ -230,7 +230,9 @@ class Retraining:
         self._home, self._storage = home, storage
         self._console, self._slots = console, slots
 
-    def run(self, what: str, title: str, points: Sequence[Point]) -> optuna.Study | None:
+    def run(
+        self, what: str, title: str, points: Sequence[SelectedCandidate]
+    ) -> optuna.Study | None:
         """Trains them, or what is left of them; None when there are none.
 
         Args:
@@ -245,7 +247,7 @@ class Retraining:
         known = {"search": config.name}
         study = open_study(self._storage, name, direction, sampler, NopPruner(), known)
         count = len(sampler.pairs)
-        ledger = Ledger(
+        queue = TrialQueue(
             study,
             self._storage,
             sampler.distributions,
@@ -254,7 +256,7 @@ class Retraining:
         )
         jobs = FinalJobs(config, self._space, points, self._home, self._slots)
         self._console.follow(study, f"{config.name}: {title}", count, len(self._slots))
-        Worker(ledger, jobs, self._console, len(self._slots)).run()
+        Worker(queue, jobs, self._console, len(self._slots)).run()
         return study
 
 

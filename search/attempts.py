@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 from optuna.trial import FrozenTrial
 
-LOST = "lost"
+STALE = "lost"
 """On a trial whose worker died: the worker that took it off the books."""
 RETRY_OF = "retry_of"
 """On a trial that repeats another: the number of the first attempt."""

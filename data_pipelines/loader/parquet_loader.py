@@ -11,8 +11,8 @@ import torch
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.prefetch import prefetch
 from embcomp.data_pipelines.loader.row_groups import Columns, RowGroups
-from embcomp.data_pipelines.loader.row_sampler import RowOrder
-from embcomp.data_pipelines.loader.shuffle_buffer import BatchMaker, Window
+from embcomp.data_pipelines.loader.row_sampler import RowSampler
+from embcomp.data_pipelines.loader.shuffle_buffer import BatchMaker, ShuffleBuffer
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, DataError
 
@@ -85,7 +85,7 @@ class ParquetLoader:
         self._part = part
         _check_group(self.info)
         self._row_groups = RowGroups(self.info, split, part)
-        self._order = RowOrder(
+        self._order = RowSampler(
             sizes=self._row_groups.sizes,
             batch_size=batch_size,
             window=-(-max(shuffle_buffer, batch_size) // batch_size) * batch_size,
@@ -211,12 +211,12 @@ class ParquetLoader:
                 batch = window.batch(self._maker, start, stop, min(stop - start, counted))
                 yield batch.pin_memory() if self._pin_memory else batch
 
-    def _window(self, epoch: int, number: int) -> Window:
+    def _window(self, epoch: int, number: int) -> ShuffleBuffer:
         pieces = [
             self._read(piece.row_group).slice(piece.start, piece.stop)
             for piece in self._order.pieces(epoch, number)
         ]
-        return Window(pieces, self._order.permutation(epoch, number))
+        return ShuffleBuffer(pieces, self._order.permutation(epoch, number))
 
     def _read(self, row_group: int) -> Columns:
         # The row group at the end of a window is wanted again at the start of the next one.

@@ -19,7 +19,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOrder:
+class RowSampler:
     """The order of a split's rows over epochs and ranks.
 
     All rows form one sequence: the row groups one after the other, their order drawn anew in each

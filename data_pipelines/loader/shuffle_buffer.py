@@ -103,7 +103,7 @@ class BatchMaker:
         )
 
 
-class Window:
+class ShuffleBuffer:
     """Rows that lie in memory together, in the order in which they are handed out.
 
     Ids and dense values of a permuted window are kept row by row: gathering a row is then one

@@ -68,7 +68,7 @@ class _IndexState(BaseModel):
 
 
 @dataclass(kw_only=True)
-class Passes:
+class PreparePasses:
     """One call of `prepare`, pass by pass."""
 
     table: RawTable
@@ -76,7 +76,7 @@ class Passes:
     rule: SplitRule
     name: str
     group: str | None
-    room: int
+    memory_budget: int
     max_bad_rows: float
     progress: bool
     report: Callable[[str], None]
@@ -102,7 +102,7 @@ class Passes:
         bags = any(feature.multi_valued for feature in self.features.categorical)
         values = max(total, index.text_bytes // 8) if bags else total
         worst = values * _RUN_BYTES_PER_VALUE + index.text_bytes
-        partitions = max(1, math.ceil(worst / self.room))
+        partitions = max(1, math.ceil(worst / self.memory_budget))
         counts = self._count(parts, total, partitions)
         self._quarantine(counts)
         ranked = self._rank(counts, partitions)
@@ -165,7 +165,7 @@ class Passes:
                         partitions=partitions,
                         folder=folder,
                         prefix=f"part-{number:05d}-{partitions}",
-                        limit=self.room // 6,
+                        limit=self.memory_budget // 6,
                     )
                     part = count_part(
                         self.table,
@@ -230,7 +230,7 @@ class Passes:
                         min_count=feature.min_count,
                         missing=missing,
                         total=missing + figures.train_values,
-                        limit=self.room,
+                        limit=self.memory_budget,
                         scratch=marks,
                     )
                     write_text(mark, json.dumps(vars(found)))
@@ -255,7 +255,7 @@ class Passes:
             self._stats(counts, c.name).feature(c.name, c.transform, 0)
             for c in self.features.numeric
         ]
-        rounds = plan_rounds([r.kept for r in ranked], self.room)
+        rounds = plan_rounds([r.kept for r in ranked], self.memory_budget)
         done: list[PartRows] = []
         with phase("encode", total * len(rounds), show=self.progress) as advance:
             for number, slices in enumerate(rounds):

@@ -20,7 +20,7 @@ from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Backend:
             ``embcomp.layers.learned_buffers``), and never touches the weights.
         combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
             ``(B, sum of logical dims)``, one for each (table, feature) in order.
-        per_row: True when ``combine`` is not linear in the rows, so that it must see them one by
+        needs_unpooled_rows: True when ``combine`` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
         ids_per_value: how many physical ids ``route`` makes of one id within one key.
-        takes_ids: True when ``combine`` is called with the rows and a ``lookup_context.LookedUp``, which
+        needs_context: True when ``combine`` is called with the rows and a ``lookup_context.LookedUp``, which
             knows the logical ids and the samples that they were looked up for. Only with
-            ``per_row``.
-        skips: True when ``route`` gives a negative id where an id has no row under a key: nothing
+            ``needs_unpooled_rows``.
+        skips_negative_ids: True when ``route`` gives a negative id where an id has no row under a key: nothing
             is looked up there, and zeros stand for it. Only with one ``ids_per_value``.
     """
 
@@ -50,10 +50,10 @@ class Backend:
     keys: Sequence[str]
     route: nn.Module
     combine: nn.Module
-    per_row: bool = False
+    needs_unpooled_rows: bool = False
     ids_per_value: int = 1
-    takes_ids: bool = False
-    skips: bool = False
+    needs_context: bool = False
+    skips_negative_ids: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +144,13 @@ class BackendConfig(ABC):
         """The method's life; most methods are trained once, and that is all."""
         return (Stage(name="train"),)
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         """The method that holds the tables in the first stage."""
         return self
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         """The form in which a stage after the first begins.
 
         Args:
@@ -170,9 +172,9 @@ class BackendConfig(ABC):
         """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
         return None
 
-    def slice_form(
-        self, tables: Sequence[TableSpec], form: Form, widths: Mapping[str, int]
-    ) -> Form:
+    def slice_columns(
+        self, tables: Sequence[TableSpec], form: MethodState, widths: Mapping[str, int]
+    ) -> MethodState:
         """Trained tables cut to fewer columns, where every prefix of a row was trained to serve.
 
         Args:
@@ -188,7 +190,7 @@ class BackendConfig(ABC):
             "trained for that; matryoshka rows are, unless a budget has already cut them"
         )
 
-    def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+    def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
 
         Args:
@@ -197,7 +199,7 @@ class BackendConfig(ABC):
         """
         return {}
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The serving form: the same answers from nothing but what must be resident for them.
 
         Args:
@@ -254,7 +256,7 @@ class BackendConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class MethodState:
     """A method at one moment of its life, with the tensors of its group of tables.
 
     Args:
@@ -273,7 +275,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
+class StageInputs:
     """What a method may look at when it begins a stage.
 
     Args:
@@ -285,8 +287,8 @@ class Past:
         seed: the run's seed.
     """
 
-    before: Form
-    initial: Callable[[], Form]
+    before: MethodState
+    initial: Callable[[], MethodState]
     counts: Mapping[str, Tensor] = field(default_factory=dict)
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
@@ -296,7 +298,7 @@ class SearchContext(Protocol):
     """What a ``search`` stage works with; the same on every rank."""
 
     @property
-    def form(self) -> Form:
+    def form(self) -> MethodState:
         """The form that the stage before left, whole and on the CPU."""
 
     @property
@@ -342,7 +344,7 @@ def full_table(table: TableSpec) -> PhysicalTable:
         name=table.name,
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
-        keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+        keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
         init_fn=table.init_fn or UniformInit(*table.init_bounds),
         data_type=table.data_type,
     )

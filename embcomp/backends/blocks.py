@@ -29,13 +29,13 @@ from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.learned_buffers import LearnedBuffers
-from embcomp.layers.routing import Copies, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class IdBlock:
     """A range of a table's ids that is stored in one dense table.
 
     Args:
@@ -87,7 +87,7 @@ class Blocks(BackendConfig):
     def keeps_full(self, table: TableSpec) -> bool:
         return False
 
-    def blocks(self, table: TableSpec) -> list[Block]:
+    def blocks(self, table: TableSpec) -> list[IdBlock]:
         """The blocks of a table that store anything, in the order of ids."""
         if table.name not in self.widths:
             raise ConfigError(
@@ -98,7 +98,7 @@ class Blocks(BackendConfig):
         check_cuts(self.name, table.name, cuts, table.num_embeddings)
         ranges = block_ranges(cuts, table.num_embeddings)
         return [
-            Block(index=index, low=low, high=high, width=min(width, table.embedding_dim))
+            IdBlock(index=index, low=low, high=high, width=min(width, table.embedding_dim))
             for index, ((low, high), width) in enumerate(zip(ranges, self.widths[table.name]))
             if width
         ]
@@ -110,7 +110,7 @@ class Blocks(BackendConfig):
                 num_embeddings=block.high - block.low,
                 embedding_dim=block.width,
                 keys=tuple(
-                    look_up_key(table.name, feature, block.index) for feature in table.feature_names
+                    lookup_key(table.name, feature, block.index) for feature in table.feature_names
                 ),
                 init_fn=table.init_fn or UniformInit(*table.init_bounds),
                 data_type=table.data_type,
@@ -127,23 +127,25 @@ class Blocks(BackendConfig):
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
-        look_ups = list(self._look_ups(tables))
-        keys = [look_up_key(table.name, feature, b.index) for _, table, feature, b in look_ups]
+        lookups = list(self._lookups(tables))
+        keys = [lookup_key(table.name, feature, b.index) for _, table, feature, b in lookups]
         route = BlockRoute(
             keys,
             RangeCheck(tables),
-            sources=[source for source, _, _, _ in look_ups],
-            ranges=[(block.low, block.high) for _, _, _, block in look_ups],
+            sources=[source for source, _, _, _ in lookups],
+            ranges=[(block.low, block.high) for _, _, _, block in lookups],
         )
         return Backend(
             physical_tables=physical,
             keys=keys,
             route=route,
             combine=self._spread(tables),
-            skips=True,
+            skips_negative_ids=True,
         )
 
-    def _look_ups(self, tables: Sequence[TableSpec]) -> Iterator[tuple[int, TableSpec, str, Block]]:
+    def _lookups(
+        self, tables: Sequence[TableSpec]
+    ) -> Iterator[tuple[int, TableSpec, str, IdBlock]]:
         """Position of the (table, feature), both of them, and the block, in the order of keys."""
         source = 0
         for table in tables:
@@ -175,7 +177,7 @@ class Blocks(BackendConfig):
                     columns=kept,
                     itemsize=column_dtype(tables).itemsize,
                     train_columns=kept,
-                    look_up=False,
+                    lookup=False,
                 )
                 for table in tables
                 if (kept := sum(block.width for block in self.blocks(table)))
@@ -220,7 +222,7 @@ class BlockRoute(nn.Module):
         super().__init__()
         self.check = check
         self._keys = list(keys)
-        self.copies = Copies(keys, sources)
+        self.copies = RepeatFeatures(keys, sources)
         self._lows = Constant([low for low, _ in ranges])
         self._sizes = Constant([high - low for low, high in ranges])
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, Form
+from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.layers.pruned_route import (
-    KeptRoute,
+    PrunedRoute,
     directory_bytes,
     directory_footprint,
     num_blocks,
@@ -31,7 +31,7 @@ from embcomp.layers.pruned_route import (
 )
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class LowDim(BackendConfig):
                 name=table.name,
                 num_embeddings=self.rows(table),
                 embedding_dim=self.columns(table),
-                keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+                keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
                 init_fn=table.init_fn or UniformInit(*table.init_bounds),
                 data_type=table.data_type,
             )
@@ -116,7 +116,7 @@ class LowDim(BackendConfig):
         check = RangeCheck(tables)
         route: nn.Module = FullRoute(keys, check)
         if pruned:
-            route = KeptRoute(keys, [table.name for table in owners], pruned, self.kept, check)
+            route = PrunedRoute(keys, [table.name for table in owners], pruned, self.kept, check)
         widths = [(self.columns(table), table.embedding_dim) for table in owners]
         exact = all(came == wanted for came, wanted in widths)
         return Backend(
@@ -136,7 +136,7 @@ class LowDim(BackendConfig):
             )
         )
 
-    def pruned_ids(self, tables: Sequence[TableSpec], form: Form) -> Mapping[str, Tensor]:
+    def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         own = [table for table in tables if self.is_pruned(table)]
         if not own:
             return {}
@@ -211,7 +211,7 @@ def low_dim_form(
     weights: Mapping[str, Tensor],
     keep_masks: Mapping[str, Tensor],
     widths: Mapping[str, int],
-) -> Form:
+) -> MethodState:
     """Tables cut down to the rows and columns that a pruning method keeps.
 
     Pruned ids have embeddings of zeros. A table of which so little is pruned that dropping rows
@@ -244,4 +244,4 @@ def low_dim_form(
     if dropped:
         packed = pack_all(dropped)
         tensors |= {f"route.{name}": buffer for name, buffer in packed.items()}
-    return Form(config=LowDim(widths=columns, kept=kept), tensors=tensors)
+    return MethodState(config=LowDim(widths=columns, kept=kept), tensors=tensors)

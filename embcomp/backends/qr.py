@@ -28,9 +28,9 @@ from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.routing import Copies, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.budget import largest_int
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 Combination = Literal["mult", "add", "concat"]
 
@@ -82,7 +82,7 @@ class QR(BackendConfig):
                 num_embeddings=self._quotients(table) + (self.divisor or 1),
                 embedding_dim=self._width(table),
                 keys=tuple(
-                    look_up_key(table.name, feature, part)
+                    lookup_key(table.name, feature, part)
                     for feature in table.feature_names
                     for part in range(1 if self.combine == "add" else 2)
                 ),
@@ -120,7 +120,7 @@ class QR(BackendConfig):
             keys=keys,
             route=route,
             combine=combine,
-            per_row=self.combine == "mult",
+            needs_unpooled_rows=self.combine == "mult",
             ids_per_value=2 if self.combine == "add" else 1,
         )
 
@@ -163,7 +163,7 @@ class TwoKeysRoute(nn.Module):
     ) -> None:
         super().__init__()
         self.check = check
-        self.copies = Copies(keys, [source // 2 for source in range(len(keys))])
+        self.copies = RepeatFeatures(keys, [source // 2 for source in range(len(keys))])
         self._keys = list(keys)
         self._divisor = divisor
         self._quotients = Constant(quotients)

@@ -26,9 +26,9 @@ from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import LearnedBuffers
-from embcomp.layers.routing import Copies, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Sparse(BackendConfig):
                 num_embeddings=self.elements(table),
                 embedding_dim=1,
                 keys=tuple(
-                    look_up_key(table.name, feature, column)
+                    lookup_key(table.name, feature, column)
                     for feature in table.feature_names
                     for column in range(table.embedding_dim)
                 ),
@@ -119,7 +119,7 @@ class Sparse(BackendConfig):
             keys=keys,
             route=route,
             combine=nn.Identity() if whole else ZeroColumns(widths),
-            skips=True,
+            skips_negative_ids=True,
         )
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
@@ -134,7 +134,7 @@ class Sparse(BackendConfig):
                     columns=length,
                     itemsize=size,
                     train_columns=length,
-                    look_up=False,
+                    lookup=False,
                 )
                 for table in stored
                 for part, length, size in (
@@ -199,14 +199,14 @@ class SparseRoute(LearnedBuffers):
         self._tables = list(tables)
         self._keys = list(keys)
         self._width = max(table.columns for table in tables)
-        look_ups = [
+        lookups = [
             (source, column)
             for source, owner in enumerate(owners)
             if owner is not None
             for column in range(tables[owner].columns)
         ]
-        self.copies = Copies(keys, [source for source, _ in look_ups])
-        self._columns = Constant([column for _, column in look_ups])
+        self.copies = RepeatFeatures(keys, [source for source, _ in lookups])
+        self._columns = Constant([column for _, column in lookups])
         before = [
             (sum(t.rows + 1 for t in tables[:owner]), sum(t.elements for t in tables[:owner]))
             for owner in (owner or 0 for owner in owners)

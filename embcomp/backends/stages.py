@@ -28,11 +28,11 @@ class Stage:
         structure: whether the parameters of the method's ``combine`` learn.
         alternate: whether each step on training rows, in which the structure rests, is followed by
             a step on search-validation rows in which it alone learns.
-        unrolls: whether the structure's gradient in those steps looks through the rows' step before
+        second_order: whether the structure's gradient in those steps looks through the rows' step before
             (second order); rows must have an optimizer over whole tables.
         holds_out: whether search-validation rows are left out of the stage's training rows.
         learning_rate: factor on the run's learning rates of rows and network.
-        restarts: whether the network begins this stage from its initial weights again.
+        reinit_network: whether the network begins this stage from its initial weights again.
         keeps: the weights that are handed on: those of the best evaluation; of the best or, where
             none is better, those that the stage began with; or the last.
     """
@@ -46,8 +46,8 @@ class Stage:
     network: bool = True
     structure: bool = True
     alternate: bool = False
-    unrolls: bool = False
+    second_order: bool = False
     holds_out: bool = False
     learning_rate: float = 1.0
-    restarts: bool = False
+    reinit_network: bool = False
     keeps: Literal["best", "best_or_start", "last"] = "best"

@@ -27,7 +27,7 @@ from embcomp.layers.hashing import salt, to_signed
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Unified(BackendConfig):
         """Width of a look-up: the widest embedding in ``num_chunks`` parts, rounded up."""
         return -(-max(table.embedding_dim for table in tables) // self.num_chunks)
 
-    def look_ups(self, table: TableSpec, chunk_dim: int) -> int:
+    def lookups(self, table: TableSpec, chunk_dim: int) -> int:
         """Look-ups of a table: as said in ``chunks``, else as many as its embedding needs."""
         return self.chunks.get(table.name, -(-table.embedding_dim // chunk_dim))
 
@@ -90,10 +90,10 @@ class Unified(BackendConfig):
         """All look-ups, chunk after chunk within each feature."""
         width = self.chunk_dim(tables)
         return [
-            look_up_key(table.name, feature, chunk)
+            lookup_key(table.name, feature, chunk)
             for table in tables
             for feature in table.feature_names
-            for chunk in range(self.look_ups(table, width))
+            for chunk in range(self.lookups(table, width))
         ]
 
     def _table_names(self, tables: Sequence[TableSpec]) -> list[str]:
@@ -126,19 +126,19 @@ class Unified(BackendConfig):
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         width = self.chunk_dim(tables)
-        look_ups = [
+        lookups = [
             (source, table, chunk)
             for source, table in enumerate(t for t in tables for _ in t.feature_names)
-            for chunk in range(self.look_ups(table, width))
+            for chunk in range(self.lookups(table, width))
         ]
         keys = self._keys(tables)
         route = HashRoute(
             keys,
-            sources=[source for source, _, _ in look_ups],
-            salts=[to_signed(salt(self.seed, t.index, chunk)) for _, t, chunk in look_ups],
+            sources=[source for source, _, _ in lookups],
+            salts=[to_signed(salt(self.seed, t.index, chunk)) for _, t, chunk in lookups],
             num_rows=[self.num_buckets or 1] * len(keys),
         )
-        widths = {table.name: self.look_ups(table, width) * width for table in tables}
+        widths = {table.name: self.lookups(table, width) * width for table in tables}
         exact = all(widths[table.name] == table.embedding_dim for table in tables)
         return Backend(
             physical_tables=self.physical_tables(tables),
@@ -150,7 +150,7 @@ class Unified(BackendConfig):
     def _fit(self, tables: Sequence[TableSpec], width: int) -> FitWidths:
         return FitWidths(
             [
-                (table.name, self.look_ups(table, width) * width, table.embedding_dim)
+                (table.name, self.lookups(table, width) * width, table.embedding_dim)
                 for table in tables
                 for _ in table.feature_names
             ],
@@ -159,7 +159,7 @@ class Unified(BackendConfig):
 
     def _is_projected(self, table: TableSpec, width: int) -> bool:
         """Whether a whole chunk or more lies beyond the embedding's width."""
-        return self.look_ups(table, width) * width - table.embedding_dim >= width
+        return self.lookups(table, width) * width - table.embedding_dim >= width
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         width = self.chunk_dim(tables)
@@ -168,11 +168,11 @@ class Unified(BackendConfig):
                 TensorFootprint(
                     name=f"{table.name}.projection",
                     role="projection",
-                    rows=self.look_ups(table, width) * width,
+                    rows=self.lookups(table, width) * width,
                     columns=table.embedding_dim,
                     itemsize=4,
                     train_columns=table.embedding_dim,
-                    look_up=False,
+                    lookup=False,
                 )
                 for table in tables
                 if self._is_projected(table, width)

@@ -67,7 +67,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class DoctorReport:
     """All findings, and the pip line that mends the set when something failed."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -79,14 +79,14 @@ class Report:
         return all(finding.level != "fail" for finding in self.findings)
 
 
-def check() -> Report:
+def check() -> DoctorReport:
     """Looks at the interpreter, the packages, the pairing, the devices and the process groups."""
     probe = run_probe()
     findings = [_python(), _embcomp(), *_set_versions(), _pairing(), _fbgemm_provider()]
     findings += _imports(probe)
     findings += _devices(probe)
     findings += _dependencies()
-    return Report(findings=findings, mend=mend_line(findings, probe))
+    return DoctorReport(findings=findings, mend=mend_line(findings, probe))
 
 
 def installed(name: str) -> str | None:

@@ -109,7 +109,7 @@ def print_export(found: Export) -> None:
     lines["log loss"] = f"{parity.served.log_loss:.6f}, trained {parity.trained.log_loss:.6f}"
     for each in found.latencies:
         lines[f"batch {each.batch}"] = (
-            f"{each.microseconds:,.0f} us for {each.look_ups:,} look-ups, "
+            f"{each.microseconds:,.0f} us for {each.lookups:,} look-ups, "
             f"{each.nanoseconds_per_look_up:,.0f} ns each"
         )
     if found.program_error is not None:

@@ -14,7 +14,7 @@ from embcomp.cli import consoles as console
 
 if TYPE_CHECKING:
     from embcomp.config.train_config import TrainConfig
-    from embcomp.planning.config_plan import ConfigPlan, Line, TableSize
+    from embcomp.planning.config_plan import ConfigPlan, TableBytes, TableSize
     from embcomp.planning.placement import Placement
 
 NAMES_SHOWN = 3
@@ -114,7 +114,7 @@ def _print_lines(found: ConfigPlan) -> None:
     out.print(f"row optimizer: {found.optimizer} ({mode})", highlight=False)
 
 
-def _cells(line: Line, label: str = "") -> list[str]:
+def _cells(line: TableBytes, label: str = "") -> list[str]:
     from embcomp.tables.budget import format_bytes
 
     names = [table.name for table in line.tables]
@@ -145,11 +145,11 @@ def _place(
     reserved: int,
     device: Literal["cuda", "cpu"],
 ) -> None:
-    from embcomp.planning.placement import SHARDING, PlacementError, Query, place
+    from embcomp.planning.placement import SHARDING, PlacementError, PlacementRequest, place
     from embcomp.planning.suggestions import for_devices
 
     chosen = config.train.sharding
-    query = Query(
+    query = PlacementRequest(
         world_size=world_size,
         device_memory=memory,
         device=device,

@@ -25,13 +25,13 @@ from typing_extensions import Self
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.combine import Combine, PooledCombine, UnpooledCombine
 from embcomp.collection.group_states import (
-    GroupForm,
+    GroupState,
     group_names,
     pad_columns,
     read_forms,
     state_name,
 )
-from embcomp.collection.groups import Group, instances_of
+from embcomp.collection.groups import Group, table_features
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.route import CompositeRoute
 from embcomp.errors import ConfigError
@@ -54,8 +54,8 @@ def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
             config=config,
             tables=tables,
             backend=(backend := config.build(tables)),
-            instances=[i for i in instances_of(plan.tables) if i.table in tables],
-            unpooled=unpooled or backend.per_row,
+            instances=[i for i in table_features(plan.tables) if i.table in tables],
+            unpooled=unpooled or backend.needs_unpooled_rows,
         )
         for config, tables in plan.groups
     ]
@@ -154,7 +154,7 @@ class _Compressed(nn.Module):
         assert isinstance(combine, Combine)
         combine.detach_rows(detached)
 
-    def forms(self) -> list[GroupForm]:
+    def states(self) -> list[GroupState]:
         """Every method with its tables and tensors; only for a collection that is not sharded."""
         return read_forms(self._groups, self._inner_weights(), self.route, self.combine)
 
@@ -199,14 +199,14 @@ class _Compressed(nn.Module):
         A collection whose methods are serving forms already is returned as it is. Only for a
         collection that is not sharded.
         """
-        forms = self.forms()
+        forms = self.states()
         compacted = [
-            GroupForm(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
+            GroupState(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
             for each in forms
         ]
         if all(new.form is old.form for new, old in zip(compacted, forms)):
             return self
-        return self._with_forms(compacted)
+        return self._with_states(compacted)
 
     def sliced(self, widths: Mapping[str, int]) -> Self:
         """The same tables with fewer columns, of methods that train every prefix of a row.
@@ -223,36 +223,36 @@ class _Compressed(nn.Module):
             raise ConfigError(
                 f"no table is called {', '.join(unknown)}; the tables are {', '.join(known)}"
             )
-        cut: list[GroupForm] = []
-        for each in self.forms():
+        cut: list[GroupState] = []
+        for each in self.states():
             own = {t.name: widths[t.name] for t in each.tables if t.name in widths}
-            form = each.form.config.slice_form(each.tables, each.form, own) if own else each.form
-            cut.append(GroupForm(tables=each.tables, form=form))
-        return self._with_forms(cut)
+            form = each.form.config.slice_columns(each.tables, each.form, own) if own else each.form
+            cut.append(GroupState(tables=each.tables, form=form))
+        return self._with_states(cut)
 
-    def _with_forms(self, forms: Sequence[GroupForm]) -> Self:
+    def _with_states(self, forms: Sequence[GroupState]) -> Self:
         """This collection rebuilt from other forms of its tables."""
         methods = {t.name: each.form.config for each in forms for t in each.tables}
         rebuilt = self._rebuilt(ResolvedPlan(self._plan.tables, methods))
-        rebuilt.load_forms(forms)
+        rebuilt.load_states(forms)
         rebuilt.train(self.training)
         return rebuilt
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         raise NotImplementedError
 
-    def load_forms(self, forms: Sequence[GroupForm]) -> None:
+    def load_states(self, forms: Sequence[GroupState]) -> None:
         """Fill this collection with tensors in the forms that it was built from.
 
         Args:
-            forms: any number of them for one group of this collection.
+            states: any number of them for one group of this collection.
         """
         state = self.state_dict()
         for name, tensor in self.state_of(forms).items():
             state[name] = pad_columns(tensor, state[name])
         self.load_state_dict(state)
 
-    def state_of(self, forms: Sequence[GroupForm]) -> dict[str, Tensor]:
+    def state_of(self, forms: Sequence[GroupState]) -> dict[str, Tensor]:
         """The forms' tensors by their names in the collection's state dict, without padding."""
         return {
             state: each.form.tensors[name]
@@ -296,7 +296,7 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
         self._configs = _logical_configs(tables, specs)
         self._is_weighted = is_weighted
         groups = self._set_up(specs, plan, unpooled=False, is_weighted=is_weighted, device=device)
-        self.combine = PooledCombine(groups, instances_of(specs))
+        self.combine = PooledCombine(groups, table_features(specs))
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._is_weighted, self._device)
@@ -358,9 +358,9 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
         self._need_indices = need_indices
         groups = self._set_up(specs, plan, unpooled=True, is_weighted=False, device=device)
         self._names_by_table = [
-            [i.key for i in instances_of(specs) if i.table is table] for table in specs
+            [i.key for i in table_features(specs) if i.table is table] for table in specs
         ]
-        self.combine = UnpooledCombine(groups, instances_of(specs), need_indices=need_indices)
+        self.combine = UnpooledCombine(groups, table_features(specs), need_indices=need_indices)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._device, self._need_indices)

@@ -13,13 +13,13 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embcomp.backends.base import Backend
-from embcomp.collection.groups import Group, Instance
+from embcomp.collection.groups import Group, TableFeature
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.specs import PhysicalTable
 
 
-class Rows(nn.Module):
+class LookupSplitter(nn.Module):
     """Picks physical look-ups by key out of what TorchRec returns, padding cut off.
 
     A sharded collection orders its output by sharding type and rank, so position means nothing.
@@ -70,13 +70,13 @@ class Combine(nn.Module):
         instances: all (table, feature) pairs in the order declared: the order of the output.
     """
 
-    def __init__(self, groups: Sequence[Group], instances: Sequence[Instance]) -> None:
+    def __init__(self, groups: Sequence[Group], instances: Sequence[TableFeature]) -> None:
         super().__init__()
         self.combines = nn.ModuleList(group.backend.combine for group in groups)
-        self.pooled = Rows([group for group in groups if not group.unpooled])
-        self.unpooled = Rows([group for group in groups if group.unpooled])
+        self.pooled = LookupSplitter([group for group in groups if not group.unpooled])
+        self.unpooled = LookupSplitter([group for group in groups if group.unpooled])
         self._groups = [(list(group.instances), group.unpooled) for group in groups]
-        self._takes_ids = [group.backend.takes_ids for group in groups]
+        self._needs_context = [group.backend.needs_context for group in groups]
         self._instances = list(instances)
         self._came = [instance for group in groups for instance in group.instances]
 
@@ -89,7 +89,7 @@ class Combine(nn.Module):
         pooled: KeyedTensor | None,
         unpooled: KeyedTensor | None,
         features: KeyedJaggedTensor,
-    ) -> list[tuple[list[Instance], bool, Tensor]]:
+    ) -> list[tuple[list[TableFeature], bool, Tensor]]:
         """Each method's instances, whether they are unpooled, and its combined rows.
 
         What a sharded collection returns is awaited by the first attribute read, so no isinstance.
@@ -98,13 +98,13 @@ class Combine(nn.Module):
         parts = iter(self.pooled(pooled) if pooled is not None else [])
         rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
         found, start = [], 0
-        for (instances, is_unpooled), takes_ids, combine in zip(
-            self._groups, self._takes_ids, self.combines
+        for (instances, is_unpooled), needs_context, combine in zip(
+            self._groups, self._needs_context, self.combines
         ):
             part = next(rows if is_unpooled else parts)
-            if takes_ids:
+            if needs_context:
                 own = slice(start, start + len(instances))
-                combined = combine(part, LookedUp(features, own, len(part), sharded))
+                combined = combine(part, LookupContext(features, own, len(part), sharded))
             else:
                 combined = combine(part)
             found.append((instances, is_unpooled, combined))
@@ -115,7 +115,7 @@ class Combine(nn.Module):
 class PooledCombine(Combine):
     """Ends in one pooled embedding per (table, feature): a KeyedTensor, as declared."""
 
-    def __init__(self, groups: Sequence[Group], instances: Sequence[Instance]) -> None:
+    def __init__(self, groups: Sequence[Group], instances: Sequence[TableFeature]) -> None:
         super().__init__(groups, instances)
         self._keys = [instance.key for instance in instances]
         self._dims = [instance.table.embedding_dim for instance in instances]
@@ -155,7 +155,7 @@ class PooledCombine(Combine):
         return scales.t().index_select(1, self._owner.on(lengths.device))
 
 
-def _columns(came: Sequence[Instance], wanted: Sequence[Instance]) -> Constant | None:
+def _columns(came: Sequence[TableFeature], wanted: Sequence[TableFeature]) -> Constant | None:
     """Where the wanted columns are among those that came; None when they are in place."""
     starts: dict[str, int] = {}
     start = 0
@@ -171,7 +171,7 @@ def _columns(came: Sequence[Instance], wanted: Sequence[Instance]) -> Constant |
 
 
 def sum_bags(
-    rows: Tensor, instances: Sequence[Instance], features: KeyedJaggedTensor, start: int
+    rows: Tensor, instances: Sequence[TableFeature], features: KeyedJaggedTensor, start: int
 ) -> Tensor:
     """Pool combined rows into the bags that they came from.
 
@@ -215,7 +215,7 @@ class UnpooledCombine(Combine):
     """
 
     def __init__(
-        self, groups: Sequence[Group], instances: Sequence[Instance], *, need_indices: bool
+        self, groups: Sequence[Group], instances: Sequence[TableFeature], *, need_indices: bool
     ) -> None:
         super().__init__(groups, instances)
         self._need_indices = need_indices

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from embcomp.backends.base import Form
+from embcomp.backends.base import MethodState
 from embcomp.collection.combine import Combine
 from embcomp.collection.groups import Group
 from embcomp.collection.route import CompositeRoute
@@ -20,16 +20,16 @@ from embcomp.tables.specs import TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupForm:
+class GroupState:
     """A form and the logical tables that it holds."""
 
     tables: Sequence[TableSpec]
-    form: Form
+    form: MethodState
 
 
 def read_forms(
     groups: Sequence[Group], weights: Mapping[str, Tensor], route: nn.Module, combine: nn.Module
-) -> list[GroupForm]:
+) -> list[GroupState]:
     """The forms of built groups; their tensors are views, padding cut off.
 
     Args:
@@ -50,7 +50,7 @@ def read_forms(
             state = modules[index].state_dict()
             tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
         found.append(
-            GroupForm(tables=group.tables, form=Form(config=group.config, tensors=tensors))
+            GroupState(tables=group.tables, form=MethodState(config=group.config, tensors=tensors))
         )
     return found
 
@@ -67,7 +67,7 @@ def state_name(name: str, index: int, inner: str) -> str:
     """A form's name as the collection's state dict has it.
 
     Args:
-        name: as in ``Form.tensors``.
+        name: as in ``MethodState.tensors``.
         index: the group's place in the collection.
         inner: the inner collection that holds the group's rows.
     """

@@ -10,7 +10,7 @@ from embcomp.tables.specs import TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Instance:
+class TableFeature:
     """One feature of one table: what comes out of a collection under one key."""
 
     feature: str
@@ -18,14 +18,14 @@ class Instance:
     key: str
 
 
-def instances_of(tables: Sequence[TableSpec]) -> list[Instance]:
+def table_features(tables: Sequence[TableSpec]) -> list[TableFeature]:
     """The (table, feature) pairs in order, keyed as TorchRec keys them.
 
     The key is the feature, or ``feature@table`` when the feature is in several tables.
     """
     features = [feature for table in tables for feature in table.feature_names]
     return [
-        Instance(
+        TableFeature(
             feature=feature,
             table=table,
             key=feature if features.count(feature) == 1 else f"{feature}@{table.name}",
@@ -42,7 +42,7 @@ class Group:
     config: BackendConfig
     tables: Sequence[TableSpec]
     backend: Backend
-    instances: Sequence[Instance]
+    instances: Sequence[TableFeature]
     unpooled: bool
 
     @property

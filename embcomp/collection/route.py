@@ -31,7 +31,7 @@ class CompositeRoute(nn.Module):
         self._sizes = [len(group.instances) for group in groups]
         self._unpooled = [group.unpooled for group in groups]
         self._ids_per_value = [group.backend.ids_per_value for group in groups]
-        self._skips = [group.backend.skips for group in groups]
+        self._skips = [group.backend.skips_negative_ids for group in groups]
         self._features = [i.feature for group in groups for i in group.instances]
         self._is_weighted = is_weighted
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
@@ -136,7 +136,7 @@ def _bags_of_one(
     Args:
         parts: look-ups, and how many physical ids stand for one value in them.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
-        skips: whether bags of negative ids are to be empty.
+        skips_negative_ids: whether bags of negative ids are to be empty.
     """
     if not parts:
         return None

@@ -20,7 +20,7 @@ from embcomp.tables.row_types import (
     row_types,
     served_footprint,
 )
-from embcomp.tables.specs import PhysicalTable, TableSpec, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, lookup_key
 
 DEFAULT = "default"
 
@@ -173,7 +173,7 @@ def _owners(table: PhysicalTable, tables: Sequence[TableSpec]) -> list[TableSpec
         spec
         for spec in tables
         if any(
-            look_up_key(spec.name, feature).rpartition("#")[0] in keys
+            lookup_key(spec.name, feature).rpartition("#")[0] in keys
             for feature in spec.feature_names
         )
     ]

@@ -13,7 +13,7 @@ from embcomp.layers.routing import key_offsets
 
 
 @dataclass(frozen=True)
-class LookedUp:
+class LookupContext:
     """What the rows that a ``combine`` gets were looked up for.
 
     Args:

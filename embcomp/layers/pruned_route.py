@@ -44,7 +44,7 @@ def directory_footprint(table: str, num_embeddings: int) -> tuple[TensorFootprin
             columns=columns,
             itemsize=itemsize,
             train_columns=columns,
-            look_up=False,
+            lookup=False,
         )
         for part, columns, itemsize in (("words", _WORDS, 8), ("counts", 1, 4))
     )
@@ -77,7 +77,7 @@ def unpack(words: Tensor, num_embeddings: int) -> Tensor:
 
 
 def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The buffers of a ``KeptRoute`` for its pruned tables, in order."""
+    """The buffers of a ``PrunedRoute`` for its pruned tables, in order."""
     parts = [pack(mask) for mask in kept]
     return {
         "words": torch.cat([words for words, _ in parts]),
@@ -85,7 +85,7 @@ def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-class KeptRoute(LearnedBuffers):
+class PrunedRoute(LearnedBuffers):
     """Sends kept ids to rows of their own and pruned ids to the row behind those.
 
     Until it is told otherwise, a pruned table keeps its first ids: the most frequent ones where

@@ -37,7 +37,7 @@ def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
     return constants.repeat_interleave(counts, output_size=features.values().numel())
 
 
-class Copies(nn.Module):
+class RepeatFeatures(nn.Module):
     """Repeats features, each as many times as it is looked up, key by key.
 
     Args:
@@ -105,7 +105,7 @@ class HashRoute(nn.Module):
     ) -> None:
         super().__init__()
         self._keys = list(keys)
-        self.copies = Copies(keys, sources)
+        self.copies = RepeatFeatures(keys, sources)
         self._salts = Constant(salts)
         self._num_rows = Constant(num_rows)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from embcomp.planning.config_plan import (
         ROLES_OF_WEIGHTS as ROLES_OF_WEIGHTS,
         ConfigPlan as ConfigPlan,
-        Line as Line,
+        TableBytes as TableBytes,
         TableSize as TableSize,
         config_to_plan as config_to_plan,
         plan_config as plan_config,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = dict.fromkeys(
     (
         "ConfigPlan",
-        "Line",
+        "TableBytes",
         "ROLES_OF_WEIGHTS",
         "TableSize",
         "config_to_plan",

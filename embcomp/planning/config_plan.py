@@ -86,7 +86,7 @@ def read_sizes(path: str | Path) -> list[TableSize]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class TableBytes:
     """Bytes of one table, or of several that share their storage.
 
     Args:
@@ -147,11 +147,11 @@ class ConfigPlan:
     sizes: Sequence[TableSize]
     row_types: RowTypes = FP32
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[TableBytes]:
         """The embedding tables, in order of their first table."""
         return plan_lines(self.main, self.optimizer, self.row_types) if self.main else []
 
-    def first_order_lines(self) -> list[Line]:
+    def first_order_lines(self) -> list[TableBytes]:
         """Tables of first-order weights."""
         plan = self.first_order
         return plan_lines(plan, self.optimizer, self.row_types) if plan else []
@@ -188,7 +188,7 @@ def plan_config(
     Args:
         config: the run.
         sizes: the features.
-        forms: how the embedding tables are stored, where training has found that already.
+        states: how the embedding tables are stored, where training has found that already.
 
     Raises:
         ConfigError: for an override, or a row type, of a feature that does not exist.
@@ -245,7 +245,7 @@ def table_specs(
 
 def plan_lines(
     plan: ResolvedPlan, optimizer: RowOptimizer, row_types: RowTypes = FP32
-) -> list[Line]:
+) -> list[TableBytes]:
     """One line for each table, or for each set of tables that share their storage."""
     lines = []
     for config, group in plan.groups:
@@ -255,9 +255,9 @@ def plan_lines(
     return sorted(lines, key=lambda line: order[line.tables[0].name])
 
 
-def total_line(lines: Sequence[Line]) -> Line:
+def total_line(lines: Sequence[TableBytes]) -> TableBytes:
     """The sum of lines."""
-    return Line(
+    return TableBytes(
         tables=tuple(table for line in lines for table in line.tables),
         method="",
         stored_rows=sum(line.stored_rows for line in lines),
@@ -301,13 +301,13 @@ def _line(
     tables: tuple[TableSpec, ...],
     optimizer: RowOptimizer,
     row_types: RowTypes,
-) -> Line:
+) -> TableBytes:
     if len(tables) == 1:
         config = _for_table(config, tables[0])
     footprint = row_types.footprint(config, tables)
     narrow = any(row_types.of_table(table.name) != "fp32" for table in tables)
-    stored = [tensor for tensor in footprint.tensors if tensor.look_up]
-    return Line(
+    stored = [tensor for tensor in footprint.tensors if tensor.lookup]
+    return TableBytes(
         tables=tables,
         method=config.name,
         stored_rows=sum(tensor.rows for tensor in stored),
@@ -316,7 +316,8 @@ def _line(
         indices=_serve_bytes(footprint, weights=False),
         optimizer=footprint.optimizer_bytes(optimizer),
         train=max(
-            form.footprint(tables).train_bytes(optimizer) for form in (config, config.first_form())
+            form.footprint(tables).train_bytes(optimizer)
+            for form in (config, config.first_method())
         ),
         serve=footprint.serve_bytes,
         full=sum(table.full_bytes for table in tables),
@@ -343,16 +344,16 @@ def _on_meta(plan: ResolvedPlan) -> CompressedEmbeddingBagCollection:
         )
         for table in plan.tables
     ]
-    methods = {name: _largest_form(config, plan) for name, config in plan.methods.items()}
+    methods = {name: _largest_method(config, plan) for name, config in plan.methods.items()}
     return CompressedEmbeddingBagCollection(
         configs, ResolvedPlan(plan.tables, methods), device=torch.device("meta")
     )
 
 
-def _largest_form(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
+def _largest_method(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
     """The form that takes most in training: a method in stages may begin with full tables."""
     tables = [table for table in plan.tables if plan.methods[table.name] == config]
-    first = config.first_form()
+    first = config.first_method()
     sizes = [form.footprint(tables).train_bytes() for form in (config, first)]
     return first if sizes[1] > sizes[0] else config
 

@@ -47,7 +47,7 @@ Device = Literal["cpu", "cuda"]
 SHARDING = ("table_wise", "row_wise")
 """What may be chosen from by default; row-wise splits a table that is too big for one device."""
 
-Signature = tuple[int, int, int, tuple[float, ...]]
+TableShape = tuple[int, int, int, tuple[float, ...]]
 """All of a table that the planner's bytes depend on: rows, width, bytes of a weight, bag lengths."""
 
 _OPTIMIZERS: dict[RowOptimizer, type[torch.optim.Optimizer]] = {
@@ -121,7 +121,7 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
+class PlacementRequest:
     """What the planner is asked.
 
     Args:
@@ -177,7 +177,7 @@ def attach_optimizer(tables: nn.Module, optimizer: RowOptimizer) -> None:
     _apply_optimizer_in_backward(_OPTIMIZERS[optimizer], tables.parameters(), {"lr": 0.1})
 
 
-def place(tables: nn.Module, query: Query) -> Placement:
+def place(tables: nn.Module, query: PlacementRequest) -> Placement:
     """Asks TorchRec's planner for a placement.
 
     Args:
@@ -192,7 +192,7 @@ def place(tables: nn.Module, query: Query) -> Placement:
     return _ask(tables, query)
 
 
-def smallest_memory(tables: nn.Module, query: Query, most: int) -> int | None:
+def smallest_memory(tables: nn.Module, query: PlacementRequest, most: int) -> int | None:
     """The least memory per device, to about 2 %, for which a placement exists; None if none is.
 
     Args:
@@ -205,7 +205,7 @@ def smallest_memory(tables: nn.Module, query: Query, most: int) -> int | None:
     return None if found is None else most * (steps - found) // steps
 
 
-def smallest_world(tables: nn.Module, query: Query, most: int = 1024) -> int | None:
+def smallest_world(tables: nn.Module, query: PlacementRequest, most: int = 1024) -> int | None:
     """The least number of ranks, doubling from the query's, for which a placement exists."""
     world = query.world_size * 2
     while world <= most:
@@ -215,7 +215,7 @@ def smallest_world(tables: nn.Module, query: Query, most: int = 1024) -> int | N
     return None
 
 
-def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int, ...]]:
+def row_wise_bytes(tables: Sequence[TableShape], query: PlacementRequest) -> list[tuple[int, ...]]:
     """What the planner counts on each rank for tables that are split row-wise, table by table.
 
     A table's bytes do not depend on its neighbours, so they may be added up. One with too few rows
@@ -259,7 +259,7 @@ def row_wise_bytes(tables: Sequence[Signature], query: Query) -> list[tuple[int,
     return found
 
 
-def _fits(tables: nn.Module, query: Query, memory: int) -> bool:
+def _fits(tables: nn.Module, query: PlacementRequest, memory: int) -> bool:
     if memory <= query.reserved:
         return False
     try:
@@ -269,7 +269,7 @@ def _fits(tables: nn.Module, query: Query, memory: int) -> bool:
     return True
 
 
-def _ask(tables: nn.Module, query: Query) -> Placement:
+def _ask(tables: nn.Module, query: PlacementRequest) -> Placement:
     planner = EmbeddingShardingPlanner(
         topology=_topology(query),
         batch_size=query.batch_size,
@@ -301,7 +301,7 @@ def _ask(tables: nn.Module, query: Query) -> Placement:
     )
 
 
-def _reason(query: Query) -> str:
+def _reason(query: PlacementRequest) -> str:
     free = query.device_memory - query.reserved
     return (
         f"the tables, their {query.optimizer} state and buffers do not fit on {query.world_size} "
@@ -309,7 +309,7 @@ def _reason(query: Query) -> str:
     )
 
 
-def _topology(query: Query) -> Topology:
+def _topology(query: PlacementRequest) -> Topology:
     memory = query.device_memory - query.reserved
     on_cpu = query.device == "cpu"
     return TopologyFactory.create_topology(
@@ -323,7 +323,7 @@ def _topology(query: Query) -> Topology:
     )
 
 
-def _constraints(tables: nn.Module, query: Query) -> dict[str, ParameterConstraints]:
+def _constraints(tables: nn.Module, query: PlacementRequest) -> dict[str, ParameterConstraints]:
     found = {}
     for path, module in tables.named_modules():
         if isinstance(module, EmbeddingBagCollection):
@@ -340,14 +340,14 @@ def _constraints(tables: nn.Module, query: Query) -> dict[str, ParameterConstrai
     return found
 
 
-def _allowed(num_embeddings: int, sharding: Sequence[str], query: Query) -> list[str]:
+def _allowed(num_embeddings: int, sharding: Sequence[str], query: PlacementRequest) -> list[str]:
     """The sharding types that training would use for a table, too."""
     if splits_by_rows(num_embeddings, query.world_size):
         return list(sharding)
     return [kind for kind in sharding if kind != "row_wise"] or ["table_wise"]
 
 
-def _shards(option: ShardingOption, query: Query) -> Iterator[Shard]:
+def _shards(option: ShardingOption, query: PlacementRequest) -> Iterator[Shard]:
     item = option.tensor.element_size()
     state = _state_words(query.optimizer)
     for shard in option.shards:

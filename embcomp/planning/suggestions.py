@@ -12,7 +12,7 @@ from embcomp.errors import EmbcompError
 from embcomp.planning.config_plan import ConfigPlan, TableSize, config_to_plan, table_specs
 from embcomp.planning.placement import (
     PlacementError,
-    Query,
+    PlacementRequest,
     place,
     smallest_memory,
     smallest_world,
@@ -40,7 +40,7 @@ def for_budget(config: TrainConfig, sizes: Sequence[TableSize]) -> list[str]:
 
 
 def for_devices(
-    config: TrainConfig, sizes: Sequence[TableSize], plan: ConfigPlan, query: Query
+    config: TrainConfig, sizes: Sequence[TableSize], plan: ConfigPlan, query: PlacementRequest
 ) -> list[str]:
     """Ways out when the planner finds no placement on the devices of ``query``."""
     modules = plan.on_meta()
@@ -109,7 +109,7 @@ def _more_budget(plan: Plan, tables: Sequence[TableSpec]) -> Iterator[str]:
     yield f"tables.budget={least} ({format_bytes(least)}): the least that this method reaches"
 
 
-def _lighter_optimizer(plan: ConfigPlan, query: Query) -> Iterator[str]:
+def _lighter_optimizer(plan: ConfigPlan, query: PlacementRequest) -> Iterator[str]:
     for name in ("rowwise_adagrad", "sgd"):
         if name == query.optimizer or query.optimizer == "sgd":
             continue
@@ -122,7 +122,7 @@ def _lighter_optimizer(plan: ConfigPlan, query: Query) -> Iterator[str]:
 
 
 def _compressed(
-    config: TrainConfig, sizes: Sequence[TableSize], plan: ConfigPlan, query: Query
+    config: TrainConfig, sizes: Sequence[TableSize], plan: ConfigPlan, query: PlacementRequest
 ) -> Iterator[str]:
     """A byte budget with which the tables can be placed, for the config's method or Unified."""
     method = config.tables.method.name if config.tables.method.settings.size_fields else "unified"

@@ -193,7 +193,7 @@ class _Part:
         types: dict[str, RowType] = {}
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-        for index, (each, group) in enumerate(zip(compacted.forms(), compacted.groups)):
+        for index, (each, group) in enumerate(zip(compacted.states(), compacted.groups)):
             own = wanted.of_physical(group.tables, group.backend.physical_tables)
             types |= own
             for name, tensor in each.form.tensors.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from embcomp.collection.groups import instances_of
+from embcomp.collection.groups import table_features
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import PROGRAM_FILE, ArtefactConfig, ProgramRecord
 from embcomp.serving.id_lookup import SingleIds
@@ -57,7 +57,7 @@ class RectangleTables(nn.Module):
             [feature_names.index(i.feature) for i in group.instances] for group in self._groups
         ]
         came = [instance for group in self._groups for instance in group.instances]
-        wanted = instances_of(serving.plan.tables)
+        wanted = table_features(serving.plan.tables)
         self.keys = [instance.key for instance in wanted]
         self.dims = [instance.table.embedding_dim for instance in wanted]
         self._order = [[i.key for i in came].index(key) for key in self.keys]

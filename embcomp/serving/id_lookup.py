@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ArtefactError
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.serving.modules import ServingEmbeddingBagCollection, ServingEmbeddingCollection
 from embcomp.serving.serving_rows import TorchRows
 
@@ -51,12 +51,12 @@ class SingleIds(nn.Module):
             held = self.unpooled_rows if group.unpooled else self.rows
             assert held is not None
             each = physical.values().view(len(keys), count, group.backend.ids_per_value)
-            found = held.rectangle(keys, each, skips=group.backend.skips)
+            found = held.rectangle(keys, each, skips=group.backend.skips_negative_ids)
         parts = [found[key] for key in group.backend.keys]
         rows = torch.cat(parts, dim=1) if parts else torch.zeros(count, 0, device=ids.device)
         combine = self.combines[index]
-        if group.backend.takes_ids:
-            return combine(rows, LookedUp(features, slice(0, len(group.instances)), count))
+        if group.backend.needs_context:
+            return combine(rows, LookupContext(features, slice(0, len(group.instances)), count))
         return combine(rows)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.collection.groups import Group
 from embcomp.serving.neighbours import NO_DIRECTION, Tables, embeddings
-from embcomp.serving.row_sharing import RowUses
+from embcomp.serving.row_sharing import RowSharing
 from embcomp.tables.specs import TableSpec
 
 
@@ -91,7 +91,7 @@ def inspect_tables(serving: Tables, counts: Mapping[str, Tensor]) -> list[TableF
     """
     found: dict[str, TableFacts] = {}
     for index, group in enumerate(serving.groups):
-        uses = RowUses.of(group)
+        uses = RowSharing.of(group)
         pruned = group.config.pruned_ids(group.tables, serving.form(index))
         sizes = uses.bytes_by_table(group, serving.record.row_types)
         for table in group.tables:
@@ -111,7 +111,7 @@ def _facts(
     serving: Tables,
     index: int,
     table: TableSpec,
-    uses: RowUses,
+    uses: RowSharing,
     *,
     pruned: Tensor | None,
     traffic: Tensor | None,

@@ -18,10 +18,10 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
-from embcomp.backends.base import Form
+from embcomp.backends.base import MethodState
 from embcomp.collection.collection import build_groups
 from embcomp.collection.combine import PooledCombine, UnpooledCombine
-from embcomp.collection.groups import Group, instances_of
+from embcomp.collection.groups import Group, table_features
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.route import CompositeRoute
 from embcomp.errors import ArtefactError, DataError
@@ -106,7 +106,7 @@ class _Serving(nn.Module):
     def _make_combine(self) -> nn.Module:
         raise NotImplementedError
 
-    def _look_up(self, features: Features) -> Any:
+    def _lookup(self, features: Features) -> Any:
         batch = as_features(
             features,
             self._features,
@@ -150,13 +150,13 @@ class _Serving(nn.Module):
         """Bytes of the tables in the types that they are served in."""
         return served_footprint(self._plan.footprint, self._record.row_types)
 
-    def form(self, index: int) -> Form:
+    def form(self, index: int) -> MethodState:
         """A method in its serving form, without its rows: they are in another type."""
         group = self._groups[index]
         tensors: dict[str, Tensor] = {}
         for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
             tensors |= {f"{part}.{n}": t for n, t in persistent_tensors(module).items()}
-        return Form(config=group.config, tensors=tensors)
+        return MethodState(config=group.config, tensors=tensors)
 
 
 class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
@@ -184,7 +184,7 @@ class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
         self._set_up(record, tensors, make_rows, device, source)
 
     def _make_combine(self) -> nn.Module:
-        return PooledCombine(self._groups, instances_of(self._plan.tables))
+        return PooledCombine(self._groups, table_features(self._plan.tables))
 
     def forward(self, features: Features) -> KeyedTensor:
         """Look up and pool.
@@ -196,7 +196,7 @@ class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
         Returns:
             (B, sum of embedding_dims) float32, keys and widths as declared.
         """
-        return self._look_up(features)
+        return self._lookup(features)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The logical tables, as declared."""
@@ -228,7 +228,7 @@ class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
     def _make_combine(self) -> nn.Module:
         return UnpooledCombine(
             self._groups,
-            instances_of(self._plan.tables),
+            table_features(self._plan.tables),
             need_indices=self._record.need_indices,
         )
 
@@ -242,7 +242,7 @@ class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
             For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) float32 values in B bags.
         """
-        return self._look_up(features)
+        return self._lookup(features)
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables, as declared."""
@@ -258,7 +258,7 @@ class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
 
     def embedding_names_by_table(self) -> list[list[str]]:
         """Output keys of each table."""
-        instances = instances_of(self._plan.tables)
+        instances = table_features(self._plan.tables)
         return [[i.key for i in instances if i.table is t] for t in self._plan.tables]
 
 

@@ -17,7 +17,7 @@ _CHUNK = 1 << 16  # ids that are routed together
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowUses:
+class RowSharing:
     """Where the ids of a method's tables lie.
 
     Attributes:
@@ -31,7 +31,7 @@ class RowUses:
     users: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, group: Group) -> RowUses:
+    def of(cls, group: Group) -> RowSharing:
         placed = {table.name: rows_of_ids(group, table) for table in group.tables}
         reached = {name: _distinct(parts) for name, parts in placed.items()}
         users = {
@@ -58,13 +58,13 @@ class RowUses:
         for table in group.backend.physical_tables:
             size = row_bytes(table.embedding_dim, row_types[table.name])
             users = self.users[table.name]
-            look_up = [name for name in sizes if table.name in self.reached[name]]
-            for name in look_up:
+            lookup = [name for name in sizes if table.name in self.reached[name]]
+            for name in lookup:
                 rows = self.reached[name][table.name]
                 sizes[name] += size * float((1 / users[rows].double()).sum())
-                sizes[name] += size * int((users == 0).sum()) / len(look_up)
+                sizes[name] += size * int((users == 0).sum()) / len(lookup)
         for tensor in group.config.footprint(group.tables).tensors:
-            if not tensor.look_up:
+            if not tensor.lookup:
                 own = [n for n in sizes if tensor.name.partition(".")[0] == n] or list(sizes)
                 owners = tensor.owners or [(name, 1) for name in own]
                 whole = sum(part for _, part in owners)

@@ -46,7 +46,7 @@ class StoredTable:
     rows: Tensor
 
 
-def look_ups(groups: Sequence[Group]) -> dict[str, str]:
+def lookups(groups: Sequence[Group]) -> dict[str, str]:
     """The physical look-ups of some methods in order, and the table of each."""
     owners = {key: t.name for g in groups for t in g.backend.physical_tables for key in t.keys}
     return {key: owners[key] for group in groups for key in group.backend.keys}
@@ -62,7 +62,7 @@ class KernelRows(nn.Module):
 
     def __init__(self, groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> None:
         super().__init__()
-        owners = look_ups(groups)
+        owners = lookups(groups)
         stored = [tables[name] for name in dict.fromkeys(owners.values())]
         place = {table.name: n for n, table in enumerate(stored)}
         self._keys = list(owners)
@@ -136,7 +136,7 @@ class TorchRows(nn.Module):
 
     def __init__(self, groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> None:
         super().__init__()
-        self._owners = look_ups(groups)
+        self._owners = lookups(groups)
         names = list(dict.fromkeys(self._owners.values()))
         self._formats = {name: (tables[name].dim, tables[name].row_type) for name in names}
         self._buffer = {name: f"stored_{n}" for n, name in enumerate(names)}
@@ -184,7 +184,7 @@ class TorchRows(nn.Module):
         Args:
             keys: the look-ups.
             ids: (look-ups, bags, bag size) int64.
-            skips: whether negative ids stand for zeros.
+            skips_negative_ids: whether negative ids stand for zeros.
 
         Returns:
             For each look-up, (bags, dim) sums.

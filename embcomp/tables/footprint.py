@@ -29,7 +29,7 @@ class TensorFootprint:
         columns: second dimension, without padding.
         itemsize: bytes of an element.
         train_columns: second dimension in training, padding included.
-        look_up: whether it is a table looked up by id, with row-wise optimizer state. Other
+        lookup: whether it is a table looked up by id, with row-wise optimizer state. Other
             tensors are dense parameters, trained by the dense optimizer, or learnt buffers.
         trained: whether training holds it.
         served: whether the serving form holds it. Where the serving form is still to be learnt,
@@ -44,7 +44,7 @@ class TensorFootprint:
     columns: int
     itemsize: int
     train_columns: int
-    look_up: bool = True
+    lookup: bool = True
     trained: bool = True
     served: bool = True
     served_row_bytes: int | None = None
@@ -65,7 +65,7 @@ class TensorFootprint:
 
     def optimizer_bytes(self, optimizer: RowOptimizer) -> int:
         """Bytes of the row optimizer's float32 state."""
-        if not (self.look_up and self.trained):
+        if not (self.lookup and self.trained):
             return 0
         words = {"sgd": 0, "rowwise_adagrad": 1}
         per_row = words.get(optimizer, self.train_columns * (2 if optimizer == "adam" else 1))

@@ -82,7 +82,7 @@ def served_footprint(footprint: Footprint, types: Mapping[str, RowType]) -> Foot
     """A footprint whose physical tables are served in the given types."""
 
     def served(tensor: TensorFootprint) -> TensorFootprint:
-        if not tensor.look_up or tensor.name not in types:
+        if not tensor.lookup or tensor.name not in types:
             return tensor
         size = row_bytes(tensor.columns, types[tensor.name])
         return dataclasses.replace(tensor, served_row_bytes=size)

@@ -206,6 +206,6 @@ def splits_by_rows(num_embeddings: int, ranks: int) -> bool:
     return -(-num_embeddings // ranks) * (ranks - 1) < num_embeddings
 
 
-def look_up_key(table: str, feature: str, look_up: int = 0) -> str:
+def lookup_key(table: str, feature: str, lookup: int = 0) -> str:
     """The name of one physical look-up: unique even where a feature is in several tables."""
-    return f"{table}/{feature}#{look_up}"
+    return f"{table}/{feature}#{lookup}"

@@ -272,20 +272,20 @@ def check_ids_out_of_range(case: BackendCase) -> None:
     for bad in (-1, 90, -(2**63), 2**63 - 1, 2**31, 2**24 + 1):
         for others in ([[1]], [[1, 2]]):
             batch = batch_of({"f0": others, "f1": [[3]], "f2": [[bad]]})
-            for look_up in (collection, rows):
-                _expect_refused(case, look_up, batch, bad)
+            for lookup in (collection, rows):
+                _expect_refused(case, lookup, batch, bad)
 
 
 def _expect_refused(
-    case: BackendCase, look_up: torch.nn.Module, batch: KeyedJaggedTensor, bad: int
+    case: BackendCase, lookup: torch.nn.Module, batch: KeyedJaggedTensor, bad: int
 ) -> None:
     if case.takes_any_id:
-        found = look_up(batch)["f2"]
+        found = lookup(batch)["f2"]
         values = found if isinstance(found, Tensor) else found.values()
         expect(bool(values.isfinite().all()) and bool(values.any()), f"id {bad}: no row")
         return
     try:
-        look_up(batch)
+        lookup(batch)
     except ValueError as error:
         expect("'f2'" in str(error) and str(bad) in str(error), f"unclear: {error}")
     else:

@@ -24,7 +24,7 @@ from embcomp.training.run_folder import RunFolder
 from embcomp.training.served_rows import check_served_types, round_rows, served_types
 from embcomp.training.stages.handover import check_other_run
 from embcomp.training.stages.loading import best_step, latest_stage
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.schedule import StageSchedule
 
 
 def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False) -> Report:
@@ -45,9 +45,9 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     """
     info = DatasetInfo.load(config.data.path)
     check_splits(info)
-    life = Life.of(config, info)
-    life.check_installed()
-    check_other_run(config, info, life)
+    schedule = StageSchedule.of(config, info)
+    schedule.check_installed()
+    check_other_run(config, info, schedule)
     check_served_types(config)
     folder = RunFolder(Path(runs) / config.name)
     with (
@@ -95,16 +95,16 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
         info = DatasetInfo.load(config.data.path)
-        life = Life.of(config, info)
-        index = latest_stage(life, folder)
-        place = folder.stage(index, life.names)
+        schedule = StageSchedule.of(config, info)
+        index = latest_stage(schedule, folder)
+        place = folder.stage(index, schedule.names)
         batches = evaluation_batches(config, info, split, process)
         precision = check_precision(config, process)
-        unsharded = build_model(config, info, torch.device("meta"), life.plan_of(index, place))
+        unsharded = build_model(config, info, torch.device("meta"), schedule.plan_of(index, place))
         sharded = shard_model(unsharded, config, process)
         step = best_step(folder, place)
         load_weights(checkpoint_folder(place.checkpoints, step), sharded)
-        if index == life.trained[-1]:
+        if index == schedule.trained[-1]:
             round_rows(sharded.state_dict(), unsharded, served_types(config, info))
         with precision():
             evaluation = evaluate_batches(sharded, batches, process)

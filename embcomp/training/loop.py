@@ -51,12 +51,12 @@ from embcomp.training.reporting.evaluation import Evaluation, evaluate_batches
 from embcomp.training.reporting.logs import RunLogs
 from embcomp.training.reporting.loss_record import LossRecord
 from embcomp.training.reporting.report import Report, as_record
-from embcomp.training.reporting.stage_result import Outcome, write_outcome
+from embcomp.training.reporting.stage_result import StageResult, write_outcome
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.second_order import UnrolledSteps
 from embcomp.training.served_rows import round_rows, served_types
 from embcomp.training.stages.handover import load_start, path_of
-from embcomp.training.stages.schedule import Life, StageSetup
+from embcomp.training.stages.schedule import StageSchedule, StageSetup
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 
 
@@ -79,7 +79,7 @@ class Training:
     ) -> None:
         self.config, self.folder, self.process = config, folder, process
         self.info = DatasetInfo.load(config.data.path)
-        self.setup = setup or StageSetup.of(Life.of(config, self.info), 0, folder)
+        self.setup = setup or StageSetup.of(StageSchedule.of(config, self.info), 0, folder)
         stage = self.stage = self.setup.stage
         self.checkpoints = self.setup.folder.checkpoints
         self.precision = check_precision(config, process)
@@ -101,7 +101,7 @@ class Training:
         torch.manual_seed(config.seed * 65537 + process.rank)
 
     def _learners(self) -> Learners:
-        method, tables = self.setup.life.method, self.unsharded.tables
+        method, tables = self.setup.schedule.method, self.unsharded.tables
         if method is None or tables is None:
             return Learners(stage=self.stage)
         return Learners(
@@ -271,7 +271,7 @@ class Training:
         """Goes on from the stage's latest checkpoint, or begins with what was handed to it."""
         steps = saved_steps(self.checkpoints)
         if not steps:
-            if self.setup.index > self.setup.life.trained[0]:
+            if self.setup.index > self.setup.schedule.trained[0]:
                 load_start(self.setup.folder, self.sharded)
             return
         folder = checkpoint_folder(self.checkpoints, steps[-1])
@@ -308,12 +308,14 @@ class Training:
         dist.barrier()
         if self.process.is_main:
             write_outcome(
-                self.setup.folder, Outcome.of(self.stage, state, self.kept_step), state.log_sizes
+                self.setup.folder,
+                StageResult.of(self.stage, state, self.kept_step),
+                state.log_sizes,
             )
         dist.barrier()
         self.console.say(f"{self._place}: {state.stopped}; hands on step {self.kept_step}")
 
-    def finish(self, before: Sequence[Outcome]) -> Report:
+    def finish(self, before: Sequence[StageResult]) -> Report:
         """Evaluates the weights that the last stage leaves on the test split and reports.
 
         Where rows are served in narrow types, what is evaluated and reported has such rows.
@@ -339,7 +341,7 @@ class Training:
             self.unsharded,
             self.process,
             state,
-            stages=[*before, Outcome.of(self.stage, state, best)],
+            stages=[*before, StageResult.of(self.stage, state, best)],
             best_step=best,
             valid=valid,
             test=test,
@@ -362,7 +364,7 @@ def _alternating(training: Iterator[Batch], searching: Iterator[Batch]) -> Itera
 
 def make_steps(training: Training, *, pipelined: bool) -> Steps:
     """The way to run a step; overlapping pays where copies and kernels run side by side."""
-    if training.stage.unrolls:
+    if training.stage.second_order:
         return UnrolledSteps(
             training.sharded,
             training.updates,

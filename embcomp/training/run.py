@@ -10,10 +10,10 @@ from embcomp.training.distributed.process import Process
 from embcomp.training.loop import Training
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.report import Report
-from embcomp.training.reporting.stage_result import Outcome, read_outcome, write_outcome
+from embcomp.training.reporting.stage_result import StageResult, read_stage_result, write_outcome
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.handover import prepare_start
-from embcomp.training.stages.schedule import Life, StageSetup
+from embcomp.training.stages.schedule import StageSchedule, StageSetup
 from embcomp.training.stages.search_stage import StageSearch
 
 
@@ -29,35 +29,35 @@ def run_stages(
         console: What a person sees.
     """
     info = DatasetInfo.load(config.data.path)
-    life = Life.of(config, info)
-    outcomes: list[Outcome] = []
+    schedule = StageSchedule.of(config, info)
+    outcomes: list[StageResult] = []
     log_sizes: dict[str, int] = {}
-    for index, stage in enumerate(life.stages):
-        place = folder.stage(index, life.names)
+    for index, stage in enumerate(schedule.stages):
+        place = folder.stage(index, schedule.names)
         if place.done.exists():
-            outcome, log_sizes = read_outcome(place)
+            outcome, log_sizes = read_stage_result(place)
             outcomes.append(outcome)
         elif stage.kind == "search":
-            search = StageSearch(config, info, life, index, folder, process, console)
+            search = StageSearch(config, info, schedule, index, folder, process, console)
             outcomes.append(search.run())
             if process.is_main:
                 write_outcome(place, outcomes[-1], log_sizes)
         elif index == 0 and config.train.start_from is not None:
             outcomes.append(
-                Outcome(name=stage.name, stopped=f"taken from {config.train.start_from}")
+                StageResult(name=stage.name, stopped=f"taken from {config.train.start_from}")
             )
             if process.is_main:
                 write_outcome(place, outcomes[-1], log_sizes)
         else:
-            if index > life.trained[0] and process.is_main:
-                prepare_start(config, info, life, folder, index)
+            if index > schedule.trained[0] and process.is_main:
+                prepare_start(config, info, schedule, folder, index)
             dist.barrier()
-            training = Training(config, folder, process, StageSetup.of(life, index, folder))
+            training = Training(config, folder, process, StageSetup.of(schedule, index, folder))
             training.train(console, log_sizes)
-            if index == life.trained[-1]:
+            if index == schedule.trained[-1]:
                 return training.finish(outcomes)
             training.hand_on()
-            outcome, log_sizes = read_outcome(place)
+            outcome, log_sizes = read_stage_result(place)
             outcomes.append(outcome)
         dist.barrier()
     raise AssertionError("the last stage of a method trains")

@@ -28,7 +28,7 @@ class StageFolder:
 
     Attributes:
         checkpoints: The stage's checkpoints.
-        forms: How the tables are stored in this stage; written last of what a stage begins with.
+        states: How the tables are stored in this stage; written last of what a stage begins with.
         start: Tensors that the stage begins with, where they are not drawn afresh.
         progress: What an unfinished search can go on from.
         done: What the stage ended with; its presence says that the stage is finished.

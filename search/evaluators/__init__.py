@@ -12,18 +12,18 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.search.evaluators.base import (
         Evaluator as Evaluator,
-        Outcome as Outcome,
         Rung as Rung,
-        Running as Running,
         Task as Task,
+        TrialHandle as TrialHandle,
+        TrialResult as TrialResult,
     )
 
 _HOMES = dict.fromkeys(
     (
         "Evaluator",
-        "Outcome",
+        "TrialResult",
         "Rung",
-        "Running",
+        "TrialHandle",
         "Task",
     ),
     "embcomp.search.evaluators.base",

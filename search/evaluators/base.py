@@ -43,7 +43,7 @@ class Rung:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrialResult:
     """What became of a candidate.
 
     Args:
@@ -65,22 +65,22 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Running(ABC):
+class TrialHandle(ABC):
     """A candidate that is being scored."""
 
     @abstractmethod
-    def poll(self) -> Outcome | None:
+    def poll(self) -> TrialResult | None:
         """The outcome, once there is one. Never waits."""
 
     def rungs(self) -> list[Rung]:
         """Scores on the way that have not been handed out yet."""
         return []
 
-    def stop(self) -> Outcome:
+    def stop(self) -> TrialResult:
         """Ends it early and cleans up; says what it took."""
-        return Outcome()
+        return TrialResult()
 
-    def let_go(self) -> None:  # noqa: B027, optional
+    def detach(self) -> None:  # noqa: B027, optional
         """Ends it so that another attempt can go on from where it was."""
 
 
@@ -99,13 +99,13 @@ class Evaluator(ABC):
     fidelity: str = ""
     steps: int = 0
     full_steps: int = 0
-    prepared: Outcome = Outcome()
+    prepared: TrialResult = TrialResult()
 
     def prepare(self) -> None:  # noqa: B027, optional
         """What all scores need, as a dataset's view or a trained supernet; done once."""
 
     @abstractmethod
-    def start(self, task: Task) -> Running:
+    def start(self, task: Task) -> TrialHandle:
         """Begins to score a candidate."""
 
     def close(self) -> None:  # noqa: B027, optional

@@ -21,7 +21,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.evaluators.base import Evaluator, Outcome, Running, Task
+from embcomp.search.evaluators.base import Evaluator, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, full_steps, search_steps
 from embcomp.search.space.recipes import for_search
@@ -33,7 +33,7 @@ from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.schedule import StageSchedule
 from embcomp.training.stages.search_stage import StageSearch
 
 NAME = "supernet"
@@ -42,17 +42,17 @@ _SEARCH = 1  # the place of the search, in the stages of either method
 _NO_SEARCH = {"generations": 0, "population": 1, "mutants": 0, "crossovers": 0}
 
 
-class Scored(Running):
+class Scored(TrialHandle):
     """A candidate whose score is known.
 
     Args:
         outcome: the score.
     """
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: TrialResult) -> None:
         self._outcome = outcome
 
-    def poll(self) -> Outcome:
+    def poll(self) -> TrialResult:
         return self._outcome
 
 
@@ -102,7 +102,7 @@ class SupernetEvaluator(Evaluator):
         train_config = self.supernet_config()
         run = RunFolder(self._folder / NAME)
         report = self._train(train_config, run)
-        self.prepared = Outcome(seconds=report.train_seconds, steps=report.steps)
+        self.prepared = TrialResult(seconds=report.train_seconds, steps=report.steps)
         self._load(train_config, run)
 
     def supernet_config(self) -> TrainConfig:
@@ -160,7 +160,7 @@ class SupernetEvaluator(Evaluator):
             while (outcome := training.poll()) is None:
                 time.sleep(_LOOK_EVERY)
         except BaseException:
-            training.let_go()
+            training.detach()
             raise
         if outcome.failure is not None:
             raise EmbcompError(
@@ -174,9 +174,9 @@ class SupernetEvaluator(Evaluator):
         self._process = process
         console = self._open.enter_context(RunConsole(enabled=False, name=NAME))
         info = DatasetInfo.load(config.data.path)
-        life = Life.of(config, info)
-        self._tables = life.tables
-        context = StageSearch(config, info, life, _SEARCH, run, process, console)
+        schedule = StageSchedule.of(config, info)
+        self._tables = schedule.tables
+        context = StageSearch(config, info, schedule, _SEARCH, run, process, console)
         self._trial = Trial(self._tables, context)
 
     @property
@@ -188,7 +188,7 @@ class SupernetEvaluator(Evaluator):
     def start(self, task: Task) -> Scored:
         begun = time.monotonic()
         score = self.score(task.candidate)
-        return Scored(Outcome(quality=score, seconds=time.monotonic() - begun))
+        return Scored(TrialResult(quality=score, seconds=time.monotonic() - begun))
 
     def score(self, candidate: Candidate) -> float:
         """The metric of the supernet with its tables cut to a candidate's widths."""

@@ -23,7 +23,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.evaluators.base import Evaluator, Outcome, Rung, Running, Task
+from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
 from embcomp.search.evaluators.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
 from embcomp.search.evaluators.trial_pruning import rung_steps
@@ -175,10 +175,10 @@ class TrainingEvaluator(Evaluator):
     def close(self) -> None:
         for run in self._running:
             if run.is_running:
-                run.let_go()
+                run.detach()
 
 
-class TrainingRun(Running):
+class TrainingRun(TrialHandle):
     """One candidate's process.
 
     Args:
@@ -231,7 +231,7 @@ class TrainingRun(Running):
         """Whether the process has not ended."""
         return self._process.poll() is None
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> TrialResult | None:
         status = self._process.poll()
         seconds = time.monotonic() - self._begun
         if status is None:
@@ -247,7 +247,7 @@ class TrainingRun(Running):
             message = f"{self._quality} is undefined on the validation rows"
             return self._failed("no metric", message, seconds)
         self._clean_up()
-        return Outcome(
+        return TrialResult(
             quality=float(value),
             latency=self._read_latency(),
             seconds=report.wall_seconds,
@@ -265,13 +265,13 @@ class TrainingRun(Running):
                 found.append(Rung(step=step, quality=float(value)))
         return found
 
-    def stop(self) -> Outcome:
+    def stop(self) -> TrialResult:
         self._end()
         self._clean_up()
         steps = max((r["step"] for r in _records(self.folder / "metrics.jsonl")), default=0)
-        return Outcome(seconds=time.monotonic() - self._begun, steps=steps)
+        return TrialResult(seconds=time.monotonic() - self._begun, steps=steps)
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -285,9 +285,9 @@ class TrainingRun(Running):
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _failed(self, kind: str, message: str, seconds: float) -> Outcome:
+    def _failed(self, kind: str, message: str, seconds: float) -> TrialResult:
         self._clean_up()
-        return Outcome(failure=kind, message=message, seconds=seconds)
+        return TrialResult(failure=kind, message=message, seconds=seconds)
 
     def _reason(self, status: int) -> tuple[str, str]:
         if self._failure.exists():

@@ -18,7 +18,7 @@ from embcomp.search.attempts import latest_attempts
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.config.search_sections import LEAST_RANKED
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
-from embcomp.search.trials.retraining import Point, completed
+from embcomp.search.trials.retraining import SelectedCandidate, completed
 from embcomp.search.trials.worker import OUTCOME
 
 
@@ -77,7 +77,7 @@ class RankCorrelation:
 
 def choose_spread(
     config: SearchConfig, study: optuna.Study, sampler: RepairedSampler
-) -> list[Point]:
+) -> list[SelectedCandidate]:
     """The candidates to retrain: the best, the worst, and those closest to even steps between.
 
     Steps are of the score, so that a search that has settled is not judged by its last candidates
@@ -99,12 +99,15 @@ def choose_spread(
         chosen.append(nearest)
     chosen.sort(key=lambda c: (-sign * done[c].values[0], done[c].number))
     seeds = (config.seed + 1,)
-    return [Point.of(done[c], c, name=f"candidate {done[c].number}", seeds=seeds) for c in chosen]
+    return [
+        SelectedCandidate.of(done[c], c, name=f"candidate {done[c].number}", seeds=seeds)
+        for c in chosen
+    ]
 
 
 def correlate(
     study: optuna.Study,
-    points: Sequence[Point],
+    points: Sequence[SelectedCandidate],
     *,
     among_finals: Collection[tuple[int, int]],
     full_steps: int,

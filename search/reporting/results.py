@@ -26,7 +26,7 @@ from embcomp.search.reporting.importance import importances
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Space
-from embcomp.search.trials.retraining import Point
+from embcomp.search.trials.retraining import SelectedCandidate
 from embcomp.search.trials.worker import OUTCOME, STOPPED, number_of
 
 RESULT_FILE = "search_result.json"
@@ -120,7 +120,7 @@ class PointResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class SearchCost:
     """What a search took.
 
     Attributes:
@@ -189,7 +189,7 @@ class SearchResult:
     front: list[int]
     points: list[PointResult]
     importance: dict[str, float]
-    cost: Cost
+    cost: SearchCost
     format: int = FORMAT
     split: str = field(default="test")
     evaluator: str = "training"
@@ -210,7 +210,7 @@ class SearchResult:
             for point in content["points"]:
                 point["runs"] = [FinalRunResult(**run) for run in point["runs"]]
             content["points"] = [PointResult(**point) for point in content["points"]]
-            content["cost"] = Cost(**content["cost"])
+            content["cost"] = SearchCost(**content["cost"])
             if ranked := content.get("correlation"):
                 ranked["candidates"] = [RankedCandidate(**c) for c in ranked["candidates"]]
                 content["correlation"] = RankCorrelation(**ranked)
@@ -240,7 +240,7 @@ def gather(
     repair: Repair,
     sampler: RepairedSampler,
     study: optuna.Study,
-    points: Sequence[Point],
+    points: Sequence[SelectedCandidate],
     finals: optuna.Study | None,
     evaluator: Evaluator,
     correlation: RankCorrelation | None = None,
@@ -278,7 +278,7 @@ def gather(
         importance=importances(
             [_chosen(space, c.options) for c in done], [c.values[config.quality] for c in done]
         ),
-        cost=Cost(
+        cost=SearchCost(
             trainings=sum(1 for c in candidates if c.steps),
             full_trainings=steps / max(1, evaluator.full_steps),
             hours=sum(c.seconds for c in candidates) / 3600,
@@ -320,7 +320,7 @@ def _chosen(space: Space, options: dict[str, str]) -> dict[str, str]:
     return {u.name: options[u.name] for u in space.units if len(u.options) > 1}
 
 
-def _point(repair: Repair, point: Point, runs: list[FinalRunResult]) -> PointResult:
+def _point(repair: Repair, point: SelectedCandidate, runs: list[FinalRunResult]) -> PointResult:
     space = repair.space
     per_rank = None
     if repair.devices.limits.query is not None:
@@ -344,7 +344,7 @@ def _point(repair: Repair, point: Point, runs: list[FinalRunResult]) -> PointRes
 
 
 def _final_runs(
-    finals: optuna.Study | None, points: Sequence[Point]
+    finals: optuna.Study | None, points: Sequence[SelectedCandidate]
 ) -> dict[str, list[FinalRunResult]]:
     found: dict[str, list[FinalRunResult]] = {}
     for trial in latest_attempts(finals) if finals is not None else []:

@@ -74,7 +74,7 @@ class Asked:
     trial: FrozenTrial
 
 
-class Source(ABC):
+class CandidateSampler(ABC):
     """Proposes candidates."""
 
     count: int | None = None
@@ -100,7 +100,7 @@ class Source(ABC):
         """Called before a trial's result is written."""
 
 
-class StartsFirst(Source):
+class StartsFirst(CandidateSampler):
     """Baselines first, then another source.
 
     Args:
@@ -108,7 +108,7 @@ class StartsFirst(Source):
         then: what follows.
     """
 
-    def __init__(self, repair: Repair, then: Source) -> None:
+    def __init__(self, repair: Repair, then: CandidateSampler) -> None:
         self._starts = list(starts(repair).items())
         self._then = then
 
@@ -131,7 +131,7 @@ class StartsFirst(Source):
         self._then.after(study, trial, state, values)
 
 
-class UniformOnly(Source):
+class UniformOnly(CandidateSampler):
     """The baseline of equal shares, and nothing else."""
 
     count = 1
@@ -143,7 +143,7 @@ class UniformOnly(Source):
         return Proposal(candidate=self._candidate, kind="uniform")
 
 
-class Grid(Source):
+class Grid(CandidateSampler):
     """Every combination once, after repair.
 
     Args:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from embcomp.backends.widths.evolution import Evolution, cross, mutate
 from embcomp.backends.widths.width_space import WidthSpace
-from embcomp.search.samplers.base import Asked, Proposal, Source, Tried
+from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Tried
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
 
 _ATTEMPTS = 50  # at a child that is new
 
 
-class EvolutionSource(Source):
+class EvolutionSource(CandidateSampler):
     """Random candidates first, then children of the best by mutation or crossover.
 
     Args:

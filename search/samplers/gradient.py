@@ -12,12 +12,12 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.errors import BudgetError
 from embcomp.planning.config_plan import TableSize, table_specs
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.samplers.base import Asked, Proposal, Source
+from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal
 from embcomp.search.space.repair import Repair
 from embcomp.tables.budget import parse_budget
 
 
-class Gradient(Source):
+class Gradient(CandidateSampler):
     """The method itself.
 
     Args:

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
-from embcomp.search.samplers.base import Asked, Proposal, Source, Tried
+from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Tried
 from embcomp.search.samplers.baselines import uniform
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
@@ -20,7 +20,7 @@ from embcomp.search.space.space import Candidate
 _WORTH_PROBING = 1 / 500  # share of the budget below which a table may as well be large
 
 
-class Greedy(Source):
+class Greedy(CandidateSampler):
     """Probes, then the knapsack.
 
     Args:

@@ -23,9 +23,9 @@ from embcomp.search.attempts import RETRY_OF, latest_attempts, originals
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.samplers.base import (
     Asked,
+    CandidateSampler,
     Grid,
     Proposal,
-    Source,
     StartsFirst,
     Tried,
     UniformOnly,
@@ -41,7 +41,7 @@ from embcomp.search.space.space import Candidate
 _ATTEMPTS = 64  # changes of a candidate that was tried before, until a new one is found
 
 
-class OptunaSource(Source):
+class OptunaSource(CandidateSampler):
     """Asks one of Optuna's samplers.
 
     Args:
@@ -115,7 +115,7 @@ class RepairedSampler(BaseSampler):
 
     def __init__(
         self,
-        source: Source,
+        source: CandidateSampler,
         encoding: Encoding,
         repair: Repair,
         *,
@@ -224,7 +224,7 @@ def make_encoding(config: SearchConfig, repair: Repair) -> Encoding:
     return Encoding(repair.space, relaxed=config.sampler.name == "cmaes")
 
 
-def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Source:
+def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> CandidateSampler:
     """What the search's sampler is called."""
     sampler = config.sampler
     if sampler.name == "greedy":
@@ -248,5 +248,7 @@ def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Sou
             seed=seed, n_startup_trials=sampler.startup, warn_independent_sampling=False
         ),
     }
-    source: Source = OptunaSource(sampler.name, makers[sampler.name], encoding, config.seed)
+    source: CandidateSampler = OptunaSource(
+        sampler.name, makers[sampler.name], encoding, config.seed
+    )
     return StartsFirst(repair, source) if sampler.starts else source

@@ -22,7 +22,7 @@ Stored = tuple[BackendConfig, RowType]
 
 
 @dataclass(frozen=True)
-class Cost:
+class CandidateBytes:
     """Bytes of a candidate.
 
     Args:
@@ -48,10 +48,10 @@ class Costs:
         self._optimizer: RowOptimizer = plan.optimizer
         self._dense = plan.dense_rows
         self._first_order = self._train(_first_order(plan))
-        self._alone: list[list[Cost]] = [[] for _ in space.units]
+        self._alone: list[list[CandidateBytes]] = [[] for _ in space.units]
         self._pool: list[list[int]] = [[] for _ in space.units]
         self._pools: list[Stored] = []
-        self._pooled: dict[tuple[int, tuple[int, ...]], Cost] = {}
+        self._pooled: dict[tuple[int, tuple[int, ...]], CandidateBytes] = {}
         self._count()
 
     @property
@@ -59,11 +59,11 @@ class Costs:
         """Whether bytes of a candidate are the sum of its options' bytes."""
         return not self._pools
 
-    def of_option(self, unit: int, place: int) -> Cost:
+    def of_option(self, unit: int, place: int) -> CandidateBytes:
         """Bytes of one unit's option, stored by itself."""
         return self._alone[unit][place]
 
-    def of(self, candidate: Candidate) -> Cost:
+    def of(self, candidate: Candidate) -> CandidateBytes:
         """Bytes of a candidate."""
         serve, train = 0, self._first_order
         pools: dict[int, list[int]] = {}
@@ -77,9 +77,9 @@ class Costs:
         for pool, units in pools.items():
             cost = self._of_pool(pool, tuple(units))
             serve, train = serve + cost.serve, train + cost.train
-        return Cost(serve, train)
+        return CandidateBytes(serve, train)
 
-    def _of_pool(self, pool: int, units: tuple[int, ...]) -> Cost:
+    def _of_pool(self, pool: int, units: tuple[int, ...]) -> CandidateBytes:
         key = (pool, units)
         if key not in self._pooled:
             tables = [table for unit in units for table in self._space.units[unit].tables]
@@ -114,9 +114,11 @@ class Costs:
                 self._alone[u].append(cost)
                 self._pool[u].append(together[number[u, o]])
 
-    def _cost(self, config: BackendConfig, row_type: RowType, tables: Sequence[TableSpec]) -> Cost:
+    def _cost(
+        self, config: BackendConfig, row_type: RowType, tables: Sequence[TableSpec]
+    ) -> CandidateBytes:
         footprint = RowTypes(default=row_type).footprint(config, tables)
-        return Cost(footprint.serve_bytes, self._train(footprint))
+        return CandidateBytes(footprint.serve_bytes, self._train(footprint))
 
     def _train(self, footprint: Footprint) -> int:
         if self._dense:

@@ -20,8 +20,8 @@ from embcomp.planning.placement import (
     Device,
     Placement,
     PlacementError,
-    Query,
-    Signature,
+    PlacementRequest,
+    TableShape,
     place,
     row_wise_bytes,
 )
@@ -33,7 +33,7 @@ from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class DeviceLimits:
     """What a device holds.
 
     Args:
@@ -43,11 +43,11 @@ class Limits:
     """
 
     train: int | None
-    query: Query | None
+    query: PlacementRequest | None
     world_size: int = 1
 
 
-def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limits:
+def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> DeviceLimits:
     """The limits that a search states.
 
     With ranks to spread tables over, bytes per device are the planner's to know.
@@ -60,7 +60,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limi
             memory = parse_budget(topology.device_memory)
             free = memory - _reserved(topology.reserve, memory)
             train = free if train is None else min(train, free)
-        return Limits(train=train, query=None)
+        return DeviceLimits(train=train, query=None)
     device: Device = "cpu"
     memory, reserved = train or 0, 0
     if topology:
@@ -70,7 +70,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limi
         if train is not None:
             reserved = max(reserved, memory - train)
     chosen = base.train.sharding
-    query = Query(
+    query = PlacementRequest(
         world_size=world,
         device_memory=memory,
         device=device,
@@ -79,14 +79,14 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Limi
         reserved=reserved,
         sharding=SHARDING if chosen == "auto" else (chosen,),
     )
-    return Limits(train=None, query=query, world_size=world)
+    return DeviceLimits(train=None, query=query, world_size=world)
 
 
 def _reserved(reserve: int | str, memory: int) -> int:
     return 0 if reserve == "0" else parse_budget(reserve, full_bytes=memory)
 
 
-class Devices:
+class PlacementChecker:
     """Answers whether candidates can be placed, and where.
 
     Args:
@@ -95,14 +95,14 @@ class Devices:
         limits: what a device holds.
     """
 
-    def __init__(self, space: Space, costs: Costs, limits: Limits) -> None:
+    def __init__(self, space: Space, costs: Costs, limits: DeviceLimits) -> None:
         self._space, self._costs = space, costs
         self.limits = limits
         self.asked = 0
         self._lengths = {size.name: size.mean_length for size in space.sizes}
-        self._row_wise: dict[Signature, tuple[int, ...]] = {}
-        self._tables: dict[tuple[int, int], tuple[list[Signature], bool]] = {}
-        self._known: dict[tuple[Signature, ...], bool] = {}
+        self._row_wise: dict[TableShape, tuple[int, ...]] = {}
+        self._tables: dict[tuple[int, int], tuple[list[TableShape], bool]] = {}
+        self._known: dict[tuple[TableShape, ...], bool] = {}
         plan = space.recipe_plan.first_order
         first = [] if plan is None else [self._signed(c, group) for c, group in plan.groups]
         self._first_order = [one for signatures, _ in first for one in signatures]
@@ -152,7 +152,7 @@ class Devices:
         query = replace(self.limits.query, pooling_factors=plan.pooling_factors())
         return place(plan.on_meta(), query)
 
-    def _add_row_wise(self, signatures: Sequence[Signature], query: Query) -> list[int]:
+    def _add_row_wise(self, signatures: Sequence[TableShape], query: PlacementRequest) -> list[int]:
         missing = sorted({one for one in signatures if one not in self._row_wise})
         if missing:
             found = row_wise_bytes(missing, query)
@@ -163,7 +163,7 @@ class Devices:
                 totals[rank] += size
         return totals
 
-    def _signatures(self, candidate: Candidate) -> tuple[list[Signature], bool]:
+    def _signatures(self, candidate: Candidate) -> tuple[list[TableShape], bool]:
         """The physical tables, and whether some are looked up value by value."""
         found, single_values = list(self._first_order), False
         if self._costs.additive:
@@ -176,7 +176,7 @@ class Devices:
             single_values = single_values or per_row
         return found, single_values
 
-    def _of_option(self, unit: int, place: int) -> tuple[list[Signature], bool]:
+    def _of_option(self, unit: int, place: int) -> tuple[list[TableShape], bool]:
         if (unit, place) not in self._tables:
             config = self._space.units[unit].options[place].config
             self._tables[unit, place] = self._signed(config, self._space.units[unit].tables)
@@ -184,17 +184,17 @@ class Devices:
 
     def _signed(
         self, config: BackendConfig, tables: Sequence[TableSpec]
-    ) -> tuple[list[Signature], bool]:
+    ) -> tuple[list[TableShape], bool]:
         small = [table for table in tables if not config.keeps_full(table)]
         kept = [table for table in tables if config.keeps_full(table)]
         physical = [full_table(table) for table in kept]
         physical += config.physical_tables(small) if small else []
         bags = any(self._lengths.get(table.name, 1.0) != 1.0 for table in small)
         # Only methods that see rows one by one need unpooled rows, and only for bags.
-        per_row = bags and config.build(small).per_row
+        per_row = bags and config.build(small).needs_unpooled_rows
         return [self._signature(table) for table in physical], per_row
 
-    def _signature(self, table: PhysicalTable) -> Signature:
+    def _signature(self, table: PhysicalTable) -> TableShape:
         lengths = tuple(self._lengths.get(_feature(key), 1.0) for key in table.keys)
         config = table.config()
         return table.num_embeddings, config.embedding_dim, table.data_type_bytes, lengths

@@ -29,14 +29,14 @@ class Option:
         config: the method.
         label: for people, as ``hash ratio=0.1``.
         bytes: serving bytes of the unit's tables; their part, where others share the storage.
-        line: what does not change when only the size does; shrinking keeps to a line if it can.
+        family: what does not change when only the size does; shrinking keeps to a line if it can.
         row_type: what its rows are served in; the most exact type of those that are no longer.
     """
 
     config: BackendConfig
     label: str
     bytes: int
-    line: tuple[object, ...]
+    family: tuple[object, ...]
     row_type: RowType = "fp32"
 
     @property
@@ -92,7 +92,7 @@ class Unit:
         full = [i for i, option in enumerate(self.options) if option.is_full]
         lines = []
         for option in self.options:
-            same = [i for i, other in enumerate(self.options) if other.line == option.line]
+            same = [i for i, other in enumerate(self.options) if other.family == option.family]
             lines.append(tuple(sorted({*same, *full})))
         return tuple(lines)
 
@@ -129,7 +129,9 @@ def unit_of(
             if option.bytes >= full and not option.is_full:
                 dropped.append(option.label)
                 option = _full_option(full)
-            same = [o for o in options.values() if (o.line, o.bytes) == (option.line, option.bytes)]
+            same = [
+                o for o in options.values() if (o.family, o.bytes) == (option.family, option.bytes)
+            ]
             option = same[0] if same else option
             labels[place] = option.label
             options.setdefault(option.label, option)
@@ -176,7 +178,7 @@ def _option(
         config=config,
         label=" ".join([variant, *(shown or _sizes(config)), *_named(row_type)]),
         bytes=_bytes(config, row_type, members, neighbours),
-        line=(variant, *rest, *kept),
+        family=(variant, *rest, *kept),
         row_type=row_type,
     )
 
@@ -225,7 +227,7 @@ def _sizes(config: BackendConfig) -> list[str]:
 
 
 def _full_option(full: int) -> Option:
-    return Option(config=Full(), label=Full.name, bytes=full, line=(Full.name,))
+    return Option(config=Full(), label=Full.name, bytes=full, family=(Full.name,))
 
 
 def fixed_unit(table: TableSpec, config: BackendConfig, wanted: RowType) -> Unit:

@@ -22,7 +22,7 @@ from functools import cached_property
 from embcomp.errors import BudgetError
 from embcomp.planning.placement import PlacementError
 from embcomp.search.space.costs import Costs
-from embcomp.search.space.device_limits import Devices
+from embcomp.search.space.device_limits import PlacementChecker
 from embcomp.search.space.space import Candidate, Space
 from embcomp.tables.budget import format_bytes
 
@@ -55,7 +55,7 @@ class Repair:
         self,
         space: Space,
         costs: Costs,
-        devices: Devices,
+        devices: PlacementChecker,
         budget: int,
         importance: Mapping[str, float] | None = None,
     ) -> None:
@@ -273,11 +273,11 @@ class Repair:
         tried = [tuple(0 for _ in self.space.units)]
         if not self.costs.additive:
             # A table that joins shared storage may cost nothing, though by itself it costs much.
-            lines = {option.line for unit in self.space.units for option in unit.options}
+            lines = {option.family for unit in self.space.units for option in unit.options}
             for line in sorted(lines, key=repr):
                 tried.append(
                     tuple(
-                        next((i for i, o in enumerate(unit.options) if o.line == line), 0)
+                        next((i for i, o in enumerate(unit.options) if o.family == line), 0)
                         for unit in self.space.units
                     )
                 )

@@ -8,20 +8,20 @@ from optuna.trial import Trial
 
 from embcomp.search.attempts import KIND, latest_attempts
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.evaluators.base import Evaluator, Outcome, Rung, Running, Task
+from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.trial_pruning import falls_behind
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.repair import Repair
-from embcomp.search.trials.trial_queue import Ledger
-from embcomp.search.trials.worker import RUNGS, InHand, Jobs, number_of
+from embcomp.search.trials.trial_queue import TrialQueue
+from embcomp.search.trials.worker import RUNGS, RunningTrial, TrialRunner, number_of
 
 
-class CandidateJobs(Jobs):
+class CandidateJobs(TrialRunner):
     """The trials of a search.
 
     Args:
         config: the search.
-        ledger: its study.
+        queue: its study.
         sampler: the study's sampler.
         repair: the limits.
         evaluator: scores candidates.
@@ -30,20 +30,20 @@ class CandidateJobs(Jobs):
     def __init__(
         self,
         config: SearchConfig,
-        ledger: Ledger,
+        queue: TrialQueue,
         sampler: RepairedSampler,
         repair: Repair,
         evaluator: Evaluator,
     ) -> None:
-        self._config, self._ledger, self._sampler = config, ledger, sampler
+        self._config, self._queue, self._sampler = config, queue, sampler
         self._repair, self._evaluator = repair, evaluator
         self._sign = 1 if config.quality != "log_loss" else -1
 
     def ready(self) -> bool:
-        tried = self._sampler.tried(self._ledger.study)
+        tried = self._sampler.tried(self._queue.study)
         return self._sampler.source.ready(len(tried), tried)
 
-    def start(self, trial: Trial, slot: int) -> Running | None:
+    def start(self, trial: Trial, slot: int) -> TrialHandle | None:
         if self._sampler.exhausted:
             return None
         candidate = self._sampler.encoding.decode(trial.params)
@@ -57,7 +57,7 @@ class CandidateJobs(Jobs):
         trial.set_user_attr("options", self._repair.space.labels(candidate))
         return self._evaluator.start(Task(number=number_of(trial), candidate=candidate, slot=slot))
 
-    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+    def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         rungs = self._config.fidelity.rungs
         if rungs is None:
             return False
@@ -67,7 +67,7 @@ class CandidateJobs(Jobs):
         key = str(rung.step)
         peers = [
             self._point(trial.user_attrs[RUNGS][key], trial.user_attrs["serve_bytes"])
-            for trial in latest_attempts(self._ledger.study)
+            for trial in latest_attempts(self._queue.study)
             if key in trial.user_attrs.get(RUNGS, {}) and trial.number != hand.trial.number
         ]
         point = self._point(rung.quality, hand.trial.user_attrs["serve_bytes"])
@@ -77,7 +77,7 @@ class CandidateJobs(Jobs):
         costs = (float(serve_bytes),) if "bytes" in self._config.objectives else ()
         return (-self._sign * quality, *costs)
 
-    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+    def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
         known: dict[str, Any] = {
             self._config.quality: outcome.quality,
             "bytes": trial.user_attrs["serve_bytes"],
@@ -85,7 +85,7 @@ class CandidateJobs(Jobs):
         }
         return [float(known[name]) for name in self._config.objectives]
 
-    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+    def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
         score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
         size = f"{trial.user_attrs['serve_bytes']:,} bytes"
         parts = [what, outcome.message, score, size, f"{outcome.seconds:.0f} s"]

@@ -22,19 +22,19 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.attempts import KIND, latest_attempts, originals
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.evaluators.base import Outcome, Rung, Running
+from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
 from embcomp.search.evaluators.trial_pruning import front_of
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.search.space.space import Candidate, Space
-from embcomp.search.trials.worker import InHand, Jobs
+from embcomp.search.trials.worker import RunningTrial, TrialRunner
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class SelectedCandidate:
     """A chosen candidate.
 
     Args:
@@ -66,7 +66,7 @@ class Point:
         name: str,
         seeds: tuple[int, ...],
         baseline: bool = False,
-    ) -> Point:
+    ) -> SelectedCandidate:
         """What a scored trial tried, to be retrained."""
         return cls(
             name=name,
@@ -80,9 +80,9 @@ class Point:
         )
 
 
-def choose_points(
+def select_candidates(
     config: SearchConfig, study: optuna.Study, sampler: RepairedSampler
-) -> list[Point]:
+) -> list[SelectedCandidate]:
     """The best candidates by validation score, or a spread of the front; and the equal share.
 
     The equal share is retrained beside them when it was tried, as what they must beat, unless the
@@ -98,7 +98,7 @@ def choose_points(
         chosen.append(uniform)
     seeds = tuple(config.seed + 1 + i for i in range(config.finals.seeds))
     return [
-        Point.of(
+        SelectedCandidate.of(
             done[candidate],
             candidate,
             name=f"{config.name}_{place + 1}",
@@ -135,13 +135,15 @@ def _best(
     return [front[i * (len(front) - 1) // (count - 1)] for i in range(count)]
 
 
-def finals_name(config: SearchConfig, points: Sequence[Point], what: str) -> str:
+def finals_name(config: SearchConfig, points: Sequence[SelectedCandidate], what: str) -> str:
     """The study's name: one for each choice of points, as a longer search may choose others."""
     chosen = json.dumps([[p.number, list(p.candidate), list(p.seeds)] for p in points])
     return f"{config.name} {what} {hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
 
 
-def write_recipes(space: Space, points: Sequence[Point], folder: Path) -> dict[str, Path]:
+def write_recipes(
+    space: Space, points: Sequence[SelectedCandidate], folder: Path
+) -> dict[str, Path]:
     """An ordinary training YAML for each point, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -157,7 +159,7 @@ def write_recipes(space: Space, points: Sequence[Point], folder: Path) -> dict[s
 class FinalsSampler(BaseSampler):
     """Hands out every point with every seed, in order."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[SelectedCandidate]) -> None:
         self.pairs = [(p, s) for s in range(len(points[0].seeds)) for p in range(len(points))]
         self.distributions: dict[str, BaseDistribution] = {
             "point": IntDistribution(0, len(points) - 1),
@@ -186,7 +188,7 @@ class FinalsSampler(BaseSampler):
         raise RuntimeError(f"{param_name} is not a parameter of the finals")
 
 
-class FinalJobs(Jobs):
+class FinalJobs(TrialRunner):
     """The trials of the finals: each is an ordinary run under `finals/`.
 
     Args:
@@ -201,7 +203,7 @@ class FinalJobs(Jobs):
         self,
         config: SearchConfig,
         space: Space,
-        points: Sequence[Point],
+        points: Sequence[SelectedCandidate],
         folder: Path,
         slots: Sequence[Slot],
     ) -> None:
@@ -213,7 +215,7 @@ class FinalJobs(Jobs):
     def ready(self) -> bool:
         return True
 
-    def run_config(self, point: Point, seed: int) -> TrainConfig:
+    def run_config(self, point: SelectedCandidate, seed: int) -> TrainConfig:
         """One of a point's runs: in full, with the recipe's own rules."""
         name = f"trial-{point.number:04d}_seed-{seed}"
         config = config_of(self._space, point.candidate, name, seed)
@@ -223,7 +225,7 @@ class FinalJobs(Jobs):
             )
         return config
 
-    def start(self, trial: Trial, slot: int) -> Running | None:
+    def start(self, trial: Trial, slot: int) -> TrialHandle | None:
         point, seed = self._pair(trial)
         config = self.run_config(point, seed)
         path = self._runs / f"{config.name}.yaml"
@@ -240,25 +242,25 @@ class FinalJobs(Jobs):
             )
         )
 
-    def _pair(self, trial: Trial) -> tuple[Point, int]:
+    def _pair(self, trial: Trial) -> tuple[SelectedCandidate, int]:
         point = self._points[trial.params["point"]]
         return point, point.seeds[trial.params["seed"]]
 
-    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+    def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         return False
 
-    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+    def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
         assert outcome.quality is not None
         return [outcome.quality]
 
-    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+    def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
         point, seed = self._pair(trial)
         score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
         parts = [what, outcome.message, score, f"{outcome.seconds:.0f} s"]
         return f"{point.name}, seed {seed}, in full: {', '.join(p for p in parts if p)}"
 
 
-class FinalRun(Running):
+class FinalRun(TrialHandle):
     """A run in full; its outcome holds the report's validation and test metrics.
 
     Args:
@@ -268,7 +270,7 @@ class FinalRun(Running):
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> TrialResult | None:
         outcome = self._run.poll()
         if outcome is None or outcome.quality is None:
             return outcome
@@ -278,15 +280,15 @@ class FinalRun(Running):
             "test": numbers(report.test or {}),
             "full_bytes": report.full_bytes,
         }
-        return Outcome(
+        return TrialResult(
             quality=outcome.quality, seconds=outcome.seconds, steps=outcome.steps, details=details
         )
 
-    def stop(self) -> Outcome:
+    def stop(self) -> TrialResult:
         return self._run.stop()
 
-    def let_go(self) -> None:
-        self._run.let_go()
+    def detach(self) -> None:
+        self._run.detach()
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -73,13 +73,13 @@ class SearchConsole:
         """
         self._study, self._title, self._count, self._slots = study, title, count, slots
 
-    def look(self, running: Sequence[int]) -> None:
+    def update(self, running: Sequence[int]) -> None:
         if self._live is None or self._study is None or time.monotonic() - self._drawn < _REFRESH:
             return
         self._drawn = time.monotonic()
         self._live.update(self._draw(running), refresh=True)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self._enabled:
             self._console.print(escape(text))
 

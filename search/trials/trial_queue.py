@@ -19,14 +19,14 @@ import psutil
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from embcomp.search.attempts import INTERRUPTED, KIND, LOST, RETRY_OF, SURPLUS, WORKER, originals
+from embcomp.search.attempts import INTERRUPTED, KIND, RETRY_OF, STALE, SURPLUS, WORKER, originals
 
-_SIGN_OF_LIFE = 30.0  # seconds between two
+_HEARTBEAT_SECONDS = 30.0  # seconds between two
 _GONE_AFTER = 150.0  # seconds without one
 _NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
 
 
-class Ledger:
+class TrialQueue:
     """One worker's view of a study.
 
     Args:
@@ -51,15 +51,15 @@ class Ledger:
         self.count, self._retries = count, retries
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self.worker = _this_worker()
-        self._last_sign = 0.0
-        self.sign()
+        self._last_heartbeat = 0.0
+        self.heartbeat()
 
-    def sign(self) -> None:
+    def heartbeat(self) -> None:
         """Shows that this worker is alive, now and then."""
         now = time.time()
-        if now - self._last_sign >= _SIGN_OF_LIFE:
+        if now - self._last_heartbeat >= _HEARTBEAT_SECONDS:
             self._storage.set_study_user_attr(self._study_id, f"worker {self.worker}", now)
-            self._last_sign = now
+            self._last_heartbeat = now
 
     def has_next(self) -> bool:
         """Whether a candidate is left to start."""
@@ -90,14 +90,14 @@ class Ledger:
             for trial in self.study.get_trials(deepcopy=False)
         )
 
-    def retry_lost(self) -> list[int]:
+    def retry_stale(self) -> list[int]:
         """Enqueues what dead workers left; returns the numbers of first attempts."""
         trials = self.study.get_trials(deepcopy=False)
         signs = self.study.user_attrs
         again = []
         for trial in trials:
             if trial.state is TrialState.RUNNING and self._is_lost(trial, signs):
-                if self._take_off(trial) and self._enqueue(trial, trials):
+                if self._claim_stale(trial) and self._enqueue(trial, trials):
                     again.append(trial.user_attrs.get(RETRY_OF, trial.number))
             elif self._half_retried(trial, trials, signs) and self._enqueue(trial, trials):
                 again.append(trial.user_attrs.get(RETRY_OF, trial.number))
@@ -120,17 +120,17 @@ class Ledger:
         self, trial: FrozenTrial, trials: list[FrozenTrial], signs: Mapping[str, Any]
     ) -> bool:
         """Whether a worker died between taking a trial off the books and enqueueing it."""
-        taker = trial.user_attrs.get(LOST)
+        taker = trial.user_attrs.get(STALE)
         if taker is None or trial.state is not TrialState.FAIL or self._attempts(trial, trials)[1]:
             return False
         return taker != self.worker and not is_alive(taker, signs)
 
-    def _take_off(self, trial: FrozenTrial) -> bool:
+    def _claim_stale(self, trial: FrozenTrial) -> bool:
         """Ends a lost trial; False if another worker was quicker."""
         number = trial.number
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         try:
-            self._storage.set_trial_user_attr(trial_id, LOST, self.worker)
+            self._storage.set_trial_user_attr(trial_id, STALE, self.worker)
             if self._was_proposed_in_vain(trial):
                 self._storage.set_trial_user_attr(trial_id, SURPLUS, True)
             self.study.tell(number, state=TrialState.FAIL)

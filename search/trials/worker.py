@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.search.attempts import INTERRUPTED, RETRY_OF
-from embcomp.search.evaluators.base import Outcome, Rung, Running
-from embcomp.search.trials.trial_queue import Ledger
+from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
+from embcomp.search.trials.trial_queue import TrialQueue
 
 LOOK_EVERY = 0.2  # seconds between two looks at running candidates
 
@@ -20,27 +20,27 @@ OUTCOME, RUNGS, STOPPED = "outcome", "rungs", "stopped_at"
 """User attributes of a trial: the outcome, scores at rungs, and the rung that it did not pass."""
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """Sees a search go on."""
 
-    def look(self, running: Sequence[int]) -> None:
+    def update(self, running: Sequence[int]) -> None:
         """Now and then; the numbers of this worker's running candidates."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for people."""
 
 
 @dataclass
-class InHand:
+class RunningTrial:
     """A candidate that runs here."""
 
     trial: Trial
     slot: int
-    run: Running
+    run: TrialHandle
     scores: dict[str, float]
 
 
-class Jobs(ABC):
+class TrialRunner(ABC):
     """What a worker does with a study's trials."""
 
     @abstractmethod
@@ -48,19 +48,19 @@ class Jobs(ABC):
         """Whether a new trial can be started without waiting for others."""
 
     @abstractmethod
-    def start(self, trial: Trial, slot: int) -> Running | None:
+    def start(self, trial: Trial, slot: int) -> TrialHandle | None:
         """Begins a trial's work; None gives it back, and ends the search."""
 
     @abstractmethod
-    def is_behind(self, hand: InHand, rung: Rung) -> bool:
+    def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         """Whether to stop a trial after a score on the way."""
 
     @abstractmethod
-    def values(self, trial: Trial, outcome: Outcome) -> list[float]:
+    def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
         """The study's values of an outcome with a score."""
 
     @abstractmethod
-    def line(self, trial: Trial, outcome: Outcome, what: str) -> str:
+    def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
         """One line for people."""
 
 
@@ -68,15 +68,17 @@ class Worker:
     """Runs a study's trials until none is left.
 
     Args:
-        ledger: the study.
+        queue: the study.
         jobs: what its trials stand for.
-        watcher: sees it go on.
+        listener: sees it go on.
         slots: how many run at once.
     """
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, watcher: Watcher, slots: int) -> None:
-        self._ledger, self._jobs, self._watcher, self._slots = ledger, jobs, watcher, slots
-        self._hands: list[InHand] = []
+    def __init__(
+        self, queue: TrialQueue, jobs: TrialRunner, listener: ProgressListener, slots: int
+    ) -> None:
+        self._queue, self._jobs, self._listener, self._slots = queue, jobs, listener, slots
+        self._hands: list[RunningTrial] = []
         self._ended = False
         self._any_ended = False
 
@@ -87,44 +89,44 @@ class Worker:
                 if not self._any_ended:
                     time.sleep(LOOK_EVERY)
         except BaseException:
-            self._let_go()
+            self._detach()
             raise
 
     def _turn(self) -> bool:
-        ledger = self._ledger
+        queue = self._queue
         self._any_ended = False
-        ledger.sign()
-        for number in ledger.retry_lost():
-            self._watcher.say(
+        queue.heartbeat()
+        for number in queue.retry_stale():
+            self._listener.log(
                 f"candidate {number}: its worker is gone; it goes on here or elsewhere"
             )
-        while not self._ended and len(self._hands) < self._slots and ledger.has_next():
+        while not self._ended and len(self._hands) < self._slots and queue.has_next():
             if not self._start():
                 break
         for hand in list(self._hands):
             self._look_at(hand)
-        self._watcher.look([number_of(hand.trial) for hand in self._hands])
-        more = not self._ended and ledger.has_next()
-        return bool(self._hands) or more or ledger.others_run()
+        self._listener.update([number_of(hand.trial) for hand in self._hands])
+        more = not self._ended and queue.has_next()
+        return bool(self._hands) or more or queue.others_run()
 
     def _start(self) -> bool:
         if not self._jobs.ready():
             return False
-        trial = self._ledger.next()
+        trial = self._queue.next()
         if trial is None:
             return False
         used = {hand.slot for hand in self._hands}
         slot = next(i for i in range(self._slots) if i not in used)
         run = self._jobs.start(trial, slot)
         if run is None:
-            self._ledger.withdraw(trial)
-            self._watcher.say("every candidate within the budget that could be found was tried")
+            self._queue.withdraw(trial)
+            self._listener.log("every candidate within the budget that could be found was tried")
             self._ended = True
             return False
-        self._hands.append(InHand(trial, slot, run, {}))
+        self._hands.append(RunningTrial(trial, slot, run, {}))
         return True
 
-    def _look_at(self, hand: InHand) -> None:
+    def _look_at(self, hand: RunningTrial) -> None:
         outcome = hand.run.poll()
         for rung in hand.run.rungs():
             hand.scores[str(rung.step)] = rung.quality
@@ -137,24 +139,24 @@ class Worker:
             state = TrialState.FAIL if outcome.quality is None else TrialState.COMPLETE
             self._end(hand, outcome, state)
 
-    def _end(self, hand: InHand, outcome: Outcome, state: TrialState) -> None:
+    def _end(self, hand: RunningTrial, outcome: TrialResult, state: TrialState) -> None:
         hand.trial.set_user_attr(OUTCOME, recorded(outcome))
         values = self._jobs.values(hand.trial, outcome) if state is TrialState.COMPLETE else None
-        self._ledger.study.tell(hand.trial, values, state=state)
+        self._queue.study.tell(hand.trial, values, state=state)
         self._hands.remove(hand)
         self._any_ended = True
         what = {TrialState.PRUNED: "stopped early", TrialState.FAIL: outcome.failure or "failed"}
-        self._watcher.say(self._jobs.line(hand.trial, outcome, what.get(state, "")))
+        self._listener.log(self._jobs.line(hand.trial, outcome, what.get(state, "")))
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         """Ends what runs here; the trials stay open, for whoever comes next."""
         for hand in self._hands:
-            hand.run.let_go()
+            hand.run.detach()
         for hand in self._hands:
             hand.trial.set_user_attr(INTERRUPTED, True)
 
 
-def recorded(outcome: Outcome) -> dict[str, Any]:
+def recorded(outcome: TrialResult) -> dict[str, Any]:
     """An outcome as JSON values."""
     return {key: value for key, value in vars(outcome).items() if value not in (None, "", {})}
 

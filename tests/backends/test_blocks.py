@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from embcomp import Blocks, ConfigError, Sparse
-from embcomp.backends.base import Form
-from embcomp.collection.group_states import GroupForm
+from embcomp.backends.base import MethodState
+from embcomp.collection.group_states import GroupState
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import batch_of, plain_tables
 from tests.helpers.dnis_cases import collection_of
@@ -19,7 +19,7 @@ def test_ids_find_their_block_and_their_columns():
     collection = collection_of(tables, config)
     first = torch.arange(1.0, 5).view(2, 2)
     last = torch.arange(5.0, 14).view(3, 3)
-    form = Form(
+    form = MethodState(
         config=config,
         tensors={
             "rows.t0__block_0": first,
@@ -27,7 +27,7 @@ def test_ids_find_their_block_and_their_columns():
             "combine.columns": torch.tensor([3, 1, 0, 1, 2, 0, 1, 2, 3], dtype=torch.uint8),
         },
     )
-    collection.load_forms([GroupForm(tables=collection.plan.tables, form=form)])
+    collection.load_states([GroupState(tables=collection.plan.tables, form=form)])
     wanted = torch.zeros(6, 4)
     wanted[:2, [3, 1]] = first
     wanted[3:, :3] = last

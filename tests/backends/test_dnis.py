@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embcomp import DNIS, ConfigError, DNISSearch, Full
-from embcomp.backends.base import Past
+from embcomp.backends.base import StageInputs
 from embcomp.backends.dnis.optimizer import SelectionSGD, normalized
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -21,7 +21,7 @@ from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.loading import load_unsharded
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.schedule import StageSchedule
 from tests.helpers.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
 from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.training_cases import train_on_ranks
@@ -69,7 +69,7 @@ def test_selections_stay_between_0_and_1_and_move_by_the_learning_rate():
 def test_rows_are_multiplied_by_the_selection_of_their_block():
     tables = mixed_tables()
     collection = searched(tables)
-    found, form = embed_ids(collection, tables), collection.forms()[0].form
+    found, form = embed_ids(collection, tables), collection.states()[0].form
     selections = form.config.selections(collection.plan.tables, form)
     for table in tables:
         block = sum((torch.arange(table.rows) >= cut).long() for cut in CUTS[table.name])
@@ -82,7 +82,7 @@ def test_a_prefix_selects_whole_columns_a_part_and_nothing():
     collection = collection_of(tables, DNISSearch(cuts={"t0": (10,)}, selection="prefix"))
     with torch.no_grad():
         next(collection.combine.parameters()).copy_(torch.tensor([[1.0], [0.625]]))
-    rows = collection.forms()[0].form.rows("t0")
+    rows = collection.states()[0].form.rows("t0")
     found = embed_ids(collection, tables)["f0"]
     assert torch.equal(found[:10], rows[:10])
     assert torch.equal(found[10:], rows[10:] * torch.tensor([1, 1, 0.5, 0]))
@@ -100,7 +100,7 @@ def test_the_penalty_is_the_sum_of_what_rows_are_multiplied_by():
 
 def test_the_penalty_rests_while_what_is_selected_fits():
     tables = awkward_tables((8, 4, 8))
-    form = searched(tables).forms()[0].form
+    form = searched(tables).states()[0].form
     specs = collection_of(tables, Full()).plan.tables
     taken = form.config.compact(specs, form).config.footprint(specs).serve_bytes
     for budget, rests in ((taken, True), (taken - 1, False)):
@@ -136,14 +136,14 @@ def test_cuts_of_a_table_that_is_not_there_are_refused():
 def test_a_search_begins_with_the_weights_that_it_was_given_and_blocks_by_count():
     tables = plain_tables(4, rows=(60, 30, 20))
     collection = collection_of(tables, Full())
-    specs, full = collection.plan.tables, collection.forms()[0].form
+    specs, full = collection.plan.tables, collection.states()[0].form
     method = DNIS(serve_bytes=200, quantiles=(0.5,), cuts={"t1": (7,), "t2": ()})
-    past = Past(
+    past = StageInputs(
         before=full,
         initial=lambda: full,
         counts={"t0": torch.cat([torch.full((6,), 10), torch.full((54,), 1)])},
     )
-    form = method.begin(method.stages()[1], specs, past)
+    form = method.start_stage(method.stages()[1], specs, past)
     assert form.config.cuts == {"t0": (6,), "t1": (7,), "t2": ()}
     there = embed_ids(holding(tables, form), tables)
     for key, rows in embed_ids(collection, tables).items():
@@ -184,16 +184,16 @@ def test_rare_ids_get_fewer_columns_than_frequent_ones(tmp_path):
     report = train(config, runs=tmp_path, quiet=True)
     assert report.test["auc"] > 0.6
     info, folder = DatasetInfo.load(dataset), RunFolder(tmp_path / "planted")
-    life = Life.of(config, info)
-    place = folder.stage(1, life.names)
+    schedule = StageSchedule.of(config, info)
+    place = folder.stage(1, schedule.names)
     step = saved_steps(place.checkpoints)[-1]
-    tables = load_unsharded(config, info, life, folder, 1, step).tables
-    form = tables.forms()[0].form
-    selections = form.config.selections(life.tables, form)["C1"]
+    tables = load_unsharded(config, info, schedule, folder, 1, step).tables
+    form = tables.states()[0].form
+    selections = form.config.selections(schedule.tables, form)["C1"]
     assert 0 <= selections.min() <= selections.max() <= 1
     selections = selections.mean(1)
     assert selections[0] > selections[-1] + 0.2
-    kept = load_model(tmp_path / "planted").tables.forms()[0].form.config
+    kept = load_model(tmp_path / "planted").tables.states()[0].form.config
     assert kept.widths["C1"][0] > kept.widths["C1"][-1]
 
 

@@ -15,10 +15,10 @@ from embcomp import (
     DNISSearch,
     Full,
 )
-from embcomp.backends.base import Form, Past
+from embcomp.backends.base import MethodState, StageInputs
 from embcomp.backends.dnis.elements import largest, least_element_bytes
 from embcomp.backends.dnis.pruning import choose_columns, column_scores
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
@@ -30,7 +30,7 @@ def test_blocks_answer_exactly_as_the_search_for_every_id(selection):
     tables = mixed_tables()
     collection = searched(tables, selection=selection)
     compacted = collection.compact()
-    assert isinstance(compacted.forms()[0].form.config, Blocks)
+    assert isinstance(compacted.states()[0].form.config, Blocks)
     there = embed_ids(compacted, tables)
     for key, rows in embed_ids(collection, tables).items():
         assert torch.equal(there[key], rows), key
@@ -39,12 +39,12 @@ def test_blocks_answer_exactly_as_the_search_for_every_id(selection):
 
 def test_unpooled_blocks_answer_exactly_as_the_search_in_ragged_batches():
     tables = awkward_tables((8, 8, 8))
-    form = searched(tables).forms()[0].form
+    form = searched(tables).states()[0].form
     outputs = []
     for each in (form, form.config.compact(collection_of(tables, Full()).plan.tables, form)):
         collection = CompressedEmbeddingCollection([t.unpooled() for t in tables], each.config)
-        group = GroupForm(tables=collection.plan.tables, form=each)
-        collection.load_forms([group])
+        group = GroupState(tables=collection.plan.tables, form=each)
+        collection.load_states([group])
         outputs.append(collection.eval()(random_batch(tables, seed=3)))
     for key, jagged in outputs[0].items():
         assert torch.equal(jagged.values(), outputs[1][key].values())
@@ -55,7 +55,7 @@ def test_unpooled_blocks_answer_exactly_as_the_search_in_ragged_batches():
 def test_pruned_tables_keep_what_they_keep_exactly_and_use_the_budget(structure, share):
     tables = mixed_tables()
     collection = searched(tables)
-    form, specs = collection.forms()[0].form, collection.plan.tables
+    form, specs = collection.states()[0].form, collection.plan.tables
     budget = int(share * sum(table.full_bytes for table in specs))
     method = DNIS(structure=structure, serve_bytes=budget)
     pruned = holding(tables, method.pruned_form(specs, form))
@@ -78,20 +78,20 @@ def test_pruned_tables_keep_what_they_keep_exactly_and_use_the_budget(structure,
 def test_retraining_begins_from_initial_weights_where_none_are_inherited(structure):
     tables = mixed_tables()
     collection = searched(tables)
-    form, specs = collection.forms()[0].form, collection.plan.tables
-    initial = Form(
+    form, specs = collection.states()[0].form, collection.plan.tables
+    initial = MethodState(
         config=Full(),
         tensors={f"rows.{t.name}": torch.rand(t.num_embeddings, t.embedding_dim) for t in specs},
     )
-    past = Past(before=form, initial=lambda: initial)
+    past = StageInputs(before=form, initial=lambda: initial)
     budget = sum(table.full_bytes for table in specs) // 2
     fresh = collection_of(tables, Full())
-    fresh.load_forms([GroupForm(tables=specs, form=initial)])
+    fresh.load_states([GroupState(tables=specs, form=initial)])
     for inherit, source in ((True, collection), (False, fresh)):
         method = DNIS(structure=structure, serve_bytes=budget, inherit=inherit)
         retrain = method.stages()[-1]
-        assert retrain.restarts is not inherit
-        began = embed_ids(holding(tables, method.begin(retrain, specs, past)), tables)
+        assert retrain.reinit_network is not inherit
+        began = embed_ids(holding(tables, method.start_stage(retrain, specs, past)), tables)
         for key, rows in embed_ids(source, tables).items():
             assert torch.equal(began[key], torch.where(began[key] != 0, rows, 0.0)), key
         kept = {key: there != 0 for key, there in began.items()}
@@ -185,7 +185,7 @@ def test_searches_that_close_everything_leave_a_row_that_can_learn(structure):
     with torch.no_grad():
         for alpha in collection.combine.parameters():
             alpha.zero_()
-    form = collection.forms()[0].form
+    form = collection.states()[0].form
     method = DNIS(serve_bytes=600, structure=structure)
     pruned = holding(tables, method.pruned_form(collection.plan.tables, form))
     assert not any(bool(rows.any()) for rows in embed_ids(pruned, tables).values())
@@ -196,7 +196,7 @@ def test_searches_that_close_everything_leave_a_row_that_can_learn(structure):
 def test_budgets_below_the_floor_are_refused_with_a_way_out(structure):
     tables = plain_tables(4, rows=(60, 30))
     collection = collection_of(tables, DNISSearch())
-    form, specs = collection.forms()[0].form, collection.plan.tables
+    form, specs = collection.states()[0].form, collection.plan.tables
     floor = least_element_bytes(specs) if structure == "element" else 5
     with pytest.raises(BudgetError, match="Raise the budget"):
         DNIS(serve_bytes=floor - 1, structure=structure).pruned_form(specs, form)

@@ -8,7 +8,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from embcomp import CompressedEmbeddingBagCollection, ConfigError, Full, LowDim
 from embcomp.backends.low_dim import low_dim_form, pruned_bytes
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.layers.pruned_route import count_bits, pack, unpack
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
@@ -51,7 +51,7 @@ def test_kept_ids_go_to_their_rank_and_pruned_ids_to_the_shared_row(ragged):
     weights = {t.name: torch.zeros(t.rows, 8) for t in tables}
     form = low_dim_form(specs, weights, masks, {})
     collection = collection_of(tables, form.config)
-    collection.load_forms([GroupForm(tables=specs, form=form)])
+    collection.load_states([GroupState(tables=specs, form=form)])
     batch = {f"f{n}": [[i] for i in range(300)] for n in range(3)}
     if ragged:
         batch["f1"] = [[], *([[7, 8]] * 299)]
@@ -115,7 +115,7 @@ def test_pruned_forms_answer_as_masked_tables_do():
     # Three ids take a block of 256 in the directory, so that dropping a row would not pay.
     assert set(form.config.kept) == {"t0", "t1"}
     collection = collection_of(tables, form.config)
-    collection.load_forms([GroupForm(tables=specs, form=form)])
+    collection.load_states([GroupState(tables=specs, form=form)])
     for name, rows in embed_ids(collection, tables).items():
         wanted = weights[f"t{name[1]}"] * masks[f"t{name[1]}"].unsqueeze(1)
         wanted[:, widths[f"t{name[1]}"] :] = 0
@@ -130,7 +130,7 @@ def test_the_shared_row_starts_at_zero_and_learns():
     weights = {t.name: torch.ones(t.rows, 8) for t in tables}
     form = low_dim_form(specs, weights, {"t0": torch.arange(600) < 9}, {})
     collection = collection_of(tables, form.config).train()
-    collection.load_forms([GroupForm(tables=specs, form=form)])
+    collection.load_states([GroupState(tables=specs, form=form)])
     rows = collection.rows.embedding_bags["t0"].weight
     assert rows.shape == (10, 8)
     assert not rows[9].any()

@@ -12,7 +12,7 @@ from embcomp.backends.widths.greedy_widths import allocate_greedily
 from embcomp.backends.widths.masks import WidthDraws
 from embcomp.backends.widths.width_space import WidthSpace, width_choices
 from embcomp.collection.plan import Plan
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.check_data import plain_tables, random_batch
 from embcomp.testing.planted import plant
@@ -40,7 +40,7 @@ def ordinary():
 
 def cut(model, widths):
     """The model with its tables cut to these widths."""
-    form = Matryoshka().slice_form(model.specs, model.form, widths)
+    form = Matryoshka().slice_columns(model.specs, model.form, widths)
     narrow = Clicks(NARROW, form.config, DIM)
     narrow.load(form)
     narrow.linear.load_state_dict(model.linear.state_dict())
@@ -56,7 +56,7 @@ def test_prefixes_are_better_than_those_of_an_ordinary_table(nested, ordinary):
 
 
 def test_a_slice_holds_prefixes_and_names_mistakes(nested):
-    form = Matryoshka().slice_form(nested.specs, nested.form, {"t1": 3})
+    form = Matryoshka().slice_columns(nested.specs, nested.form, {"t1": 3})
     assert torch.equal(form.rows("t1"), nested.form.rows("t1")[:, :3])
     assert torch.equal(form.rows("t0"), nested.form.rows("t0"))
     for widths, complaint in (
@@ -66,7 +66,7 @@ def test_a_slice_holds_prefixes_and_names_mistakes(nested):
         ({"t1": 2.5}, "width of 't1' must be whole, got 2.5"),
     ):
         with pytest.raises(ConfigError, match=complaint):
-            Matryoshka().slice_form(nested.specs, nested.form, widths)
+            Matryoshka().slice_columns(nested.specs, nested.form, widths)
 
 
 @pytest.mark.parametrize("choose", ["greedy", "evolution"])
@@ -123,7 +123,7 @@ def looked_up(batch_size=4000, bags="single"):
     tables = plain_tables(8)
     batch = random_batch(tables, seed=0, batch_size=batch_size, shape=bags)
     rows = max(batch.length_per_key())
-    return LookedUp(batch, slice(0, 3), rows)
+    return LookupContext(batch, slice(0, 3), rows)
 
 
 def test_widths_are_drawn_as_often_as_they_weigh_anew_in_each_step():

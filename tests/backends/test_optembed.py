@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from embcomp import ConfigError, Full, LowDim, OptEmbed
-from embcomp.backends.base import Form, Past
-from embcomp.collection.group_states import GroupForm
+from embcomp.backends.base import MethodState, StageInputs
+from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import Plan
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.planted import plant
@@ -24,7 +24,7 @@ QUICK = {"alpha": 0.005, "generations": 4, "population": 10, "mutants": 6, "cros
 def supernet(planted, method, dim=8, **learn):
     """A trained supernet, and its form before the first step."""
     torch.manual_seed(0)
-    model = Clicks(planted, method.first_form(), dim)
+    model = Clicks(planted, method.first_method(), dim)
     initial = model.form
     fit(model, planted, **(LEARN | learn))
     return model, initial
@@ -114,20 +114,20 @@ def test_rows_that_fused_optimizers_never_touch_are_pruned_first():
         "combine.thresholds.values": torch.zeros(1),
         "combine.norms.means": torch.ones(1),
     }
-    before = Form(config=OptEmbed(), tensors=tensors)
+    before = MethodState(config=OptEmbed(), tensors=tensors)
     for method in (
         OptEmbed(prune="rows"),
         OptEmbed(prune="rows", target_bytes=8000),
         OptEmbed(prune="rows", target_bytes=8000, importance="norm"),
     ):
         order = method._order([table], before, {"t": counts})
-        past = Past(
+        past = StageInputs(
             before=before,
             initial=lambda: before,
             counts={"t": counts},
             results={"search": {"kept": order.most, "widths": {"t": 8}}},
         )
-        form = method.begin(method.stages()[-1], [table], past)
+        form = method.start_stage(method.stages()[-1], [table], past)
         assert form.config.kept == {"t": 300}
         assert form.rows("t").shape == (301, 8)
 
@@ -156,7 +156,7 @@ def test_retraining_begins_from_initial_rows_or_goes_on_from_trained_ones(useles
             rows = retrained.form.rows(name)
             torch.testing.assert_close(rows[:-1], kept, rtol=0, atol=0)
             assert not rows[-1].any()
-        assert method.stages()[-1].restarts is not inherit
+        assert method.stages()[-1].reinit_network is not inherit
 
 
 def test_a_search_goes_on_where_it_was_interrupted(useless):
@@ -206,7 +206,7 @@ def test_what_trains_without_stages_compacts_to_what_the_thresholds_leave_or_to_
         assert isinstance(form.config, LowDim)
         assert 0.5 * size < form.config.footprint(model.specs).serve_bytes <= size
         model_of_form = Clicks(USELESS, form.config, 8)
-        model_of_form.tables.load_forms([GroupForm(tables=model.specs, form=form)])
+        model_of_form.tables.load_states([GroupState(tables=model.specs, form=form)])
 
 
 def test_a_budget_becomes_the_target_and_the_supernet_is_whole():
@@ -218,7 +218,7 @@ def test_a_budget_becomes_the_target_and_the_supernet_is_whole():
     method = plan.methods["t0"]
     assert isinstance(method, OptEmbed)
     assert method.target_bytes == plan.footprint.serve_bytes == 6400
-    assert method.first_form() == OptEmbed()
+    assert method.first_method() == OptEmbed()
     assert [stage.name for stage in method.stages()] == ["supernet", "search", "retrain"]
     assert OptEmbed().footprint(tables).serve_bytes == 64_000
     with pytest.raises(ConfigError, match="target_bytes is 100, but 2 table"):

@@ -59,6 +59,6 @@ def test_rows_of_zeros_are_pruned_from_the_start_and_all_others_pass():
     weight = collection.unpooled_rows.embedding_bags["t0"].weight
     with torch.no_grad():
         weight[5] = 0
-    masks = OptEmbed()._passing(collection.plan.tables, collection.forms()[0].form)
+    masks = OptEmbed()._passing(collection.plan.tables, collection.states()[0].form)
     assert masks["t0"].logical_not().nonzero().tolist() == [[5]]
     assert masks["t1"].all() and masks["t2"].all()

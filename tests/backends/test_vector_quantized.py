@@ -9,14 +9,14 @@ import torch
 from pydantic_core import PydanticCustomError
 
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
-from embcomp.backends.base import Form, Past
+from embcomp.backends.base import MethodState, StageInputs
 from embcomp.backends.codebooks.bit_packing import unpack_bits
 from embcomp.backends.codebooks.clustering import id_weights, share_cold_rows
 from embcomp.backends.codebooks.kmeans import nearest
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
-from embcomp.backends.codebooks.subvectors import Layout
+from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import bind_dataclass
@@ -38,7 +38,7 @@ def holding(tables, form, specs):
     """A collection with a form's tensors, also where a plan would keep such short tables full."""
     plan = ResolvedPlan(tuple(specs), dict.fromkeys((spec.name for spec in specs), form.config))
     collection = collection_of(tables, plan)
-    collection.load_forms([GroupForm(tables=specs, form=form)])
+    collection.load_states([GroupState(tables=specs, form=form)])
     return collection
 
 
@@ -48,11 +48,11 @@ def specs_of(tables):
 
 def dense(rows):
     """The form of full tables with these rows."""
-    return Form(config=Full(), tensors={f"rows.{name}": each for name, each in rows.items()})
+    return MethodState(config=Full(), tensors={f"rows.{name}": each for name, each in rows.items()})
 
 
 def past(before, counts=None, results=None):
-    return Past(
+    return StageInputs(
         before=before, initial=lambda: before, counts=counts or {}, results=results or {}, seed=1
     )
 
@@ -62,7 +62,7 @@ def live(method, specs, before, counts=None, results=None):
     forms = []
     for stage in method.stages()[1:]:
         if stage.kind == "train":
-            before = method.begin(stage, specs, past(before, counts, results))
+            before = method.start_stage(stage, specs, past(before, counts, results))
             forms.append(before)
     return forms
 
@@ -148,7 +148,7 @@ def test_one_dimensional_codes_with_enough_codewords_are_the_full_table(codebook
 
 
 def shared(tables, sharing, groups=()):
-    layout = Layout(tables=tables, width=4, sharing=sharing, groups=groups)
+    layout = SubvectorLayout(tables=tables, width=4, sharing=sharing, groups=groups)
     return layout.num_shared, [layout.shared_by(n) for n in range(len(tables))]
 
 
@@ -226,10 +226,10 @@ def test_low_rank_may_begin_without_full_tables():
     assert [stage.name for stage in LowRank(latent_dim=2).stages()] == ["dense", "low_rank"]
     cold = LowRank(latent_dim=2, from_dense=False)
     assert len(cold.stages()) == 1
-    assert cold.first_form() is cold
+    assert cold.first_method() is cold
     scratch = LR2VQ(subvector_dim=4, latent_dim=4, from_dense=False)
     assert [stage.name for stage in scratch.stages()] == ["quantize", "codes"]
-    assert scratch.first_form() is scratch
+    assert scratch.first_method() is scratch
 
 
 def test_latents_as_wide_as_sub_vectors_are_clustered_at_once():
@@ -248,7 +248,7 @@ def test_latents_as_wide_as_sub_vectors_are_clustered_at_once():
 
 
 def test_the_width_of_planted_latents_is_found():
-    layout = Layout(tables=[spec("t", 3000, 8)], width=4, sharing="position")
+    layout = SubvectorLayout(tables=[spec("t", 3000, 8)], width=4, sharing="position")
     rows = [planted(3000, 8, 4, rank=2, clusters=400, noise=0.01)]
     choice = choose_latent_dim(layout, rows, [torch.ones(3000)], count=64, scaled=True, seed=0)
     assert choice.latent_dim == 2
@@ -260,7 +260,7 @@ def test_the_width_of_planted_latents_is_found():
 
 def test_clusters_of_full_width_are_never_worse():
     """The caution: without training in between, narrow latents do not pay."""
-    layout = Layout(tables=[spec("t", 2000, 8)], width=4, sharing="all")
+    layout = SubvectorLayout(tables=[spec("t", 2000, 8)], width=4, sharing="all")
     rows = [drawn(2000, 8) * torch.tensor([3.0, 2, 1, 1, 3, 2, 1, 1])]
     choice = choose_latent_dim(layout, rows, [torch.ones(2000)], count=32, scaled=True, seed=0)
     sums = [r + q for r, q in zip(choice.left_out, choice.clustering)]
@@ -331,7 +331,7 @@ def test_codes_survive_their_packing(bits):
     tables = [Declared(name="t0", rows=500, dim=6, features=("f0",))]
     specs = specs_of(tables)
     method = PQ(subvector_dim=2, num_codewords=1 << bits, codebooks="all")
-    form = method.begin(method.stages()[1], specs, past(dense({"t0": drawn(500, 6)})))
+    form = method.start_stage(method.stages()[1], specs, past(dense({"t0": drawn(500, 6)})))
     words = form.rows("t0__codewords")
     codes = unpack_bits(form.tensors["route.codes"], bits, 1500).view(500, 3)
     decoded = (words[codes] * form.tensors["combine.scales.weight"]).flatten(1)

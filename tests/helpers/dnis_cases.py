@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from embcomp import CompressedEmbeddingBagCollection, DNISSearch
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.check_data import plain_tables
 
@@ -33,8 +33,8 @@ def collection_of(tables, plan):
 def holding(tables, form):
     """A collection in a form, filled with its tensors."""
     collection = collection_of(tables, form.config)
-    group = GroupForm(tables=collection.plan.tables, form=form)
-    collection.load_forms([group])
+    group = GroupState(tables=collection.plan.tables, form=form)
+    collection.load_states([group])
     return collection
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchrec.optim import RowWiseAdagrad
 
 from embcomp import CompressedEmbeddingBagCollection
-from embcomp.backends.base import BackendConfig, Form, Past
-from embcomp.collection.group_states import GroupForm
+from embcomp.backends.base import BackendConfig, MethodState, StageInputs
+from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.tables.specs import TableSpec, specs_from_configs
 from embcomp.testing.planted import Planted
@@ -40,15 +40,15 @@ class Clicks(nn.Module):
         return list(self.tables.plan.tables)
 
     @property
-    def form(self) -> Form:
-        (each,) = self.tables.forms()
-        return Form(
+    def form(self) -> MethodState:
+        (each,) = self.tables.states()
+        return MethodState(
             config=each.form.config,
             tensors={name: tensor.clone() for name, tensor in each.form.tensors.items()},
         )
 
-    def load(self, form: Form) -> None:
-        self.tables.load_forms([GroupForm(tables=self.specs, form=form)])
+    def load(self, form: MethodState) -> None:
+        self.tables.load_states([GroupState(tables=self.specs, form=form)])
 
     def forward(self, features) -> Tensor:
         columns = self.tables(features).values()
@@ -134,16 +134,18 @@ class Memory:
         self.said.append(text)
 
 
-def begin(method: BackendConfig, before: Clicks, planted: Planted, initial: Form, found) -> Clicks:
+def begin(
+    method: BackendConfig, before: Clicks, planted: Planted, initial: MethodState, found
+) -> Clicks:
     """The model in which a method's last stage begins."""
     last = method.stages()[-1]
-    past = Past(
+    past = StageInputs(
         before=before.form,
         initial=lambda: initial,
         counts=planted.counts(TRAIN),
         results={"search": found},
     )
-    form = method.begin(last, before.specs, past)
+    form = method.start_stage(last, before.specs, past)
     model = Clicks(planted, form.config, before.dim)
     model.load(form)
     model.linear.load_state_dict(before.linear.state_dict())

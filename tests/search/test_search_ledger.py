@@ -15,11 +15,11 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from embcomp.search.attempts import LOST, RETRY_OF, WORKER, latest_attempts, originals
-from embcomp.search.evaluators.base import Running
+from embcomp.search.attempts import RETRY_OF, STALE, WORKER, latest_attempts, originals
+from embcomp.search.evaluators.base import TrialHandle
 from embcomp.search.trials.storage import StorageError, explained, open_storage
-from embcomp.search.trials.trial_queue import Ledger
-from embcomp.search.trials.worker import Jobs, Worker
+from embcomp.search.trials.trial_queue import TrialQueue
+from embcomp.search.trials.worker import TrialRunner, Worker
 
 SPACE = {"x": IntDistribution(0, 1000)}
 DEAD = f"{os.uname().nodename}:999999:1"
@@ -31,7 +31,7 @@ def quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def make_ledger(folder, *, count=3, retries=2, name="study"):
+def make_queue(folder, *, count=3, retries=2, name="study"):
     storage = open_storage(None, folder)
     study = optuna.create_study(
         storage=storage,
@@ -39,113 +39,113 @@ def make_ledger(folder, *, count=3, retries=2, name="study"):
         sampler=optuna.samplers.RandomSampler(seed=0),
         load_if_exists=True,
     )
-    return Ledger(study, storage, SPACE, count=count, retries=retries)
+    return TrialQueue(study, storage, SPACE, count=count, retries=retries)
 
 
-def abandon(ledger, worker=DEAD):
+def abandon(queue, worker=DEAD):
     """Starts a candidate as a worker that then dies."""
-    trial = ledger.next()
+    trial = queue.next()
     trial.set_user_attr(WORKER, worker)
     return trial
 
 
-def finish(ledger):
-    trial = ledger.next()
-    ledger.study.tell(trial, 0.5)
+def finish(queue):
+    trial = queue.next()
+    queue.study.tell(trial, 0.5)
     return trial
 
 
 def test_a_candidate_of_a_dead_worker_is_done_again_and_once(tmp_path):
-    ledger = make_ledger(tmp_path)
-    lost = abandon(ledger)
-    assert ledger.retry_lost() == [0]
-    assert ledger.retry_lost() == []
-    again = ledger.next()
+    queue = make_queue(tmp_path)
+    lost = abandon(queue)
+    assert queue.retry_stale() == [0]
+    assert queue.retry_stale() == []
+    again = queue.next()
     assert again.user_attrs[RETRY_OF] == 0 and again.params == lost.params
-    ledger.study.tell(again, 0.7)
+    queue.study.tell(again, 0.7)
     for _ in range(2):
-        finish(ledger)
-    assert not ledger.has_next()
-    assert [t.state for t in latest_attempts(ledger.study)] == [TrialState.COMPLETE] * 3
-    assert len(originals(ledger.study)) == 3 and len(ledger.study.trials) == 4
+        finish(queue)
+    assert not queue.has_next()
+    assert [t.state for t in latest_attempts(queue.study)] == [TrialState.COMPLETE] * 3
+    assert len(originals(queue.study)) == 3 and len(queue.study.trials) == 4
 
 
 def test_a_living_worker_keeps_its_candidates(tmp_path):
-    ledger = make_ledger(tmp_path)
-    ledger.next()
-    far = abandon(ledger, "elsewhere:1:1")
-    ledger.study.set_user_attr("worker elsewhere:1:1", time.time())
-    assert ledger.retry_lost() == []
-    ledger.study.set_user_attr("worker elsewhere:1:1", time.time() - 1000)
-    assert ledger.retry_lost() == [far.number]
+    queue = make_queue(tmp_path)
+    queue.next()
+    far = abandon(queue, "elsewhere:1:1")
+    queue.study.set_user_attr("worker elsewhere:1:1", time.time())
+    assert queue.retry_stale() == []
+    queue.study.set_user_attr("worker elsewhere:1:1", time.time() - 1000)
+    assert queue.retry_stale() == [far.number]
 
 
 def test_two_that_look_at_once_take_a_lost_candidate_once(tmp_path):
-    one, two = make_ledger(tmp_path), make_ledger(tmp_path)
+    one, two = make_queue(tmp_path), make_queue(tmp_path)
     abandon(one)
     trial = two.study.trials[0]
-    assert one._take_off(trial)
-    assert not two._take_off(trial)
+    assert one._claim_stale(trial)
+    assert not two._claim_stale(trial)
 
 
 def test_a_worker_that_dies_between_taking_and_enqueueing_is_made_good(tmp_path):
-    ledger = make_ledger(tmp_path)
-    abandon(ledger)
-    storage_id = ledger._storage.get_trial_id_from_study_id_trial_number(ledger._study_id, 0)
-    ledger._storage.set_trial_user_attr(storage_id, LOST, DEAD)
-    ledger.study.tell(0, state=TrialState.FAIL)
-    assert ledger.retry_lost() == [0]
-    assert ledger.retry_lost() == []
+    queue = make_queue(tmp_path)
+    abandon(queue)
+    storage_id = queue._storage.get_trial_id_from_study_id_trial_number(queue._study_id, 0)
+    queue._storage.set_trial_user_attr(storage_id, STALE, DEAD)
+    queue.study.tell(0, state=TrialState.FAIL)
+    assert queue.retry_stale() == [0]
+    assert queue.retry_stale() == []
 
 
 def test_a_candidate_that_kills_its_workers_is_given_up(tmp_path):
-    ledger = make_ledger(tmp_path, count=1, retries=2)
+    queue = make_queue(tmp_path, count=1, retries=2)
     for _ in range(3):
-        abandon(ledger)
-        ledger.retry_lost()
-    assert not ledger.has_next()
-    (last,) = latest_attempts(ledger.study)
+        abandon(queue)
+        queue.retry_stale()
+    assert not queue.has_next()
+    (last,) = latest_attempts(queue.study)
     assert last.state is TrialState.FAIL
 
 
 def test_a_candidate_without_parameters_leaves_no_gap(tmp_path):
-    ledger = make_ledger(tmp_path, count=1)
-    trial = ledger.study.ask()  # its worker dies before anything was drawn
-    ledger._storage.set_trial_user_attr(trial._trial_id, WORKER, DEAD)
-    assert ledger.retry_lost() == []
-    assert ledger.has_next()
-    assert finish(ledger).params
-    assert not ledger.has_next() and len(originals(ledger.study)) == 1
+    queue = make_queue(tmp_path, count=1)
+    trial = queue.study.ask()  # its worker dies before anything was drawn
+    queue._storage.set_trial_user_attr(trial._trial_id, WORKER, DEAD)
+    assert queue.retry_stale() == []
+    assert queue.has_next()
+    assert finish(queue).params
+    assert not queue.has_next() and len(originals(queue.study)) == 1
 
 
 def test_a_candidate_that_was_only_proposed_is_proposed_anew_at_once(tmp_path):
-    ledger = make_ledger(tmp_path, count=2)
-    finish(ledger)
-    asked = ledger.study.ask(fixed_distributions=SPACE)  # its worker dies before it signs this
-    ledger.study.set_user_attr(f"worker {DEAD}", time.time())
-    assert asked.params and ledger.retry_lost() == []
-    assert len(originals(ledger.study)) == 1  # so that the next has the rank that this one had
-    finish(ledger)
-    assert not ledger.has_next() and not ledger.others_run()
+    queue = make_queue(tmp_path, count=2)
+    finish(queue)
+    asked = queue.study.ask(fixed_distributions=SPACE)  # its worker dies before it signs this
+    queue.study.set_user_attr(f"worker {DEAD}", time.time())
+    assert asked.params and queue.retry_stale() == []
+    assert len(originals(queue.study)) == 1  # so that the next has the rank that this one had
+    finish(queue)
+    assert not queue.has_next() and not queue.others_run()
 
 
 def test_a_candidate_that_a_living_worker_may_be_proposing_is_left_alone(tmp_path):
-    ledger = make_ledger(tmp_path)
-    ledger.study.set_user_attr("worker elsewhere:1:1", time.time())
-    ledger.study.ask(fixed_distributions=SPACE)
-    assert ledger.retry_lost() == []
-    assert len(originals(ledger.study)) == 1 and ledger.others_run()
+    queue = make_queue(tmp_path)
+    queue.study.set_user_attr("worker elsewhere:1:1", time.time())
+    queue.study.ask(fixed_distributions=SPACE)
+    assert queue.retry_stale() == []
+    assert len(originals(queue.study)) == 1 and queue.others_run()
 
 
 def test_the_count_is_kept_by_workers_that_start_at_once(tmp_path):
-    one, two = make_ledger(tmp_path, count=3), make_ledger(tmp_path, count=3)
+    one, two = make_queue(tmp_path, count=3), make_queue(tmp_path, count=3)
     assert one.has_next() and two.has_next()
-    started = [ledger.next() for ledger in (one, two, one, two)]
+    started = [queue.next() for queue in (one, two, one, two)]
     assert [trial is None for trial in started] == [False, False, False, True]
     assert len(originals(one.study)) == 3
 
 
-class Endless(Running):
+class Endless(TrialHandle):
     """A candidate that runs until it is let go."""
 
     def __init__(self):
@@ -154,11 +154,11 @@ class Endless(Running):
     def poll(self):
         return None
 
-    def let_go(self):
+    def detach(self):
         self.was_let_go = True
 
 
-class EndlessJobs(Jobs):
+class EndlessJobs(TrialRunner):
     def __init__(self, when_started):
         self.runs, self._when_started = [], when_started
 
@@ -181,16 +181,16 @@ class EndlessJobs(Jobs):
 
 
 class Silent:
-    def look(self, running):
+    def update(self, running):
         pass
 
-    def say(self, text):
+    def log(self, text):
         pass
 
 
 def test_a_storage_that_goes_away_ends_what_runs_and_is_one_message(tmp_path):
     folder = tmp_path / "search"
-    ledger = make_ledger(folder)
+    queue = make_queue(folder)
 
     def lose_storage(started):
         if started == 2:
@@ -201,11 +201,11 @@ def test_a_storage_that_goes_away_ends_what_runs_and_is_one_message(tmp_path):
         pytest.raises(StorageError, match=r"study\.journal.*Finished candidates are kept"),
         explained(None, folder),
     ):
-        Worker(ledger, jobs, Silent(), 2).run()
+        Worker(queue, jobs, Silent(), 2).run()
     assert [run.was_let_go for run in jobs.runs] == [True, True]
     # Back in its place, the study is whole: the two are still on its books.
     (tmp_path / "elsewhere").rename(folder)
-    assert [trial.state for trial in make_ledger(folder).study.trials] == [TrialState.RUNNING] * 2
+    assert [trial.state for trial in make_queue(folder).study.trials] == [TrialState.RUNNING] * 2
 
 
 WORKER_SCRIPT = """
@@ -213,18 +213,18 @@ import sys, time
 from pathlib import Path
 import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-from embcomp.search.evaluators.base import Outcome, Running
-from embcomp.search.trials.worker import Jobs, Worker, number_of
-from tests.search.test_search_ledger import make_ledger
+from embcomp.search.evaluators.base import TrialHandle, TrialResult
+from embcomp.search.trials.worker import TrialRunner, Worker, number_of
+from tests.search.test_search_ledger import make_queue
 assert 'torchrec' not in sys.modules  # a worker's bookkeeping is light
 
 folder = Path(sys.argv[1])
 
-class Sleep(Running):
+class Sleep(TrialHandle):
     def __init__(self): self.until = time.monotonic() + 0.15
-    def poll(self): return Outcome(quality=0.5) if time.monotonic() > self.until else None
+    def poll(self): return TrialResult(quality=0.5) if time.monotonic() > self.until else None
 
-class Sleeps(Jobs):
+class Sleeps(TrialRunner):
     def ready(self): return True
     def start(self, trial, slot): return Sleep()
     def is_behind(self, hand, rung): return False
@@ -235,11 +235,11 @@ class Sleeps(Jobs):
     def line(self, trial, outcome, what): return ""
 
 class Silent:
-    def look(self, running): pass
-    def say(self, text): pass
+    def update(self, running): pass
+    def log(self, text): pass
 
-ledger = make_ledger(folder, count=16, retries=5)
-Worker(ledger, Sleeps(), Silent(), 2).run()
+queue = make_queue(folder, count=16, retries=5)
+Worker(queue, Sleeps(), Silent(), 2).run()
 """
 
 
@@ -260,7 +260,7 @@ def test_two_workers_and_kill_minus_nine_lose_and_double_nothing(tmp_path):
     one.send_signal(signal.SIGKILL)
     one.wait()
     assert two.wait(90) == 0
-    study = make_ledger(tmp_path).study
+    study = make_queue(tmp_path).study
     ended = latest_attempts(study)
     assert len(ended) == 16
     assert all(trial.state is TrialState.COMPLETE for trial in ended)
@@ -282,11 +282,9 @@ def test_a_search_that_was_killed_whole_goes_on(tmp_path):
         time.sleep(0.05)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
-    before = {
-        t.number for t in make_ledger(tmp_path).study.trials if t.state is TrialState.COMPLETE
-    }
+    before = {t.number for t in make_queue(tmp_path).study.trials if t.state is TrialState.COMPLETE}
     assert start_worker(tmp_path).wait(90) == 0
-    study = make_ledger(tmp_path).study
+    study = make_queue(tmp_path).study
     complete = [t.number for t in study.trials if t.state is TrialState.COMPLETE]
     assert before <= set(complete) and len(complete) == 16
     journal = (tmp_path / "study.journal").read_text().splitlines()

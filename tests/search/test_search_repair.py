@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from embcomp.errors import BudgetError
-from embcomp.planning.placement import PlacementError, Query, place, row_wise_bytes
+from embcomp.planning.placement import PlacementError, PlacementRequest, place, row_wise_bytes
 from embcomp.search.samplers.baselines import power_law, starts, uniform
 from embcomp.search.space.repair import USED
 from tests.helpers.search_cases import WIDTHS, prepare, write_recipe
@@ -181,7 +181,7 @@ def test_too_little_memory_is_said_with_the_table_that_takes_most(recipe):
 def test_what_is_answered_without_the_planner_is_what_it_answers(recipe, data, rows, tightness):
     free = prepare(recipe, rows, budget="100%")
     candidate = data.draw(proposals(free.space.units))
-    query = Query(world_size=4, device_memory=1 << 40, device="cpu")
+    query = PlacementRequest(world_size=4, device_memory=1 << 40, device="cpu")
     tables = [(n, -(-max(w, 4) // 4) * 4, 4, (1.0,)) for n, w in zip(rows, (8,) * len(rows))]
     needed = sum(each[0] for each in row_wise_bytes(tables, query))
     memory = max(1, int(needed * tightness))

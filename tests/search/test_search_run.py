@@ -17,7 +17,7 @@ from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.search.config.search_config import parse_search
-from embcomp.search.evaluators.base import Outcome
+from embcomp.search.evaluators.base import TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, make_slots
 from embcomp.search.evaluators.trial_process import PARENT, describe
@@ -259,7 +259,7 @@ def start_trial(recipe, tmp_path, **changes) -> TrainingRun:
     )
 
 
-def outcome_of(trial: TrainingRun) -> Outcome:
+def outcome_of(trial: TrainingRun) -> TrialResult:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         outcome = trial.poll()

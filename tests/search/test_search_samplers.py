@@ -16,7 +16,7 @@ from embcomp.search.samplers.baselines import uniform
 from embcomp.search.samplers.candidate_encoding import Encoding
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.repair import USED
-from embcomp.search.trials.retraining import choose_points
+from embcomp.search.trials.retraining import select_candidates
 from tests.helpers.search_cases import WIDTHS, prepare, write_recipe
 from tests.search.test_search_repair import EVERY_METHOD
 
@@ -108,7 +108,7 @@ def test_the_equal_share_is_retrained_beside_the_best_unless_not_wanted(recipe, 
     finals = {"points": 2, "seeds": 1, "baseline": baseline}
     prepared = search_of(recipe, {"name": "tpe"}, finals=finals)
     study, sampler, found = run(prepared, 30)
-    points = choose_points(prepared.config, study, sampler)
+    points = select_candidates(prepared.config, study, sampler)
     ranked = sorted(found, key=lambda pair: -pair[1])
     equal = [uniform(prepared.repair)] if baseline else []
     assert [p.candidate for p in points] == [ranked[0][0], ranked[1][0], *equal]

@@ -106,7 +106,7 @@ def test_narrow_rows_answer_as_their_restored_weights(case, row_type, tmp_path):
     if restored is collection:
         restored = pooled(CASES[case], tables)
         restored.load_state_dict(collection.state_dict())
-    forms = restored.forms()
+    forms = restored.states()
     for each, group in zip(forms, restored.groups):
         for table in group.backend.physical_tables:
             stored = tensors[f"tables.rows.{table.name}"]

@@ -127,7 +127,7 @@ def test_selections_get_the_gradient_of_the_step_written_out(dataset, name):
     with quiet_libraries(), process_group("cpu") as process:
         unsharded = build_model(config, info, torch.device("meta"))
         sharded = shard_model(unsharded, config, process).train()
-        stage = Stage(name="search", network=False, alternate=True, unrolls=True)
+        stage = Stage(name="search", network=False, alternate=True, second_order=True)
         learners = Learners(
             stage=stage,
             structure_prefix="model.tables.combine.",

@@ -21,11 +21,11 @@ from embcomp.tables.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.export.export import export_run
-from embcomp.training.reporting.stage_result import read_outcome
+from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.handover import path_of
 from embcomp.training.stages.loading import forms_of_run, load_unsharded
-from embcomp.training.stages.schedule import Life, StageSetup
+from embcomp.training.stages.schedule import StageSchedule, StageSetup
 from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import train_on_ranks, write_dataset
@@ -78,16 +78,16 @@ def finished(dataset, tmp_path_factory):
     return get
 
 
-def life_of(run: Path) -> tuple[TrainConfig, DatasetInfo, Life, RunFolder]:
+def life_of(run: Path) -> tuple[TrainConfig, DatasetInfo, StageSchedule, RunFolder]:
     folder = RunFolder(run)
     config = folder.config()
     info = DatasetInfo.load(config.data.path)
-    return config, info, Life.of(config, info), folder
+    return config, info, StageSchedule.of(config, info), folder
 
 
 def weights_at(run: Path, index: int, step: int) -> dict[str, torch.Tensor]:
-    config, info, life, folder = life_of(run)
-    return load_unsharded(config, info, life, folder, index, step).model.state_dict()
+    config, info, schedule, folder = life_of(run)
+    return load_unsharded(config, info, schedule, folder, index, step).model.state_dict()
 
 
 def test_every_method_in_stages_is_under_test():
@@ -98,29 +98,29 @@ def test_every_method_in_stages_is_under_test():
 @pytest.mark.parametrize("method", STAGED)
 def test_the_stages_are_run_logged_and_reported_under_their_names(finished, method):
     run = finished(method)
-    _config, _, life, folder = life_of(run)
+    _config, _, schedule, folder = life_of(run)
     report = Report.load(run)
-    assert [stage["name"] for stage in report.stages] == life.names
+    assert [stage["name"] for stage in report.stages] == schedule.names
     for stage in report.stages:
         assert stage["wall_seconds"] >= stage["train_seconds"] > 0
     assert report.wall_seconds == sum(stage["wall_seconds"] for stage in report.stages)
     lines = folder.metrics.read_text().splitlines()
     logged = dict.fromkeys(json.loads(line)["stage"] for line in lines)
-    assert list(logged) == [life.names[index] for index in life.trained]
+    assert list(logged) == [schedule.names[index] for index in schedule.trained]
     assert evaluate(run, "test", quiet=True).metrics.auc == report.test["auc"]
 
 
 @pytest.mark.parametrize("method", STAGED)
 def test_the_last_stage_leaves_what_the_report_and_the_plan_say(finished, method):
     run = finished(method)
-    config, _info, life, _ = life_of(run)
+    config, _info, schedule, _ = life_of(run)
     tables = load_model(run).tables
     served = count_bytes(tables.serving_tensors())
     assert Report.load(run).serve_bytes == served == tables.compact().footprint.serve_bytes
     found = plan_config(config, sizes_of_dataset(config.data.path), forms_of_run(run))
     assert sum(line.serve for line in found.lines()) == served
-    planned = life.plan.footprint.serve_bytes
-    assert served <= planned if life.method.learns_size else served == planned
+    planned = schedule.plan.footprint.serve_bytes
+    assert served <= planned if schedule.method.learns_size else served == planned
 
 
 @pytest.mark.parametrize("method", STAGED)
@@ -140,14 +140,14 @@ def test_a_finished_run_becomes_an_artefact_of_the_reported_bytes(finished, meth
 @pytest.mark.parametrize("method", STAGED)
 def test_a_stage_moves_what_it_says_and_nothing_else(finished, method):
     run = finished(method)
-    config, info, life, folder = life_of(run)
-    for index in life.trained:
-        setup = StageSetup.of(life, index, folder)
+    config, info, schedule, folder = life_of(run)
+    for index in schedule.trained:
+        setup = StageSetup.of(schedule, index, folder)
         stage, steps = setup.stage, saved_steps(setup.folder.checkpoints)
         if len(steps) < 2:
             continue
         first, last = (weights_at(run, index, step) for step in (steps[0], steps[-1]))
-        model = load_unsharded(config, info, life, folder, index, steps[0])
+        model = load_unsharded(config, info, schedule, folder, index, steps[0])
         prefix = setup.structure_prefix(path_of(model.model, model.tables))
         own = {name for name, _ in model.model.named_parameters() if name.startswith(prefix)}
         rows = {name for name in first if ".embedding_bags." in name and "first_order" not in name}
@@ -207,11 +207,11 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
     dataset, finished, tmp_path, method
 ):
     whole = finished(method)
-    config, _info, life, folder = life_of(whole)
+    config, _info, schedule, folder = life_of(whole)
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     kills = []
-    for index, stage in enumerate(life.stages):
+    for index, stage in enumerate(schedule.stages):
         outcome = Report.load(whole).stages[index]
         if stage.kind == "search":
             if outcome["stopped"] not in ("0 evaluations", "1 evaluations"):
@@ -222,16 +222,16 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
     assert codes == [-9] * len(kills) + [0]
     again = RunFolder(tmp_path / method)
     assert again.metrics.read_bytes() == folder.metrics.read_bytes()
-    for index in life.trained:
-        setup, other = (StageSetup.of(life, index, f) for f in (folder, again))
+    for index in schedule.trained:
+        setup, other = (StageSetup.of(schedule, index, f) for f in (folder, again))
         if setup.folder.start.exists():
             started = safetensors.torch.load_file(setup.folder.start)
             for name, tensor in safetensors.torch.load_file(other.folder.start).items():
-                assert torch.equal(tensor, started[name]), (life.names[index], name)
+                assert torch.equal(tensor, started[name]), (schedule.names[index], name)
         last = saved_steps(setup.folder.checkpoints)[-1]
         there = weights_at(tmp_path / method, index, last)
         for name, tensor in weights_at(whole, index, last).items():
-            assert torch.equal(tensor, there[name]), (life.names[index], name)
+            assert torch.equal(tensor, there[name]), (schedule.names[index], name)
 
 
 @pytest.mark.parametrize("method", STAGED)
@@ -241,9 +241,9 @@ def test_ranks_train_every_stage_as_one_process_does(workers, dataset, tmp_path,
     with batches_of_ranks(ranks):
         train(config, runs=tmp_path / "one", quiet=True)
     workers.run(ranks, train_on_ranks, config, tmp_path / "many")
-    _, _, life, folder = life_of(tmp_path / "one" / method)
-    for index in life.trained:
-        place = folder.stage(index, life.names)
+    _, _, schedule, folder = life_of(tmp_path / "one" / method)
+    for index in schedule.trained:
+        place = folder.stage(index, schedule.names)
         step = saved_steps(place.checkpoints)[-1]
         one, many = (weights_at(tmp_path / way / method, index, step) for way in ("one", "many"))
         for name, tensor in one.items():
@@ -302,7 +302,7 @@ def test_the_resolved_config_of_a_staged_run_reads_back_equal(finished, tmp_path
     run = finished(next(iter(STAGED)))
     config = load_config(run / "config.yaml")
     assert config == RunFolder(run).config()
-    assert read_outcome(life_of(run)[3].stage(0, life_of(run)[2].names))[0].steps > 0
+    assert read_stage_result(life_of(run)[3].stage(0, life_of(run)[2].names))[0].steps > 0
 
 
 @pytest.mark.parametrize("method", ["pq", "lr2vq"])

@@ -16,7 +16,7 @@ from embcomp import Full, LowDim, load
 from embcomp.backends.low_dim import low_dim_form
 from embcomp.cli import app
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.preparing.lookup import ValueIndex
@@ -186,7 +186,7 @@ def test_what_cannot_be_rewritten_says_why(run, tmp_path):
 class Nested(Full):
     """Whole rows of which every prefix serves."""
 
-    def slice_form(self, tables, form, widths):
+    def slice_columns(self, tables, form, widths):
         weights = {table.name: form.rows(table.name) for table in tables}
         return low_dim_form(tables, weights, {}, widths)
 
@@ -216,22 +216,22 @@ def test_a_renumbered_form_keeps_every_kept_row():
     random = np.random.default_rng(0)
     masks = {"t0": torch.from_numpy(random.random(60) < 0.3), "t2": torch.ones(75).bool()}
     masks["t0"][1] = False
-    form = collection.forms()[0]
+    form = collection.states()[0]
     weights = {t.name: form.form.rows(t.name) for t in form.tables}
     pruned_form = low_dim_form(form.tables, weights, masks, {"t1": 5})
     assert set(pruned_form.config.kept) == {"t0"}
-    pruned = collection._with_forms([GroupForm(tables=form.tables, form=pruned_form)])
+    pruned = collection._with_forms([GroupState(tables=form.tables, form=pruned_form)])
     numbering = Renumbering.of(~masks["t0"], None)
     after = renumbered(pruned, {"t0": numbering})
     assert after.plan.methods["t0"] == LowDim(widths={"t0": 8, "t1": 5, "t2": 8})
     kept = torch.nonzero(masks["t0"])[:, 0]
     kept = kept[kept >= 2]
 
-    def rows(look_up, ids):
+    def rows(lookup, ids):
         none = torch.zeros(len(ids), dtype=torch.int32)
         lengths = torch.cat([torch.ones_like(none), none, none])
         keys = ["f0", "f1", "f2"]
-        return look_up(KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths))["f0"]
+        return lookup(KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths))["f0"]
 
     assert torch.equal(rows(after, numbering.new[kept]), rows(pruned, kept))
     assert not rows(after, torch.tensor([1])).any()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans, nearest
-from embcomp.backends.codebooks.subvectors import Layout
+from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.layers.hashing import splitmix64
 from embcomp.tables.specs import TableSpec
 
@@ -89,7 +89,7 @@ def find_scales(
 
 
 def cluster(
-    layout: Layout,
+    layout: SubvectorLayout,
     latents: Sequence[Tensor],
     weights: Sequence[Tensor],
     *,
@@ -122,7 +122,7 @@ def cluster(
 
 
 def members(
-    layout: Layout,
+    layout: SubvectorLayout,
     shared: int,
     latents: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -138,7 +138,9 @@ def members(
     return torch.cat(points), torch.cat(masses)
 
 
-def encode(layout: Layout, latents: Sequence[Tensor], codebooks: Codebooks) -> Iterator[Tensor]:
+def encode(
+    layout: SubvectorLayout, latents: Sequence[Tensor], codebooks: Codebooks
+) -> Iterator[Tensor]:
     """The codes of all rows, (rows, positions) at a time, table after table.
 
     Args:

@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends.base import Backend
 from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts, packed_bytes
-from embcomp.backends.codebooks.subvectors import Decode, Layout
+from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized, mean_init_std
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
@@ -27,7 +27,7 @@ from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers
-from embcomp.layers.routing import Copies, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -96,7 +96,7 @@ class CodedRoute(LearnedBuffers):
 
     codes: Tensor
 
-    def __init__(self, layout: Layout, *, count: int, bits: int, seed: int) -> None:
+    def __init__(self, layout: SubvectorLayout, *, count: int, bits: int, seed: int) -> None:
         super().__init__()
         self._layout, self._count, self._bits, self._seed = layout, count, bits, seed
         self._keys = layout.keys
@@ -113,7 +113,7 @@ class CodedRoute(LearnedBuffers):
                 steps += [positions] * positions
                 source += 1
             first += table.num_embeddings * positions
-        self.copies = Copies(self._keys, sources)
+        self.copies = RepeatFeatures(self._keys, sources)
         self._starts, self._steps = Constant(starts), Constant(steps)
         self._offsets = Constant([shared * count for shared in layout.columns])
         self._num_codes = first

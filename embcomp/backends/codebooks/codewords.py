@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embcomp.backends.codebooks.kmeans import nearest
-from embcomp.backends.codebooks.subvectors import Decode, Layout
+from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 
 _DEAD = 1e-3  # share of the mean usage below which a codeword is moved
 _LEAST_MASS = 1e-9
@@ -144,7 +144,7 @@ def _over_ranks(totals: Tensor) -> Tensor:
     return on.to(totals.device)
 
 
-class Quantise(Penalised):
+class Quantize(Penalised):
     """Puts the nearest codeword in the place of every looked-up latent, and decodes it.
 
     Codes are never stored: each look-up chooses anew, so that none is out of date.
@@ -158,7 +158,7 @@ class Quantise(Penalised):
     """
 
     def __init__(
-        self, layout: Layout, codewords: Codewords, decode: Decode, *, commitment: float
+        self, layout: SubvectorLayout, codewords: Codewords, decode: Decode, *, commitment: float
     ) -> None:
         super().__init__()
         self._which = Constant(layout.columns)
@@ -169,7 +169,7 @@ class Quantise(Penalised):
         self.codewords = codewords
         self.decode = decode
 
-    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+    def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, K * d) -> (R, sum of dims)
         self.codewords.ensure_filled()
         which = self._which.on(rows.device)
@@ -187,7 +187,7 @@ class Quantise(Penalised):
             found = latents + (found - latents).detach()
         return self.decode(found.flatten(1))
 
-    def _nearest(self, latents: Tensor, which: Tensor, looked_up: LookedUp) -> Tensor:
+    def _nearest(self, latents: Tensor, which: Tensor, looked_up: LookupContext) -> Tensor:
         """(R, K) codes; any, where a row only pads.
 
         On CPU most of a step went into the distances, so an id's are measured once in a batch. In
@@ -208,7 +208,7 @@ class Quantise(Penalised):
             start += positions
         return codes
 
-    def _chosen(self, looked_up: LookedUp, device: torch.device) -> Tensor | None:
+    def _chosen(self, looked_up: LookupContext, device: torch.device) -> Tensor | None:
         """(R, K) whether a row was looked up for a value; None when none only pads."""
         counts = looked_up.features.length_per_key()[looked_up.own]
         if counts == [looked_up.rows] * len(counts):

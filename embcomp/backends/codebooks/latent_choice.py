@@ -23,7 +23,7 @@ from torch import Tensor
 from embcomp.backends.codebooks.clustering import find_scales, members
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans
 from embcomp.backends.codebooks.low_rank import Moments
-from embcomp.backends.codebooks.subvectors import Layout
+from embcomp.backends.codebooks.subvectors import SubvectorLayout
 
 NOT_REGAINED = 1 / 3
 """The share of the low-rank residual that further training is taken to leave."""
@@ -80,7 +80,7 @@ class LatentChoice:
 
 
 def choose_latent_dim(
-    layout: Layout,
+    layout: SubvectorLayout,
     rows: Sequence[Tensor],
     weights: Sequence[Tensor],
     *,

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, Form, Past
+from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import id_weights
 from embcomp.backends.codebooks.subvectors import (
     Decode,
-    Layout,
     Sharing,
     SharingGroups,
+    SubvectorLayout,
     check_sharing,
     settled_groups,
 )
@@ -34,7 +34,7 @@ from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, look_up_key
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
 
 DENSE = Stage(name="dense", purpose="train the full tables")
 """The first stage of methods that compress trained tables."""
@@ -84,10 +84,10 @@ class LowRank(BackendConfig):
             if value is not None and value < 1:
                 raise ConfigError(f"{self.name}: {key} must be at least 1, got {value}")
 
-    def layout(self, tables: Sequence[TableSpec]) -> Layout:
+    def layout(self, tables: Sequence[TableSpec]) -> SubvectorLayout:
         """The sub-vectors of a group of tables."""
         widest = max(table.embedding_dim for table in tables)
-        return Layout(
+        return SubvectorLayout(
             tables=tables,
             width=self.subvector_dim or widest,
             sharing=self.projections,
@@ -124,7 +124,7 @@ class LowRank(BackendConfig):
             keys=keys,
             route=FullRoute(keys, RangeCheck(tables)),
             combine=decode,
-            per_row=self.bias,
+            needs_unpooled_rows=self.bias,
         )
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
@@ -142,15 +142,17 @@ class LowRank(BackendConfig):
             return super().stages()
         return (DENSE, NARROW)
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         return Full() if self.from_dense else self
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         weights = id_weights(tables, past.counts)
         return factorise(self, tables, past.before, weights)
 
 
-def latent_tables(layout: Layout, latent_dim: int) -> list[PhysicalTable]:
+def latent_tables(layout: SubvectorLayout, latent_dim: int) -> list[PhysicalTable]:
     """A physical table of latents for each logical one.
 
     Orthonormal projections make rows of the declared deviation of them.
@@ -160,7 +162,7 @@ def latent_tables(layout: Layout, latent_dim: int) -> list[PhysicalTable]:
             name=table.name,
             num_embeddings=table.num_embeddings,
             embedding_dim=layout.positions(table) * latent_dim,
-            keys=tuple(look_up_key(table.name, feature) for feature in table.feature_names),
+            keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
             init_fn=UniformInit.with_std(table.init_std * (layout.width / latent_dim) ** 0.5),
             data_type=table.data_type,
         )
@@ -171,9 +173,9 @@ def latent_tables(layout: Layout, latent_dim: int) -> list[PhysicalTable]:
 def factorise(
     config: LowRank,
     tables: Sequence[TableSpec],
-    dense: Form,
+    dense: MethodState,
     weights: Mapping[str, Tensor],
-) -> Form:
+) -> MethodState:
     """The best approximation of full tables: principal axes of all sub-vectors that share.
 
     Args:
@@ -200,7 +202,7 @@ def factorise(
     tensors["combine.projections.weight"] = axes.float()
     if config.bias:
         tensors["combine.projections.bias"] = moments.means.float()
-    return Form(config=config, tensors=tensors)
+    return MethodState(config=config, tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ class Moments:
     @classmethod
     def of(
         cls,
-        layout: Layout,
+        layout: SubvectorLayout,
         rows: Sequence[Tensor],
         weights: Sequence[Tensor],
         *,

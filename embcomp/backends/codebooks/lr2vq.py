@@ -24,7 +24,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcomp.backends.base import Backend, BackendConfig, Form, Past, SearchContext, full_table
+from embcomp.backends.base import (
+    Backend,
+    BackendConfig,
+    MethodState,
+    SearchContext,
+    StageInputs,
+    full_table,
+)
 from embcomp.backends.codebooks.clustering import (
     Codebooks,
     cluster,
@@ -33,7 +40,7 @@ from embcomp.backends.codebooks.clustering import (
     share_cold_rows,
 )
 from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
-from embcomp.backends.codebooks.codewords import Codewords, Quantise
+from embcomp.backends.codebooks.codewords import Codewords, Quantize
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
 from embcomp.backends.codebooks.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
@@ -156,7 +163,7 @@ class LR2VQ(VectorQuantized):
             columns=self.latent + 3,
             itemsize=4,
             train_columns=self.latent + 3,
-            look_up=False,
+            lookup=False,
         )
         steps = replace(words, name=f"{tables[0].name}.steps", rows=1, train_columns=1, itemsize=8)
         learners = [words, steps, projection_footprint(layout, self.latent)]
@@ -191,9 +198,9 @@ class LR2VQ(VectorQuantized):
             physical_tables=physical,
             keys=keys,
             route=FullRoute(keys, RangeCheck(tables)),
-            combine=Quantise(layout, codewords, decode, commitment=self.commitment),
-            per_row=True,
-            takes_ids=True,
+            combine=Quantize(layout, codewords, decode, commitment=self.commitment),
+            needs_unpooled_rows=True,
+            needs_context=True,
         )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -221,7 +228,7 @@ class LR2VQ(VectorQuantized):
         """Whether latents may be narrower than sub-vectors; else no approximation is to be trained."""
         return self.latent_dim == _AUTO or self.subvector_dim is None or self.latent < self.width
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         return Full() if self.from_dense else self
 
     def search(
@@ -240,7 +247,9 @@ class LR2VQ(VectorQuantized):
             context.say(line)
         return choice.document()
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         if stage.name == "codes":
             assert isinstance(past.before.config, LR2VQ)
             return past.before.config.compact(tables, past.before)
@@ -258,8 +267,8 @@ class LR2VQ(VectorQuantized):
         return self._quantized(tables, found, weights) if stage.name == "quantize" else found
 
     def _quantized(
-        self, tables: Sequence[TableSpec], low_rank: Form, weights: Mapping[str, Tensor]
-    ) -> Form:
+        self, tables: Sequence[TableSpec], low_rank: MethodState, weights: Mapping[str, Tensor]
+    ) -> MethodState:
         """Cluster the latents of a low-rank form, made orthonormal first.
 
         Only then is the distance of two latents that of the sub-vectors which they stand for.
@@ -300,9 +309,9 @@ class LR2VQ(VectorQuantized):
         if self.scaled:
             tensors["combine.decode.scales.weight"] = torch.tensor(found.scales)
         settled = replace(self, latent_dim=latent, factored=self.stored_latent is not None)
-        return Form(config=settled, tensors=tensors)
+        return MethodState(config=settled, tensors=tensors)
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Freeze the code of every id, and fold the projections into the codewords."""
         layout, serving = self.layout(tables), self.serving
         latents = [
@@ -321,4 +330,4 @@ class LR2VQ(VectorQuantized):
             tensors["combine.projections.weight"] = projection
         if self.scaled:
             tensors["combine.scales.weight"] = form.tensors["combine.decode.scales.weight"]
-        return Form(config=serving, tensors=tensors)
+        return MethodState(config=serving, tensors=tensors)

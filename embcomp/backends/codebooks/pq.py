@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from embcomp.backends.base import Backend, BackendConfig, Form, Past
+from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import cluster, encode, id_weights, share_cold_rows
 from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
@@ -64,10 +64,12 @@ class PQ(VectorQuantized):
     def stages(self) -> tuple[Stage, ...]:
         return (DENSE, FREEZE)
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         return Full()
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         layout = self.layout(tables)
         weights = list(id_weights(tables, past.counts).values())
         latents = [
@@ -89,4 +91,4 @@ class PQ(VectorQuantized):
         }
         if self.scaled:
             tensors["combine.scales.weight"] = torch.tensor(found.scales)
-        return Form(config=self.serving, tensors=tensors)
+        return MethodState(config=self.serving, tensors=tensors)

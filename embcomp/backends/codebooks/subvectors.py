@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
-from embcomp.tables.specs import TableSpec, look_up_key
+from embcomp.tables.specs import TableSpec, lookup_key
 
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
@@ -45,7 +45,7 @@ def settled_groups(groups: Sequence[Sequence[str]]) -> SharingGroups:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SubvectorLayout:
     """Sub-vectors of a group of tables. The last of a row is padded where the width does not divide.
 
     Args:
@@ -112,7 +112,7 @@ class Layout:
     def keys(self) -> list[str]:
         """A physical look-up for each of ``columns``."""
         return [
-            look_up_key(table.name, feature, position)
+            lookup_key(table.name, feature, position)
             for table in self.tables
             for feature in table.feature_names
             for position in range(self.positions(table))
@@ -148,7 +148,7 @@ class Decode(nn.Module):
 
     def __init__(
         self,
-        layout: Layout,
+        layout: SubvectorLayout,
         *,
         latent_dim: int | None,
         bias: bool = False,
@@ -217,7 +217,7 @@ class Scales(nn.Module):
         initial: the factors to begin with.
     """
 
-    def __init__(self, layout: Layout, initial: Sequence[float]) -> None:
+    def __init__(self, layout: SubvectorLayout, initial: Sequence[float]) -> None:
         super().__init__()
         self._initial = list(initial)
         self._owner = Constant(

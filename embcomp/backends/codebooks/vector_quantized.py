@@ -14,9 +14,9 @@ from typing_extensions import Self
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.codebooks.bit_packing import MAX_BITS, bits_for, packed_bytes
 from embcomp.backends.codebooks.subvectors import (
-    Layout,
     Sharing,
     SharingGroups,
+    SubvectorLayout,
     check_sharing,
     settled_groups,
 )
@@ -92,9 +92,9 @@ class VectorQuantized(BackendConfig):
         """Width of a stored codeword that a projection widens; None when none is stored so."""
         return None
 
-    def layout(self, tables: Sequence[TableSpec]) -> Layout:
+    def layout(self, tables: Sequence[TableSpec]) -> SubvectorLayout:
         """The sub-vectors of a group of tables."""
-        return Layout(
+        return SubvectorLayout(
             tables=tables,
             width=self.width,
             sharing=self.codebooks,
@@ -148,7 +148,7 @@ class VectorQuantized(BackendConfig):
                 columns=1,
                 itemsize=1,
                 train_columns=1,
-                look_up=False,
+                lookup=False,
                 trained=trained,
                 owners=tuple((t.name, t.num_embeddings * layout.positions(t)) for t in tables),
             )
@@ -229,7 +229,7 @@ def mean_init_std(tables: Sequence[TableSpec]) -> float:
 
 
 def projection_footprint(
-    layout: Layout, latent_dim: int, *, bias: bool = False, trained: bool = True
+    layout: SubvectorLayout, latent_dim: int, *, bias: bool = False, trained: bool = True
 ) -> TensorFootprint:
     """Bytes of projections, a row more for each where they have a bias."""
     return TensorFootprint(
@@ -239,7 +239,7 @@ def projection_footprint(
         columns=layout.width,
         itemsize=4,
         train_columns=layout.width,
-        look_up=False,
+        lookup=False,
         trained=trained,
         owners=tuple((table.name, layout.positions(table)) for table in layout.tables),
     )
@@ -254,7 +254,7 @@ def scales_footprint(tables: Sequence[TableSpec], *, trained: bool) -> TensorFoo
         columns=1,
         itemsize=4,
         train_columns=1,
-        look_up=False,
+        lookup=False,
         trained=trained,
         owners=tuple((table.name, 1) for table in tables),
     )

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, Form, Past
+from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis.elements import elements_form, least_element_bytes
 from embcomp.backends.dnis.optimizer import SelectionSGD
@@ -151,18 +151,18 @@ class DNIS(BackendConfig):
                 epochs=self.search_epochs,
                 network=not self.freezes_network,
                 alternate=True,
-                unrolls=self.second_order,
+                second_order=self.second_order,
                 holds_out=True,
                 keeps="last",
             ),
             Stage(
                 name="retrain",
                 purpose="what is left within the budget",
-                restarts=not self.inherit,
+                reinit_network=not self.inherit,
             ),
         )
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         return Full()
 
     def structure_optimizer(
@@ -172,13 +172,15 @@ class DNIS(BackendConfig):
             return None
         return SelectionSGD(parameters, lr=self.learning_rate, decay=self.decay)
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         if stage.name == "search":
             return self._search(tables, past)
         initial = None if self.inherit else past.initial()
         return self.pruned_form(tables, past.before, past.counts, initial)
 
-    def _search(self, tables: Sequence[TableSpec], past: Past) -> Form:
+    def _search(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         cuts = {
             table.name: self.cuts[table.name]
             if table.name in self.cuts
@@ -187,15 +189,15 @@ class DNIS(BackendConfig):
         }
         search = replace(self._as_search(), cuts=cuts)
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
-        return Form(config=search, tensors=rows | search.fresh_selections(tables))
+        return MethodState(config=search, tensors=rows | search.fresh_selections(tables))
 
     def pruned_form(
         self,
         tables: Sequence[TableSpec],
-        searched: Form,
+        searched: MethodState,
         counts: Mapping[str, Tensor] | None = None,
-        initial: Form | None = None,
-    ) -> Form:
+        initial: MethodState | None = None,
+    ) -> MethodState:
         """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
 
         Args:
@@ -261,7 +263,7 @@ class DNIS(BackendConfig):
             columns=most,
             itemsize=1,
             train_columns=0,
-            look_up=False,
+            lookup=False,
             trained=False,
         )
         return trained + Footprint((served,))
@@ -277,7 +279,7 @@ class DNIS(BackendConfig):
             return least_element_bytes(tables)
         return min(table.itemsize for table in tables) + column_dtype(tables).itemsize
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Columns that the search closed cut off; nothing is pruned that still has an effect.
 
         Raises:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from embcomp.backends.base import Form
+from embcomp.backends.base import MethodState
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.sparse import Sparse, pointer_dtype
 from embcomp.errors import BudgetError
@@ -29,7 +29,7 @@ def elements_form(
     cuts: Mapping[str, tuple[int, ...]],
     budget: int,
     initial: Mapping[str, Tensor] | None = None,
-) -> Form:
+) -> MethodState:
     """Sparse rows of the largest products of selection and weight, within a budget.
 
     Ties are broken by place: the table's, then the id, then the column. Zeros are never kept.
@@ -105,7 +105,7 @@ def _product(table: TableSpec, rows: Tensor, selections: Tensor, cuts: Sequence[
 
 def _sparse_form(
     tables: Sequence[TableSpec], weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]
-) -> Form:
+) -> MethodState:
     nonzeros = {table.name: int(kept[table.name].sum()) for table in tables}
     tensors, pointers, columns = {}, [], []
     for table in tables:
@@ -118,7 +118,7 @@ def _sparse_form(
             columns.append(mask.nonzero()[:, 1])
     tensors["route.pointers"] = torch.cat(pointers).to(pointer_dtype(list(nonzeros.values())))
     tensors["route.columns"] = torch.cat(columns).to(column_dtype(tables))
-    return Form(config=Sparse(nonzeros=nonzeros), tensors=tensors)
+    return MethodState(config=Sparse(nonzeros=nonzeros), tensors=tensors)
 
 
 def _pointer_itemsize(tables: Sequence[TableSpec]) -> int:

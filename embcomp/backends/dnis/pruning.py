@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embcomp.backends.base import Form
+from embcomp.backends.base import MethodState
 from embcomp.backends.blocks import Blocks, block_table, column_dtype
 from embcomp.errors import BudgetError
 from embcomp.layers.frequency_blocks import block_ranges
@@ -147,14 +147,14 @@ def choose_columns(
 
 
 def _of_block(
-    scores: Sequence[float], look_ups: float, cost: int, *, table: int, block: int
+    scores: Sequence[float], lookups: float, cost: int, *, table: int, block: int
 ) -> Iterator[_Candidate]:
     """The columns of a block that the search did not close, the highest score first."""
     ranked = sorted(enumerate(scores), key=lambda entry: -entry[1])
     for rank, (column, score) in enumerate(ranked, start=1):
         if score > 0:
             yield _Candidate(
-                minus_worth=-look_ups * (score / rank) ** 2 / cost,
+                minus_worth=-lookups * (score / rank) ** 2 / cost,
                 table=table,
                 block=block,
                 column=column,
@@ -202,7 +202,7 @@ def blocks_form(
     selections: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     cuts: Cuts,
-) -> Form:
+) -> MethodState:
     """Dense blocks of the columns that are kept, selections absorbed.
 
     Args:
@@ -235,7 +235,7 @@ def blocks_form(
                 stored = torch.cat(parts).to(rows[name].dtype)
                 tensors[f"rows.{block_table(name, index)}"] = stored
     tensors["combine.columns"] = torch.cat(columns).to(column_dtype(tables))
-    return Form(config=Blocks(widths=widths, cuts=starts), tensors=tensors)
+    return MethodState(config=Blocks(widths=widths, cuts=starts), tensors=tensors)
 
 
 def _equal_neighbours(kept: Tensor) -> list[list[int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, Form, full_table
+from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis.pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -23,7 +23,7 @@ from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts, traffic_cuts
 from embcomp.layers.learned_buffers import Penalised
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -109,8 +109,8 @@ class DNISSearch(BackendConfig):
                 l1=self.l1,
                 budget=self.serve_bytes,
             ),
-            per_row=True,
-            takes_ids=True,
+            needs_unpooled_rows=True,
+            needs_context=True,
         )
 
     def _column_bytes(self, table: TableSpec, index: int) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class DNISSearch(BackendConfig):
                     columns=(columns := width if self.selection == "free" else 1),
                     itemsize=4,
                     train_columns=columns,
-                    look_up=False,
+                    lookup=False,
                     served=False,
                 )
                 for width, blocks in self._blocks_by_width(tables).items()
@@ -158,7 +158,7 @@ class DNISSearch(BackendConfig):
                 + (len(self.cuts_of(table)) + 1) * table.embedding_dim * index,
                 itemsize=1,
                 train_columns=0,
-                look_up=False,
+                lookup=False,
                 trained=False,
             )
             for table in tables
@@ -170,7 +170,7 @@ class DNISSearch(BackendConfig):
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self
 
-    def selections(self, tables: Sequence[TableSpec], form: Form) -> dict[str, Tensor]:
+    def selections(self, tables: Sequence[TableSpec], form: MethodState) -> dict[str, Tensor]:
         """(blocks, embedding_dim) for each table by name: what multiplies its columns."""
         found: dict[str, Tensor] = {}
         begun: dict[int, int] = {}
@@ -191,7 +191,7 @@ class DNISSearch(BackendConfig):
             for width, blocks in self._blocks_by_width(tables).items()
         }
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Selections absorbed by the rows; columns that a block closed are gone."""
         selections = self.selections(tables, form)
         return blocks_form(
@@ -307,7 +307,7 @@ class BlockGate(Penalised):
         }
         self._order = _order(widths) if len(blocks) > 1 else None
 
-    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+    def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of widths) -> (R, sum of widths)
         ids = looked_up.ids()  # (R, P)
         block = self._first.on(ids.device).expand_as(ids).clone()

@@ -15,13 +15,13 @@ from torch import Tensor
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.footprint import TensorFootprint
 
 _FINENESS = 1 << 30  # of probabilities
 
 
-class Columns:
+class GroupColumns:
     """The columns of a group's embeddings, side by side.
 
     Args:
@@ -90,7 +90,7 @@ class WidthDraws(LearnedBuffers):
     def reset_buffers(self) -> None:
         self.step.zero_()
 
-    def forward(self, looked_up: LookedUp) -> Tensor:
+    def forward(self, looked_up: LookupContext) -> Tensor:
         """The widths of one training step: (rows, pairs) int64; bags of a sample have one width."""
         self.ensure_filled()
         samples = looked_up.global_samples()
@@ -127,6 +127,6 @@ def draws_footprint(name: str) -> TensorFootprint:
         columns=1,
         itemsize=8,
         train_columns=1,
-        look_up=False,
+        lookup=False,
         served=False,
     )

@@ -5,7 +5,7 @@ brought to tables: in training each embedding is cut to a width drawn for its sa
 by zeros, so that its first columns learn what matters most. The paper sums the losses of all widths,
 one forward pass each; drawing one width per sample and field costs one pass and lets every field have
 a width of its own afterwards. Which widths, a search finds that trains nothing; they can also be given
-by hand, again and again, from one training (``slice_form``).
+by hand, again and again, from one training (``slice_columns``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from embcomp.backends.base import Backend, Form, Past, SearchContext
+from embcomp.backends.base import Backend, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form
 from embcomp.backends.stages import Stage
@@ -113,8 +113,8 @@ class Matryoshka(SearchedSize):
             keys=keys,
             route=FullRoute(keys, RangeCheck(tables)),
             combine=Supernet(tables, draws=draws),
-            per_row=True,
-            takes_ids=True,
+            needs_unpooled_rows=True,
+            needs_context=True,
         )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -178,12 +178,14 @@ class Matryoshka(SearchedSize):
             budget=self.target_bytes,
         )
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
-        return self.slice_form(tables, past.before, past.results["search"]["widths"])
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
+        return self.slice_columns(tables, past.before, past.results["search"]["widths"])
 
-    def slice_form(
-        self, tables: Sequence[TableSpec], form: Form, widths: Mapping[str, int]
-    ) -> Form:
+    def slice_columns(
+        self, tables: Sequence[TableSpec], form: MethodState, widths: Mapping[str, int]
+    ) -> MethodState:
         """Trained tables cut to any widths, ready to serve or to train on.
 
         Args:
@@ -209,7 +211,7 @@ class Matryoshka(SearchedSize):
         weights = {table.name: form.rows(table.name) for table in tables}
         return low_dim_form(tables, weights, {}, widths)
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Whole tables without the machinery of training.
 
         Where ``target_bytes`` is given, each table is cut to one share of its width instead: for
@@ -217,4 +219,4 @@ class Matryoshka(SearchedSize):
         """
         space = self._space(tables)
         widths = space.widest if space.budget is None else space.power_law(0) or space.narrowest
-        return self.slice_form(tables, form, space.named(widths))
+        return self.slice_columns(tables, form, space.named(widths))

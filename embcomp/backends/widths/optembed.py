@@ -29,13 +29,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from embcomp.backends.base import Backend, Form, Past, SearchContext
+from embcomp.backends.base import Backend, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.low_dim import low_dim_form, pruned_bytes
 from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
-from embcomp.backends.widths.row_ranking import RowOrder, counts_or_ranks
+from embcomp.backends.widths.row_ranking import RowRanking, counts_or_ranks
 from embcomp.backends.widths.searched_size import SearchedSize
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_norms
@@ -144,8 +144,8 @@ class OptEmbed(SearchedSize):
                 gates=self.prune != "widths",
                 draws=None if self.prune == "rows" else self._draws(tables),
             ),
-            per_row=True,
-            takes_ids=True,
+            needs_unpooled_rows=True,
+            needs_context=True,
         )
 
     def _draws(self, tables: Sequence[TableSpec]) -> WidthDraws:
@@ -167,7 +167,7 @@ class OptEmbed(SearchedSize):
             Stage(
                 name="retrain",
                 purpose="train the chosen rows and columns alone",
-                restarts=not self.inherit,
+                reinit_network=not self.inherit,
             ),
         )
 
@@ -182,7 +182,7 @@ class OptEmbed(SearchedSize):
         places = context.shared(
             "row_order", lambda: self._places(tables, context.form, context.counts)
         )
-        order = RowOrder(tables, places)
+        order = RowRanking(tables, places)
         trial = Trial(tables, context)
         progress = context.load() or {}
         if "kept" not in progress:
@@ -215,7 +215,7 @@ class OptEmbed(SearchedSize):
             "candidates": found.evaluations,
         }
 
-    def _choose_kept(self, tables: Sequence[TableSpec], order: RowOrder, trial: Trial) -> int:
+    def _choose_kept(self, tables: Sequence[TableSpec], order: RowRanking, trial: Trial) -> int:
         """How many rows to keep in all tables together."""
         if self.target_bytes is None or self.prune == "widths":
             return order.most
@@ -252,14 +252,16 @@ class OptEmbed(SearchedSize):
             budget=self.target_bytes,
         )
 
-    def begin(self, stage: Stage, tables: Sequence[TableSpec], past: Past) -> Form:
+    def start_stage(
+        self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
+    ) -> MethodState:
         found = past.results["search"]
         masks = self._order(tables, past.before, past.counts).masks(found["kept"])
         source = past.before if self.inherit else past.initial()
         weights = {table.name: source.rows(table.name) for table in tables}
         return low_dim_form(tables, weights, masks, found["widths"])
 
-    def compact(self, tables: Sequence[TableSpec], form: Form) -> Form:
+    def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The supernet without the rows that its thresholds prune.
 
         Where ``target_bytes`` is given and this is larger, the least important rows go too, and
@@ -278,17 +280,17 @@ class OptEmbed(SearchedSize):
         return low_dim_form(tables, weights, order.masks(kept), widths)
 
     def _order(
-        self, tables: Sequence[TableSpec], form: Form, counts: Mapping[str, Tensor]
-    ) -> RowOrder:
-        return RowOrder(tables, self._places(tables, form, counts))
+        self, tables: Sequence[TableSpec], form: MethodState, counts: Mapping[str, Tensor]
+    ) -> RowRanking:
+        return RowRanking(tables, self._places(tables, form, counts))
 
     def _places(
-        self, tables: Sequence[TableSpec], form: Form, counts: Mapping[str, Tensor]
+        self, tables: Sequence[TableSpec], form: MethodState, counts: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """All rows by importance; those that learnt thresholds prune, or nobody saw, are out."""
         if self.prune == "widths":
             ones = {table.name: torch.ones(table.num_embeddings) for table in tables}
-            return RowOrder.places_of(tables, ones)
+            return RowRanking.places_of(tables, ones)
         passing = self._passing(tables, form)
         importance = {}
         for table in tables:
@@ -298,9 +300,9 @@ class OptEmbed(SearchedSize):
                 value = value * seen
             keeps = passing[table.name] & (seen > 0)
             importance[table.name] = torch.where(keeps, value, -torch.inf)
-        return RowOrder.places_of(tables, importance)
+        return RowRanking.places_of(tables, importance)
 
-    def _passing(self, tables: Sequence[TableSpec], form: Form) -> dict[str, Tensor]:
+    def _passing(self, tables: Sequence[TableSpec], form: MethodState) -> dict[str, Tensor]:
         """For each table, (N,) bool which rows are above the threshold; nothing without gates."""
         if self.prune == "widths":
             return {}
@@ -322,6 +324,6 @@ def _number_each(tables: Sequence[TableSpec], what: str) -> TensorFootprint:
         columns=1,
         itemsize=4,
         train_columns=1,
-        look_up=False,
+        lookup=False,
         served=False,
     )

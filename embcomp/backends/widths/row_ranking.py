@@ -24,7 +24,7 @@ def counts_or_ranks(table: TableSpec, counts: Mapping[str, Tensor]) -> Tensor:
     return found.to(torch.float64)
 
 
-class RowOrder:
+class RowRanking:
     """The best rows of all tables together.
 
     Args:

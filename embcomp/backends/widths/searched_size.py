@@ -63,7 +63,7 @@ class SearchedSize(BackendConfig):
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [full_table(table) for table in tables]
 
-    def first_form(self) -> BackendConfig:
+    def first_method(self) -> BackendConfig:
         return replace(self, target_bytes=None, budget=None)
 
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:

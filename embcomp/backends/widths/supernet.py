@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.base import SearchContext
-from embcomp.backends.widths.masks import Columns, WidthDraws
+from embcomp.backends.widths.masks import GroupColumns, WidthDraws
 from embcomp.backends.widths.threshold_gate import Norm, NormMeans, Step, Thresholds, relative_norms
 from embcomp.backends.widths.width_space import Widths
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import Penalised
-from embcomp.layers.lookup_context import LookedUp
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.specs import TableSpec
 
 
@@ -45,7 +45,7 @@ class Supernet(Penalised):
         super().__init__()
         owners = [n for n, table in enumerate(tables) for _ in table.feature_names]
         sizes = [table.num_embeddings for table in tables]
-        self._columns = Columns([tables[owner].embedding_dim for owner in owners])
+        self._columns = GroupColumns([tables[owner].embedding_dim for owner in owners])
         self._tables = Constant(owners)
         self._starts = Constant([sum(sizes[:owner]) for owner in owners])
         self._norm, self._alpha = norm, alpha
@@ -67,7 +67,7 @@ class Supernet(Penalised):
         """In evaluation, cut the embeddings of each table to a width; None leaves them whole."""
         self._fixed_widths = None if widths is None else torch.tensor(widths)
 
-    def forward(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+    def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of dims) -> (R, sum of dims)
         self.penalty = None
         if self.training:
@@ -88,7 +88,7 @@ class Supernet(Penalised):
             rows = rows * self._columns.prefixes(widths.unsqueeze(0))
         return rows
 
-    def _gated(self, rows: Tensor, looked_up: LookedUp) -> Tensor:
+    def _gated(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         if self.thresholds is None or self.norms is None:
             return rows
         tables = self._tables.on(rows.device)

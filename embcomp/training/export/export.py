@@ -55,17 +55,17 @@ class Latency:
     Attributes:
         batch: Rows of a batch.
         microseconds: Median time of a batch.
-        look_ups: Ids in the batch.
+        lookups: Ids in the batch.
     """
 
     batch: int
     microseconds: float
-    look_ups: int
+    lookups: int
 
     @property
     def nanoseconds_per_look_up(self) -> float:
         """Time of one id."""
-        return 1000 * self.microseconds / max(1, self.look_ups)
+        return 1000 * self.microseconds / max(1, self.lookups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +327,7 @@ def measure(serving: ServingModel, batch: Batch, repeats: int = 20) -> Latency:
     return Latency(
         batch=batch.sparse.stride(),
         microseconds=1e6 * median_time(lambda: tables(batch.sparse), repeats),
-        look_ups=batch.sparse.values().numel(),
+        lookups=batch.sparse.values().numel(),
     )
 
 

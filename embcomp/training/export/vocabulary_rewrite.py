@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends import Full, LowDim
-from embcomp.backends.base import BackendConfig, Form
+from embcomp.backends.base import BackendConfig, MethodState
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
@@ -140,7 +140,7 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
     main = main.compact()
     counts = {name: torch.from_numpy(count) for name, count in id_counts(info).items()}
     pruned: dict[str, Tensor] = {}
-    for each in main.forms():
+    for each in main.states():
         if isinstance(each.form.config, LowDim):
             pruned |= each.form.config.pruned_ids(each.tables, each.form)
     if not pruned:
@@ -185,19 +185,19 @@ def renumbered(
         spec.name: dataclasses.replace(spec, num_embeddings=config.num_embeddings)
         for spec, config in zip(collection.plan.tables, configs)
     }
-    forms = [_renumbered_form(each, features) for each in collection.forms()]
+    forms = [_renumbered_form(each, features) for each in collection.states()]
     moved = [
-        GroupForm(tables=[specs[t.name] for t in each.tables], form=each.form) for each in forms
+        GroupState(tables=[specs[t.name] for t in each.tables], form=each.form) for each in forms
     ]
     methods: dict[str, BackendConfig] = {
         table.name: each.form.config for each in moved for table in each.tables
     }
     made = CompressedEmbeddingBagCollection(configs, ResolvedPlan(tuple(specs.values()), methods))
-    made.load_forms(moved)
+    made.load_states(moved)
     return made.eval()
 
 
-def _renumbered_form(each: GroupForm, features: Mapping[str, Renumbering]) -> GroupForm:
+def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> GroupState:
     config, form = each.form.config, each.form
     own = [table for table in each.tables if table.name in features]
     if not own:
@@ -219,14 +219,14 @@ def _renumbered_form(each: GroupForm, features: Mapping[str, Renumbering]) -> Gr
         tensors[f"rows.{table.name}"] = moved
     if isinstance(config, LowDim):
         widths = {table.name: config.columns(table) for table in each.tables}
-        return GroupForm(
-            tables=each.tables, form=Form(config=LowDim(widths=widths), tensors=tensors)
+        return GroupState(
+            tables=each.tables, form=MethodState(config=LowDim(widths=widths), tensors=tensors)
         )
-    return GroupForm(tables=each.tables, form=Form(config=config, tensors=tensors))
+    return GroupState(tables=each.tables, form=MethodState(config=config, tensors=tensors))
 
 
 def _places(
-    config: BackendConfig, table: TableSpec, form: Form, tables: Sequence[TableSpec]
+    config: BackendConfig, table: TableSpec, form: MethodState, tables: Sequence[TableSpec]
 ) -> Tensor:
     """(old num_embeddings,) the stored row of each old id."""
     pruned = config.pruned_ids(tables, form).get(table.name)

@@ -65,8 +65,8 @@ def _fused_kernels(sharded: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBag
     """The kernels of a model's fused rows; none on a rank that holds no table."""
     for collection in sharded.modules():
         if isinstance(collection, ShardedEmbeddingBagCollection):
-            for look_up in collection._lookups:  # a plain list, which modules() does not enter
-                for module in look_up.modules():
+            for lookup in collection._lookups:  # a plain list, which modules() does not enter
+                for module in lookup.modules():
                     if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
                         yield module
 

@@ -19,7 +19,7 @@ from embcomp.training.build import UnshardedModel
 from embcomp.training.distributed.process import Process
 from embcomp.training.loop_state import LoopState
 from embcomp.training.reporting.evaluation import Evaluation
-from embcomp.training.reporting.stage_result import Outcome
+from embcomp.training.reporting.stage_result import StageResult
 from embcomp.training.run_folder import REPORT_FILE
 from embcomp.training.served_rows import served_bytes
 
@@ -90,7 +90,7 @@ class Report:
         process: Process,
         state: LoopState,
         *,
-        stages: Sequence[Outcome],
+        stages: Sequence[StageResult],
         best_step: int,
         valid: dict[str, Any],
         test: dict[str, Any] | None,

@@ -17,7 +17,7 @@ from embcomp.training.run_folder import StageFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class StageResult:
     """One finished stage.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
     result: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stage: Stage, state: LoopState, keeps_step: int) -> Outcome:
+    def of(cls, stage: Stage, state: LoopState, keeps_step: int) -> StageResult:
         """A stage that trained."""
         return cls(
             name=stage.name,
@@ -54,7 +54,7 @@ class Outcome:
         )
 
 
-def write_outcome(place: StageFolder, outcome: Outcome, log_sizes: Mapping[str, int]) -> None:
+def write_outcome(place: StageFolder, outcome: StageResult, log_sizes: Mapping[str, int]) -> None:
     """Marks a stage as finished.
 
     Args:
@@ -67,11 +67,11 @@ def write_outcome(place: StageFolder, outcome: Outcome, log_sizes: Mapping[str, 
     write_atomically(place.done, json.dumps(without_nan(content), indent=1) + "\n")
 
 
-def read_outcome(place: StageFolder) -> tuple[Outcome, dict[str, int]]:
+def read_stage_result(place: StageFolder) -> tuple[StageResult, dict[str, int]]:
     """A finished stage, and the bytes of the run's logs at its end."""
     try:
         content = json.loads(place.done.read_text(encoding="utf-8"))
         sizes = content.pop("log_sizes")
-        return Outcome(**content), sizes
+        return StageResult(**content), sizes
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{place.path} is not a finished stage: {error}") from None

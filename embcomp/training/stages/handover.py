@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embcomp.backends.base import Form, Past
+from embcomp.backends.base import MethodState, StageInputs
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.collection.group_states import GroupForm
+from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan_document import plan_to_document
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
@@ -31,20 +31,20 @@ from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import model_state
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.optim.initial_rows import local_pieces
-from embcomp.training.reporting.stage_result import read_outcome
+from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.loading import load_model, load_unsharded
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.schedule import StageSchedule
 
 
 def left_by(
-    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int
+    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule, folder: RunFolder, index: int
 ) -> UnshardedModel:
     """What a finished stage hands on; for the first one perhaps another run's best weights."""
-    if config.train.start_from is not None and index == life.trained[0]:
-        return _of_another_run(config, info, life)
-    outcome, _ = read_outcome(folder.stage(index, life.names))
-    return load_unsharded(config, info, life, folder, index, outcome.keeps_step)
+    if config.train.start_from is not None and index == schedule.trained[0]:
+        return _of_another_run(config, info, schedule)
+    outcome, _ = read_stage_result(folder.stage(index, schedule.names))
+    return load_unsharded(config, info, schedule, folder, index, outcome.keeps_step)
 
 
 def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
@@ -53,29 +53,29 @@ def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
 
 
 def prepare_start(
-    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int
+    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule, folder: RunFolder, index: int
 ) -> None:
     """Writes the form in which a stage after the first begins; for one rank."""
-    assert life.method is not None
-    place = folder.stage(index, life.names)
+    assert schedule.method is not None
+    place = folder.stage(index, schedule.names)
     if place.forms.exists():
         return
-    model = left_by(config, info, life, folder, life.last_trained_before(index))
-    form = life.method.begin(
-        life.stages[index],
-        life.tables,
-        Past(
-            before=form_of(model, life),
-            initial=lambda: _initial_form(config, info, life),
+    model = left_by(config, info, schedule, folder, schedule.last_trained_before(index))
+    form = schedule.method.start_stage(
+        schedule.stages[index],
+        schedule.tables,
+        StageInputs(
+            before=state_of_method(model, schedule),
+            initial=lambda: _initial_form(config, info, schedule),
             counts=counts_of(info),
-            results=search_results(life, folder, index),
+            results=search_results(schedule, folder, index),
             seed=config.seed,
         ),
     )
-    plan = life.with_method(form.config)
+    plan = schedule.with_method(form.config)
     begun = build_model(config, info, torch.device("meta"), plan)
-    tensors = _tables_start(model, begun, life, form)
-    if not life.stages[index].restarts:
+    tensors = _tables_start(model, begun, schedule, form)
+    if not schedule.stages[index].reinit_network:
         tensors |= _network_start(model, begun)
     place.path.mkdir(parents=True, exist_ok=True)
     temporary = place.start.with_name(f".{place.start.name}.tmp")
@@ -84,21 +84,23 @@ def prepare_start(
     write_atomically(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
 
 
-def search_results(life: Life, folder: RunFolder, before: int) -> dict[str, Mapping[str, Any]]:
+def search_results(
+    schedule: StageSchedule, folder: RunFolder, before: int
+) -> dict[str, Mapping[str, Any]]:
     """What earlier search stages found, by their names."""
     return {
-        stage.name: read_outcome(folder.stage(index, life.names))[0].result
-        for index, stage in enumerate(life.stages[:before])
+        stage.name: read_stage_result(folder.stage(index, schedule.names))[0].result
+        for index, stage in enumerate(schedule.stages[:before])
         if stage.kind == "search"
     }
 
 
-def form_of(model: UnshardedModel, life: Life) -> Form:
+def state_of_method(model: UnshardedModel, schedule: StageSchedule) -> MethodState:
     """The form of the tables that are trained in stages."""
     assert model.tables is not None
-    own = life.tables[0].name
+    own = schedule.tables[0].name
     return next(
-        each.form for each in model.tables.forms() if own in [table.name for table in each.tables]
+        each.form for each in model.tables.states() if own in [table.name for table in each.tables]
     )
 
 
@@ -131,20 +133,20 @@ def _fill(piece: Tensor, whole: Any, shape: tuple[int, ...], row: int, column: i
         piece[:, :columns] = whole[row : row + len(piece), column : column + columns]
 
 
-def _initial_form(config: TrainConfig, info: DatasetInfo, life: Life) -> Form:
-    plan = life.first_plan()
+def _initial_form(config: TrainConfig, info: DatasetInfo, schedule: StageSchedule) -> MethodState:
+    plan = schedule.first_plan()
     assert plan is not None
-    return form_of(initial_model(config, info, plan), life)
+    return state_of_method(initial_model(config, info, plan), schedule)
 
 
 def _tables_start(
-    model: UnshardedModel, begun: UnshardedModel, life: Life, form: Form
+    model: UnshardedModel, begun: UnshardedModel, schedule: StageSchedule, form: MethodState
 ) -> dict[str, Tensor]:
     """The tensors of all tables by their names in the model that begins."""
     assert model.tables is not None
     assert begun.tables is not None
-    forms = [GroupForm(tables=life.tables, form=form)]
-    forms += [each for each in model.tables.forms() if each.form.config != form.config]
+    forms = [GroupState(tables=schedule.tables, form=form)]
+    forms += [each for each in model.tables.states() if each.form.config != form.config]
     path = path_of(begun.model, begun.tables)
     return {f"{path}.{name}": tensor for name, tensor in begun.tables.state_of(forms).items()}
 
@@ -166,7 +168,7 @@ def path_of(model: torch.nn.Module, collection: CompressedEmbeddingBagCollection
     return next(path for path, module in model.named_modules() if module is collection)
 
 
-def check_other_run(config: TrainConfig, info: DatasetInfo, life: Life) -> None:
+def check_other_run(config: TrainConfig, info: DatasetInfo, schedule: StageSchedule) -> None:
     """Raises before any training what `train.start_from` cannot start."""
     source = config.train.start_from
     if source is None:
@@ -180,13 +182,15 @@ def check_other_run(config: TrainConfig, info: DatasetInfo, life: Life) -> None:
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
     with quiet_libraries():
-        _of_another_run(config, info, life)
+        _of_another_run(config, info, schedule)
 
 
-def _of_another_run(config: TrainConfig, info: DatasetInfo, life: Life) -> UnshardedModel:
+def _of_another_run(
+    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule
+) -> UnshardedModel:
     source = config.train.start_from
     assert source is not None
-    plan = life.first_plan()
+    plan = schedule.first_plan()
     unsharded = build_model(config, info, torch.device("cpu"), plan)
     came: Mapping[str, Tensor] = load_model(Path(source)).state_dict()
     wanted = unsharded.model.state_dict()
@@ -194,7 +198,7 @@ def _of_another_run(config: TrainConfig, info: DatasetInfo, life: Life) -> Unsha
     if odd:
         raise ConfigError(
             f"train.start_from: {source} has another model or other tables than the stage "
-            f"{life.names[0]!r}: they differ in {', '.join(odd[:3])}"
+            f"{schedule.names[0]!r}: they differ in {', '.join(odd[:3])}"
             f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Use the same dataset, model "
             "and embedding_dim"
         )

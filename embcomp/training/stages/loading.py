@@ -17,7 +17,7 @@ from embcomp.training.checkpoint import checkpoint_folder, read_state, saved_ste
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder, StageFolder
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.schedule import StageSchedule
 
 
 def load_model(run: str | Path, step: int | None = None) -> nn.Module:
@@ -32,42 +32,47 @@ def load_model(run: str | Path, step: int | None = None) -> nn.Module:
     folder = RunFolder(Path(run))
     config = folder.config()
     info = DatasetInfo.load(config.data.path)
-    life = Life.of(config, info)
-    index = latest_stage(life, folder)
-    place = folder.stage(index, life.names)
+    schedule = StageSchedule.of(config, info)
+    index = latest_stage(schedule, folder)
+    place = folder.stage(index, schedule.names)
     chosen = best_step(folder, place) if step is None else step
     if not checkpoint_folder(place.checkpoints, chosen).exists():
         raise EmbcompError(
             f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
             f"checkpoint: {_listed(place)}"
         )
-    return load_unsharded(config, info, life, folder, index, chosen).model.eval()
+    return load_unsharded(config, info, schedule, folder, index, chosen).model.eval()
 
 
 def forms_of_run(run: str | Path) -> ResolvedPlan | None:
     """How a run's tables are stored in its last stage so far; None for a model without any."""
     folder = RunFolder(Path(run))
     config = folder.config()
-    life = Life.of(config, DatasetInfo.load(config.data.path))
-    index = latest_stage(life, folder)
-    return life.plan_of(index, folder.stage(index, life.names))
+    schedule = StageSchedule.of(config, DatasetInfo.load(config.data.path))
+    index = latest_stage(schedule, folder)
+    return schedule.plan_of(index, folder.stage(index, schedule.names))
 
 
 def load_unsharded(
-    config: TrainConfig, info: DatasetInfo, life: Life, folder: RunFolder, index: int, step: int
+    config: TrainConfig,
+    info: DatasetInfo,
+    schedule: StageSchedule,
+    folder: RunFolder,
+    index: int,
+    step: int,
 ) -> UnshardedModel:
     """A stage's weights.
 
     Args:
         config: The run.
         info: Its dataset.
-        life: Its stages.
+        schedule: Its stages.
         folder: Its folder.
         index: The place of a stage that trains.
         step: A step of that stage that has a checkpoint.
     """
-    place = folder.stage(index, life.names)
-    unsharded = build_model(config, info, torch.device("cpu"), life.plan_of(index, place))
+    place = folder.stage(index, schedule.names)
+    unsharded = build_model(config, info, torch.device("cpu"), schedule.plan_of(index, place))
     tensors = {"model": unsharded.model.state_dict()}
     path = checkpoint_folder(place.checkpoints, step)
     if not path.exists():
@@ -78,10 +83,12 @@ def load_unsharded(
     return unsharded
 
 
-def latest_stage(life: Life, folder: RunFolder) -> int:
+def latest_stage(schedule: StageSchedule, folder: RunFolder) -> int:
     """The last stage that has a checkpoint; the first one where none has."""
-    begun = [i for i in life.trained if saved_steps(folder.stage(i, life.names).checkpoints)]
-    return begun[-1] if begun else life.trained[0]
+    begun = [
+        i for i in schedule.trained if saved_steps(folder.stage(i, schedule.names).checkpoints)
+    ]
+    return begun[-1] if begun else schedule.trained[0]
 
 
 def _listed(place: StageFolder) -> str:

@@ -20,7 +20,7 @@ from embcomp.training.second_order import check_unrolled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Life:
+class StageSchedule:
     """The stages of one run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Life:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def of(cls, config: TrainConfig, info: DatasetInfo) -> Life:
+    def of(cls, config: TrainConfig, info: DatasetInfo) -> StageSchedule:
         """The stages that a config's methods ask for.
 
         Raises:
@@ -61,7 +61,7 @@ class Life:
                 f"train.start_from: {config.tables.method.name} is trained in one stage, so that "
                 "another run's weights would leave nothing to do; it is for methods in stages"
             )
-        if method is not None and any(stage.unrolls for stage in stages):
+        if method is not None and any(stage.second_order for stage in stages):
             check_unrolled(method.name, config)
         return cls(plan=plan, method=method, stages=tuple(_wished(s, config) for s in stages))
 
@@ -91,7 +91,7 @@ class Life:
 
     def first_plan(self) -> ResolvedPlan | None:
         """How the tables are stored in the first stage."""
-        return self.plan if self.method is None else self.with_method(self.method.first_form())
+        return self.plan if self.method is None else self.with_method(self.method.first_method())
 
     def with_method(self, form: BackendConfig) -> ResolvedPlan:
         """The plan with another form of the method that is trained in stages."""
@@ -117,32 +117,32 @@ class StageSetup:
     """One stage of a run, ready to begin.
 
     Attributes:
-        life: All stages.
+        schedule: All stages.
         index: The place of this one.
         plan: How the tables are stored in it.
         folder: Where its files lie.
     """
 
-    life: Life
+    schedule: StageSchedule
     index: int
     plan: ResolvedPlan | None
     folder: StageFolder
 
     @classmethod
-    def of(cls, life: Life, index: int, folder: RunFolder) -> StageSetup:
+    def of(cls, schedule: StageSchedule, index: int, folder: RunFolder) -> StageSetup:
         """A stage whose forms are known."""
-        own = folder.stage(index, life.names)
-        return cls(life=life, index=index, plan=life.plan_of(index, own), folder=own)
+        own = folder.stage(index, schedule.names)
+        return cls(schedule=schedule, index=index, plan=schedule.plan_of(index, own), folder=own)
 
     @property
     def stage(self) -> Stage:
         """What it does."""
-        return self.life.stages[self.index]
+        return self.schedule.stages[self.index]
 
     @property
     def label(self) -> str:
         """The stage's name for logs; empty where there is one stage only."""
-        return self.stage.name if len(self.life.stages) > 1 else ""
+        return self.stage.name if len(self.schedule.stages) > 1 else ""
 
     def structure_prefix(self, collection_path: str) -> str | None:
         """What the names of the method's own parameters begin with inside the model.
@@ -150,9 +150,9 @@ class StageSetup:
         Args:
             collection_path: The embedding tables' path inside the model.
         """
-        if self.life.method is None or self.plan is None:
+        if self.schedule.method is None or self.plan is None:
             return None
-        own = self.life.tables[0].name
+        own = self.schedule.tables[0].name
         for index, (_, tables) in enumerate(self.plan.groups):
             if own in [table.name for table in tables]:
                 return f"{collection_path}.combine.combines.{index}."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embcomp.backends.base import Form
+from embcomp.backends.base import MethodState
 from embcomp.collection.combine import Combine
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
@@ -24,11 +24,11 @@ from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import evaluate_batches
-from embcomp.training.reporting.stage_result import Outcome
+from embcomp.training.reporting.stage_result import StageResult
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.batch_norm import refit, running_norms
-from embcomp.training.stages.handover import counts_of, form_of, left_by, load_tensors_of
-from embcomp.training.stages.schedule import Life
+from embcomp.training.stages.handover import counts_of, left_by, load_tensors_of, state_of_method
+from embcomp.training.stages.schedule import StageSchedule
 from embcomp.training.stages.shared_tensors import SharedTensors
 
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
@@ -44,7 +44,7 @@ class StageSearch:
     Args:
         config: The run.
         info: Its dataset.
-        life: Its stages.
+        schedule: Its stages.
         index: The place of the search.
         folder: The run's folder.
         process: The process group.
@@ -55,25 +55,25 @@ class StageSearch:
         self,
         config: TrainConfig,
         info: DatasetInfo,
-        life: Life,
+        schedule: StageSchedule,
         index: int,
         folder: RunFolder,
         process: Process,
         console: RunConsole,
     ) -> None:
-        self._config, self._info, self._life = config, info, life
+        self._config, self._info, self._schedule = config, info, schedule
         self._index, self._process, self._console = index, process, console
-        self._place: StageFolder = folder.stage(index, life.names)
+        self._place: StageFolder = folder.stage(index, schedule.names)
         self._precision = check_precision(config, process)
-        before = life.last_trained_before(index)
-        plan = life.plan_of(before, folder.stage(before, life.names))
+        before = schedule.last_trained_before(index)
+        plan = schedule.plan_of(before, folder.stage(before, schedule.names))
         self._tensors = SharedTensors(self._place.path, process)
         left = self._tensors.get(
-            "model", lambda: left_by(config, info, life, folder, before).model.state_dict()
+            "model", lambda: left_by(config, info, schedule, folder, before).model.state_dict()
         )
         whole = build_model(config, info, torch.device("meta"), plan)
         whole.model.load_state_dict(left, assign=True)
-        self._form = form_of(whole, life)
+        self._form = state_of_method(whole, schedule)
         self._unsharded = build_model(config, info, torch.device("meta"), plan)
         self._sharded = shard_model(self._unsharded, config, process)
         load_tensors_of(left, self._sharded)
@@ -82,18 +82,18 @@ class StageSearch:
         self._counts: dict[str, Tensor] | None = None
         self.evaluations = 0
 
-    def run(self) -> Outcome:
+    def run(self) -> StageResult:
         """Searches to the end, or goes on where an interrupted search was."""
-        method = self._life.method
+        method = self._schedule.method
         assert method is not None
         begun = time.perf_counter()
-        stage = self._life.stages[self._index]
+        stage = self._schedule.stages[self._index]
         self._console.say(f"{stage.name}: {stage.purpose}")
         self._place.path.mkdir(parents=True, exist_ok=True)
-        result = method.search(stage, self._life.tables, self)
+        result = method.search(stage, self._schedule.tables, self)
         self._tensors.release()
         seconds = time.perf_counter() - begun
-        return Outcome(
+        return StageResult(
             name=stage.name,
             stopped=f"{self.evaluations} evaluations",
             train_seconds=seconds,
@@ -102,7 +102,7 @@ class StageSearch:
         )
 
     @property
-    def form(self) -> Form:
+    def form(self) -> MethodState:
         """The form that the stage before left, whole and on the CPU."""
         return self._form
 
@@ -112,7 +112,7 @@ class StageSearch:
         tables = self._unsharded.tables
         assert tables is not None
         assert isinstance(tables.combine, Combine)
-        own = self._life.tables[0].name
+        own = self._schedule.tables[0].name
         for combine, (_, group) in zip(tables.combine.combines, tables.plan.groups):
             if own in [table.name for table in group]:
                 return combine
