@@ -113,7 +113,7 @@ def search(
     """Searches, joins a search that goes on, or goes on with one that was interrupted.
 
     Args:
-        config: The search, from `embcomp.search.config.search_config.load_search`.
+        config: The search, from `embcomp.search.load_search`.
         folder: The folder of all searches; this one's is `<folder>/<config.name>`.
         quiet: Whether to print nothing.
 

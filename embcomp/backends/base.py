@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.io.lazy_names import warn_renamed
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
@@ -189,6 +190,13 @@ class BackendConfig(ABC):
             f"{self.name}: {', '.join(widths)} cannot be cut to fewer columns, as its rows were not "
             "trained for that; matryoshka rows are, unless a budget has already cut them"
         )
+
+    def slice_form(
+        self, tables: Sequence[TableSpec], form: MethodState, widths: Mapping[str, int]
+    ) -> MethodState:
+        """The old name of `slice_columns`."""
+        warn_renamed("slice_form", "slice_columns")
+        return self.slice_columns(tables, form, widths)
 
     def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.

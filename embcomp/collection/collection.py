@@ -28,13 +28,14 @@ from embcomp.collection.group_states import (
     GroupState,
     group_names,
     pad_columns,
-    read_forms,
+    read_states,
     state_name,
 )
 from embcomp.collection.groups import Group, table_features
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.route import CompositeRoute
 from embcomp.errors import ConfigError
+from embcomp.io.lazy_names import warn_renamed
 from embcomp.layers.learned_buffers import penalty_of
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
@@ -156,7 +157,17 @@ class _Compressed(nn.Module):
 
     def states(self) -> list[GroupState]:
         """Every method with its tables and tensors; only for a collection that is not sharded."""
-        return read_forms(self._groups, self._inner_weights(), self.route, self.combine)
+        return read_states(self._groups, self._inner_weights(), self.route, self.combine)
+
+    def forms(self) -> list[GroupState]:
+        """The old name of `states`."""
+        warn_renamed("forms()", "states()")
+        return self.states()
+
+    def load_forms(self, forms: Sequence[GroupState]) -> None:
+        """The old name of `load_states`."""
+        warn_renamed("load_forms()", "load_states()")
+        self.load_states(forms)
 
     def _inner_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
@@ -173,7 +184,7 @@ class _Compressed(nn.Module):
 
         Args:
             index: the group's place in ``plan.groups``.
-            names: as in ``Form.tensors``.
+            names: as in ``MethodState.tensors``.
         """
         inner = "unpooled_rows" if self._groups[index].unpooled else "rows"
         return {name: state_name(name, index, inner) for name in names}
@@ -230,36 +241,36 @@ class _Compressed(nn.Module):
             cut.append(GroupState(tables=each.tables, form=form))
         return self._with_states(cut)
 
-    def _with_states(self, forms: Sequence[GroupState]) -> Self:
+    def _with_states(self, states: Sequence[GroupState]) -> Self:
         """This collection rebuilt from other forms of its tables."""
-        methods = {t.name: each.form.config for each in forms for t in each.tables}
+        methods = {t.name: each.form.config for each in states for t in each.tables}
         rebuilt = self._rebuilt(ResolvedPlan(self._plan.tables, methods))
-        rebuilt.load_states(forms)
+        rebuilt.load_states(states)
         rebuilt.train(self.training)
         return rebuilt
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         raise NotImplementedError
 
-    def load_states(self, forms: Sequence[GroupState]) -> None:
+    def load_states(self, states: Sequence[GroupState]) -> None:
         """Fill this collection with tensors in the forms that it was built from.
 
         Args:
             states: any number of them for one group of this collection.
         """
         state = self.state_dict()
-        for name, tensor in self.state_of(forms).items():
+        for name, tensor in self.state_of(states).items():
             state[name] = pad_columns(tensor, state[name])
         self.load_state_dict(state)
 
-    def state_of(self, forms: Sequence[GroupState]) -> dict[str, Tensor]:
+    def state_of(self, states: Sequence[GroupState]) -> dict[str, Tensor]:
         """The forms' tensors by their names in the collection's state dict, without padding."""
         return {
-            state: each.form.tensors[name]
+            own: each.form.tensors[name]
             for index, group in enumerate(self._groups)
-            for each in forms
+            for each in states
             if each.form.tensors and each.form.config == group.config
-            for name, state in self.names_of(index, group_names(group, each.form.tensors)).items()
+            for name, own in self.names_of(index, group_names(group, each.form.tensors)).items()
         }
 
 

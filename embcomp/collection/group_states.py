@@ -27,7 +27,7 @@ class GroupState:
     form: MethodState
 
 
-def read_forms(
+def read_states(
     groups: Sequence[Group], weights: Mapping[str, Tensor], route: nn.Module, combine: nn.Module
 ) -> list[GroupState]:
     """The forms of built groups; their tensors are views, padding cut off.

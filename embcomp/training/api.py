@@ -33,7 +33,7 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     Under torchrun every rank calls it. The run's folder is `<runs>/<config.name>`.
 
     Args:
-        config: The run, from `embcomp.config.train_config.load_config`.
+        config: The run, from `embcomp.config.load_config`.
         runs: The folder of all runs.
         quiet: Whether to print nothing.
 

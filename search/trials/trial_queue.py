@@ -1,4 +1,4 @@
-"""The study as a ledger of candidates: nothing finished is lost or done twice, whoever dies.
+"""The study as a queue of trials, one for each candidate: nothing finished is lost or done twice, whoever dies.
 
 A candidate is an Optuna trial with the worker's name on it. A worker that is gone leaves trials
 that run for ever; the next one to look takes each off the books (only one can) and enqueues it

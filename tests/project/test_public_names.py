@@ -24,3 +24,10 @@ def test_names_and_their_homes_agree():
 def test_unknown_name_is_an_attribute_error_that_lists_the_known_ones():
     with pytest.raises(AttributeError, match="has no attribute 'Uniified'; it has .*'Unified'"):
         _ = embcomp.Uniified
+
+
+def test_a_public_name_of_old_goes_on_working_and_says_what_it_is_called_now():
+    import embcomp.search
+
+    with pytest.warns(DeprecationWarning, match="Source is called CandidateSampler now"):
+        assert embcomp.search.Source is embcomp.search.CandidateSampler
