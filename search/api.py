@@ -185,9 +185,9 @@ def search(
             correlation,
         )
     result.save(home)
-    from embcomp.search.reporting.page import write_page
+    from embcomp.search.reporting.page import write_search_page
 
-    write_page(result, home / "search.html")
+    write_search_page(result, home / "search.html")
     return result
 
 

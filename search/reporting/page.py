@@ -2,75 +2,67 @@
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from pathlib import Path
 
 import plotly.graph_objects as plotly
 
-from embcomp.io.atomic_files import write_atomically
+from embcomp.io.html import (
+    BLUE,
+    GREY,
+    ORANGE,
+    byte_ticks,
+    escaped,
+    figure_html,
+    table,
+    write_page,
+)
 from embcomp.search.reporting.page_correlation import correlation_note, draw_correlation
 from embcomp.search.reporting.results import CandidateResult, PointResult, SearchResult
 from embcomp.tables.budget import format_bytes
-from embcomp.training.reporting.comparison_drawing import byte_ticks
 
-# Okabe and Ito's colours, told apart with any colour vision.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
-_STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1000px;padding:0 1em;"
-    "color:#222}h2{margin-top:2em}table{border-collapse:collapse;width:100%}"
-    "td,th{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child,td.l,th.l{text-align:left}p.note{color:#555}"
-    ".wide{overflow-x:auto}"
-)
 _NAMES = {"auc": "AUC", "gauc": "grouped AUC", "log_loss": "log loss"}
 _SIDES = ("top center", "bottom center", "middle right", "middle left")
 _MOST_CANDIDATES = 200  # rows of the table of candidates
 
 
-def write_page(result: SearchResult, path: Path) -> None:
+def write_search_page(result: SearchResult, path: Path) -> None:
     """Writes the page, plotly's script included."""
     metric = _NAMES[result.objectives[0]]
     parts = [
-        f"<h1>{_text(result.name)}</h1>",
+        f"<h1>{escaped(result.name)}</h1>",
         f"<p>{_introduction(result)}</p>",
         _summary(result),
         f"<h2>{metric} against bytes</h2>",
-        _figure(_front(result), "front", first=True),
+        figure_html(_front(result), "front", first=True),
     ]
     if result.points:
         parts += [
             "<h2>What each table got</h2>",
             _heat_note(),
-            _figure(_heat_map(result), "choices"),
+            figure_html(_heat_map(result), "choices"),
         ]
     if any(result.importance.values()):
         parts += ["<h2>Which choices matter</h2>", _importance_note()]
-        parts.append(_figure(_importance(result), "importance"))
+        parts.append(figure_html(_importance(result), "importance"))
     if result.correlation is not None:
         parts += ["<h2>How well the supernet ranks</h2>", correlation_note(result)]
-        parts.append(_figure(draw_correlation(result), "correlation"))
+        parts.append(figure_html(draw_correlation(result), "correlation"))
     parts += ["<h2>What the search cost</h2>", _cost(result)]
     parts += ["<h2>Candidates</h2>", _candidates(result)]
     if result.notes:
-        dropped = "".join(f"<li>{_text(note)}</li>" for note in result.notes)
+        dropped = "".join(f"<li>{escaped(note)}</li>" for note in result.notes)
         parts.append(f"<h2>Dropped choices</h2><ul>{dropped}</ul>")
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{_text(result.name)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
-    write_atomically(path, page)
+    write_page(path, result.name, parts)
 
 
 def _introduction(result: SearchResult) -> str:
     share = result.budget / result.full_bytes
     return (
-        f"{_text(result.model)} on {_text(result.dataset)}, recipe {_text(result.recipe)}; budget "
+        f"{escaped(result.model)} on {escaped(result.dataset)}, recipe {escaped(result.recipe)}; budget "
         f"{result.budget:,} bytes ({format_bytes(result.budget)}, {share:.1%} of the full tables). "
-        f"Candidates came from {_text(result.sampler)}, out of {_big(result.space_size)} between "
+        f"Candidates came from {escaped(result.sampler)}, out of {_big(result.space_size)} between "
         f"{format_bytes(result.reachable[0])} and {format_bytes(result.reachable[1])}; each was "
         f"{_scored_by(result)}. Test data took no part in the search."
     )
@@ -78,7 +70,7 @@ def _introduction(result: SearchResult) -> str:
 
 def _scored_by(result: SearchResult) -> str:
     how = "scored after" if result.evaluator == "supernet" else "trained for"
-    return f"{how} {_text(result.fidelity)}"
+    return f"{how} {escaped(result.fidelity)}"
 
 
 def _summary(result: SearchResult) -> str:
@@ -88,10 +80,10 @@ def _summary(result: SearchResult) -> str:
     head = ("recipe", "bytes", f"{metric} in the search", f"{result.split} {metric} in full")
     rows = []
     for point, cells in zip(result.points, result.summary()):
-        name = f'<a href="{_text(point.recipe)}">{_text(cells[0])}</a>'
-        proposed = f"candidate {point.number} ({_text(point.kind)})"
-        rows.append([name, *map(_text, cells[1:4]), str(len(point.runs)), proposed])
-    return _table([*head, "runs", "was"], rows)
+        name = f'<a href="{escaped(point.recipe)}">{escaped(cells[0])}</a>'
+        proposed = f"candidate {point.number} ({escaped(point.kind)})"
+        rows.append([name, *map(escaped, cells[1:4]), str(len(point.runs)), proposed])
+    return table([*head, "runs", "was"], rows)
 
 
 def _front(result: SearchResult) -> plotly.Figure:
@@ -100,14 +92,14 @@ def _front(result: SearchResult) -> plotly.Figure:
     done = [c for c in result.candidates if c.state == "complete"]
     on_front = set(result.front)
     for name, group, colour, size in (
-        ("candidates", [c for c in done if c.number not in on_front], _GREY, 7),
-        ("front of the candidates", [c for c in done if c.number in on_front], _BLUE, 10),
+        ("candidates", [c for c in done if c.number not in on_front], GREY, 7),
+        ("front of the candidates", [c for c in done if c.number in on_front], BLUE, 10),
     ):
         group = sorted(group, key=lambda c: c.serve_bytes)
         figure.add_scatter(
             x=[c.serve_bytes for c in group],
             y=[c.values[metric] for c in group],
-            mode="lines+markers" if colour == _BLUE else "markers",
+            mode="lines+markers" if colour == BLUE else "markers",
             line={"shape": "hv", "width": 1},
             marker={"size": size, "color": colour},
             name=f"{name} ({'supernet' if result.evaluator == 'supernet' else 'validation, short training'})",
@@ -126,7 +118,7 @@ def _front(result: SearchResult) -> plotly.Figure:
                 "thickness": 1.5,
             },
             mode="markers+text",
-            marker={"size": 11, "color": _ORANGE, "symbol": "diamond"},
+            marker={"size": 11, "color": ORANGE, "symbol": "diamond"},
             text=[_short_name(result, p) for p in retrained],
             textposition=[_SIDES[i % len(_SIDES)] for i in range(len(retrained))],
             name=f"retrained in full ({result.split}, mean and deviation over seeds)",
@@ -198,7 +190,7 @@ def _importance(result: SearchResult) -> plotly.Figure:
             x=[share for _, share in items],
             y=[f"{name}  ({result.rows[name]:,} rows)" for name, _ in items],
             orientation="h",
-            marker={"color": _BLUE},
+            marker={"color": BLUE},
             hovertemplate="%{y}: %{x:.1%}<extra></extra>",
         )
     )
@@ -218,7 +210,7 @@ def _cost(result: SearchResult) -> str:
     cost = result.cost
     stopped = sum(1 for c in result.candidates if c.state.startswith("stopped"))
     failed = sum(1 for c in result.candidates if c.state not in ("complete",)) - stopped
-    return _table(
+    return table(
         ["", "trainings", "in full trainings", "hours"],
         [
             [
@@ -260,27 +252,15 @@ def _candidates(result: SearchResult) -> str:
     head = ["candidate (proposed as)", "state", *result.objectives, "serving bytes", "seconds"]
     rows = [
         [
-            f"{c.number} ({_text(c.kind)})",
-            _text(c.state) + (f": {_text(c.message)}" if c.message else ""),
+            f"{c.number} ({escaped(c.kind)})",
+            escaped(c.state) + (f": {escaped(c.message)}" if c.message else ""),
             *(f"{c.values[o]:,.6g}" if o in c.values else "" for o in result.objectives),
             f"{c.serve_bytes:,}",
             f"{c.seconds:.0f}",
         ]
         for c in ranked
     ]
-    return f'<div class="wide">{_table(head, rows)}</div>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>\n{body}</table>"
-
-
-def _figure(figure: plotly.Figure, name: str, *, first: bool = False) -> str:
-    return figure.to_html(
-        full_html=False, include_plotlyjs=first, div_id=name, config={"displayModeBar": False}
-    )
+    return table(head, rows)
 
 
 def _heat_note() -> str:
@@ -299,7 +279,7 @@ def _importance_note() -> str:
 
 def _hover(candidate: CandidateResult) -> str:
     size = format_bytes(candidate.serve_bytes)
-    return f"candidate {candidate.number} ({_text(candidate.kind)}), {size}"
+    return f"candidate {candidate.number} ({escaped(candidate.kind)}), {size}"
 
 
 def _short_name(result: SearchResult, point: PointResult) -> str:
@@ -329,7 +309,3 @@ def _axis(kind: str, ticks: list[int], ends: list[float] | list[int]) -> dict[st
 
 def _big(number: int) -> str:
     return f"{number:,}" if number < 10**9 else f"{number:.1e}"
-
-
-def _text(text: str) -> str:
-    return html.escape(str(text))

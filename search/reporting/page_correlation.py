@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as plotly
 
+from embcomp.io.html import BLUE, escaped
 from embcomp.search.reporting.results import SearchResult
 from embcomp.tables.budget import format_bytes
-
-_BLUE = "#0072B2"
 
 
 def correlation_note(result: SearchResult) -> str:
@@ -20,7 +17,7 @@ def correlation_note(result: SearchResult) -> str:
     count = len(ranked.candidates) - len(failed)
     lost = f" {len(failed)} more failed." if failed else ""
     return (
-        f"<p>Spearman's rank correlation {html.escape(ranked.text())} between scores by the "
+        f"<p>Spearman's rank correlation {escaped(ranked.text())} between scores by the "
         f"supernet and validation scores after retraining, of {count} candidates, one seed "
         f"each.{lost}</p>"
         '<p class="note">The candidates are the best, the worst, and those closest to even steps '
@@ -38,9 +35,9 @@ def draw_correlation(result: SearchResult) -> plotly.Figure:
             x=[c.score for c in shown],
             y=[c.retrained for c in shown],
             mode="markers",
-            marker={"size": 10, "color": _BLUE},
+            marker={"size": 10, "color": BLUE},
             text=[
-                f"candidate {c.number} ({html.escape(c.kind)}), {format_bytes(c.serve_bytes)}"
+                f"candidate {c.number} ({escaped(c.kind)}), {format_bytes(c.serve_bytes)}"
                 for c in shown
             ],
             hovertemplate="%{text}<br>%{x:.6f} by the supernet<br>%{y:.6f} retrained<extra></extra>",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,17 +9,11 @@ import plotly.graph_objects as plotly
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from embcomp.io.html import COLOURS, byte_ticks, escaped, figure_html, table, write_page
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.compared_run import HEADINGS, ComparedRun
 
-# Okabe and Ito's colours, told apart with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TITLE = "AUC against the bytes of the embedding tables"
-_STYLE = (
-    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:960px;color:#222}"
-    "table{border-collapse:collapse;width:100%}td,th{padding:.3em .7em;text-align:right;"
-    "border-bottom:1px solid #ddd}td:nth-child(-n+3),th:nth-child(-n+3){text-align:left}"
-)
 
 
 def write_png(runs: Sequence[ComparedRun], caption: str, path: Path) -> None:
@@ -70,7 +63,7 @@ def write_html(
             mode="markers+text",
             marker={"size": 12, "color": colour},
             name=method,
-            text=[html.escape(run.name) for run in points],
+            text=[escaped(run.name) for run in points],
             textposition="top center",
             customdata=[
                 (format_bytes(run.serve_bytes), run.compression, run.log_loss, run.model)
@@ -101,29 +94,13 @@ def write_html(
         ticktext=[_round_bytes(size) for size in ticks],
     )
     figure.update_yaxes(title="AUC")
-    drawing = figure.to_html(full_html=False, include_plotlyjs=True, div_id="auc-against-bytes")
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_TITLE}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{_TITLE}</h1>\n{drawing}\n"
-        f"{_table(cells)}<p>{html.escape(caption)}</p></body></html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
-
-
-def _table(cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in cells
-    )
-    return f"<table><tr>{head}</tr>\n{body}</table>\n"
-
-
-def byte_ticks(sizes: Sequence[int]) -> list[int]:
-    """Powers of two around some sizes, few enough to be read."""
-    low, high = max(min(sizes), 1).bit_length() - 1, max(*sizes, 1).bit_length()
-    every = -(-(high - low) // 8) or 1
-    return [2**exponent for exponent in range(low, high + 1, every)]
+    parts = [
+        f"<h1>{_TITLE}</h1>",
+        figure_html(figure, "auc-against-bytes", first=True),
+        table(HEADINGS, [[escaped(cell) for cell in line] for line in cells], left=3),
+        f"<p>{escaped(caption)}</p>",
+    ]
+    write_page(path, _TITLE, parts)
 
 
 def _round_bytes(size: int) -> str:
@@ -138,7 +115,7 @@ def _by_method(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
 
 
 def _cycled(runs: Sequence[ComparedRun]) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(len(runs))]
+    return [COLOURS[index % len(COLOURS)] for index in range(len(runs))]
 
 
 def _bayes(runs: Sequence[ComparedRun]) -> list[float]:
