@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_serializer,
     model_validator,
 )
+from typing_extensions import Self
 
-from embcomp.io.yaml_reading import bind_dataclass, config_error, did_you_mean, listed, plain
+from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import (
+    apply_override,
+    bind_dataclass,
+    config_error,
+    describe_errors,
+    did_you_mean,
+    listed,
+    plain,
+    read_yaml,
+)
 from embcomp.tables.budget import why_unreadable
 
 if TYPE_CHECKING:
@@ -41,6 +55,38 @@ class Section(BaseModel):
     """One mapping of the YAML: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class YamlConfig(Section):
+    """A whole YAML file: read, overridden, checked, and written back."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read and check a file.
+
+        Args:
+            path: the YAML file.
+            overrides: `key.path=value` strings; a value is parsed as YAML.
+
+        Raises:
+            ConfigError: on any problem, with every problem found and the keys that are valid.
+        """
+        return cls.parse(read_yaml(Path(path)), overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], overrides: Iterable[str], *, source: str) -> Self:
+        """Check what is a mapping already; `source` says in errors where it is from."""
+        document = plain(raw)
+        for override in overrides:
+            apply_override(document, override)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {describe_errors(error, cls)}") from None
+
+    def to_yaml(self) -> str:
+        """The resolved config, defaults included; reading it gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class Choice(Section):

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
@@ -28,16 +26,13 @@ from embcomp.config.sections import (
     PositiveFloat,
     PositiveInt,
     Section,
+    YamlConfig,
 )
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import (
-    apply_override,
     config_error,
-    describe_errors,
     did_you_mean,
     listed,
-    plain,
-    read_yaml,
 )
 from embcomp.tables.budget import why_unreadable
 
@@ -303,7 +298,7 @@ class RunConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(YamlConfig):
     """Everything that a training run depends on."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -344,10 +339,6 @@ class TrainConfig(Section):
             raise config_error(f"the name becomes a folder under runs/; {name!r} cannot be one")
         return name
 
-    def to_yaml(self) -> str:
-        """The resolved config, defaults included; `load_config` reads it back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """Reads and checks a training YAML.
@@ -359,18 +350,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: On any problem, with every problem found and the keys that are valid.
     """
-    path = Path(path)
-    return parse_config(read_yaml(path), overrides, source=str(path))
+    return TrainConfig.load(path, overrides)
 
 
 def parse_config(
     raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "config"
 ) -> TrainConfig:
     """Checks a config that is already a mapping; see `load_config`."""
-    document = plain(raw)
-    for override in overrides:
-        apply_override(document, override)
-    try:
-        return TrainConfig.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_errors(error, TrainConfig)}") from None
+    return TrainConfig.parse(raw, overrides, source=source)

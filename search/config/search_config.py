@@ -10,16 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from embcomp.config.sections import Bytes, PositiveFloat, Section
+from embcomp.config.sections import Bytes, PositiveFloat, YamlConfig
 from embcomp.config.train_config import TrainConfig, parse_config
-from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import (
-    apply_override,
     config_error,
-    describe_errors,
     did_you_mean,
     listed,
     plain,
@@ -41,7 +37,7 @@ OBJECTIVES = (*QUALITIES, *COSTS)
 ONE_OBJECTIVE = ("cmaes", "evolution", "greedy", "gradient")
 
 
-class SearchConfig(Section):
+class SearchConfig(YamlConfig):
     """Everything that a search depends on.
 
     Attributes:
@@ -202,10 +198,6 @@ class SearchConfig(Section):
         _merge(document, plain(self.overrides))
         return parse_config(document, source=f"{path} with the search's overrides")
 
-    def to_yaml(self) -> str:
-        """The resolved config, defaults included; `load_search` reads it back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def load_search(path: str | Path, overrides: Iterable[str] = ()) -> SearchConfig:
     """Reads and checks the YAML of a search.
@@ -217,21 +209,14 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> SearchConfig
     Raises:
         ConfigError: On any problem, with every problem found and the keys that are valid.
     """
-    path = Path(path)
-    return parse_search(read_yaml(path), overrides, source=str(path))
+    return SearchConfig.load(path, overrides)
 
 
 def parse_search(
     raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "search"
 ) -> SearchConfig:
     """Checks a search that is already a mapping; see `load_search`."""
-    document = plain(raw)
-    for override in overrides:
-        apply_override(document, override)
-    try:
-        return SearchConfig.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_errors(error, SearchConfig)}") from None
+    return SearchConfig.parse(raw, overrides, source=source)
 
 
 def is_search(path: str | Path) -> bool:
