@@ -101,7 +101,8 @@ def test_a_run_that_is_killed_for_good_leaves_no_dataset_and_resumes(raw, whole,
     script = textwrap.dedent(
         """
         import os, signal, sys
-        from embcomp.data_pipelines import passes as module, text
+        from embcomp.data_pipelines.preparing import passes as module
+        from embcomp.data_pipelines.importers import text
         from embcomp.data_pipelines.prepare import prepare
         text.BLOCK_BYTES = 4000
         original = module.encode_part

@@ -168,7 +168,8 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from embcomp.config.train_config import load_config
-from embcomp.training import api, loop, search_stage
+from embcomp.training import api, loop
+from embcomp.training.stages import search_stage
 
 def run(path, runs, kill):
     stage, _, step = kill.partition(":")
@@ -178,7 +179,7 @@ def run(path, runs, kill):
         if self.stage.name == stage and self.state.step == int(step):
             os.kill(os.getpid(), 9)
     def evaluate_and_die(self, rows=None):
-        if self._life.stages[self._index].name == stage and self.evaluations == int(step):
+        if self._schedule.stages[self._index].name == stage and self.evaluations == int(step):
             os.kill(os.getpid(), 9)
         return evaluate(self, rows)
     loop.Training._train_step = train_and_die
