@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.importers.table import TableImporter
-from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.search.api import search
 from embcomp.search.config.search_config import is_search, load_search
 from embcomp.training.api import train
+from tests.helpers.training_cases import write_recipe_dataset
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SCHEMAS = sorted((CONFIGS / "datasets").glob("*.yaml"))
@@ -26,11 +26,7 @@ SHORT = ["data.batch_size=64", "data.eval_batch_size=256", "train.epochs=1", "tr
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("recipes") / "toy"
-    write_toy_dataset(
-        folder, rows=(2048, 128, 128), num_values=(2000, 500, 50), multi_valued=["C2"]
-    )
-    return folder
+    return write_recipe_dataset(tmp_path_factory.mktemp("recipes") / "toy")
 
 
 def test_recipes_are_found():

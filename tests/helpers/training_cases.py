@@ -27,6 +27,14 @@ def write_dataset(folder: Path) -> Path:
     return folder
 
 
+def write_recipe_dataset(folder: Path) -> Path:
+    """With values enough for every shipped recipe's budget."""
+    write_toy_dataset(
+        folder, rows=(2048, 128, 128), num_values=(2000, 500, 50), multi_valued=["C2"]
+    )
+    return folder
+
+
 def toy_config(dataset: Path, *overrides: str) -> TrainConfig:
     document = {
         "name": "toy",
