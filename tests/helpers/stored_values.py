@@ -1,6 +1,6 @@
 """Values that may not change by accident: what is found now against the JSON in `tests/stored/`.
 
-    REWRITE_STORED=1 python -m pytest tests/test_state_names.py
+    REWRITE_STORED=1 python -m pytest tests/project/test_state_names.py
 
 writes down what is found instead of comparing it; the difference of the JSON shows what changed.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-STORED = Path(__file__).resolve().parent / "stored"
+STORED = Path(__file__).resolve().parents[1] / "stored"
 REWRITE = "REWRITE_STORED"
 _LINES_SHOWN = 60
 

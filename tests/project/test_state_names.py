@@ -1,6 +1,6 @@
 """Names, shapes and types of state dicts are the checkpoint's format: they stay as they are.
 
-`tests/stored/state_names.json` holds them; `tests/stored_values.py` says how it is written anew.
+`tests/stored/state_names.json` holds them; `tests/helpers/stored_values.py` says how it is written anew.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ What is compared must not depend on the processor. So weights are small fraction
 two below, of which sums and products are exact in any order; fresh weights, whose last bit is the
 processor's, are compared within a tolerance, and a numeric column by its mean. No method that only
 training can fit (k-means, codes found by it) is run here.
-`tests/stored_values.py` says how the stored values are written anew.
+`tests/helpers/stored_values.py` says how the stored values are written anew.
 """
 
 from __future__ import annotations
