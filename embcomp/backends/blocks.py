@@ -1,6 +1,6 @@
 """Columns by frequency block: frequent ids keep more of the embedding's columns than rare ones.
 
-The serving form of DNIS (``embcomp.backends.dnis.config``, which cites the papers). The reference stores a
+The serving form of DNIS (``embcomp.backends.dnis``, which cites the papers). The reference stores a
 pruned table as a sparse matrix, element by element; here the ids of a block share their columns, so
 that a block is a dense table as narrow as the columns it kept.
 

@@ -1,6 +1,6 @@
 """Rows of which single elements are stored: compressed sparse rows that train and shard.
 
-The serving form of DNIS and AutoSrh (``embcomp.backends.dnis.config``, which cites the papers) as their
+The serving form of DNIS and AutoSrh (``embcomp.backends.dnis``, which cites the papers) as their
 authors prune: any element of any row. Column numbers take one byte where the reference takes four.
 
 The elements of a table are the rows, one column wide, of its physical table. Each column of each

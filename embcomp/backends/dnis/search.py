@@ -1,6 +1,6 @@
 """The search form of DNIS: whole rows, times the soft selection of their frequency block.
 
-``embcomp.backends.dnis.config`` cites the papers. Every block of ids of every table has a selection in
+``embcomp.backends.dnis`` cites the papers. Every block of ids of every table has a selection in
 [0, 1] for each column, 1 at first. An embedding is its row times its block's selection; what the
 search brings to 0 is not needed.
 """
