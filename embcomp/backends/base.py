@@ -21,7 +21,7 @@ from embcomp.errors import BudgetError, ConfigError
 from embcomp.io.lazy_names import warn_renamed
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +352,7 @@ def full_table(table: TableSpec) -> PhysicalTable:
         name=table.name,
         num_embeddings=table.num_embeddings,
         embedding_dim=table.embedding_dim,
-        keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
+        lookups=tuple(LookupKey(table.name, feature) for feature in table.feature_names),
         init_fn=table.init_fn or UniformInit(*table.init_bounds),
         data_type=table.data_type,
     )

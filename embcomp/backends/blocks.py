@@ -31,7 +31,7 @@ from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Blocks(BackendConfig):
                 name=block_table(table.name, block.index),
                 num_embeddings=block.high - block.low,
                 embedding_dim=block.width,
-                keys=tuple(
-                    lookup_key(table.name, feature, block.index) for feature in table.feature_names
+                lookups=tuple(
+                    LookupKey(table.name, feature, block.index) for feature in table.feature_names
                 ),
                 init_fn=table.init_fn or UniformInit(*table.init_bounds),
                 data_type=table.data_type,
@@ -128,7 +128,7 @@ class Blocks(BackendConfig):
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         lookups = list(self._lookups(tables))
-        keys = [lookup_key(table.name, feature, b.index) for _, table, feature, b in lookups]
+        keys = [str(LookupKey(table.name, feature, b.index)) for _, table, feature, b in lookups]
         route = BlockRoute(
             keys,
             RangeCheck(tables),

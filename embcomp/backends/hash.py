@@ -21,7 +21,7 @@ from embcomp.errors import ConfigError
 from embcomp.layers.hashing import salt, to_signed
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 _RATIO_STEPS = 1 << 40  # a ratio is a multiple of this one's inverse, so it is an exact float
 
@@ -72,7 +72,7 @@ class Hash(BackendConfig):
                 name=table.name,
                 num_embeddings=self.rows(table),
                 embedding_dim=table.embedding_dim,
-                keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
+                lookups=tuple(LookupKey(table.name, feature) for feature in table.feature_names),
                 init_fn=table.init_fn or UniformInit(*table.init_bounds),
                 data_type=table.data_type,
             )

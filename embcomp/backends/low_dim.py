@@ -31,7 +31,7 @@ from embcomp.layers.pruned_route import (
 )
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class LowDim(BackendConfig):
                 name=table.name,
                 num_embeddings=self.rows(table),
                 embedding_dim=self.columns(table),
-                keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
+                lookups=tuple(LookupKey(table.name, feature) for feature in table.feature_names),
                 init_fn=table.init_fn or UniformInit(*table.init_bounds),
                 data_type=table.data_type,
             )

@@ -30,7 +30,7 @@ from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.budget import largest_int
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 Combination = Literal["mult", "add", "concat"]
 
@@ -81,8 +81,8 @@ class QR(BackendConfig):
                 name=table.name,
                 num_embeddings=self._quotients(table) + (self.divisor or 1),
                 embedding_dim=self._width(table),
-                keys=tuple(
-                    lookup_key(table.name, feature, part)
+                lookups=tuple(
+                    LookupKey(table.name, feature, part)
                     for feature in table.feature_names
                     for part in range(1 if self.combine == "add" else 2)
                 ),

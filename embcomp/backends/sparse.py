@@ -28,7 +28,7 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ class Sparse(BackendConfig):
                 name=table.name,
                 num_embeddings=self.elements(table),
                 embedding_dim=1,
-                keys=tuple(
-                    lookup_key(table.name, feature, column)
+                lookups=tuple(
+                    LookupKey(table.name, feature, column)
                     for feature in table.feature_names
                     for column in range(table.embedding_dim)
                 ),

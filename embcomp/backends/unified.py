@@ -27,7 +27,7 @@ from embcomp.layers.hashing import salt, to_signed
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,11 @@ class Unified(BackendConfig):
         """Look-ups of a table: as said in ``chunks``, else as many as its embedding needs."""
         return self.chunks.get(table.name, -(-table.embedding_dim // chunk_dim))
 
-    def _keys(self, tables: Sequence[TableSpec]) -> list[str]:
+    def _lookups(self, tables: Sequence[TableSpec]) -> list[LookupKey]:
         """All look-ups, chunk after chunk within each feature."""
         width = self.chunk_dim(tables)
         return [
-            lookup_key(table.name, feature, chunk)
+            LookupKey(table.name, feature, chunk)
             for table in tables
             for feature in table.feature_names
             for chunk in range(self.lookups(table, width))
@@ -101,10 +101,10 @@ class Unified(BackendConfig):
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         self._refuse_unknown_tables(tables)
-        keys = self._keys(tables)
-        if len(keys) < self.num_tables:
+        lookups = self._lookups(tables)
+        if len(lookups) < self.num_tables:
             raise ConfigError(
-                f"unified: num_tables must be at most the {len(keys)} look-ups made in them, "
+                f"unified: num_tables must be at most the {len(lookups)} look-ups made in them, "
                 f"got {self.num_tables}"
             )
         types = {table.data_type for table in tables}
@@ -117,7 +117,7 @@ class Unified(BackendConfig):
                 name=name,
                 num_embeddings=self.num_buckets or 1,
                 embedding_dim=self.chunk_dim(tables),
-                keys=tuple(keys[s :: self.num_tables]),
+                lookups=tuple(lookups[s :: self.num_tables]),
                 init_fn=UniformInit(-self.init_range, self.init_range),
                 data_type=tables[0].data_type,
             )
@@ -131,7 +131,7 @@ class Unified(BackendConfig):
             for source, table in enumerate(t for t in tables for _ in t.feature_names)
             for chunk in range(self.lookups(table, width))
         ]
-        keys = self._keys(tables)
+        keys = [str(key) for key in self._lookups(tables)]
         route = HashRoute(
             keys,
             sources=[source for source, _, _ in lookups],

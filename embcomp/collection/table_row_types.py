@@ -20,7 +20,7 @@ from embcomp.tables.row_types import (
     row_types,
     served_footprint,
 )
-from embcomp.tables.specs import PhysicalTable, TableSpec, lookup_key
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 DEFAULT = "default"
 
@@ -168,13 +168,5 @@ def is_final_form(config: BackendConfig) -> bool:
 
 def _owners(table: PhysicalTable, tables: Sequence[TableSpec]) -> list[TableSpec]:
     """The tables whose rows a physical one holds; where its look-ups do not say, all."""
-    keys = {key.rpartition("#")[0] for key in table.keys}
-    found = [
-        spec
-        for spec in tables
-        if any(
-            lookup_key(spec.name, feature).rpartition("#")[0] in keys
-            for feature in spec.feature_names
-        )
-    ]
-    return found or list(tables)
+    names = {lookup.table for lookup in table.lookups}
+    return [spec for spec in tables if spec.name in names] or list(tables)

@@ -173,7 +173,7 @@ class ConfigPlan:
         for plan in self._plans():
             for config, group in plan.groups:
                 for table in config.physical_tables(group):
-                    factors |= {key: lengths.get(_feature(key), 1.0) for key in table.keys}
+                    factors |= {str(key): lengths.get(key.feature, 1.0) for key in table.lookups}
         return factors
 
     def _plans(self) -> list[ResolvedPlan]:
@@ -356,9 +356,3 @@ def _largest_method(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
     first = config.first_method()
     sizes = [form.footprint(tables).train_bytes() for form in (config, first)]
     return first if sizes[1] > sizes[0] else config
-
-
-def _feature(key: str) -> str:
-    """The feature of a look-up key ``table/feature#look_up``; table and feature are equal here."""
-    both = key.rpartition("#")[0]
-    return both[: len(both) // 2]

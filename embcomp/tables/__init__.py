@@ -12,11 +12,11 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.tables.specs import (
         InitFn as InitFn,
+        LookupKey as LookupKey,
         PhysicalTable as PhysicalTable,
         SkipEmptyShards as SkipEmptyShards,
         TableSpec as TableSpec,
         UniformInit as UniformInit,
-        lookup_key as lookup_key,
         padded_dim as padded_dim,
         specs_from_configs as specs_from_configs,
         splits_by_rows as splits_by_rows,
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _HOMES = dict.fromkeys(
     (
         "InitFn",
+        "LookupKey",
         "PhysicalTable",
         "SkipEmptyShards",
         "TableSpec",
         "UniformInit",
-        "lookup_key",
         "padded_dim",
         "specs_from_configs",
         "splits_by_rows",

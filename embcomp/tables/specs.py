@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +95,22 @@ def specs_from_configs(configs: Sequence[BaseEmbeddingConfig]) -> list[TableSpec
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"table names must be unique, got twice: {', '.join(twice)}")
-    return [_spec(index, config) for index, config in enumerate(configs)]
+    specs = [_spec(index, config) for index, config in enumerate(configs)]
+    _refuse_keys_of_one_name(specs)
+    return specs
+
+
+def _refuse_keys_of_one_name(specs: Sequence[TableSpec]) -> None:
+    """Table `a/b` with feature `c` would be looked up under the name of table `a` with `b/c`."""
+    named: dict[str, LookupKey] = {}
+    for key in (LookupKey(spec.name, feature) for spec in specs for feature in spec.feature_names):
+        other = named.setdefault(str(key), key)
+        if other != key:
+            raise ConfigError(
+                f"tables {other.table!r} and {key.table!r}: their features {other.feature!r} and "
+                f"{key.feature!r} would be looked up under one name, {str(key)!r}; rename one of "
+                "them without '/'"
+            )
 
 
 def _spec(index: int, config: BaseEmbeddingConfig) -> TableSpec:
@@ -149,6 +165,26 @@ class SkipEmptyShards:
         return self.init_fn(weight) if weight.numel() else weight
 
 
+class LookupKey(NamedTuple):
+    """One physical look-up: unique even where a feature is in several tables.
+
+    Its `str()` is the name under which TorchRec looks it up, and part of every exported program;
+    names of tables and features may hold any of its separators, so it is never taken apart again.
+
+    Attributes:
+        table: the logical table.
+        feature: the feature that is looked up in it.
+        part: which of the look-ups of that feature it is.
+    """
+
+    table: str
+    feature: str
+    part: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.table}/{self.feature}#{self.part}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhysicalTable:
     """A table that TorchRec holds, shards, plans and checkpoints for a method.
@@ -160,7 +196,7 @@ class PhysicalTable:
         name: unique in the collection; part of every checkpoint.
         num_embeddings: rows.
         embedding_dim: true width.
-        keys: the look-ups made in it, unique in the collection.
+        lookups: the look-ups made in it, unique in the collection.
         init_fn: initialisation of a shard of any shape.
         data_type: type of the weights.
         is_codebook: whether rows are codewords that many ids are made of.
@@ -169,10 +205,15 @@ class PhysicalTable:
     name: str
     num_embeddings: int
     embedding_dim: int
-    keys: tuple[str, ...]
+    lookups: tuple[LookupKey, ...]
     init_fn: InitFn
     data_type: DataType = DataType.FP32
     is_codebook: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The look-ups by the names that TorchRec has for them."""
+        return tuple(str(lookup) for lookup in self.lookups)
 
     @property
     def data_type_bytes(self) -> int:
@@ -204,8 +245,3 @@ def splits_by_rows(num_embeddings: int, ranks: int) -> bool:
     it, and says nothing.
     """
     return -(-num_embeddings // ranks) * (ranks - 1) < num_embeddings
-
-
-def lookup_key(table: str, feature: str, lookup: int = 0) -> str:
-    """The name of one physical look-up: unique even where a feature is in several tables."""
-    return f"{table}/{feature}#{lookup}"

@@ -189,17 +189,13 @@ class PlacementChecker:
         kept = [table for table in tables if config.keeps_full(table)]
         physical = [full_table(table) for table in kept]
         physical += config.physical_tables(small) if small else []
-        bags = any(self._lengths.get(table.name, 1.0) != 1.0 for table in small)
+        features = (feature for table in small for feature in table.feature_names)
+        bags = any(self._lengths.get(feature, 1.0) != 1.0 for feature in features)
         # Only methods that see rows one by one need unpooled rows, and only for bags.
         per_row = bags and config.build(small).needs_unpooled_rows
         return [self._signature(table) for table in physical], per_row
 
     def _signature(self, table: PhysicalTable) -> TableShape:
-        lengths = tuple(self._lengths.get(_feature(key), 1.0) for key in table.keys)
+        lengths = tuple(self._lengths.get(key.feature, 1.0) for key in table.lookups)
         config = table.config()
         return table.num_embeddings, config.embedding_dim, table.data_type_bytes, lengths
-
-
-def _feature(key: str) -> str:
-    both = key.rpartition("#")[0]
-    return both[: len(both) // 2]

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import (
 
 from embcomp.errors import ConfigError
 from embcomp.tables.specs import (
+    LookupKey,
     PhysicalTable,
     SkipEmptyShards,
     TableSpec,
@@ -107,11 +108,38 @@ def test_lower_precisions_are_refused():
         specs_from_configs([bag(data_type=DataType.INT8)])
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (LookupKey("users", "user_id"), "users/user_id#0"),
+        (LookupKey("a/b#1", "x#2/y", 3), "a/b#1/x#2/y#3"),
+    ],
+)
+def test_a_look_up_goes_to_torchrec_under_its_table_feature_and_part(key, name):
+    assert str(key) == f"{key}" == name
+    table = PhysicalTable(
+        name="p", num_embeddings=3, embedding_dim=4, lookups=(key,), init_fn=UniformInit(0, 1)
+    )
+    assert table.keys == (name,)
+    assert table.config().feature_names == [name]
+
+
+def test_tables_whose_look_ups_would_have_one_name_are_refused():
+    configs = [bag("a/b"), bag("a")]
+    configs[0].feature_names, configs[1].feature_names = ["c"], ["b/c"]
+    with pytest.raises(ConfigError, match=r"'a/b' and 'a': .* under one name, 'a/b/c#0'; rename"):
+        specs_from_configs(configs)
+
+
 @pytest.mark.parametrize(("dim", "padded"), [(1, 4), (3, 4), (4, 4), (5, 8), (10, 12), (16, 16)])
 def test_widths_are_padded_to_multiples_of_4(dim, padded):
     assert padded_dim(dim) == padded
     table = PhysicalTable(
-        name="p", num_embeddings=3, embedding_dim=dim, keys=("k",), init_fn=UniformInit(0, 1)
+        name="p",
+        num_embeddings=3,
+        embedding_dim=dim,
+        lookups=(LookupKey("t", "f"),),
+        init_fn=UniformInit(0, 1),
     )
     assert table.config().embedding_dim == padded
     assert table.config().pooling is PoolingType.SUM

@@ -34,7 +34,7 @@ from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, lookup_key
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 DENSE = Stage(name="dense", purpose="train the full tables")
 """The first stage of methods that compress trained tables."""
@@ -162,7 +162,7 @@ def latent_tables(layout: SubvectorLayout, latent_dim: int) -> list[PhysicalTabl
             name=table.name,
             num_embeddings=table.num_embeddings,
             embedding_dim=layout.positions(table) * latent_dim,
-            keys=tuple(lookup_key(table.name, feature) for feature in table.feature_names),
+            lookups=tuple(LookupKey(table.name, feature) for feature in table.feature_names),
             init_fn=UniformInit.with_std(table.init_std * (layout.width / latent_dim) ** 0.5),
             data_type=table.data_type,
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
-from embcomp.tables.specs import TableSpec, lookup_key
+from embcomp.tables.specs import LookupKey, TableSpec
 
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
@@ -109,14 +109,19 @@ class SubvectorLayout:
         ]
 
     @property
-    def keys(self) -> list[str]:
+    def lookups(self) -> list[LookupKey]:
         """A physical look-up for each of ``columns``."""
         return [
-            lookup_key(table.name, feature, position)
+            LookupKey(table.name, feature, position)
             for table in self.tables
             for feature in table.feature_names
             for position in range(self.positions(table))
         ]
+
+    @property
+    def keys(self) -> list[str]:
+        """The look-ups as TorchRec has them."""
+        return [str(lookup) for lookup in self.lookups]
 
     @property
     def kept(self) -> list[int] | None:

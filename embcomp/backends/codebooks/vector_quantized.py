@@ -119,7 +119,7 @@ class VectorQuantized(BackendConfig):
             name=f"{tables[0].name}__codewords",
             num_embeddings=layout.num_shared * self.codewords,
             embedding_dim=latent or self.width,
-            keys=tuple(layout.keys),
+            lookups=tuple(layout.lookups),
             init_fn=UniformInit.with_std(
                 std if latent is None else std * (self.width / latent) ** 0.5
             ),
