@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -74,6 +74,8 @@ class BackendConfig(ABC):
     """Fields that fix the method's size, one of which may be given, or a budget."""
     learns_size: ClassVar[bool] = False
     """Whether the serving form is found by training, so that its predicted bytes are a bound."""
+    compresses: ClassVar[bool] = True
+    """Whether it stores tables in another way than they are; only the full table does not."""
     hashes_small: ClassVar[bool] = False
     """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
 
@@ -113,6 +115,21 @@ class BackendConfig(ABC):
         """Names of tables in the method's settings; there must be such tables."""
         return ()
 
+    def for_tables(self, tables: Sequence[TableSpec]) -> Self:
+        """This configuration without its settings for single tables other than these.
+
+        Such settings are mappings by a table's name.
+        """
+        names = {table.name for table in tables}
+        cut: dict[str, Any] = {
+            entry.name: {name: value for name, value in given.items() if name in names}
+            for entry in fields(self)
+            if isinstance(given := self.__dict__[entry.name], Mapping)
+            and all(isinstance(name, str) for name in given)
+            and not names.issuperset(given)
+        }
+        return replace(self, **cut) if cut else self
+
     def missing(self) -> str | None:
         """What training needs that is not installed, and the way out; None where nothing is missing."""
         return None
@@ -140,6 +157,59 @@ class BackendConfig(ABC):
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         """What the method stores beside its physical tables, for tables that are compressed."""
         return Footprint()
+
+    def stores_together(self, tables: Sequence[TableSpec]) -> bool:
+        """Whether these tables share what is stored, so that it is not what each would store alone.
+
+        Args:
+            tables: some of a group, those that stay full included.
+        """
+        if len(tables) < 2:
+            return False
+        alone = [_stored(self.for_tables([table]), [table]) for table in tables]
+        apart = sorted(tensor for each in alone for tensor in each)
+        names = {name for name, *_ in apart}
+        return len(names) < len(apart) or apart != sorted(_stored(self.for_tables(tables), tables))
+
+    def columns(self, table: TableSpec) -> int | None:
+        """Columns of a table's rows, where these, padded by zeros, are the embeddings.
+
+        None where embeddings are made in another way, or where training decides on the columns. A
+        method that answers also has `with_widths`.
+        """
+        return None
+
+    def is_pruned(self, table: TableSpec) -> bool:
+        """Whether some of a table's ids are to have no row of their own."""
+        return False
+
+    def with_widths(self, widths: Mapping[str, int]) -> BackendConfig:
+        """The method that stores a row of so many columns for each id of some tables.
+
+        Args:
+            widths: columns by table.
+
+        Raises:
+            ConfigError: for a method whose tables are not described by columns.
+        """
+        raise ConfigError(
+            f"{self.name}: {', '.join(widths)} cannot be stored as rows of so many columns; "
+            "low_dim rows can"
+        )
+
+    def codeword_count(self, table: TableSpec, tables: Sequence[TableSpec]) -> int | None:
+        """Codewords that a table's ids may name; None where rows are not made of codewords.
+
+        Args:
+            table: one of ``tables``.
+            tables: the group, without those that stay full.
+        """
+        return None
+
+    @property
+    def is_serving_form(self) -> bool:
+        """Whether `compact` has nothing to do, so that what is trained is what is served."""
+        return type(self).compact is BackendConfig.compact
 
     def stages(self) -> tuple[Stage, ...]:
         """The method's life; most methods are trained once, and that is all."""
@@ -206,6 +276,31 @@ class BackendConfig(ABC):
             form: a form of this method; its rows may be missing.
         """
         return {}
+
+    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+        """For each table, (num_embeddings,) int64 the row of ``rows.<table>`` that an id looks up.
+
+        It is asked where ids are to be numbered anew, which takes rows that can be moved.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method.
+
+        Raises:
+            ConfigError: for a method that computes rows from ids.
+        """
+        raise ConfigError(
+            f"{self.name}: the rows of {', '.join(table.name for table in tables)} follow from "
+            "their ids, which cannot be numbered anew; those of full and low_dim tables can"
+        )
+
+    def without_pruning(self, tables: Sequence[TableSpec]) -> BackendConfig:
+        """The method for these tables once all ids that are left have a row of their own.
+
+        Args:
+            tables: the group, without those that stay full.
+        """
+        return self
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The serving form: the same answers from nothing but what must be resident for them.
@@ -344,6 +439,12 @@ class SearchContext(Protocol):
 
     def say(self, text: str) -> None:
         """A line for people."""
+
+
+def _stored(config: BackendConfig, tables: Sequence[TableSpec]) -> list[tuple[str, int, int, int]]:
+    """What a method stores for tables: tensors by name, rows, columns and bytes of an element."""
+    tensors = config.footprint(tables).tensors
+    return [(each.name, each.rows, each.columns, each.itemsize) for each in tensors]
 
 
 def full_table(table: TableSpec) -> PhysicalTable:

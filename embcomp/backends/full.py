@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self
 
-from embcomp.backends.base import Backend, BackendConfig, full_table
+from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.routing import common_count, per_value, renamed
 from embcomp.tables.footprint import footprint_of
@@ -23,9 +23,16 @@ class Full(BackendConfig):
     """No compression. Ids must lie in ``[0, num_embeddings)``."""
 
     name: ClassVar[str] = "full"
+    compresses: ClassVar[bool] = False
 
     def keeps_full(self, table: TableSpec) -> bool:
         return False  # it is the full table that this builds
+
+    def columns(self, table: TableSpec) -> int:
+        return table.embedding_dim
+
+    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+        return {table.name: torch.arange(table.num_embeddings) for table in tables}
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [full_table(table) for table in tables]

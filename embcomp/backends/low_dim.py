@@ -144,6 +144,19 @@ class LowDim(BackendConfig):
         words = form.tensors["route.words"].split(blocks)
         return {t.name: ~unpack(part, t.num_embeddings) for t, part in zip(own, words)}
 
+    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+        places = {table.name: torch.arange(table.num_embeddings) for table in tables}
+        for name, pruned in self.pruned_ids(tables, form).items():
+            kept = ~pruned
+            places[name] = torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
+        return places
+
+    def with_widths(self, widths: Mapping[str, int]) -> LowDim:
+        return LowDim(widths=widths)
+
+    def without_pruning(self, tables: Sequence[TableSpec]) -> LowDim:
+        return self.with_widths({table.name: self.columns(table) for table in tables})
+
     def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
         known = {table.name for table in tables}
         for key, named in (("widths", self.widths), ("kept", self.kept)):

@@ -78,6 +78,9 @@ class Unified(BackendConfig):
     def keeps_full(self, table: TableSpec) -> bool:
         return table.num_embeddings <= self.collisionless
 
+    def stores_together(self, tables: Sequence[TableSpec]) -> bool:
+        return sum(not self.keeps_full(table) for table in tables) > 1
+
     def chunk_dim(self, tables: Sequence[TableSpec]) -> int:
         """Width of a look-up: the widest embedding in ``num_chunks`` parts, rounded up."""
         return -(-max(table.embedding_dim for table in tables) // self.num_chunks)

@@ -12,6 +12,9 @@ from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import TableSpec
 
+UNCOMPRESSED = Full()
+"""The method of tables that none compresses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

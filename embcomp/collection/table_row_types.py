@@ -158,12 +158,7 @@ FP32 = RowTypes()
 
 def is_final(config: BackendConfig) -> bool:
     """Whether a method's rows are served as they are trained, in one stage, but for their type."""
-    return len(config.stages()) == 1 and is_final_form(config)
-
-
-def is_final_form(config: BackendConfig) -> bool:
-    """Whether a method's tables, as they stand, are what it serves."""
-    return type(config).compact is BackendConfig.compact
+    return len(config.stages()) == 1 and config.is_serving_form
 
 
 def _owners(table: PhysicalTable, tables: Sequence[TableSpec]) -> list[TableSpec]:

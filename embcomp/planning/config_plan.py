@@ -6,8 +6,7 @@ or from a small YAML when there is none yet.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,7 +248,8 @@ def plan_lines(
     """One line for each table, or for each set of tables that share their storage."""
     lines = []
     for config, group in plan.groups:
-        for tables in _storage_units(config, group):
+        together = config.stores_together(group)
+        for tables in [tuple(group)] if together else [(table,) for table in group]:
             lines.append(_line(config, tables, optimizer, row_types))
     order = {table.name: index for index, table in enumerate(plan.tables)}
     return sorted(lines, key=lambda line: order[line.tables[0].name])
@@ -272,38 +272,13 @@ def total_line(lines: Sequence[TableBytes]) -> TableBytes:
     )
 
 
-def _storage_units(
-    config: BackendConfig, group: list[TableSpec]
-) -> Iterator[tuple[TableSpec, ...]]:
-    """Single tables when the method stores each by itself, else the whole group."""
-    alone = [_for_table(config, table).footprint([table]) for table in group]
-    names = [tensor.name for footprint in alone for tensor in footprint.tensors]
-    together = config.footprint(group)
-    if len(names) == len(set(names)) and set(names) == {t.name for t in together.tensors}:
-        yield from ((table,) for table in group)
-    else:
-        yield tuple(group)
-
-
-def _for_table(config: BackendConfig, table: TableSpec) -> BackendConfig:
-    """A method with no settings for single tables but those of this one."""
-    own = {
-        field.name: {key: value for key, value in given.items() if key == table.name}
-        for field in dataclasses.fields(config)
-        if isinstance(given := vars(config)[field.name], Mapping)
-        and all(isinstance(key, str) for key in given)
-    }
-    return dataclasses.replace(config, **own)  # type: ignore[arg-type]
-
-
 def _line(
     config: BackendConfig,
     tables: tuple[TableSpec, ...],
     optimizer: RowOptimizer,
     row_types: RowTypes,
 ) -> TableBytes:
-    if len(tables) == 1:
-        config = _for_table(config, tables[0])
+    config = config.for_tables(tables)
     footprint = row_types.footprint(config, tables)
     narrow = any(row_types.of_table(table.name) != "fp32" for table in tables)
     stored = [tensor for tensor in footprint.tensors if tensor.lookup]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.collection.groups import Group
 from embcomp.serving.neighbours import NO_DIRECTION, Tables, embeddings
 from embcomp.serving.row_sharing import RowSharing
@@ -182,11 +181,10 @@ def _codebook(
     placed: Sequence[tuple[str, Tensor]],
     traffic: Tensor | None,
 ) -> CodebookFacts | None:
+    within = group.config.codeword_count(table, group.tables)
     is_codebook = [physical.is_codebook for physical in group.backend.physical_tables]
-    if not (isinstance(group.config, VectorQuantized) and all(is_codebook)):
+    if within is None or not all(is_codebook):
         return None
-    own = group.config.layout(group.tables).shared_by(group.tables.index(table))
-    within = len(set(own)) * group.config.codewords
     rows = torch.stack([part for _, part in placed])  # (look-ups, ids)
     uses = torch.bincount(rows.reshape(-1))
     weighted = None

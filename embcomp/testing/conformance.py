@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from embcomp.backends import BACKENDS
+from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.tables.footprint import count_bytes
 from embcomp.testing.cases import (
@@ -350,6 +351,48 @@ def check_config_survives_yaml(case: BackendCase) -> None:
     text = yaml.safe_dump(dataclasses.asdict(case.config))
     again = BACKENDS[case.config.name](**yaml.safe_load(text))
     expect(again == case.config, f"{again} != {case.config}")
+
+
+def check_tables_stored_apart_add_up(case: BackendCase) -> None:
+    """What a method says of storing tables together is what its footprints say."""
+    for tables in (plain_tables(16), awkward_tables()):
+        for config, group in pooled(case, tables, device=torch.device("meta")).plan.groups:
+            expect(not config.stores_together(group[:1]), "one table is stored with itself")
+            if not config.stores_together(group):
+                alone = [config.for_tables([t]).footprint([t]).serve_bytes for t in group]
+                whole = config.footprint(group).serve_bytes
+                expect(sum(alone) == whole, f"stored apart, {alone} do not add up to {whole}")
+
+
+def check_rows_are_where_the_method_says(case: BackendCase) -> None:
+    """Where a method tells the row of each id, and its columns, embeddings are these rows."""
+    tables = plain_tables(10)
+    collection = pooled(case, tables).compact()
+    found = {
+        table.name: embedded
+        for (table, _), embedded in zip(
+            output_keys(tables).values(), embed_ids(collection, tables).values()
+        )
+    }
+    for state in collection.states():
+        method = state.form.config
+        columns = {table.name: method.columns(table) for table in state.tables}
+        stored = {t.name: t for t in method.physical_tables(state.tables)}
+        for table in state.tables:
+            width = columns[table.name]
+            if width is not None and not method.is_pruned(table):
+                shape = (stored[table.name].num_embeddings, stored[table.name].embedding_dim)
+                wanted = (table.num_embeddings, width)
+                expect(shape == wanted, f"{table.name}: {wanted} promised, {shape} stored")
+        try:
+            places = method.rows_by_id(state.tables, state.form)
+        except ConfigError:
+            continue
+        for table in state.tables:
+            rows = state.form.rows(table.name)[places[table.name]]
+            missing = table.embedding_dim - rows.shape[1]
+            padded = torch.nn.functional.pad(rows, (0, missing))
+            expect(torch.equal(padded, found[table.name]), f"{table.name}: not these rows")
 
 
 def check_budgets(case: BackendCase) -> None:

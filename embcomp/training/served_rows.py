@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.groups import Group
-from embcomp.collection.table_row_types import RowTypes, is_final, is_final_form
+from embcomp.collection.table_row_types import RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
@@ -117,7 +117,7 @@ def _physical(
 
 
 def _types(group: Group, wanted: RowTypes) -> dict[str, RowType]:
-    assert is_final_form(group.config) or not _narrow(wanted, group.tables), (
+    assert group.config.is_serving_form or not _narrow(wanted, group.tables), (
         f"the last stage leaves {group.config.name}, which is not what is served"
     )
     return wanted.of_physical(group.tables, group.backend.physical_tables)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.planning.config_plan import ConfigPlan
-from embcomp.search.space.options import stored_together
 from embcomp.search.space.space import Candidate, Space
 from embcomp.tables.footprint import Footprint, RowOptimizer
 from embcomp.tables.row_types import RowType
@@ -104,7 +103,7 @@ class Costs:
         for stored, units in users:
             tables = [table for u in units for table in self._space.units[u].tables]
             # Sharing between the tables of one unit is in the unit's own bytes.
-            shared = len(units) > 1 and stored_together(stored[0], tables)
+            shared = len(units) > 1 and stored[0].stores_together(tables)
             together.append(len(self._pools) if shared else -1)
             if shared:
                 self._pools.append(stored)

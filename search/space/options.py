@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from embcomp.backends import Full
 from embcomp.backends.base import BackendConfig
+from embcomp.collection.plan import UNCOMPRESSED
 from embcomp.collection.table_row_types import RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
 from embcomp.errors import ConfigError
@@ -42,7 +42,7 @@ class Option:
     @property
     def is_full(self) -> bool:
         """Whether it is the uncompressed table."""
-        return isinstance(self.config, Full) and self.row_type == "fp32"
+        return not self.config.compresses and self.row_type == "fp32"
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,6 @@ def unit_of(
     return Unit(name, tuple(members), tuple(ranked), variants)
 
 
-def stored_together(config: BackendConfig, tables: Sequence[TableSpec]) -> bool:
-    """Whether a method's bytes for several tables are not the sum of its bytes for each."""
-    if len(tables) < 2:
-        return False
-    apart = [tensor for table in tables for tensor in config.footprint([table]).tensors]
-    together = config.footprint(tables).tensors
-    key = sorted((t.name, t.rows, t.columns, t.itemsize) for t in apart)
-    return key != sorted((t.name, t.rows, t.columns, t.itemsize) for t in together) or len(
-        {t.name for t in apart}
-    ) < len(apart)
-
-
 def _option(
     config: BackendConfig,
     wanted: RowType,
@@ -215,7 +203,7 @@ def _bytes(
 ) -> int:
     """Serving bytes; a part by rows of what the whole group would share, if it shares storage."""
     types = RowTypes(default=row_type)
-    if not stored_together(config, neighbours):
+    if not config.stores_together(neighbours):
         return types.footprint(config, members).serve_bytes
     rows = sum(table.num_embeddings for table in members)
     together = types.footprint(config, neighbours).serve_bytes
@@ -227,7 +215,8 @@ def _sizes(config: BackendConfig) -> list[str]:
 
 
 def _full_option(full: int) -> Option:
-    return Option(config=Full(), label=Full.name, bytes=full, family=(Full.name,))
+    name = UNCOMPRESSED.name
+    return Option(config=UNCOMPRESSED, label=name, bytes=full, family=(name,))
 
 
 def fixed_unit(table: TableSpec, config: BackendConfig, wanted: RowType) -> Unit:

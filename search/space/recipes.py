@@ -9,9 +9,7 @@ from typing import Any
 
 import yaml
 
-from embcomp.backends import Full
 from embcomp.backends.base import BackendConfig
-from embcomp.backends.low_dim import LowDim
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.io.yaml_reading import plain
 from embcomp.search.config.search_config import SearchConfig
@@ -58,17 +56,23 @@ def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> dict[st
     None where a table has another method, or all are alike.
     """
     widths = {}
+    narrow: dict[str, BackendConfig] = {}
     for table in space.tables:
         method = methods[table.name]
-        if isinstance(method, Full):
+        if not method.compresses:
             continue
-        if not isinstance(method, LowDim) or method.kept or method.widths:
+        columns = method.columns(table)
+        if columns is None or method.is_pruned(table):
             return None
-        if method.columns(table) < table.embedding_dim:
-            widths[table.name] = method.columns(table)
+        narrow[method.name] = method
+        if columns < table.embedding_dim:
+            widths[table.name] = columns
     if not widths or (len(widths) == len(methods) and len(set(widths.values())) == 1):
         return None
-    return {"name": LowDim.name, "widths": widths}
+    if len(narrow) > 1:
+        return None
+    (method,) = narrow.values()
+    return written_method(method.with_widths(widths))
 
 
 def written_method(config: BackendConfig) -> dict[str, Any]:

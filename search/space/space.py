@@ -17,7 +17,7 @@ from embcomp.errors import ConfigError
 from embcomp.planning.config_plan import ConfigPlan, TableSize, plan_config, table_specs
 from embcomp.search.config.choices import ROW_TYPE, GroupConfig, RowBand
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.space.options import Unit, fixed_unit, stored_together, unit_of
+from embcomp.search.space.options import Unit, fixed_unit, unit_of
 from embcomp.tables.row_types import ROW_TYPES, RowType
 from embcomp.tables.specs import TableSpec
 
@@ -247,7 +247,7 @@ def _refuse_types_apart(space: Space) -> None:
             user[2].add(option.row_type)
     for config, units, types in users:
         tables = [table for unit in units.values() for table in unit.tables]
-        if len(units) > 1 and len(types) > 1 and stored_together(config, tables):
+        if len(units) > 1 and len(types) > 1 and config.stores_together(tables):
             raise ConfigError(
                 f"{ROW_TYPE}: {config.name} stores rows of {', '.join(list(units)[:5])} together, "
                 f"and they could differ in their type ({', '.join(sorted(types))}). Give it one "

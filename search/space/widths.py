@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from embcomp.backends import Full
-from embcomp.backends.base import BackendConfig
-from embcomp.backends.low_dim import LowDim
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed
-from embcomp.search.space.options import Option
+from embcomp.search.space.options import Option, Unit
 from embcomp.search.space.space import Space
-from embcomp.tables.specs import TableSpec
 
 
 def widths_of(space: Space) -> list[list[int]]:
@@ -22,7 +18,7 @@ def widths_of(space: Space) -> list[list[int]]:
         f"{unit.name}: {option.label}"
         for unit in space.units
         for option in unit.options
-        if not _is_width(option)
+        if not _is_width(option, unit)
     ]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
@@ -32,16 +28,13 @@ def widths_of(space: Space) -> list[list[int]]:
             "training for these"
         )
     return [
-        [_width(option.config, unit.tables[0]) for option in unit.options] for unit in space.units
+        [option.config.columns(unit.tables[0]) or 0 for option in unit.options]
+        for unit in space.units
     ]
 
 
-def _is_width(option: Option) -> bool:
+def _is_width(option: Option, unit: Unit) -> bool:
     config = option.config
-    if option.row_type != "fp32":
-        return False
-    return isinstance(config, Full) or (isinstance(config, LowDim) and not config.kept)
-
-
-def _width(config: BackendConfig, table: TableSpec) -> int:
-    return config.columns(table) if isinstance(config, LowDim) else table.embedding_dim
+    return option.row_type == "fp32" and not any(
+        config.columns(table) is None or config.is_pruned(table) for table in unit.tables
+    )

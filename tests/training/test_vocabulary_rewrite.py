@@ -220,7 +220,7 @@ def test_a_renumbered_form_keeps_every_kept_row():
     weights = {t.name: form.form.rows(t.name) for t in form.tables}
     pruned_form = low_dim_form(form.tables, weights, masks, {"t1": 5})
     assert set(pruned_form.config.kept) == {"t0"}
-    pruned = collection._with_forms([GroupState(tables=form.tables, form=pruned_form)])
+    pruned = collection._with_states([GroupState(tables=form.tables, form=pruned_form)])
     numbering = Renumbering.of(~masks["t0"], None)
     after = renumbered(pruned, {"t0": numbering})
     assert after.plan.methods["t0"] == LowDim(widths={"t0": 8, "t1": 5, "t2": 8})

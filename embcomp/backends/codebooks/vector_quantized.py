@@ -159,6 +159,10 @@ class VectorQuantized(BackendConfig):
             tensors.append(scales_footprint(tables, trained=trained))
         return Footprint(tuple(tensors))
 
+    def codeword_count(self, table: TableSpec, tables: Sequence[TableSpec]) -> int:
+        own = self.layout(tables).shared_by(tables.index(table))
+        return len(set(own)) * self.codewords
+
     def keeps_full(self, table: TableSpec) -> bool:
         """Whether a table's codes, and codewords if it had to bear them alone, are no smaller."""
         served = footprint_of([self.codebook_table([table])])

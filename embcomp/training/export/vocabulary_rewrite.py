@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.backends import Full, LowDim
 from embcomp.backends.base import BackendConfig, MethodState
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState
@@ -31,7 +30,6 @@ from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.serving.artefact_folder import RewrittenDataset
-from embcomp.tables.specs import TableSpec
 
 _CHUNK = 1 << 16  # rows that are averaged together
 
@@ -141,8 +139,7 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
     counts = {name: torch.from_numpy(count) for name, count in id_counts(info).items()}
     pruned: dict[str, Tensor] = {}
     for each in main.states():
-        if isinstance(each.form.config, LowDim):
-            pruned |= each.form.config.pruned_ids(each.tables, each.form)
+        pruned |= each.form.config.pruned_ids(each.tables, each.form)
     if not pruned:
         raise ConfigError(
             "--rewrite-vocabulary: no table has pruned rows, so there is nothing to drop"
@@ -202,14 +199,16 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
     own = [table for table in each.tables if table.name in features]
     if not own:
         return each
-    if not isinstance(config, (Full, LowDim)):
+    try:
+        places = config.rows_by_id(each.tables, form)
+    except ConfigError:
         raise ConfigError(
             f"--rewrite-vocabulary: {', '.join(t.name for t in own)} are also held by "
             f"{config.name}, whose rows follow from the old ids; export without it"
-        )
+        ) from None
     tensors: dict[str, Tensor] = {}
     for table in each.tables:
-        rows, place = form.rows(table.name), _places(config, table, form, each.tables)
+        rows, place = form.rows(table.name), places[table.name]
         renumbering = features.get(table.name)
         if renumbering is None:
             tensors[f"rows.{table.name}"] = rows
@@ -217,23 +216,8 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
         moved = rows[place[renumbering.kept]].clone()
         moved[UNSEEN_ID] = _mean_row(rows, place, renumbering.weights)
         tensors[f"rows.{table.name}"] = moved
-    if isinstance(config, LowDim):
-        widths = {table.name: config.columns(table) for table in each.tables}
-        return GroupState(
-            tables=each.tables, form=MethodState(config=LowDim(widths=widths), tensors=tensors)
-        )
-    return GroupState(tables=each.tables, form=MethodState(config=config, tensors=tensors))
-
-
-def _places(
-    config: BackendConfig, table: TableSpec, form: MethodState, tables: Sequence[TableSpec]
-) -> Tensor:
-    """(old num_embeddings,) the stored row of each old id."""
-    pruned = config.pruned_ids(tables, form).get(table.name)
-    if pruned is None:
-        return torch.arange(table.num_embeddings)
-    kept = ~pruned
-    return torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
+    whole = MethodState(config=config.without_pruning(each.tables), tensors=tensors)
+    return GroupState(tables=each.tables, form=whole)
 
 
 def _mean_row(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
