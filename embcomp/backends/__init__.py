@@ -1,60 +1,41 @@
-"""The compression methods, one file each."""
+"""The compression methods, one file each.
+
+Whatever method lies in a module here is found, and so is what other packages announce. The names
+below are for type checkers.
+"""
 
 from __future__ import annotations
 
-from embcomp.backends.base import BackendConfig
-from embcomp.backends.blocks import Blocks
-from embcomp.backends.codebooks.coded import Coded
-from embcomp.backends.codebooks.low_rank import LowRank
-from embcomp.backends.codebooks.lr2vq import LR2VQ
-from embcomp.backends.codebooks.pq import PQ
-from embcomp.backends.dnis.config import DNIS
-from embcomp.backends.dnis.search import DNISSearch
-from embcomp.backends.full import Full
-from embcomp.backends.hash import Hash
-from embcomp.backends.low_dim import LowDim
-from embcomp.backends.qr import QR
-from embcomp.backends.sparse import Sparse
-from embcomp.backends.unified import Unified
-from embcomp.backends.widths.matryoshka import Matryoshka
-from embcomp.backends.widths.optembed import OptEmbed
+import sys
+from typing import TYPE_CHECKING
 
-_CONFIGS: tuple[type[BackendConfig], ...] = (
-    Blocks,
-    Coded,
-    DNIS,
-    DNISSearch,
-    Full,
-    Hash,
-    LowDim,
-    Matryoshka,
-    OptEmbed,
-    LowRank,
-    LR2VQ,
-    PQ,
-    QR,
-    Sparse,
-    Unified,
-)
+from embcomp.backends.discovery import ENTRY_POINTS, Methods, methods_of
 
-BACKENDS: dict[str, type[BackendConfig]] = {config.name: config for config in _CONFIGS}
+if TYPE_CHECKING:
+    from embcomp.backends.blocks import Blocks as Blocks
+    from embcomp.backends.codebooks.coded import Coded as Coded
+    from embcomp.backends.codebooks.low_rank import LowRank as LowRank
+    from embcomp.backends.codebooks.lr2vq import LR2VQ as LR2VQ
+    from embcomp.backends.codebooks.pq import PQ as PQ
+    from embcomp.backends.dnis.config import DNIS as DNIS
+    from embcomp.backends.dnis.search import DNISSearch as DNISSearch
+    from embcomp.backends.full import Full as Full
+    from embcomp.backends.hash import Hash as Hash
+    from embcomp.backends.low_dim import LowDim as LowDim
+    from embcomp.backends.qr import QR as QR
+    from embcomp.backends.sparse import Sparse as Sparse
+    from embcomp.backends.unified import Unified as Unified
+    from embcomp.backends.widths.matryoshka import Matryoshka as Matryoshka
+    from embcomp.backends.widths.optembed import OptEmbed as OptEmbed
+
+_OURS = methods_of(sys.modules[__name__])
+_BY_CLASS = {method.__name__: method for method in _OURS}
+globals().update(_BY_CLASS)
+
+BACKENDS = Methods(_OURS, group=ENTRY_POINTS)
 """Every method by the name that configuration files use."""
 
-__all__ = [
-    "BACKENDS",
-    "DNIS",
-    "LR2VQ",
-    "PQ",
-    "QR",
-    "Blocks",
-    "Coded",
-    "DNISSearch",
-    "Full",
-    "Hash",
-    "LowDim",
-    "LowRank",
-    "Matryoshka",
-    "OptEmbed",
-    "Sparse",
-    "Unified",
-]
+register = BACKENDS.register
+
+__all__ = list(_BY_CLASS)
+__all__ += ["BACKENDS", "register"]

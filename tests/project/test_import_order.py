@@ -13,7 +13,7 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection"
     " < config, serving, testing < planning < training < search < cli",
-    "embcomp.backends": "stages < base < full < hash, qr, unified, blocks, low_dim"
+    "embcomp.backends": "stages < base < discovery, full < hash, qr, unified, blocks, low_dim"
     " < codebooks, sparse < dnis, widths",
     "embcomp.training": "distributed < optim < build < checkpoint, run_folder, served_rows,"
     " loop_state < reporting < data, steps < second_order < stages < loop < run < api, export",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from embcomp.backends import BACKENDS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -94,7 +96,8 @@ def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
     subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
     code = (
         "import embcomp, embcomp.models, embcomp.data_pipelines, embcomp.search, embcomp.cli\n"
-        "print(embcomp.__file__, embcomp.models.__file__, embcomp.data_pipelines.__file__)"
+        "print(embcomp.__file__, embcomp.models.__file__, embcomp.data_pipelines.__file__)\n"
+        "print(*embcomp.BACKENDS)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -105,7 +108,9 @@ def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
         env={**os.environ, "PYTHONPATH": str(target)},
     )
     assert done.returncode == 0, done.stderr
-    assert all(Path(file).is_relative_to(target) for file in done.stdout.split())
+    files, methods = done.stdout.splitlines()
+    assert all(Path(file).is_relative_to(target) for file in files.split())
+    assert methods.split() == list(BACKENDS)
 
 
 def test_dependency_pins_are_the_pairing_that_doctor_calls_tested():
