@@ -8,10 +8,12 @@ the result."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pyarrow as pa
 
@@ -131,7 +133,8 @@ def prepare(
         "files": [
             [str(f.path), f.split, f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in files
         ],
-        "versions": versions(),
+        # Pieces of an interrupted run are in the libraries' own formats.
+        "versions": {**versions(), "polars": pl.__version__, "python": platform.python_version()},
     }
     with disk_errors(output), _frugal_arrow(), run.work.open(settings):
         try:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
 from embcomp.data_pipelines.loader.prefetch import ahead
-from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.features import Features, flat_values
+from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import NumericStats
 
@@ -148,8 +149,8 @@ def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
     """Split counts by a hash of the value."""
     if partitions == 1:
         return [counts]
-    cell = pl.col("value").hash(seed=1) % partitions
-    keyed = counts.with_columns(cell.alias("cell")).sort("cell")
+    cells = hash_texts(counts["value"], seed=1) % np.uint64(partitions)
+    keyed = counts.with_columns(pl.Series("cell", cells)).sort("cell")
     sizes = np.bincount(keyed.get_column("cell").to_numpy(), minlength=partitions)
     ends = np.cumsum(sizes)
     bare = keyed.drop("cell")
@@ -205,7 +206,7 @@ def count_part(
                 figures.missing += int((lengths == 0).sum())
                 figures.max_length = max(figures.max_length, int(lengths.max() or 0))  # type: ignore[arg-type]
                 figures.train_missing += int((values.list.len() == 0).sum())
-                values = values.explode(empty_as_null=False, keep_nulls=False)
+                values = flat_values(values)
             else:
                 figures.missing += frame.get_column(feature.name).null_count()
                 figures.max_length = 1

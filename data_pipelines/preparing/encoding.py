@@ -20,7 +20,7 @@ from typing_extensions import Self
 from embcomp.data_pipelines.importers.base import Block, RawTable
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import SplitOf
-from embcomp.data_pipelines.preparing.features import Feature, Features
+from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import UNSEEN_ID, NumericFeature
@@ -97,7 +97,7 @@ class Encoder:
     def _values(frame: pl.DataFrame, feature: Feature) -> pl.Series:
         column = frame.get_column(feature.name)
         if feature.multi_valued:
-            return column.explode(empty_as_null=False, keep_nulls=False)
+            return flat_values(column)
         return column
 
 

@@ -42,6 +42,14 @@ class Features:
         )
 
 
+def flat_values(bags: pl.Series) -> pl.Series:
+    """Return the values of all bags in a row, none for an empty or a missing bag.
+
+    Versions of polars disagree on what an empty bag explodes to, so none is left to explode.
+    """
+    return bags.filter(bags.list.len() > 0).explode()
+
+
 def choose_features(
     layout: Layout,
     *,

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.schema import MISSING_ID, UNSEEN_ID
 from embcomp.errors import DataError
 
@@ -34,7 +35,7 @@ class ValueIndex:
             ids = np.empty(stop - start, dtype=np.int32)
             at = 0
             for frame in _slices(vocabulary, start, stop):
-                hashes[at : at + frame.height] = frame["value"].hash(seed).to_numpy()
+                hashes[at : at + frame.height] = hash_texts(frame["value"], seed)
                 ids[at : at + frame.height] = frame["id"].to_numpy()
                 at += frame.height
             ordered = np.sort(hashes)
@@ -56,7 +57,7 @@ class ValueIndex:
 
     def ids(self, values: pl.Series) -> np.ndarray:
         """Return the (N,) int32 ids of N values (String); a null gets id 0."""
-        hashes = values.hash(self._seed).to_numpy()
+        hashes = hash_texts(values, self._seed)
         buckets = (hashes >> self._shift).astype(np.int64)
         # An empty bucket points at the next one's value, whose hash cannot be equal.
         at = self._starts[buckets]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,13 +49,8 @@ _BLOCK_KEYS = ("file", "start", "end", "line", "row", "rows")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the bytes of a dataset may depend on."""
-    return {
-        "embcomp": version("embcomp"),
-        "polars": pl.__version__,
-        "pyarrow": pa.__version__,
-        "python": platform.python_version(),
-    }
+    """Return the versions that the bytes of a dataset depend on: Arrow's writer names itself."""
+    return {"embcomp": version("embcomp"), "pyarrow": pa.__version__}
 
 
 class _IndexState(BaseModel):
