@@ -83,8 +83,12 @@ def write_inputs(folder: Path, rows: int) -> None:
 
 def prepared(python: Path, folder: Path, out: Path) -> dict[str, str]:
     """Prepare with an interpreter; return SHA-256 by file."""
-    criteo = {"source": str(folder / "train.txt"), "importer": "criteo", "min_count": 2}
-    table = {"source": str(folder / "shop.csv"), "importer": "table"}
+    criteo: dict[str, object] = {
+        "source": str(folder / "train.txt"),
+        "importer": "criteo",
+        "min_count": 2,
+    }
+    table: dict[str, object] = {"source": str(folder / "shop.csv"), "importer": "table"}
     table["schema"] = str(folder / "shop.yaml")
     calls = [
         criteo | {"output": str(out / f"criteo-{numeric}"), "numeric": numeric}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embcomp.data_pipelines.integrity import UNREADABLE
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     MISSING_ID,
@@ -34,8 +34,8 @@ def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
 def _counts_of(info: DatasetInfo, feature: CategoricalFeature) -> NDArray[np.int64]:
     path = info.folder / feature.vocabulary
     try:
-        table = pq.read_table(path, columns=["id", "count"])
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
+    except UNREADABLE as error:
         raise DataError(
             f"{path} is not a readable vocabulary ({error}); prepare the dataset again"
         ) from None

@@ -123,7 +123,6 @@ def prepare(
         blocks_per_part=blocks_per_part,
         work=Workspace(output, overwrite=overwrite),
     )
-    run.work.check_output()
     settings = {
         "importer": repr(reader),
         "features": repr(features),
@@ -136,6 +135,7 @@ def prepare(
         # Pieces of an interrupted run are in the libraries' own formats.
         "versions": {**versions(), "polars": pl.__version__, "python": platform.python_version()},
     }
+    run.work.check_output(settings)
     with disk_errors(output), _frugal_arrow(), run.work.open(settings):
         try:
             return run.run()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Literal
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.io.digests import sha256_of_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "dataset.json"
@@ -20,12 +30,27 @@ UNSEEN_ID = 1
 """The id of a value that the train split lacks, or holds less than `min_count` times."""
 FIRST_ID = 2
 """The id of the most frequent value; the others follow by descending train frequency."""
+LARGEST_ID = 2**31 - 1
+"""Ids are kept in 32 bits."""
 
 NumericTransform = Literal["none", "log1p", "standard_log", "min_max"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+def _inside(path: str) -> str:
+    """Return a path that cannot leave the dataset's folder."""
+    pure = PurePosixPath(path)
+    if path and (pure.is_absolute() or ".." in pure.parts or "\0" in path):
+        raise ValueError(f"{path!r} leads out of the dataset's folder; expected a path inside it")
+    os.fsencode(path)  # a UnicodeEncodeError, which is a ValueError, for what no file is called
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_inside)]
+"""A file of the dataset, relative to its folder and in it."""
 
 
 class NumericFeature(_Strict):
@@ -74,8 +99,21 @@ class CategoricalFeature(_Strict):
     mean_length: float = Field(default=1.0, ge=0)
     num_raw_values: int = Field(default=0, ge=0)
     frequency_quantiles: dict[str, int] = Field(default_factory=dict)
-    vocabulary: str = ""
+    vocabulary: FilePath = ""
     missing: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_so_many_ids(self) -> CategoricalFeature:
+        most, why = LARGEST_ID + 1, "as ids have 31 bits"
+        if self.num_raw_values:
+            values = self.num_raw_values + FIRST_ID
+            most, why = min((most, why), (values, f"{FIRST_ID} more than its num_raw_values"))
+        if self.num_embeddings > most:
+            raise ValueError(
+                f"feature {self.name!r} has num_embeddings {self.num_embeddings}, which can be "
+                f"{most} at most, {why}"
+            )
+        return self
 
 
 class SplitInfo(_Strict):
@@ -84,7 +122,7 @@ class SplitInfo(_Strict):
     `unseen_rate` is, by feature, the share of its values that got id 1.
     """
 
-    files: list[str]
+    files: list[FilePath]
     rows: int = Field(ge=0)
     positives: int = Field(ge=0)
     unseen_rate: dict[str, float] = Field(default_factory=dict)
@@ -94,12 +132,34 @@ class SplitInfo(_Strict):
         return self.positives / self.rows if self.rows else float("nan")
 
 
+class FileRecord(_Strict):
+    """What a file of the dataset was when it was written.
+
+    `footer_sha256` is of the Parquet footer alone, which is quick to compare. `rows` counts all
+    rows, `positives` the labels that are 1; a vocabulary has none.
+    """
+
+    bytes: int = Field(ge=0)
+    sha256: str
+    footer_sha256: str
+    rows: int = Field(ge=0)
+    positives: int | None = Field(default=None, ge=0)
+
+
 class SourceFile(_Strict):
-    """A raw file that the dataset was made from; `sha256` is of its bytes as they lie on disk."""
+    """A raw file that the dataset was made from; `sha256` is of its bytes as they lie on disk.
+
+    `digest` is of the other three: where raw files lie is no part of the dataset's own digest.
+    """
 
     path: str
     bytes: int = Field(ge=0)
     sha256: str
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        """What `digest` has to be."""
+        return sha256_of_json([self.path, self.bytes, self.sha256])
 
 
 class BayesMetrics(_Strict):
@@ -113,7 +173,8 @@ class DatasetInfo(_Strict):
     """The content of `dataset.json`.
 
     Of the `raw_rows` that were read, `bad_rows` were malformed and `dropped_rows` left out by the
-    label rule.
+    label rule. `checksums` has a record for each file, `digest` is the SHA-256 of all of this but
+    `sources`; datasets that were prepared before there were any have neither.
     """
 
     format_version: int = FORMAT_VERSION
@@ -130,7 +191,10 @@ class DatasetInfo(_Strict):
     sources: list[SourceFile] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     bayes: BayesMetrics | None = None
+    checksums: dict[FilePath, FileRecord] = Field(default_factory=dict)
+    digest: str = ""
     _folder: Path | None = PrivateAttr(default=None)
+    _is_as_written: bool = PrivateAttr(default=True)
 
     @model_validator(mode="after")
     def _names_agree(self) -> DatasetInfo:
@@ -184,17 +248,7 @@ class DatasetInfo(_Strict):
         """
         folder = Path(folder)
         path = folder / FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                f"{folder} is not a prepared dataset: it has no {FILE_NAME}; make one with "
-                f"`embcomp prepare`"
-            ) from None
-        except NotADirectoryError:
-            raise DataError(f"{folder} is a file; a prepared dataset is a folder") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is not JSON ({error}); prepare the dataset again") from None
+        content = _read_json(path)
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(
@@ -206,8 +260,9 @@ class DatasetInfo(_Strict):
         except ValidationError as error:
             raise DataError(f"{path} does not follow the schema:\n{_lines(error)}") from None
         info._folder = folder
+        info._is_as_written = info._agrees(content)
         for relative in info.files():
-            if not (folder / relative).is_file():
+            if not _is_file(folder / relative):
                 raise DataError(
                     f"{path} names {relative}, which is not in {folder}; copy the whole folder or "
                     f"prepare the dataset again"
@@ -219,12 +274,58 @@ class DatasetInfo(_Strict):
         parts = [file for split in self.splits.values() for file in split.files]
         return parts + [f.vocabulary for f in self.categorical if f.vocabulary]
 
+    def check_digest(self) -> None:
+        """Raise a DataError when `dataset.json` is not as it was written."""
+        if not self._is_as_written:
+            raise DataError(
+                f"{self.folder / FILE_NAME} was changed or damaged since it was written: its "
+                f"content does not have its digest; copy it or prepare the dataset again (after an "
+                f"edit of your own, take out the line of the digest)"
+            )
+
+    def _agrees(self, content: dict[str, Any]) -> bool:
+        sources = all(source.digest in ("", source.own_digest()) for source in self.sources)
+        return sources and self.digest in ("", _digest_of(content))
+
     def save(self, folder: str | Path) -> None:
         """Write `folder/dataset.json` atomically; equal content gives equal bytes."""
         folder = Path(folder)
+        kept = set(self.files())
+        self.checksums = {file: each for file, each in self.checksums.items() if file in kept}
+        for source in self.sources:
+            source.digest = source.own_digest()
+        self.digest = _digest_of(self.model_dump(mode="json"))
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / FILE_NAME, text)
         self._folder = folder
+        self._is_as_written = True
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return sha256_of_json({k: v for k, v in content.items() if k not in ("sources", "digest")})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent} is not a prepared dataset: it has no {FILE_NAME}; make one with "
+            f"`embcomp prepare`"
+        ) from None
+    except NotADirectoryError:
+        raise DataError(f"{path.parent} is a file; a prepared dataset is a folder") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); prepare the dataset again") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _lines(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embcomp.data_pipelines.schema import FIRST_ID, CategoricalFeature, DatasetInfo
+from embcomp.data_pipelines.integrity import UNREADABLE, check_quickly, damage, damaged_files
+from embcomp.data_pipelines.schema import FILE_NAME, FIRST_ID, CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError
 
 
@@ -17,12 +19,40 @@ def validate_dataset(folder: str | Path) -> DatasetInfo:
     """Read every row of a dataset and check it.
 
     Checked are: the files are there and readable, the columns and types, the row and label counts,
-    ids within `num_embeddings`, numbers finite, vocabularies by rank and of the stated size.
+    ids within `num_embeddings`, numbers finite, vocabularies by rank and of the stated size; and,
+    where the dataset has checksums, every byte.
 
     Raises:
         DataError: names the file and what is wrong with it.
     """
     info = DatasetInfo.load(folder)
+    damaged = damaged_files(info)
+    try:
+        _check_contents(info)
+    except DataError:
+        raise  # says more than a digest does
+    except Exception:
+        if not damaged:
+            raise
+    if damaged:
+        raise DataError(damage(info, damaged))
+    check_quickly(info)
+    _check_layout(info)
+    return info
+
+
+def _check_layout(info: DatasetInfo) -> None:
+    """Find what was changed in the text of a description without changing what it says."""
+    path = info.folder / FILE_NAME
+    text = path.read_text(encoding="utf-8")
+    if info.digest and text != json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n":
+        raise DataError(
+            f"{path} says what it said when it was written, but not in the same bytes; copy it or "
+            f"prepare the dataset again"
+        )
+
+
+def _check_contents(info: DatasetInfo) -> None:
     for feature in info.categorical:
         _check_vocabulary(info.folder, feature)
     for name, split in info.splits.items():
@@ -41,12 +71,11 @@ def validate_dataset(folder: str | Path) -> DatasetInfo:
                     f"{info.folder}: split {name} states {stated} {what}, its files hold "
                     f"{counted:g}; prepare the dataset again"
                 )
-    return info
 
 
 def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         if file.schema_arrow.names != [info.label, *info.feature_names]:
             raise DataError(
                 f"{path} has columns {file.schema_arrow.names}, dataset.json wants "
@@ -55,7 +84,7 @@ def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float]:
         positives = 0.0
         for group in range(file.num_row_groups):
             positives += _check_group(info, path, file.read_row_group(group))
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return file.metadata.num_rows, positives
 
@@ -98,8 +127,8 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
         return
     path = folder / feature.vocabulary
     try:
-        table = pq.read_table(path, columns=["id", "count"])
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()
     if len(ids) + FIRST_ID != feature.num_embeddings:

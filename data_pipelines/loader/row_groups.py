@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embcomp.data_pipelines.integrity import UNREADABLE
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError
 
@@ -92,6 +93,12 @@ class RowGroups:
             _check_columns(info, file, metadata.schema.to_arrow_schema())
             self._metadata[file] = metadata
             first_row = 0
+            record = info.checksums.get(relative)
+            if record is not None and record.rows != metadata.num_rows:
+                raise DataError(
+                    f"{file} holds {metadata.num_rows} rows, dataset.json says {record.rows}; copy "
+                    f"it or prepare the dataset again"
+                )
             for index in range(metadata.num_row_groups):
                 rows = metadata.row_group(index).num_rows
                 locations.append(_Location(file, index, first_row, 0, rows))
@@ -114,12 +121,16 @@ class RowGroups:
         """Decode row group `number` of the split."""
         location = self._locations[number]
         try:
-            file = pq.ParquetFile(location.file, metadata=self._metadata[location.file])
+            file = pq.ParquetFile(
+                location.file,
+                metadata=self._metadata[location.file],
+                page_checksum_verification=True,
+            )
             with file:
                 table = file.read_row_group(location.index, columns=self._columns)
                 if location.rows < table.num_rows:
                     table = table.slice(location.skipped, location.rows)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise DataError(
                 f"cannot read row group {location.index} of {location.file} ({error}); the file is "
                 f"damaged: copy it or prepare the dataset again"
@@ -175,7 +186,7 @@ def _read_footer(file: Path) -> Any:
         return pq.read_metadata(file)
     except FileNotFoundError:
         raise DataError(f"{file} is missing; copy the whole folder or prepare it again") from None
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{file} is not a complete Parquet file ({error}); copy it or prepare the dataset again"
         ) from None

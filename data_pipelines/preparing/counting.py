@@ -20,6 +20,7 @@ from embcomp.data_pipelines.preparing.features import Features, flat_values
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import NumericStats
+from embcomp.io.digests import HashedFile
 
 SplitOf = Callable[[Block, Rows], np.ndarray]
 """Gives the index in `SPLITS` of each usable row of a block, (rows,) int8."""
@@ -67,7 +68,8 @@ class PartCounts(BaseModel):
     numeric: dict[str, NumericStats] = Field(default_factory=dict)
     numeric_missing: dict[str, int] = Field(default_factory=dict)
     categorical: dict[str, FeatureCounts] = Field(default_factory=dict)
-    runs: list[str] = Field(default_factory=list)
+    runs: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the run files, by name."""
 
     def merge(self, other: PartCounts) -> None:
         """Add the figures of a later part."""
@@ -75,7 +77,7 @@ class PartCounts(BaseModel):
         self.positives = [a + b for a, b in zip(self.positives, other.positives)]
         self.dropped += other.dropped
         self.bad += other.bad
-        self.runs += other.runs
+        self.runs |= other.runs
         for name, stats in other.numeric.items():
             self.numeric.setdefault(name, NumericStats()).merge(stats)
         for name, missing in other.numeric_missing.items():
@@ -93,7 +95,7 @@ class RunWriter:
 
     def __init__(self, features: int, partitions: int, folder: Path, prefix: str, limit: int):
         self.partitions = partitions
-        self.files: list[str] = []
+        self.files: dict[str, str] = {}
         self._folder = folder
         self._prefix = prefix
         self._limit = limit
@@ -117,8 +119,10 @@ class RunWriter:
             return
         name = f"{self._prefix}-{len(self.files):03d}.arrow"
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        path = self._folder / name
-        with path.open("wb") as file, pa.ipc.new_file(file, _RUN_SCHEMA, options=options) as writer:
+        with (
+            HashedFile(self._folder / name) as file,
+            pa.ipc.new_file(file, _RUN_SCHEMA, options=options) as writer,
+        ):
             for feature, frames in enumerate(self._frames):
                 merged = merge_counts(frames)
                 self._frames[feature] = []
@@ -126,7 +130,7 @@ class RunWriter:
                     table = part.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_RUN_SCHEMA)
                     columns = [column.combine_chunks() for column in table.columns]
                     writer.write_batch(pa.record_batch(columns, schema=_RUN_SCHEMA))
-        self.files.append(name)
+        self.files[name] = file.sha256
         self._bytes = 0
 
 
@@ -149,7 +153,8 @@ def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
     """Split counts by a hash of the value."""
     if partitions == 1:
         return [counts]
-    cells = hash_texts(counts["value"], seed=1) % np.uint64(partitions)
+    # numpy before 2.1 counts signed numbers only.
+    cells = (hash_texts(counts["value"], seed=1) % np.uint64(partitions)).astype(np.int64)
     keyed = counts.with_columns(pl.Series("cell", cells)).sort("cell")
     sizes = np.bincount(keyed.get_column("cell").to_numpy(), minlength=partitions)
     ends = np.cumsum(sizes)

@@ -23,9 +23,10 @@ from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
-from embcomp.data_pipelines.schema import UNSEEN_ID, NumericFeature
+from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import numeric_expression
+from embcomp.io.digests import HashedFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,18 @@ class Slice:
 
 
 class PartRows(BaseModel):
-    """What the second pass wrote for one part: by split a file, its rows and id 1's share."""
+    """What the second pass wrote for one part: by split a file, what it is, and id 1's share."""
 
     files: dict[str, str] = Field(default_factory=dict)
-    rows: dict[str, int] = Field(default_factory=dict)
+    records: dict[str, FileRecord] = Field(default_factory=dict)
     values: dict[str, dict[str, int]] = Field(default_factory=dict)
     unseen: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+class StoredIds(BaseModel):
+    """The digest of what an early round wrote for one part."""
+
+    sha256: str
 
 
 def plan_rounds(sizes: Sequence[int], limit: int) -> list[list[Slice]]:
@@ -119,12 +126,12 @@ def store_ids(
     features: Features,
     encoder: Encoder,
     advance: Callable[[int], None],
-) -> None:
+) -> StoredIds:
     """Write the ids of an early round for one part: a stream of one list per feature and block."""
     temporary = path.with_name(path.name + ".tmp")
     schema = pa.schema([("feature", pa.int32()), ("ids", pa.list_(pa.int32()))])
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with temporary.open("wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
+    with HashedFile(temporary) as file, pa.ipc.new_file(file, schema, options=options) as writer:
         for block, rows in ahead(table.read(blocks)):
             found = encoder.ids(features.columns(rows.frame))
             offsets = np.cumsum([0, *(len(ids) for ids in found.values())])
@@ -135,6 +142,7 @@ def store_ids(
             writer.write_batch(pa.record_batch([pa.array(list(found), pa.int32()), lists], schema))
             advance(block.rows)
     temporary.replace(path)
+    return StoredIds(sha256=file.sha256)
 
 
 def _stored(path: Path, stack: ExitStack) -> Iterator[dict[int, np.ndarray]]:
@@ -171,6 +179,7 @@ def encode_part(
     with ExitStack() as stack:
         stored = [_stored(path, stack) for path in earlier]
         writers: dict[str, RowGroupWriter] = {}
+        positives: dict[str, int] = {}
         for block, rows in ahead(table.read(blocks)):
             codes = split_of(block, rows)
             frame = features.columns(rows.frame)
@@ -194,12 +203,14 @@ def encode_part(
                         RowGroupWriter(folder / name, schema, rows_per_group)
                     )
                     part.files[split] = name
+                    positives[split] = 0
                 mask = codes == code
                 mine = encoded if mask.all() else encoded.filter(pa.array(mask))
                 writers[split].write(mine)
+                positives[split] += int(mine.column("label").to_numpy().sum(dtype=np.float64))
                 _count_unseen(part, split, mine, features)
             advance(block.rows)
-        part.rows = {split: writer.rows for split, writer in writers.items()}
+    part.records = {split: writers[split].record(positives[split]) for split in writers}
     return part
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,20 +20,23 @@ from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, Spl
 from embcomp.data_pipelines.preparing.encoding import (
     Encoder,
     PartRows,
+    StoredIds,
     encode_part,
     plan_rounds,
     store_ids,
     unseen_rates,
 )
 from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.pieces import read_piece, write_piece
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, build_vocabulary
-from embcomp.data_pipelines.preparing.workspace import Workspace, write_text
+from embcomp.data_pipelines.preparing.workspace import Workspace
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     BayesMetrics,
     CategoricalFeature,
     DatasetInfo,
+    FileRecord,
     SourceFile,
     SplitInfo,
 )
@@ -80,6 +83,9 @@ class PreparePasses:
 
     def run(self) -> DatasetInfo:
         """Make the dataset and move it into place."""
+        if self.work.published:
+            self.report(f"{self.work.shown} was finished by an earlier, interrupted run")
+            return DatasetInfo.load(self.work.shown)
         if self.work.resumed:
             self.report("going on with what an earlier, interrupted run left")
         index = self._index()
@@ -104,12 +110,13 @@ class PreparePasses:
         info = self._describe(index, total, counts, ranked, encoded)
         info.save(self.work.path)
         self.work.publish()
-        return DatasetInfo.load(self.work.output)
+        return DatasetInfo.load(self.work.shown)
 
     def _index(self) -> _IndexState:
         mark = self.work.scratch / "index.json"
-        if mark.is_file():
-            return _IndexState.model_validate_json(mark.read_text(encoding="utf-8"))
+        earlier = read_piece(mark, _IndexState, self.report)
+        if earlier is not None:
+            return earlier
         blocks: list[Block] = []
         sources: list[SourceFile] = []
         text_bytes = 0
@@ -125,7 +132,7 @@ class PreparePasses:
                 )
         rows = [[b.file, b.start, b.end, b.line, b.row, b.rows] for b in blocks]
         index = _IndexState(blocks=rows, sources=sources, text_bytes=text_bytes)
-        write_text(mark, index.model_dump_json())
+        write_piece(mark, index)
         return index
 
     def _split_of(self, total: int) -> SplitOf:
@@ -150,8 +157,8 @@ class PreparePasses:
         with phase("count", total, show=self.progress) as advance:
             for number, blocks in enumerate(parts):
                 mark = folder / f"part-{number:05d}-{partitions}.json"
-                if mark.is_file():
-                    part = PartCounts.model_validate_json(mark.read_text(encoding="utf-8"))
+                part = read_piece(mark, PartCounts, self.report)
+                if part is not None:
                     advance(sum(block.rows for block in blocks))
                 else:
                     runs = RunWriter(
@@ -170,7 +177,7 @@ class PreparePasses:
                         check_bad=check_bad,
                         advance=advance,
                     )
-                    write_text(mark, part.model_dump_json())
+                    write_piece(mark, part, part.runs)
                 whole.merge(part)
         if whole.rows[0] == 0:
             raise DataError(
@@ -210,9 +217,8 @@ class PreparePasses:
         with phase("rank", len(features), show=self.progress) as advance:
             for i, feature in enumerate(features):
                 mark = marks / f"{i:05d}.json"
-                if mark.is_file():
-                    ranked.append(Ranked(**json.loads(mark.read_text(encoding="utf-8"))))
-                else:
+                found = read_piece(mark, Ranked, self.report)
+                if found is None:
                     figures = counts.categorical[feature.name]
                     missing = 0 if feature.multi_valued else figures.train_missing
                     found = build_vocabulary(
@@ -227,8 +233,10 @@ class PreparePasses:
                         limit=self.memory_budget,
                         scratch=marks,
                     )
-                    write_text(mark, json.dumps(vars(found)))
-                    ranked.append(found)
+                    assert found.record is not None
+                    files = {os.path.relpath(self._vocabulary(i), marks): found.record.sha256}
+                    write_piece(mark, found, files)
+                ranked.append(found)
                 advance(1)
         return ranked
 
@@ -245,53 +253,90 @@ class PreparePasses:
         folder = self.work.scratch / "rows"
         folder.mkdir(exist_ok=True)
         vocabularies = [self._vocabulary(i) for i in range(len(ranked))]
-        numeric = [
-            self._stats(counts, c.name).feature(c.name, c.transform, 0)
-            for c in self.features.numeric
-        ]
         rounds = plan_rounds([r.kept for r in ranked], self.memory_budget)
-        done: list[PartRows] = []
+        done = [
+            read_piece(folder / f"part-{at:05d}.json", PartRows, self.report)
+            for at in range(len(parts))
+        ]
         with phase("encode", total * len(rounds), show=self.progress) as advance:
             for number, slices in enumerate(rounds):
                 last = number == len(rounds) - 1
                 with Encoder(self.features, vocabularies, slices, _threads()) as encoder:
                     for at, blocks in enumerate(parts):
-                        key = f"{len(rounds)}-{at:05d}"
-                        stored = folder / f"ids-{number}-{key}.arrow"
-                        mark = folder / f"part-{at:05d}.json"
-                        if stored.is_file() or mark.is_file():
+                        if done[at] is not None:
                             advance(sum(block.rows for block in blocks))
                         elif not last:
-                            store_ids(
-                                self.table,
-                                blocks,
-                                stored,
-                                features=self.features,
-                                encoder=encoder,
-                                advance=advance,
-                            )
+                            self._store(folder, number, len(rounds), at, blocks, encoder, advance)
                         else:
-                            earlier = [folder / f"ids-{n}-{key}.arrow" for n in range(number)]
-                            part = encode_part(
-                                self.table,
-                                blocks,
-                                folder=self.work.path,
-                                number=at,
-                                features=self.features,
-                                numeric=numeric,
-                                split_of=self._split_of(total),
-                                encoder=encoder,
-                                earlier=earlier,
-                                rows_per_group=self.rows_per_group,
-                                advance=advance,
+                            done[at] = self._encode_part(
+                                folder, len(rounds), at, blocks, total, counts, encoder, advance
                             )
-                            write_text(mark, part.model_dump_json())
-                            for path in earlier:
-                                path.unlink()
-                        if last:
-                            text = mark.read_text(encoding="utf-8")
-                            done.append(PartRows.model_validate_json(text))
-        return done
+        return [part for part in done if part is not None]
+
+    def _store(
+        self,
+        folder: Path,
+        number: int,
+        rounds: int,
+        at: int,
+        blocks: Sequence[Block],
+        encoder: Encoder,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Let one part go through an early round, unless an earlier run did that."""
+        path = _ids_file(folder, number, rounds, at)
+        mark = path.with_suffix(".json")
+        if read_piece(mark, StoredIds, self.report) is not None:
+            advance(sum(block.rows for block in blocks))
+            return
+        stored = store_ids(
+            self.table,
+            blocks,
+            path,
+            features=self.features,
+            encoder=encoder,
+            advance=advance,
+        )
+        write_piece(mark, stored, {path.name: stored.sha256})
+
+    def _encode_part(
+        self,
+        folder: Path,
+        rounds: int,
+        at: int,
+        blocks: Sequence[Block],
+        total: int,
+        counts: PartCounts,
+        encoder: Encoder,
+        advance: Callable[[int], None],
+    ) -> PartRows:
+        """Write the rows of one part in the last round."""
+        earlier = [_ids_file(folder, number, rounds, at) for number in range(rounds - 1)]
+        part = encode_part(
+            self.table,
+            blocks,
+            folder=self.work.path,
+            number=at,
+            features=self.features,
+            numeric=[
+                self._stats(counts, c.name).feature(c.name, c.transform, 0)
+                for c in self.features.numeric
+            ],
+            split_of=self._split_of(total),
+            encoder=encoder,
+            earlier=earlier,
+            rows_per_group=self.rows_per_group,
+            advance=advance,
+        )
+        files = {
+            os.path.relpath(self.work.path / name, folder): part.records[split].sha256
+            for split, name in part.files.items()
+        }
+        write_piece(folder / f"part-{at:05d}.json", part, files)
+        for path in earlier:
+            path.unlink()
+            path.with_suffix(".json").unlink()
+        return part
 
     @staticmethod
     def _stats(counts: PartCounts, name: str) -> NumericStats:
@@ -351,7 +396,22 @@ class PreparePasses:
             sources=index.sources,
             versions=versions(),
             bayes=BayesMetrics(**bayes) if bayes else None,
+            checksums=self._checksums(ranked, parts),
         )
+
+    def _checksums(
+        self, ranked: Sequence[Ranked], parts: Sequence[PartRows]
+    ) -> dict[str, FileRecord]:
+        found = {
+            part.files[split]: part.records[split]
+            for split in SPLITS
+            for part in parts
+            if split in part.files
+        }
+        for i, (feature, each) in enumerate(zip(self.features.categorical, ranked)):
+            assert each.record is not None
+            found[vocabulary_file(feature.name, i)] = each.record
+        return found
 
 
 def vocabulary_file(name: str, position: int) -> str:
@@ -359,6 +419,11 @@ def vocabulary_file(name: str, position: int) -> str:
     plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     # The position keeps names apart that differ in odd characters or in case only.
     return f"vocabulary/{position:03d}-{plain[:80]}.parquet"
+
+
+def _ids_file(folder: Path, number: int, rounds: int, part: int) -> Path:
+    """Where round `number` of `rounds` leaves the ids of a part."""
+    return folder / f"ids-{number}-{rounds}-{part:05d}.arrow"
 
 
 def _threads() -> int:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from pydantic import BaseModel, Field
 
 from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
-from embcomp.data_pipelines.schema import FIRST_ID
+from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, FileRecord
 from embcomp.errors import DataError
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 _SCHEMA = pa.schema([("id", pa.int32()), ("value", pa.large_string()), ("count", pa.int64())])
-_LARGEST_ID = 2**31 - 1
 # What merging or sorting needs at once, as a multiple of the frame's own size.
 _WORKING_FACTOR = 4
 
 
-@dataclass(kw_only=True)
-class Ranked:
-    """What ranking found: distinct raw values, those kept, and the quantiles of `dataset.json`."""
+class Ranked(BaseModel):
+    """What ranking found: distinct raw values, those kept, the quantiles of `dataset.json`, and
+    what the vocabulary file is."""
 
     raw_values: int = 0
     kept: int = 0
-    quantiles: dict[str, int] = field(default_factory=dict)
+    quantiles: dict[str, int] = Field(default_factory=dict)
+    record: FileRecord | None = None
 
 
 def build_vocabulary(
@@ -69,8 +69,8 @@ def build_vocabulary(
         file = scratch / f"merged-{partition:05d}.arrow"
         _by_rank(frequent).write_ipc(file)
         kept.append(file)
-    if ranked.kept + FIRST_ID > _LARGEST_ID:
-        raise DataError(f"{name} has {ranked.kept} values; ids go up to {_LARGEST_ID}")
+    if ranked.kept + FIRST_ID > LARGEST_ID:
+        raise DataError(f"{name} has {ranked.kept} values; ids go up to {LARGEST_ID}")
     pieces = max(1, -(-size * _WORKING_FACTOR // limit))
     before = missing + rare
     edges = [share * total for share in SHARES]
@@ -91,6 +91,7 @@ def build_vocabulary(
             writer.write(table.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_SCHEMA))
             first += piece.height
             before = int(cumulated[-1]) if len(cumulated) else before
+    ranked.record = writer.record()
     for file in kept:
         file.unlink()
     ranked.quantiles = {str(share): at for share, at in zip(SHARES, ids)}

@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from embcomp.data_pipelines.preparing.pieces import write_text
 from embcomp.data_pipelines.schema import FILE_NAME
 from embcomp.errors import DataError
 
@@ -31,85 +32,137 @@ def parse_bytes(size: int | str) -> int:
 
 
 class Workspace:
-    """`.<name>.partial` beside the output.
+    """`.<name>.partial` beside the output, where a dataset grows until its one move into place.
 
     Finished pieces stay there when the process dies, so that the same call goes on from them; a
-    call with another fingerprint starts afresh. `scratch` holds what the dataset will not.
+    call with another fingerprint starts afresh. In it lie `dataset`; `scratch`, what the dataset
+    will not have; and for a moment `replaced`, what the output was before. An output that is a
+    symbolic link stays one: the dataset is made where it points.
+
+    Attributes:
+        shown: the output as the caller names it.
+        resumed: whether pieces of an earlier run are there to go on from.
+        published: whether an earlier run moved its dataset into place, and died only then.
     """
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
-        self.output = output
+        self.shown = output
+        self.output = _target(output)
         self.overwrite = overwrite
-        self.path = output.parent / f".{output.name}.partial"
-        self.scratch = self.path / "scratch"
+        self.root = self.output.parent / f".{self.output.name}.partial"
+        self.path = self.root / "dataset"
+        self.scratch = self.root / "scratch"
         self.resumed = False
+        self.published = False
+        self._replaced = self.root / "replaced"
+        self._mark = self.scratch / "fingerprint.json"
 
-    def check_output(self) -> None:
-        """Refuse an output that holds something, unless it is a dataset to be overwritten."""
-        if not self.output.exists():
+    def check_output(self, fingerprint: Mapping[str, object]) -> None:
+        """Refuse an output that holds something, unless it is a dataset to be overwritten.
+
+        One that an earlier run with this fingerprint has just put there is no obstacle.
+        """
+        if not self.output.exists() or self._is_published(fingerprint):
             return
         if not self.output.is_dir():
-            raise DataError(f"output {self.output} is a file; name a new folder")
+            raise DataError(f"output {self.shown} is a file; name a new folder")
+        if os.path.ismount(self.output):
+            raise DataError(
+                f"output {self.shown} is a mount point, which cannot be replaced as a whole; name "
+                f"a folder in it"
+            )
         if not any(self.output.iterdir()):
             return
         if not (self.output / FILE_NAME).is_file():
             raise DataError(
-                f"output {self.output} is not empty and holds no dataset; name a new folder"
+                f"output {self.shown} is not empty and holds no dataset; name a new folder"
             )
         if not self.overwrite:
             raise DataError(
-                f"output {self.output} already holds a dataset; name another folder, or "
+                f"output {self.shown} already holds a dataset; name another folder, or "
                 f"replace it with --overwrite"
             )
+
+    def _is_published(self, fingerprint: Mapping[str, object]) -> bool:
+        return (
+            self._left_by(fingerprint)
+            and not self.path.exists()
+            and (self.output / FILE_NAME).is_file()
+        )
+
+    def _left_by(self, fingerprint: Mapping[str, object]) -> bool:
+        text = _text(fingerprint)
+        return self._mark.is_file() and self._mark.read_text(encoding="utf-8") == text
 
     @contextmanager
     def open(self, fingerprint: Mapping[str, object]) -> Iterator[None]:
         """Lock the folder; empty it unless an earlier run with this fingerprint left it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise DataError(
+                f"output {self.shown} cannot be made in {self.root.parent}: {error.strerror}"
+            ) from None
+        handle = os.open(self.root, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(
-                    f"another process is preparing {self.output}; wait for it"
-                ) from None
-            mark = self.scratch / "fingerprint.json"
-            text = json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
-            self.resumed = mark.is_file() and mark.read_text(encoding="utf-8") == text
-            if not self.resumed:
-                try:
-                    _empty(self.path)
-                    self.scratch.mkdir()
-                    write_text(mark, text)
-                except OSError:
-                    self.discard()
-                    raise
+                raise DataError(f"another process is preparing {self.shown}; wait for it") from None
+            self.published = self._is_published(fingerprint)
+            self.resumed = not self.published and self._left_by(fingerprint)
+            if not self.published:
+                self._make_room(fingerprint)
             yield
+            self.discard()
         finally:
             os.close(handle)
 
+    def _make_room(self, fingerprint: Mapping[str, object]) -> None:
+        try:
+            if not self.resumed:
+                if self._restore():
+                    self.check_output(fingerprint)
+                _empty(self.root)
+                self.scratch.mkdir()
+                write_text(self._mark, _text(fingerprint))
+            self.path.mkdir(exist_ok=True)
+            # What was being written when the earlier run died.
+            for path in [*self.path.rglob("*.tmp"), *self.scratch.rglob("*.tmp")]:
+                path.unlink()
+        except OSError:
+            self.discard()
+            raise
+
+    def _restore(self) -> bool:
+        """Put back what a run that died in `publish` had moved out of the way; was there any?"""
+        lost = self._replaced.exists() and not self.output.exists()
+        if lost:
+            self._replaced.rename(self.output)
+        return lost
+
     def publish(self) -> None:
         """Move the finished dataset into place; what was there before goes only after that."""
-        shutil.rmtree(self.scratch)
-        old = self.output.parent / f".{self.output.name}.replaced"
-        if old.exists():
-            shutil.rmtree(old)
         if self.output.exists():
-            self.output.rename(old)
+            if self._replaced.exists():
+                shutil.rmtree(self._replaced)
+            self.output.rename(self._replaced)
         self.path.rename(self.output)
-        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything; the output, if there is one, stays as it is."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            self._restore()
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def check_space(self, needed: int) -> None:
         """Raise a DataError when the disk has less room than the estimate."""
-        free = shutil.disk_usage(self.path).free
+        free = shutil.disk_usage(self.root).free
         if needed > free:
             raise DataError(
-                f"preparing {self.output} may take up to {mib(needed)} of disk, and "
+                f"preparing {self.shown} may take up to {mib(needed)} of disk, and "
                 f"{self.output.parent} has {mib(free)} free; free some or choose another folder"
             )
 
@@ -129,16 +182,21 @@ def disk_errors(output: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def mib(size: int) -> str:
     """Format a number of bytes for a message."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _target(output: Path) -> Path:
+    """Where a dataset has to be made so that it is found under `output`."""
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError):  # Python before 3.13 raises a RuntimeError
+        raise DataError(f"output {output} is a symbolic link that leads to itself") from None
+
+
+def _text(fingerprint: Mapping[str, object]) -> str:
+    return json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
 
 
 def _empty(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embcomp.data_pipelines.integrity import record_of
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     MISSING_ID,
@@ -108,7 +109,7 @@ def write_toy_dataset(
     for split, count in zip(SPLITS, rows):
         start, stop = stop, stop + count
         info.splits[split] = _write_split(
-            folder, split, table.slice(start, count), files_per_split, row_group_rows
+            folder, info, split, table.slice(start, count), files_per_split, row_group_rows
         )
         for feature in names:
             part = _values_of_rows(*columns[feature], start, stop)
@@ -182,20 +183,26 @@ def _write_vocabularies(
         ids = np.arange(FIRST_ID, feature.num_embeddings, dtype=np.int32)
         values = [f"{feature.name}-{i}" for i in ids]
         table = pa.table({"id": ids, "value": values, "count": counts.astype(np.int64)})
-        pq.write_table(table, folder / feature.vocabulary)
+        pq.write_table(table, folder / feature.vocabulary, write_page_checksum=True)
+        info.checksums[feature.vocabulary] = record_of(folder / feature.vocabulary)
 
 
 def _write_split(
-    folder: Path, split: str, table: pa.Table, num_files: int, row_group_rows: int
+    folder: Path,
+    info: DatasetInfo,
+    split: str,
+    table: pa.Table,
+    num_files: int,
+    row_group_rows: int,
 ) -> SplitInfo:
     (folder / split).mkdir(exist_ok=True)
     cuts = np.linspace(0, len(table), num_files + 1).astype(int)
     files = []
     for part, (start, stop) in enumerate(pairwise(cuts)):
         file = f"{split}/part-{part:05d}.parquet"
-        pq.write_table(
-            table.slice(start, stop - start), folder / file, row_group_size=row_group_rows
-        )
+        rows = table.slice(start, stop - start)
+        pq.write_table(rows, folder / file, row_group_size=row_group_rows, write_page_checksum=True)
+        info.checksums[file] = record_of(folder / file, int(np.asarray(rows["label"]).sum()))
         files.append(file)
     positives = int(np.asarray(table["label"]).sum())
     return SplitInfo(files=files, rows=len(table), positives=positives)

@@ -14,11 +14,14 @@ from embcomp.cli.train import is_first_rank
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder, as runs/name.")],
     split: Annotated[str, typer.Option(help="A split of the run's dataset.")] = "test",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare every byte of the dataset.")
+    ] = False,
 ) -> None:
     """Evaluate a run's best weights; prints the metrics as JSON."""
     from embcomp.training.api import evaluate as score
     from embcomp.training.reporting.report import as_record
 
-    found = score(run, split, quiet=True)
+    found = score(run, split, quiet=True, verify=verify)
     if is_first_rank():
         print(json.dumps({"split": split, **as_record(found)}, indent=1))

@@ -20,6 +20,9 @@ def train(
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare every byte of the dataset.")
+    ] = False,
 ) -> None:
     """Train; the same command again goes on where an interrupted run was."""
     from embcomp.config.catalog import find_recipe
@@ -30,7 +33,7 @@ def train(
 
     loaded = load_config(find_recipe(config), overrides or [])
     try:
-        report = run(loaded, runs=runs, quiet=quiet)
+        report = run(loaded, runs=runs, quiet=quiet, verify=verify)
     except RankFailedError as error:
         console.fail(str(error))
         raise typer.Exit(EXIT_CODE) from None

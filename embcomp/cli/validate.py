@@ -26,11 +26,14 @@ def validate(
 
 
 def _validate_dataset(folder: Path) -> None:
+    from embcomp.data_pipelines.integrity import has_checksums, without_checksums
     from embcomp.data_pipelines.validate import validate_dataset
 
     info = validate_dataset(folder)
     rows = sum(split.rows for split in info.splits.values())
     print(f"{folder}: a sound dataset of {rows:,} rows")
+    if not has_checksums(info):
+        print(without_checksums(info))
 
 
 def _validate_config(target: str, overrides: list[str]) -> None:

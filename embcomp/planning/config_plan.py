@@ -19,7 +19,7 @@ from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.table_row_types import FP32, RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.data_pipelines.integrity import open_dataset
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed, read_yaml
 from embcomp.tables.footprint import Footprint, RowOptimizer
@@ -51,7 +51,7 @@ def sizes_of_dataset(folder: str | Path) -> list[TableSize]:
             num_embeddings=feature.num_embeddings,
             mean_length=feature.mean_length,
         )
-        for feature in DatasetInfo.load(folder).categorical
+        for feature in open_dataset(folder).categorical
     ]
 
 

@@ -17,6 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, DatasetRecord
@@ -126,15 +127,17 @@ def copy_dataset(
     vocabularies = {} if rewritten is None else rewritten.vocabularies
     for split in copied.splits.values():
         split.files = []
-    copied.save(folder)
     for feature in copied.categorical:
         if feature.vocabulary:
             target = folder / feature.vocabulary
             target.parent.mkdir(parents=True, exist_ok=True)
             if feature.name in vocabularies:
                 vocabularies[feature.name].write_parquet(target)
+                copied.checksums[feature.vocabulary] = record_of(target)
             else:
                 shutil.copyfile(info.folder / feature.vocabulary, target)
+    copied.save(folder)
+    check_digests(copied)
     return DatasetRecord(
         name=info.name, fingerprint=fingerprint(info), renumbered=sorted(vocabularies)
     )

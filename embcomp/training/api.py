@@ -12,7 +12,7 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
-from embcomp.training.data import check_splits, evaluation_batches
+from embcomp.training.data import check_dataset, check_splits, evaluation_batches
 from embcomp.training.distributed.process import Process, process_group
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.distributed.rank_watchdog import watch_ranks
@@ -27,7 +27,13 @@ from embcomp.training.stages.loading import best_step, latest_stage
 from embcomp.training.stages.schedule import StageSchedule
 
 
-def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False) -> Report:
+def train(
+    config: TrainConfig,
+    *,
+    runs: str | Path = "runs",
+    quiet: bool = False,
+    verify: bool = False,
+) -> Report:
     """Trains, goes on with a run that was interrupted, or returns a finished run's report.
 
     Under torchrun every rank calls it. The run's folder is `<runs>/<config.name>`.
@@ -36,10 +42,12 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
         config: The run, from `embcomp.config.load_config`.
         runs: The folder of all runs.
         quiet: Whether to print nothing.
+        verify: Whether every byte of the dataset is compared with its checksum first; what is quick
+            to compare always is.
 
     Raises:
         ConfigError: The folder holds a run with another config, or the config cannot run.
-        DataError: The dataset cannot be read.
+        DataError: The dataset cannot be read, or is not as it was written.
         CheckpointError: The folder's checkpoint does not belong to the run.
         RankFailedError: Another rank died; the text has its number.
     """
@@ -50,6 +58,9 @@ def train(config: TrainConfig, *, runs: str | Path = "runs", quiet: bool = False
     check_other_run(config, info, schedule)
     check_served_types(config)
     folder = RunFolder(Path(runs) / config.name)
+    if not folder.is_new:
+        folder.check_same(config)
+    check_dataset(info, sorted(info.splits), verify=verify, show=not quiet)
     with (
         quiet_libraries(),
         process_group(config.train.device) as process,
@@ -75,7 +86,9 @@ def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> No
     dist.barrier()
 
 
-def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Evaluation:
+def evaluate(
+    run: str | Path, split: str = "test", *, quiet: bool = False, verify: bool = False
+) -> Evaluation:
     """Evaluates a run's best weights on a split; under torchrun every rank calls it.
 
     Rows are rounded to the config's `tables.row_types` first, as for the run's report; those of a
@@ -85,16 +98,19 @@ def evaluate(run: str | Path, split: str = "test", *, quiet: bool = False) -> Ev
         run: The run's folder.
         split: A split of the run's dataset.
         quiet: Whether to print nothing.
+        verify: Whether every byte of the dataset is compared with its checksum first.
     """
     folder = RunFolder(Path(run))
     config = folder.config()
+    info = DatasetInfo.load(config.data.path)
+    labelled = [split] if split in info.splits else []
+    check_dataset(info, labelled, verify=verify, show=not quiet)
     with (
         quiet_libraries(),
         process_group(config.train.device) as process,
         watch_ranks(process, config.train.rank_timeout),
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
-        info = DatasetInfo.load(config.data.path)
         schedule = StageSchedule.of(config, info)
         index = latest_stage(schedule, folder)
         place = folder.stage(index, schedule.names)

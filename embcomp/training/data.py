@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 
+import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 
 from embcomp.config.train_config import TrainConfig
+from embcomp.data_pipelines.integrity import (
+    check_digests,
+    check_labels,
+    check_quickly,
+    has_checksums,
+    without_checksums,
+)
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import DEFAULT_SHUFFLE_BUFFER, ParquetLoader
+from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, DataError
-from embcomp.training.distributed.process import Process
+from embcomp.training.distributed.process import Process, launched_by_torchrun
 
 SEARCH = "search"
 """The name of the search-validation rows, which are cut from the end of the train split."""
@@ -26,6 +37,42 @@ def check_splits(info: DatasetInfo) -> None:
                 "prepare it with other shares (--split random --shares 0.8,0.1,0.1), or give files "
                 f"with --{split}"
             )
+
+
+def check_dataset(info: DatasetInfo, splits: Sequence[str], *, verify: bool, show: bool) -> None:
+    """Raises unless a dataset is as it was written, as far as that is quick to see, or in full.
+
+    One that has no checksums is taken, with a line on stderr. Ranks share the files; it is called before they join.
+
+    Args:
+        info: The dataset.
+        splits: Whose labels are counted.
+        verify: Whether every byte is read and compared with its checksum.
+        show: Whether the first rank shows how far that is.
+    """
+    check_quickly(info)
+    rank, world_size = _place()
+    if rank == 0 and not has_checksums(info):
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            without_checksums(info), markup=False
+        )
+    check_labels(info, splits, rank=rank, world_size=world_size)
+    if not verify:
+        return
+    if not has_checksums(info):
+        raise DataError(f"{without_checksums(info)}, or leave out --verify")
+    total = sum(record.bytes for record in info.checksums.values()) // world_size
+    with phase("verify", total, show=show and rank == 0) as advance:
+        check_digests(info, rank=rank, world_size=world_size, advance=advance)
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and the number of ranks, which may not have joined yet."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if launched_by_torchrun():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
 
 
 def has_rows(info: DatasetInfo, split: str) -> bool:

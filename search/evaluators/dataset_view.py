@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embcomp.data_pipelines.integrity import record_of
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo, SplitInfo
 from embcomp.errors import DataError
 
 _VALID_FILE = "valid.parquet"
+_SOURCE = "source"  # a link to the prepared dataset, so that the view's paths stay inside it
 _ROW_GROUP = 65_536
 
 
@@ -36,26 +39,44 @@ def write_view(source: str | Path, folder: Path, valid_rows: int | None) -> Path
                 "scored on valid"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    home = Path(source).resolve()
+    _link(folder / _SOURCE, Path(source).resolve())
     view = info.model_copy(deep=True)
-    view.splits = {
-        "train": _in_place(info.split("train"), home),
-        "valid": _in_place(info.split("valid"), home),
-    }
+    view.splits = {"train": _in_place(info.split("train")), "valid": _in_place(info.split("valid"))}
     view.bayes = None
     for feature in view.categorical:
         if feature.vocabulary:
-            feature.vocabulary = str(home / feature.vocabulary)
+            feature.vocabulary = f"{_SOURCE}/{feature.vocabulary}"
+    view.checksums = {f"{_SOURCE}/{file}": each for file, each in info.checksums.items()}
     if valid_rows is not None and valid_rows < info.split("valid").rows:
-        view.splits["valid"] = _sample(info, valid_rows, folder / _VALID_FILE)
-    text = folder / FILE_NAME
-    if not text.exists() or DatasetInfo.load(folder).model_dump() != view.model_dump():
+        view.splits["valid"] = sample = _sample(info, valid_rows, folder / _VALID_FILE)
+        view.checksums[_VALID_FILE] = record_of(folder / _VALID_FILE, sample.positives)
+    if not _says(folder, view):
         view.save(folder)
     return folder
 
 
-def _in_place(split: SplitInfo, home: Path) -> SplitInfo:
-    return split.model_copy(update={"files": [str(home / file) for file in split.files]})
+def _link(link: Path, home: Path) -> None:
+    if not (link.is_symlink() and link.readlink() == home):
+        temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+        temporary.symlink_to(home, target_is_directory=True)
+        temporary.replace(link)
+
+
+def _says(folder: Path, view: DatasetInfo) -> bool:
+    """Whether a view is there already and says the same."""
+    if not (folder / FILE_NAME).exists():
+        return False
+    try:
+        there = DatasetInfo.load(folder)
+    except DataError:  # of an older version, or damaged
+        return False
+    left_out = {"digest", "checksums", "sources"}
+    same = there.model_dump(exclude=left_out) == view.model_dump(exclude=left_out)
+    return same and all(there.checksums.get(f) == view.checksums.get(f) for f in view.files())
+
+
+def _in_place(split: SplitInfo) -> SplitInfo:
+    return split.model_copy(update={"files": [f"{_SOURCE}/{file}" for file in split.files]})
 
 
 def _sample(info: DatasetInfo, rows: int, path: Path) -> SplitInfo:
@@ -65,7 +86,7 @@ def _sample(info: DatasetInfo, rows: int, path: Path) -> SplitInfo:
     if not path.exists() or pq.read_metadata(path).num_rows != rows:
         parts, first = [], 0
         for file in split.files:
-            parquet = pq.ParquetFile(info.folder / file)
+            parquet = pq.ParquetFile(info.folder / file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows
                 low, high = np.searchsorted(wanted, [first, first + size])
@@ -75,7 +96,9 @@ def _sample(info: DatasetInfo, rows: int, path: Path) -> SplitInfo:
                 first += size
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
-        pq.write_table(pa.concat_tables(parts), temporary, row_group_size=_ROW_GROUP)
+        pq.write_table(
+            pa.concat_tables(parts), temporary, row_group_size=_ROW_GROUP, write_page_checksum=True
+        )
         Path(temporary).replace(path)
     labels = pq.read_table(path, columns=[info.label])[info.label]
     positives = int(np.asarray(labels).sum())

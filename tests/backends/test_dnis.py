@@ -24,6 +24,7 @@ from embcomp.training.stages.loading import load_unsharded
 from embcomp.training.stages.schedule import StageSchedule
 from tests.helpers.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
 from tests.helpers.joined_batches import batches_of_ranks
+from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import train_on_ranks
 
 
@@ -162,6 +163,7 @@ def planted(folder, rows=(3000, 500, 500), seed=0):
         labels = (random.random(len(table)) < chance).astype(np.float32)
         place = table.column_names.index("label")
         pq.write_table(table.set_column(place, "label", pa.array(labels)), path)
+    reseal(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training.run_folder import RunFolder
+from tests.helpers.resealed import reseal
 
 CONFIG = """
 name: toy_run
@@ -110,6 +111,7 @@ def test_labels_that_are_all_the_same_are_reported_as_such(workplace):
         column = table.column_names.index("label")
         zeros = pa.array([0.0] * len(table), pa.float32())
         pq.write_table(table.set_column(column, table.schema.field("label"), zeros), path)
+    reseal("toy")
     result = run("train", "config.yaml", "--quiet")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("auc undefined  log loss 0.") == 2
@@ -141,3 +143,53 @@ def test_torchrun_prints_one_report_and_leaves_cleanly(workplace):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tables ") == 1
     assert json.loads((workplace / "runs/toy_run/report.json").read_text())["world_size"] == 2
+
+
+def flip_in_a_page(path, column):
+    """Change one bit of a value, which leaves the file's size and footer as they were."""
+    place = pq.read_metadata(path).row_group(0).column(column)
+    whole = bytearray(path.read_bytes())
+    whole[place.data_page_offset + place.total_compressed_size - 2] ^= 1
+    path.write_bytes(whole)
+
+
+def test_verify_finds_one_flipped_bit_before_anything_is_written(workplace):
+    assert run("train", "config.yaml", "--quiet", "--verify").exit_code == 0
+    flip_in_a_page(Path("toy/test/part-00000.parquet"), 3)
+    for command in (["train", "config.yaml", "name=other"], ["evaluate", "runs/toy_run"]):
+        result = run(*command, "--verify")
+        assert result.exit_code == 1
+        assert "test/part-00000.parquet: the SHA-256 is not that in dataset.json" in result.stderr
+    assert not Path("runs/other").exists()
+
+
+def test_what_is_quick_to_compare_is_compared_by_every_verb_that_opens_a_dataset(workplace):
+    assert run("train", "config.yaml", "--quiet").exit_code == 0
+    path = Path("toy/train/part-00000.parquet")
+    whole = bytearray(path.read_bytes())
+    whole[-20] ^= 1
+    path.write_bytes(whole)
+    for command in (
+        ["plan", "config.yaml"],
+        ["train", "config.yaml", "name=other"],
+        ["evaluate", "runs/toy_run", "--split", "valid"],
+        ["export", "runs/toy_run"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "part-00000.parquet has another footer" in result.stderr
+    assert not Path("runs/other").exists()
+
+
+def test_a_dataset_without_checksums_is_trained_on_with_a_line_about_it(workplace):
+    content = json.loads(Path("toy/dataset.json").read_text())
+    del content["checksums"], content["digest"]
+    Path("toy/dataset.json").write_text(json.dumps(content))
+    result = run("train", "config.yaml", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("toy records no checksums") == 1
+    assert "toy records no checksums" in run("evaluate", "runs/toy_run").stderr
+    assert "toy records no checksums" in run("validate", "toy").stdout
+    refused = run("train", "config.yaml", "name=other", "--verify")
+    assert refused.exit_code == 1
+    assert "leave out --verify" in refused.stderr

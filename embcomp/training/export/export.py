@@ -21,6 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
+from embcomp.data_pipelines.integrity import open_dataset
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -135,7 +136,7 @@ def export_run(
     config = folder.config()
     if not folder.report.exists():
         raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
-    info = DatasetInfo.load(config.data.path)
+    info = open_dataset(config.data.path)
     wanted = RowTypes.of(config.tables.row_types if row_type is None else row_type)
     wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
     found = Export()

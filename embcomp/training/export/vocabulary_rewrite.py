@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -238,7 +239,8 @@ def _dataset(
         if renumbering is None:
             continue
         new = renumbering.new.numpy()
-        frame = pl.read_parquet(info.folder / feature.vocabulary)
+        path = info.folder / feature.vocabulary
+        frame = pl.DataFrame(pq.read_table(path, page_checksum_verification=True))
         ids = pl.Series("id", new[frame["id"].to_numpy()].astype(np.int32))
         vocabularies[feature.name] = frame.with_columns(ids).filter(pl.col("id") >= FIRST_ID)
         feature.num_embeddings = len(renumbering.kept)

@@ -1,0 +1,84 @@
+"""Digests of a dataset's files and of its description."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_MAGIC = b"PAR1"
+# A Parquet file ends with its footer, the footer's length in 4 bytes, and the magic word.
+_TAIL = 8
+_PIECE = 1 << 20
+
+
+def sha256_of_json(content: object) -> str:
+    """Return the SHA-256 of plain JSON values, however they are laid out in a file."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def footer_sha256(path: Path) -> str:
+    """Return the SHA-256 of the end of a Parquet file, which says where every page lies.
+
+    A file that has no footer gives the digest of its last bytes, which is that of no footer.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        tail = file.read()
+        length = int.from_bytes(tail[:4], "little") + _TAIL if tail[4:] == _MAGIC else _TAIL
+        file.seek(max(0, size - length))
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+class HashedFile(io.RawIOBase):
+    """A new file whose digest is known when the last byte is written.
+
+    Attributes:
+        bytes: written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of what was written so far."""
+        return self._digest.hexdigest()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        written = self._file.write(data)
+        self.bytes += written
+        return written
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self._file.close()
+            finally:
+                super().close()
