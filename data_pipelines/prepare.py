@@ -136,7 +136,7 @@ def prepare(
         "versions": {**versions(), "polars": pl.__version__, "python": platform.python_version()},
     }
     run.work.check_output(settings)
-    with disk_errors(output), _frugal_arrow(), run.work.open(settings):
+    with disk_errors(run.work.output), _frugal_arrow(), run.work.open(settings):
         try:
             return run.run()
         except Exception:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,12 +15,18 @@ from pydantic import (
     model_validator,
 )
 
+from embcomp.data_pipelines.description import (
+    DATASET_FILE,
+    FilePath,
+    is_file,
+    read_description,
+)
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.digests import sha256_of_json
 
 FORMAT_VERSION = 1
-FILE_NAME = "dataset.json"
+FILE_NAME = DATASET_FILE
 
 MISSING_ID = 0
 """The id of a value that is absent from the raw row."""
@@ -38,19 +42,6 @@ NumericTransform = Literal["none", "log1p", "standard_log", "min_max"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-
-def _inside(path: str) -> str:
-    """Return a path that cannot leave the dataset's folder."""
-    pure = PurePosixPath(path)
-    if path and (pure.is_absolute() or ".." in pure.parts or "\0" in path):
-        raise ValueError(f"{path!r} leads out of the dataset's folder; expected a path inside it")
-    os.fsencode(path)  # a UnicodeEncodeError, which is a ValueError, for what no file is called
-    return path
-
-
-FilePath = Annotated[str, AfterValidator(_inside)]
-"""A file of the dataset, relative to its folder and in it."""
 
 
 class NumericFeature(_Strict):
@@ -248,7 +239,7 @@ class DatasetInfo(_Strict):
         """
         folder = Path(folder)
         path = folder / FILE_NAME
-        content = _read_json(path)
+        content = read_description(path)
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(
@@ -262,7 +253,7 @@ class DatasetInfo(_Strict):
         info._folder = folder
         info._is_as_written = info._agrees(content)
         for relative in info.files():
-            if not _is_file(folder / relative):
+            if not is_file(folder / relative):
                 raise DataError(
                     f"{path} names {relative}, which is not in {folder}; copy the whole folder or "
                     f"prepare the dataset again"
@@ -303,29 +294,6 @@ class DatasetInfo(_Strict):
 
 def _digest_of(content: dict[str, Any]) -> str:
     return sha256_of_json({k: v for k, v in content.items() if k not in ("sources", "digest")})
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path.parent} is not a prepared dataset: it has no {FILE_NAME}; make one with "
-            f"`embcomp prepare`"
-        ) from None
-    except NotADirectoryError:
-        raise DataError(f"{path.parent} is a file; a prepared dataset is a folder") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); prepare the dataset again") from None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for any file
-        return False
 
 
 def _lines(error: ValidationError) -> str:

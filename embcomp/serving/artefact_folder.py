@@ -129,6 +129,11 @@ def copy_dataset(
         split.files = []
     for feature in copied.categorical:
         if feature.vocabulary:
+            if not feature.vocabulary.endswith(".parquet"):
+                raise ArtefactError(
+                    f"feature {feature.name!r} has the vocabulary {feature.vocabulary!r}; expected "
+                    f"a .parquet file, as other names are those of an artefact's own files"
+                )
             target = folder / feature.vocabulary
             target.parent.mkdir(parents=True, exist_ok=True)
             if feature.name in vocabularies:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from embcomp.config.train_config import TrainConfig
+from embcomp.data_pipelines.integrity import check_vocabularies
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
@@ -53,6 +54,7 @@ def train(
     """
     info = DatasetInfo.load(config.data.path)
     check_splits(info)
+    check_vocabularies(info)
     schedule = StageSchedule.of(config, info)
     schedule.check_installed()
     check_other_run(config, info, schedule)

@@ -193,3 +193,16 @@ def test_a_dataset_without_checksums_is_trained_on_with_a_line_about_it(workplac
     refused = run("train", "config.yaml", "name=other", "--verify")
     assert refused.exit_code == 1
     assert "leave out --verify" in refused.stderr
+
+
+@pytest.mark.parametrize("rows", [50_000_000, 10**12])
+def test_an_absurd_table_is_refused_by_its_feature_before_anything_is_planned(workplace, rows):
+    content = json.loads(Path("toy/dataset.json").read_text())
+    content["categorical"][1].update(num_embeddings=rows, num_raw_values=0)
+    del content["checksums"], content["digest"]
+    Path("toy/dataset.json").write_text(json.dumps(content))
+    for command in ("train", "plan"):
+        result = run(command, "config.yaml")
+        assert result.exit_code == 1
+        assert "C2" in result.stderr and str(rows) in result.stderr
+    assert not Path("runs").exists()

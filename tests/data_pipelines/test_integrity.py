@@ -16,9 +16,10 @@ from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.data_pipelines.validate import validate_dataset
-from embcomp.errors import DataError
+from embcomp.errors import ArtefactError, DataError
 from embcomp.planning.config_plan import sizes_of_dataset
 from embcomp.search.evaluators.dataset_view import write_view
+from embcomp.serving.artefact_folder import copy_dataset
 from tests.helpers.raw_logs import write_criteo
 
 FLIPS = 40
@@ -177,6 +178,7 @@ def test_a_dataset_without_checksums_is_read_and_said_to_have_none(dataset):
         ("vocabulary", "../x.parquet"),
         ("vocabulary", "/etc/passwd"),
         ("vocabulary", "a/../../x.parquet"),
+        ("vocabulary", "./dataset.json"),
         ("files", "../train.parquet"),
         ("files", "train/\0.parquet"),
         ("files", "x" * 5000),
@@ -233,3 +235,24 @@ def test_a_view_for_candidates_keeps_its_paths_inside_and_its_checksums(dataset,
     assert all(not file.startswith("/") for file in info.files())
     edit(view, lambda content: content.update(name="older"))
     assert DatasetInfo.load(write_view(dataset, tmp_path / "view", 8)).name == "toy"
+
+
+def test_a_vocabulary_cannot_take_the_place_of_an_artefacts_own_file(dataset, tmp_path):
+    make_old(dataset)
+    (dataset / "vocabulary" / "C1.parquet").rename(dataset / "config.json")
+    edit(dataset, lambda content: content["categorical"][0].update(vocabulary="config.json"))
+    with pytest.raises(ArtefactError, match=r"feature 'C1' has the vocabulary 'config\.json'"):
+        copy_dataset(DatasetInfo.load(dataset), None, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_an_artefact_describes_its_own_vocabularies_and_copies_no_damaged_one(dataset, tmp_path):
+    (tmp_path / "a").mkdir()
+    copy_dataset(DatasetInfo.load(dataset), None, tmp_path / "a")
+    copied = integrity.open_dataset(tmp_path / "a")
+    assert sorted(copied.checksums) == ["vocabulary/C1.parquet", "vocabulary/C2.parquet"]
+    integrity.check_digests(copied)
+    swap_counts(dataset)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match=r"C1\.parquet: the SHA-256 is not"):
+        copy_dataset(DatasetInfo.load(dataset), None, tmp_path / "b")
