@@ -230,7 +230,7 @@ def _count_unseen(part: PartRows, split: str, table: pa.Table, features: Feature
         column = table.column(feature.name).combine_chunks()
         ids = (column.flatten() if feature.multi_valued else column).to_numpy(zero_copy_only=False)
         values[feature.name] = values.get(feature.name, 0) + len(ids)
-        unseen[feature.name] = unseen.get(feature.name, 0) + int((ids == UNSEEN_ID).sum())
+        unseen[feature.name] = unseen.get(feature.name, 0) + int(np.count_nonzero(ids == UNSEEN_ID))
 
 
 def unseen_rates(parts: Sequence[PartRows], split: str) -> Mapping[str, float]:

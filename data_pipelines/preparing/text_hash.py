@@ -21,8 +21,8 @@ GAMMA = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
-# Texts that are hashed at once: their words then stay in the cache.
-_ROWS = 8192
+# Texts that are hashed at once: few enough to stay in the cache, many enough to be worth a call.
+_ROWS = 32_768
 # Arrow keeps a text of up to 12 bytes inside its 16-byte view: the length, the bytes, zeros.
 _INLINE = 12
 
@@ -35,9 +35,9 @@ def hash_texts(values: pl.Series, seed: int) -> Words:
     views = _views(values)
     for start in range(0, len(hashes), _ROWS):
         _start(views[start : start + _ROWS], seed, hashes[start : start + _ROWS])
-    lengths = views[:, 0] & np.uint64(0xFFFFFFFF)
-    is_long = lengths > _INLINE
-    if is_long.any():
+    lengths = views.view("<u4")[:, 0]
+    if len(lengths) and lengths.max() > _INLINE:
+        is_long = lengths > _INLINE
         if values.null_count():
             is_long &= values.is_not_null().to_numpy()
         hashes[is_long] = _long(values.filter(pl.Series(is_long)), views[is_long, 0], seed)
@@ -56,14 +56,14 @@ def _views(values: pl.Series) -> Words:
 def _start(views: Words, seed: int, hashes: Words) -> None:
     """Hash the two words of each view into `hashes`: all that a text of up to 12 bytes has."""
     shifted = np.empty_like(hashes)
-    hashes[:] = np.uint64((seed + 1) * GAMMA & _MASK)
-    for column in (0, 1):
-        _take_in(hashes, views[:, column], shifted)
+    _take_in(hashes, views[:, 0], shifted, before=np.uint64((seed + 1) * GAMMA & _MASK))
+    _take_in(hashes, views[:, 1], shifted)
     _finish(hashes, shifted)
 
 
-def _take_in(hashes: Words, words: Words, shifted: Words) -> None:
-    np.bitwise_xor(hashes, words, out=hashes)
+def _take_in(hashes: Words, words: Words, shifted: Words, before: np.uint64 | None = None) -> None:
+    """Take one more word into each hash; `before` is what all of them are, if that is so."""
+    np.bitwise_xor(hashes if before is None else before, words, out=hashes)
     np.multiply(hashes, np.uint64(MIX_1), out=hashes)
     np.right_shift(hashes, np.uint64(32), out=shifted)
     np.bitwise_xor(hashes, shifted, out=hashes)
@@ -88,8 +88,9 @@ def _long(values: pl.Series, first: Words, seed: int) -> Words:
     data[:-8] = np.frombuffer(text, dtype=np.uint8)[: int(starts[-1])]
     # The 8 bytes from every place on, as one overlapping array.
     words = np.ndarray((len(data) - 7,), dtype="<u8", buffer=data, strides=(1,))
-    hashes = np.full(len(first), np.uint64((seed + 1) * GAMMA & _MASK))
-    _take_in(hashes, first, np.empty_like(hashes))
+    hashes = np.empty_like(first)
+    before = np.uint64((seed + 1) * GAMMA & _MASK)
+    _take_in(hashes, first, np.empty_like(hashes), before=before)
     for at in range(0, len(hashes), _ROWS):
         stop = min(at + _ROWS, len(hashes))
         _further_words(words, starts[at : stop + 1], hashes[at:stop])
