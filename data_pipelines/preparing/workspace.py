@@ -116,7 +116,7 @@ class Workspace:
             if not self.published:
                 self._make_room(fingerprint)
             yield
-            self.discard()
+            self._clear_up()
         finally:
             os.close(handle)
 
@@ -150,6 +150,16 @@ class Workspace:
                 shutil.rmtree(self._replaced)
             self.output.rename(self._replaced)
         self.path.rename(self.output)
+
+    def _clear_up(self) -> None:
+        """Remove all but the dataset in its place; last of all what tells that it is there."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        for path in self.scratch.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != self._mark:
+                path.unlink()
+        shutil.rmtree(self.root, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove everything; the output, if there is one, stays as it is."""

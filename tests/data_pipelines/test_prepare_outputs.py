@@ -181,3 +181,17 @@ def test_files_that_a_dying_run_was_writing_are_not_published(raw, whole, tmp_pa
     (tmp_path / ".out.partial" / "dataset" / f".dataset.json.{os.getpid()}.tmp").write_text("{")
     prepare(raw, out, **OPTIONS)
     assert folder_bytes(out) == whole
+
+
+def test_a_death_while_clearing_up_is_made_good_by_the_same_command(
+    raw, whole, tmp_path, monkeypatch
+):
+    out = tmp_path / "home" / "out"
+    prepare(raw, out, **(OPTIONS | {"min_count": 1}))
+    with monkeypatch.context() as patch:
+        die_after(patch, workspace_module.shutil, "rmtree", 2)
+        with pytest.raises(KilledError):
+            prepare(raw, out, overwrite=True, **OPTIONS)
+    prepare(raw, out, **OPTIONS)
+    assert folder_bytes(out) == whole
+    assert entries(tmp_path / "home") == ["out"]
