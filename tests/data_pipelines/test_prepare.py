@@ -145,7 +145,7 @@ def test_the_spilling_paths_give_the_same_bytes(tmp_path, small_blocks, monkeypa
         passes, "plan_rounds", lambda s, r: (rounds.append(plan(s, r)), rounds[-1])[1]
     )
     # So little room forces run files, hash partitions, sorting by ranges and rounds of encoding.
-    monkeypatch.setattr(prepare_module, "_room", lambda size: 25_000)
+    monkeypatch.setattr(prepare_module, "_memory_budget", lambda size: 25_000)
     prepare(tmp_path / "train.txt", tmp_path / "b" / "out", **options)
     assert max(map(len, runs)) > 1
     assert max(files for files, _ in pieces) > 1

@@ -47,7 +47,7 @@ def test_a_prepared_log_has_the_stored_checksum(tmp_path, monkeypatch):
         "categorical: [user, page, {name: tags, separator: '|'}]}"
     )
     # So little room that values are cut into hash partitions, and ids found in several rounds.
-    monkeypatch.setattr(prepare_module, "_room", lambda size: 9_000)
+    monkeypatch.setattr(prepare_module, "_memory_budget", lambda size: 9_000)
     info = prepare(
         tmp_path / "shop.csv",
         tmp_path / "out",

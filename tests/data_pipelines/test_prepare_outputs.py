@@ -65,7 +65,7 @@ def test_a_relative_link_and_a_link_in_a_path_are_followed(raw, whole, tmp_path,
 
 
 def test_outputs_that_cannot_be_are_refused_before_any_work(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes.Passes, "run", lambda self: pytest.fail("work began"))
+    monkeypatch.setattr(passes.PreparePasses, "run", lambda self: pytest.fail("work began"))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(DataError, match=r"loop"):
         prepare(raw, tmp_path / "loop", **OPTIONS)

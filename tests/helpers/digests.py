@@ -99,8 +99,9 @@ def dataset_digests(folder: Path, *, exact: bool) -> dict[str, Any]:
         feature["name"]: _vocabulary_digest(pq.read_table(folder / feature["vocabulary"]))
         for feature in info["categorical"]
     }
-    for name in ("versions", "sources"):  # this machine's libraries and paths
-        info.pop(name)
+    # This machine's libraries and paths, and digests of files that Parquet's writer has signed.
+    for name in ("versions", "sources", "checksums", "digest"):
+        info.pop(name, None)
     description = {key: sha(json.dumps(value).encode()) for key, value in info.items()}
     return {"columns": columns, "vocabularies": words, "description": description}
 

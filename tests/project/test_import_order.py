@@ -18,8 +18,9 @@ ORDER = {
     "embcomp.training": "distributed < optim < build < checkpoint, run_folder, served_rows,"
     " loop_state < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, attempts < samplers, evaluators < trials < reporting < api",
-    "embcomp.data_pipelines": "schema, splits < transforms, frequencies, bayes_metrics"
-    " < importers, loader < preparing < prepare < synthetic, validate",
+    "embcomp.data_pipelines": "description, splits < schema < integrity"
+    " < transforms, frequencies, bayes_metrics < importers, loader < preparing < prepare"
+    " < synthetic, validate",
 }
 
 
