@@ -20,6 +20,7 @@ import pyarrow as pa
 from embcomp.data_pipelines.importers.base import Importer
 from embcomp.data_pipelines.importers.registry import make_importer
 from embcomp.data_pipelines.importers.sources import Source, raw_files
+from embcomp.data_pipelines.preparing.feature_names import check_names
 from embcomp.data_pipelines.preparing.features import choose_features
 from embcomp.data_pipelines.preparing.passes import PreparePasses, versions
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
@@ -27,7 +28,7 @@ from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, m
 from embcomp.data_pipelines.schema import (
     DatasetInfo,
 )
-from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, parse_split
+from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, TimeSplit, parse_split
 from embcomp.errors import DataError
 
 BLOCKS_PER_PART = 128
@@ -97,11 +98,21 @@ def prepare(
     if not 0 <= max_bad_rows <= 1:
         raise DataError(f"max_bad_rows is {max_bad_rows}; expected a share from 0 to 1")
     table = reader.open(files)
+    if isinstance(rule, TimeSplit) and table.layout.time != rule.column:
+        raise DataError(
+            f"rows are to be split by {rule.column!r}, which only the schema of a `table` can ask "
+            f"for: split: {{kind: time, column: {rule.column}}}"
+        )
     features = choose_features(
         table.layout,
         numeric=numeric,
         min_count=min_count,
         default_min_count=reader.default_min_count,
+    )
+    check_names(
+        (feature.name for feature in features.categorical),
+        (column.name for column in features.numeric),
+        reader.rename,
     )
     group = group or table.layout.group
     names = [feature.name for feature in features.categorical]

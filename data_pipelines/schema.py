@@ -49,7 +49,9 @@ class NumericFeature(_Strict):
 
     `none` keeps x; `log1p` is log(1 + max(x, 0)); `standard_log` is (log1p(x) - mean) / std;
     `min_max` is (x - min) / (max - min), clipped to [0, 1]. Mean, std, min and max come from the
-    train split. A missing value is written as 0.
+    train split. A missing value is written as 0. `clipped` counts the values of all splits that the
+    transform cannot tell apart: negative ones under a logarithm, those outside the train split's
+    range under `min_max`, those beyond float32 under `none`.
     """
 
     name: str
@@ -59,6 +61,7 @@ class NumericFeature(_Strict):
     min: float | None = None
     max: float | None = None
     missing: int = Field(default=0, ge=0)
+    clipped: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _has_constants(self) -> NumericFeature:

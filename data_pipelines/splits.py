@@ -1,8 +1,10 @@
-"""Which split a row belongs to, decided by its position in the raw input alone."""
+"""Which split a row belongs to, decided by its position in the raw input or by its time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, Literal
 
 import numpy as np
@@ -30,8 +32,16 @@ class _Shares(_Rule):
             raise ValueError(f"train, valid and test must sum to 1, they sum to {total:.6g}")
         return self
 
-    def bounds(self) -> list[float]:
-        return [self.train, self.train + self.valid]
+    def bounds(self) -> list[Fraction]:
+        """Where train and valid end, as shares of all rows; exact, as 0.7 + 0.1 is no 0.8."""
+        train, valid = exact(self.train), exact(self.valid)
+        # Shares may miss 1 by a rounding, which must not make a row of a split without a share.
+        last = train + valid if self.test else Fraction(1)
+        return [train if self.valid else last, last]
+
+    def limits(self, total: int) -> list[int]:
+        """Return how many of `total` rows come before the end of train, and of valid."""
+        return [round(bound * total) for bound in self.bounds()]
 
 
 class RandomSplit(_Shares):
@@ -42,7 +52,8 @@ class RandomSplit(_Shares):
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
         drawn = uniform(self.seed, first, rows)
-        return np.searchsorted(self.bounds(), drawn, side="right").astype(np.int8)
+        bounds = [float(bound) for bound in self.bounds()]
+        return np.searchsorted(bounds, drawn, side="right").astype(np.int8)
 
 
 class ChronologicalSplit(_Shares):
@@ -51,8 +62,25 @@ class ChronologicalSplit(_Shares):
     kind: Literal["chronological"] = "chronological"
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
-        limits = [round(bound * total) for bound in self.bounds()]
+        limits = self.limits(total)
         return np.searchsorted(limits, np.arange(first, first + rows), side="right").astype(np.int8)
+
+
+class TimeSplit(_Shares):
+    """The earliest rows are train, the next valid, the last test, by a column of the raw table.
+
+    Rows of one time stay together, in the earlier split. Rows keep the order of the input.
+    """
+
+    kind: Literal["time"] = "time"
+    column: str
+
+    def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        raise DataError("rows are split by a column, so their positions do not tell their split")
+
+    def codes_of(self, times: np.ndarray, last: Sequence[float]) -> np.ndarray:
+        """Return (rows,) int8 of (rows,) float64 times, given the last ones of train and valid."""
+        return np.searchsorted(np.asarray(last), times, side="left").astype(np.int8)
 
 
 class FileSplit(_Rule):
@@ -66,7 +94,9 @@ class FileSplit(_Rule):
         return np.full(rows, SPLITS.index(file_split), dtype=np.int8)
 
 
-SplitRule = Annotated[RandomSplit | ChronologicalSplit | FileSplit, Field(discriminator="kind")]
+SplitRule = Annotated[
+    RandomSplit | ChronologicalSplit | TimeSplit | FileSplit, Field(discriminator="kind")
+]
 """A split rule: `codes(first, rows, total, file_split)` gives, for rows `first`...`first + rows`
 of an input of `total` rows, the index in `SPLITS` as (rows,) int8. Positions count every raw row,
 bad and dropped ones included, so a split does not move when one row turns out to be malformed."""
@@ -84,17 +114,23 @@ def uniform(seed: int, first: int, rows: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def parse_split(rule: object) -> RandomSplit | ChronologicalSplit | FileSplit:
+def exact(share: float) -> Fraction:
+    """Return the decimal number that a share was written as: 0.29 of 100 rows is 29 of them."""
+    return Fraction(str(share))
+
+
+def parse_split(rule: object) -> RandomSplit | ChronologicalSplit | TimeSplit | FileSplit:
     """Make a rule from itself, from its kind's name, or from a mapping with a `kind`."""
     content = {"kind": rule} if isinstance(rule, str) else rule
     try:
-        parsed: RandomSplit | ChronologicalSplit | FileSplit = TypeAdapter(
+        parsed: RandomSplit | ChronologicalSplit | TimeSplit | FileSplit = TypeAdapter(
             SplitRule
         ).validate_python(content)
     except ValidationError as error:
         problems = "; ".join(item["msg"] for item in error.errors())
         raise DataError(
             f"split {rule!r} is not a rule ({problems}); expected kind random (train, valid, "
-            f"test, seed), chronological (train, valid, test) or files"
+            f"test, seed), chronological (train, valid, test), time (column, train, valid, test) "
+            f"or files"
         ) from None
     return parsed

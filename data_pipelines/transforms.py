@@ -8,11 +8,15 @@ import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
-from embcomp.data_pipelines.schema import NumericFeature
+from embcomp.data_pipelines.schema import DatasetInfo, NumericFeature
 
 BUCKET = "bucket"
 TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
 """`bucket` makes a categorical feature; the others keep a number."""
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_LOWEST = -(2.0**62)
 
 
 class NumericStats(BaseModel):
@@ -59,7 +63,8 @@ class NumericStats(BaseModel):
             feature |= {"mean": mean, "std": math.sqrt(spread) if spread > 1e-12 else 1.0}
         elif transform == "min_max":
             low, high = (self.min, self.max) if self.count else (0.0, 1.0)
-            feature |= {"min": low, "max": high if high > low else low + 1.0}
+            above = max(low + 1.0, math.nextafter(low, math.inf))
+            feature |= {"min": low, "max": high if high > low else above}
         return NumericFeature.model_validate(feature)
 
 
@@ -72,10 +77,47 @@ def numeric_expression(feature: NumericFeature) -> pl.Expr:
         y = (_log1p(x) - feature.mean) / feature.std
     elif feature.transform == "min_max":
         assert feature.min is not None and feature.max is not None
-        y = ((x - feature.min) / (feature.max - feature.min)).clip(0.0, 1.0)
+        # Halves, as the span of the largest numbers is infinite.
+        y = ((x / 2 - feature.min / 2) / (feature.max / 2 - feature.min / 2)).clip(0.0, 1.0)
     else:
-        y = x
+        y = x.clip(-_LARGEST, _LARGEST)
     return y.cast(pl.Float32).fill_null(0.0).alias(feature.name)
+
+
+def clipped_expression(feature: NumericFeature) -> pl.Expr:
+    """Return how many raw values of a feature its transform cannot represent (see `schema`)."""
+    x = pl.col(feature.name)
+    if feature.transform in ("log1p", "standard_log"):
+        lost = x < 0
+    elif feature.transform == "min_max":
+        lost = (x < feature.min) | (x > feature.max)
+    else:
+        lost = x.abs() > _LARGEST
+    return lost.sum().alias(feature.name)
+
+
+def clipped_news(info: DatasetInfo) -> list[str]:
+    """Say, for each feature, what became of values that its transform could not represent."""
+    rows = sum(split.rows for split in info.splits.values())
+    return [_news(f, rows - f.missing) for f in info.numeric if f.clipped]
+
+
+def _news(feature: NumericFeature, values: int) -> str:
+    share = f"{feature.name}: {feature.clipped:,} of {values:,} values"
+    if feature.transform in ("log1p", "standard_log"):
+        return (
+            f"{share} are negative, and {feature.transform} makes 0 of them; to keep them apart "
+            f"take none, min_max or bucket (--numeric {feature.name}=none)"
+        )
+    if feature.transform == "min_max":
+        return (
+            f"{share} lie outside the range of the train split, {feature.min:g} to "
+            f"{feature.max:g}, and are clipped to it"
+        )
+    return (
+        f"{share} are beyond the numbers of float32 and are clipped to the largest; take another "
+        f"transform (--numeric {feature.name}=log1p)"
+    )
 
 
 def bucket_expression(name: str) -> pl.Expr:
@@ -86,7 +128,9 @@ def bucket_expression(name: str) -> pl.Expr:
     """
     x = pl.col(name)
     large = x.log().pow(2).floor().cast(pl.Int64, strict=False).cast(pl.String)
-    small = pl.lit("SP") + x.floor().cast(pl.Int64, strict=False).cast(pl.String)
+    # No number may turn into a missing one: what has no Int64 shares the lowest bucket.
+    low = x.clip(lower_bound=_LOWEST).floor().cast(pl.Int64, strict=False)
+    small = pl.lit("SP") + low.cast(pl.String)
     return pl.when(x > 2).then(large).otherwise(small).alias(name)
 
 

@@ -91,7 +91,7 @@ class AvazuTable(TextTable):
             columns=tuple((name, kinds.get(name, "text")) for name in COLUMNS), separator=","
         )
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         parsed = self.format.parse(data, rows)
         stamp = pl.col("hour").cast(pl.String)
         # Polars wants minutes where there are hours.

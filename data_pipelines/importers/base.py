@@ -18,15 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
 
+from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.errors import DataError
 
 DROP = "__drop__"
 """A Boolean column by which `RawTable.shape` marks rows that the label rule leaves out."""
+TIME = "__time__"
+"""A Float64 column of a layout with a `time`: larger is later, and null is malformed."""
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +53,15 @@ class CategoricalColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The features of a raw table, in the order that the dataset will have."""
+    """The features of a raw table, in the order that the dataset will have.
+
+    `group` is the feature that GAUC groups by, `time` the raw column that a split may go by.
+    """
 
     numeric: tuple[NumericColumn, ...] = ()
     categorical: tuple[CategoricalColumn, ...] = ()
     group: str | None = None
+    time: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -65,6 +74,17 @@ class RawFile:
 
     path: Path
     split: str | None = None
+
+    @property
+    def partitions(self) -> dict[str, str | None]:
+        """What the folders just above the file say, as Hive and Spark name them: `day=7`."""
+        found: dict[str, str | None] = {}
+        for folder in self.path.absolute().parents:
+            name, equals, value = folder.name.partition("=")
+            if not (name and equals):
+                break
+            found[unquote(name)] = unquote(value) if value not in ("", _NO_PARTITION) else None
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +198,8 @@ class RawTable(ABC):
             (pl.col(c.name).is_infinite().fill_null(False), f"{c.name} is infinite")
             for c in self.layout.numeric
         ]
+        if self.layout.time is not None:
+            checks.append((pl.col(TIME).is_null(), f"{self.layout.time} is no time"))
         wrong = frame.select(expr.alias(str(i)) for i, (expr, _) in enumerate(checks))
         if wrong.select(pl.any_horizontal(pl.all().any())).item():
             for i, (_, reason) in enumerate(checks):
@@ -198,11 +220,19 @@ class RawTable(ABC):
         return BadRow(path=path, line=block.line + offset, reason=reason, raw=raw)
 
 
+def listed(folder: Path) -> list[Path]:
+    """Return what a folder holds, but for hidden files and marks such as `_SUCCESS`."""
+    with reading(folder):
+        return [path for path in folder.iterdir() if path.name[0] not in "._"]
+
+
 class Importer(ABC):
     """One raw format. Subclasses are frozen dataclasses whose fields are the format's options."""
 
     name: ClassVar[str]
     title: ClassVar[str]
+    rename: ClassVar[str] = "give it another name in the raw files"
+    """How a feature gets another name: the way out when a model cannot have the one it has."""
 
     @abstractmethod
     def open(self, files: Sequence[RawFile]) -> RawTable:
@@ -218,9 +248,7 @@ class Importer(ABC):
 
     def find(self, folder: Path) -> list[Path]:
         """Return the raw files of a folder, in row order."""
-        found = sorted(
-            path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"
-        )
+        found = sorted(path for path in listed(folder) if path.is_file())
         if not found:
             raise DataError(f"{folder} holds no files; expected {self.title}")
         return found

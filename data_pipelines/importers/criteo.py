@@ -19,6 +19,7 @@ from embcomp.data_pipelines.importers.base import (
     NumericColumn,
     RawFile,
 )
+from embcomp.data_pipelines.importers.compressed import SUFFIXES
 from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importers.text import Parsed, TextTable
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
@@ -30,7 +31,7 @@ CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
 
 @dataclass(frozen=True, kw_only=True)
 class CriteoImporter(Importer):
-    """Criteo Kaggle `train.txt`, or the 1TB logs' `day_0` ... `day_23`, plain or gzipped."""
+    """Criteo Kaggle `train.txt`, or the 1TB logs' `day_0` ... `day_23`, plain or compressed."""
 
     name: ClassVar[str] = "criteo"
     title: ClassVar[str] = "Criteo TSV: label, 13 integers, 26 categories"
@@ -45,7 +46,7 @@ class CriteoImporter(Importer):
         return ChronologicalSplit()
 
     def find(self, folder: Path) -> list[Path]:
-        texts = [p for p in super().find(folder) if p.suffix in ("", ".txt", ".tsv", ".gz")]
+        texts = [p for p in super().find(folder) if p.suffix in ("", ".txt", ".tsv", *SUFFIXES)]
         found = [p for p in texts if re.match(r"(train|day_)", p.name)] or texts
         if not found:
             raise DataError(f"{folder} holds no text files; expected {self.title}")
@@ -71,7 +72,7 @@ class CriteoTable(TextTable):
         columns += [(name, "text") for name in CATEGORICAL]
         self.format = Delimited(columns=tuple(columns), separator="\t")
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         parsed = self.format.parse(data, rows)
         parsed.frame = parsed.frame.with_columns(
             pl.col("label").cast(pl.Float32), pl.col(NUMERIC).cast(pl.Float64)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.importers.text import Parsed, split_lines
-from embcomp.errors import DataError
+from embcomp.data_pipelines.importers.text import LineError, Parsed, split_lines
 
 ColumnType = Literal["int", "float", "text"]
 _DTYPES: dict[str, type[pl.DataType]] = {"int": pl.Int64, "float": pl.Float64, "text": pl.String}
 _NOUNS = {"int": "an integer", "float": "a number"}
+_TRUTH = {"true": 1.0, "false": 0.0}
+_LONGEST_FIELD = 1000  # lines
+_TRIED_ENDS = 20
+_OPEN = "a quote is not closed or not escaped"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delimited:
     """The columns of a delimited text and how they are written.
 
-    The fast path hands the block to polars, which is enough when the block has exactly the
-    separators that sound lines would have: polars refuses a line with too many fields, so no
-    short line can hide behind a long one. Anything odd goes to the slow path, which finds the
-    lines at fault one by one and parses the rest.
+    Lines end at a newline, with or without a carriage return before it, and fields at the
+    separator; nothing else cuts, and each line is judged by itself. The fast path hands the block
+    to polars, which is enough when the block has exactly the separators that sound lines would
+    have: polars refuses a line with too many fields, so no short line can hide behind a long one.
+    Anything odd goes to the slow path, which reads the lines one by one.
     """
 
     columns: tuple[tuple[str, ColumnType], ...]
@@ -39,104 +42,156 @@ class Delimited:
         return {name: _DTYPES[kind] for name, kind in self.columns}
 
     def parse(self, data: bytes, rows: int) -> Parsed:
-        """Return the columns of every sound line, and the offsets and faults of the others."""
-        separators = data.count(self.separator.encode())
-        quoted = self.quote is not None and self.quote.encode() in data
-        if quoted or separators == (len(self.columns) - 1) * rows:
-            try:
-                # Quotes may hide separators, so only the slow path can judge quoted lines.
-                frame = None if quoted else self._read(data, self.schema)
-            except (pl.exceptions.PolarsError, ValueError):
-                frame = None
-            if frame is not None and frame.height == rows and not self._has_blank(data):
+        """Return the columns of every sound line, and the offsets and faults of the others.
+
+        Raises:
+            LineError: a quoted field spans lines, so that lines are not rows.
+        """
+        if self._is_plain(data, rows):
+            frame = self._read(data, self.schema, rows)
+            if frame is not None:
                 return Parsed(frame)
+            # Some number is none, or is True or False.
+            frame = self._read(data, dict.fromkeys(self.schema, pl.String), rows)
+            if frame is not None:
+                return self._converted(frame, np.arange(rows), rows, [])
         return self._parse_slowly(data, rows)
 
-    def _has_blank(self, data: bytes) -> bool:
+    def _is_plain(self, data: bytes, rows: int) -> bool:
+        if self.quote is not None and self.quote.encode() in data:
+            return False
+        if data.count(self.separator.encode()) != (len(self.columns) - 1) * rows:
+            return False
+        # Polars cuts a carriage return off any field, and a byte order mark off any block.
+        if data.startswith("\ufeff".encode()) or data.count(b"\r") != data.count(b"\r\n"):
+            return False
         # A blank line is a sound row only of a single nullable column, which no table here has.
-        return len(self.columns) == 1 and (data.startswith(b"\n") or b"\n\n" in data)
+        return not (len(self.columns) == 1 and (data.startswith(b"\n") or b"\n\n" in data))
 
-    def _read(self, data: bytes, schema: Mapping[str, type[pl.DataType]]) -> pl.DataFrame:
-        return pl.read_csv(
-            data,
-            has_header=False,
-            separator=self.separator,
-            quote_char=self.quote,
-            schema=schema,
-            null_values=list(self.null_values) or None,
-        )
+    def _read(
+        self, data: bytes, schema: Mapping[str, type[pl.DataType]], rows: int
+    ) -> pl.DataFrame | None:
+        try:
+            frame = pl.read_csv(
+                data,
+                has_header=False,
+                separator=self.separator,
+                quote_char=None,
+                schema=schema,
+                null_values=list(self.null_values) or None,
+            )
+        except (pl.exceptions.PolarsError, ValueError):
+            return None
+        return frame if frame.height == rows else None
 
     def _parse_slowly(self, data: bytes, rows: int) -> Parsed:
-        lines = split_lines(data)
         bad: list[tuple[int, str]] = []
         sound: list[int] = []
-        separator = self.separator.encode()
-        ascii_only = data.isascii()
+        values: list[list[str]] = []
+        lines = split_lines(data)
         for at, line in enumerate(lines):
-            fault = None if ascii_only else _utf8_fault(line)
-            if fault is None:
-                fields = self._count(line, separator)
-                if fields is None:
-                    fault = "a quote is not closed or not escaped"
-                elif fields != len(self.columns):
-                    fault = f"expected {len(self.columns)} columns, got {fields}"
-            if fault is None:
-                sound.append(at)
+            found = self._fields(line)
+            if isinstance(found, str):
+                if found == _OPEN:
+                    self._check_span(lines, at)
+                bad.append((at, found))
             else:
-                bad.append((at, fault))
-        texts = dict.fromkeys(self.schema, pl.String)
-        if not sound:
-            return Parsed(
-                pl.DataFrame(schema=self.schema), np.empty(0, dtype=np.int64), sorted(bad)
-            )
-        try:
-            frame = self._read(b"\n".join(lines[at] for at in sound) + b"\n", texts)
-        except pl.exceptions.PolarsError as error:
-            raise DataError(f"rows that look sound cannot be parsed: {error}") from None
-        if frame.height != len(sound):
-            raise DataError(
-                f"{len(sound)} lines were read as {frame.height} rows; quotes that span lines are "
-                f"not supported"
-            )
-        positions = np.asarray(sound, dtype=np.int64)
-        keep = np.ones(len(sound), dtype=bool)
+                sound.append(at)
+                values.append(found)
+        columns = list(zip(*values)) if values else [()] * len(self.columns)
+        missing = ["", *self.null_values]
+        frame = pl.DataFrame(
+            [
+                pl.Series(name, column, dtype=pl.String)
+                for (name, _), column in zip(self.columns, columns)
+            ]
+        ).with_columns(pl.when(pl.all().is_in(missing).not_()).then(pl.all()))
+        return self._converted(frame, np.asarray(sound, dtype=np.int64), rows, bad)
+
+    def _converted(
+        self, frame: pl.DataFrame, positions: np.ndarray, rows: int, bad: list[tuple[int, str]]
+    ) -> Parsed:
+        """Turn the texts of the rows at some positions into numbers where numbers are wanted."""
+        keep = np.ones(frame.height, dtype=bool)
         for name, kind in self.columns:
             if kind == "text":
                 continue
             text = frame.get_column(name)
-            # Leading blanks are what polars' own reader allows before a number.
-            value = text.str.strip_chars_start(" ").cast(_DTYPES[kind], strict=False)
-            wrong = (value.is_null() & text.is_not_null()).to_numpy()
+            value = text.to_frame().select(_number(name, kind)).to_series()
+            # A blank number is a missing one, as in polars' own reader.
+            given = text.str.strip_chars(" \t").fill_null("") != ""
+            wrong = (value.is_null() & given).to_numpy()
             for at in np.flatnonzero(wrong & keep).tolist():
-                bad.append((sound[at], f"{name} is {text[at]!r}, expected {_NOUNS[kind]}"))
+                fault = f"{name} is {text[at]!r}, expected {_NOUNS[kind]}"
+                bad.append((int(positions[at]), fault))
             keep &= ~wrong
-            frame = frame.with_columns(value.alias(name))
+            frame = frame.with_columns(value)
         if not keep.all():
             frame = frame.filter(pl.Series(keep))
             positions = positions[keep]
         whole = frame.height == rows
         return Parsed(frame, None if whole else positions, sorted(bad))
 
-    def _count(self, line: bytes, separator: bytes) -> int | None:
-        """Return how many fields a line has, or None when its quotes do not pair."""
-        if self.quote is None or self.quote.encode() not in line:
-            return line.count(separator) + 1
-        reader = csv.reader(
-            io.StringIO(line.decode()),
-            delimiter=self.separator,
-            quotechar=self.quote,
-            strict=True,
-        )
+    def _fields(self, line: bytes) -> list[str] | str:
+        """Return the fields of a line, or what is wrong with it."""
         try:
-            parsed = list(reader)
-        except csv.Error:
-            return None
-        return len(parsed[0]) if len(parsed) == 1 else None
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8"
+        fields = split_fields(text, self.separator, self.quote)
+        if isinstance(fields, list) and len(fields) != len(self.columns):
+            return f"expected {len(self.columns)} columns, got {len(fields)}"
+        return fields
+
+    def _check_span(self, lines: Sequence[bytes], at: int) -> None:
+        """Raise when the quote that a line leaves open is closed by one of the next lines."""
+        assert self.quote is not None
+        quote = self.quote.encode()
+        nearby = range(at + 1, min(len(lines), at + _LONGEST_FIELD))
+        for end in [n for n in nearby if quote in lines[n]][:_TRIED_ENDS]:
+            if isinstance(self._fields(b"\n".join(lines[at : end + 1])), list):
+                raise LineError(
+                    at,
+                    f"a quoted field holds a newline (its row ends {end - at} lines further on), "
+                    f"and lines are rows here: write the table without newlines in its fields, or "
+                    f"as Parquet",
+                )
 
 
-def _utf8_fault(line: bytes) -> str | None:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8"
-    return None
+def split_fields(line: str, separator: str, quote: str | None) -> list[str] | str:
+    """Return the fields of a line, or the fault of its quotes.
+
+    A quoted field may hold separators, and quotes that are doubled.
+    """
+    if quote is None or quote not in line:
+        return line.split(separator)
+    q, s = re.escape(quote), re.escape(separator)
+    field = re.compile(f"{q}((?:[^{q}]|{q}{q})*){q}(?={s}|\\Z)|([^{q}{s}]*)(?={s}|\\Z)", re.DOTALL)
+    fields: list[str] = []
+    at = 0
+    while True:
+        match = field.match(line, at)
+        if match is None:
+            if line.startswith(quote, at):
+                return _OPEN
+            return (
+                "a quote stands within a field that is not quoted; when quotes are ordinary "
+                "characters here, let the schema say `quote: null`"
+            )
+        quoted, bare = match.groups()
+        fields.append(bare if quoted is None else quoted.replace(quote * 2, quote))
+        if match.end() == len(line):
+            return fields
+        at = match.end() + 1
+
+
+def _number(name: str, kind: ColumnType) -> pl.Expr:
+    text = pl.col(name)
+    # Leading blanks are what polars' own reader allows before a number.
+    value = text.str.strip_chars_start(" \t").cast(_DTYPES[kind], strict=False)
+    if kind == "float":
+        truth = text.str.to_lowercase().replace_strict(
+            _TRUTH, default=None, return_dtype=pl.Float64
+        )
+        value = pl.coalesce(value, truth)
+    return value.alias(name)

@@ -8,25 +8,47 @@ The forms, told apart by the first lines unless the caller says:
 - `pairs` (`1 user:17 movie:99`): field name and category;
 - `ffm` (`1 0:451:1 1:4149:1`): field, category and the weight 1.
 
-A weight other than 1 is malformed: categories have no weights here."""
+Tokens are parted by spaces or tabs. A weight other than 1 is malformed: categories have no weights
+here. What the sample shows of real values, query ids (`qid:3`) or comments is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 
 from embcomp.data_pipelines.importers.base import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.compressed import compression, unpacked, unpacking
 from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
 Form = Literal["auto", "indices", "bag", "pairs", "ffm"]
 _SAMPLE_LINES = 10_000
+_SCANNED_BYTES = 4 << 20
+_MOST_FIELDS = 10_000
 _ONE = r":1(\.0*)?$"
 _LABELS = {"1": 1.0, "1.0": 1.0, "+1": 1.0, "0": 0.0, "0.0": 0.0, "-1": 0.0, "-1.0": 0.0}
+_PATTERNS = {
+    "pairs": r"^([^:]+):(.+)$",
+    "ffm": r"^([^:]+):([^:]+)" + _ONE,
+    "bag": r"^()([^:]+)" + _ONE,
+}
+_WHOLE_PAIRS = r"^([^:]+):([^:.]+)$"
+_REAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A line of the sample: its place and its tokens after the label."""
+
+    place: str
+    tokens: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +60,103 @@ class LibFMImporter(Importer):
     form: Form = "auto"
 
     def open(self, files: Sequence[RawFile]) -> TextTable:
-        sample = [
-            line.decode("utf-8", "replace").split()[1:]
-            for file in files
-            for line in read_head(file.path, _SAMPLE_LINES)
-        ]
-        sample = [tokens for tokens in sample if tokens]
+        sample = [line for file in files for line in _sample(file.path)]
         if not sample:
             raise DataError(f"{files[0].path} is empty; expected {self.title}")
+        _refuse_what_is_no_token(sample)
         form = _guess(sample) if self.form == "auto" else self.form
         if form == "indices":
-            return IndexTable(files, fields=len(sample[0]))
-        return PairTable(files, form=form, sample=sample)
+            lengths = Counter(len(line.tokens) for line in sample)
+            return IndexTable(files, fields=lengths.most_common(1)[0][0])
+        pattern = _PATTERNS[form]
+        if self.form == "auto" and form == "pairs" and _has_numbered_fields(sample):
+            # A fraction behind a number is a weight at an index, wherever it turns up.
+            pattern = _WHOLE_PAIRS
+        return PairTable(files, form=form, pattern=pattern)
 
 
-def _guess(sample: list[list[str]]) -> Form:
-    tokens = [token for row in sample for token in row]
+def _sample(path: Path) -> Iterator[_Line]:
+    for number, line in enumerate(read_head(path, _SAMPLE_LINES), 1):
+        tokens = re.split(r"[ \t]+", line.decode("utf-8", "replace").strip(" \t"))[1:]
+        if tokens:
+            yield _Line(place=f"{path}, line {number}", tokens=tokens)
+
+
+def _refuse_what_is_no_token(sample: Sequence[_Line]) -> None:
+    for line in sample:
+        for token in line.tokens:
+            if token.startswith("qid:"):
+                raise DataError(
+                    f"{line.place}: {token!r} is a query id of ranking data, which is not read; "
+                    f"leave it out, or make it a field of its own, such as 'query:{token[4:]}'"
+                )
+            if token.startswith("#"):
+                raise DataError(
+                    f"{line.place}: comments (from {token!r} on) are not read; leave them out"
+                )
+
+
+def _guess(sample: Sequence[_Line]) -> Form:
+    tokens = [token for line in sample for token in line.tokens]
     colons = {token.count(":") for token in tokens}
     if colons == {2}:
+        _refuse_weights(sample)
         return "ffm"
     if colons == {1}:
         values = {token.rpartition(":")[2] for token in tokens}
         if not values <= {"1", "1.0"}:
+            if _has_numbered_fields(sample):
+                _refuse_unless_fields(sample)
             return "pairs"
-        lengths = [len(row) for row in sample]
         # One malformed line must not turn fields into a bag.
-        common = max(set(lengths), key=lengths.count)
-        return "indices" if lengths.count(common) >= 0.99 * len(lengths) else "bag"
+        lengths = Counter(len(line.tokens) for line in sample)
+        return "indices" if _is_nearly_all(lengths) else "bag"
     raise DataError(
         f"tokens such as {tokens[0]!r} are neither index:1, field:value nor field:index:1; "
         f"found {sorted(colons)} colons per token"
+    )
+
+
+def _has_numbered_fields(sample: Sequence[_Line]) -> bool:
+    return all(token.partition(":")[0].isdecimal() for line in sample for token in line.tokens)
+
+
+def _refuse_weights(sample: Sequence[_Line]) -> None:
+    for line in sample:
+        for token in line.tokens:
+            weight = token.rpartition(":")[2]
+            if not re.fullmatch(_ONE, f":{weight}"):
+                raise DataError(_weight_fault(line, token, weight))
+
+
+def _refuse_unless_fields(sample: Sequence[_Line]) -> None:
+    """Raise unless `3:7` can only mean category 7 of field 3, and not a weight of 7 at index 3."""
+    for line in sample:
+        for token in line.tokens:
+            if _REAL.fullmatch(value := token.partition(":")[2]) and float(value) != 1.0:
+                raise DataError(_weight_fault(line, token, value))
+    fields = Counter(tuple(token.partition(":")[0] for token in line.tokens) for line in sample)
+    if not _is_nearly_all(fields):
+        line, token = next(
+            (line, token) for line in sample for token in line.tokens if not token.endswith(":1")
+        )
+        raise DataError(
+            f"{line.place}: {token!r} may be a category of a field, or a weight at an index, "
+            f"which is not read. Say that tokens are field:value with `--form pairs` "
+            f"(LibFMImporter(form='pairs')), or write 1 as the weight of every index"
+        )
+
+
+def _is_nearly_all(counts: Counter[Any]) -> bool:
+    """Whether the most frequent one is at least 99 % of them."""
+    return 100 * counts.most_common(1)[0][1] >= 99 * counts.total()
+
+
+def _weight_fault(line: _Line, token: str, weight: str) -> str:
+    return (
+        f"{line.place}: the weight of {token!r} is {weight}, not 1, and categories have no weights "
+        f"here. Make numeric columns of real values and read them with the `table` importer, or "
+        f"write 1 as the weight of every index"
     )
 
 
@@ -85,7 +174,10 @@ class _Lines(TextTable):
             except UnicodeDecodeError as error:
                 texts.append(None)
                 bad.append((at, f"byte {error.start + 1} is not UTF-8"))
-        parts = pl.Series("tokens", texts, dtype=pl.String).str.strip_chars().str.split(" ")
+        spaced = pl.Series("tokens", texts, dtype=pl.String).str.replace_all(
+            "\t", " ", literal=True
+        )
+        parts = spaced.str.strip_chars(" ").str.split(" ")
         frame = (
             pl.DataFrame({"tokens": parts})
             .with_row_index("row")
@@ -111,7 +203,7 @@ class IndexTable(_Lines):
             files, Layout(categorical=tuple(CategoricalColumn(name=name) for name in names))
         )
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
         names = self.layout.names
         count = pl.col("tokens").list.len()
@@ -135,13 +227,10 @@ class IndexTable(_Lines):
 class PairTable(_Lines):
     """Rows of tokens that name their field, in any number and order."""
 
-    def __init__(self, files: Sequence[RawFile], *, form: Form, sample: list[list[str]]) -> None:
+    def __init__(self, files: Sequence[RawFile], *, form: Form, pattern: str) -> None:
         self.form = form
-        repeated: dict[str, bool] = {}
-        for row in sample:
-            names = [self._field(token) for token in row]
-            for name in names:
-                repeated[name] = repeated.get(name, False) or names.count(name) > 1
+        self.pattern = pattern
+        repeated = {"index": True} if form == "bag" else self._scan(files)
         order = sorted(repeated, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
         self.fields = order
         prefix = "field_" if all(name.isdigit() for name in order) else ""
@@ -157,21 +246,38 @@ class PairTable(_Lines):
             ),
         )
 
-    def _field(self, token: str) -> str:
-        return "index" if self.form == "bag" else token.partition(":")[0]
+    def _scan(self, files: Sequence[RawFile]) -> dict[str, bool]:
+        """Return all fields of all lines, and whether a row has one of them twice.
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+        A sample would miss the fields that appear late.
+        """
+        found: dict[str, bool] = {}
+        for file in files:
+            for data in _pieces(file.path):
+                frame, _ = self.tokens(data)
+                fields = (
+                    frame.select("row", "tokens")
+                    .explode("tokens", empty_as_null=True, keep_nulls=True)
+                    .select("row", pl.col("tokens").str.extract(self.pattern).alias("field"))
+                    .drop_nulls("field")
+                )
+                twice = set(fields.filter(fields.is_duplicated()).get_column("field").unique())
+                for name in fields.get_column("field").unique():
+                    found[name] = found.get(name, False) or name in twice
+                if len(found) > _MOST_FIELDS:
+                    raise DataError(
+                        f"{file.path} names more than {_MOST_FIELDS} fields; each becomes a "
+                        f"feature. Are its tokens {self.form}?"
+                    )
+        return found
+
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
-        pattern = {
-            "pairs": r"^([^:]+):(.+)$",
-            "ffm": r"^([^:]+):([^:]+)" + _ONE,
-            "bag": r"^()([^:]+)" + _ONE,
-        }[self.form]
         pairs = (
             frame.select("row", "tokens")
             .explode("tokens", empty_as_null=True, keep_nulls=True)
             .drop_nulls("tokens")
-            .with_columns(pl.col("tokens").str.extract_groups(pattern).alias("parts"))
+            .with_columns(pl.col("tokens").str.extract_groups(self.pattern).alias("parts"))
             .select(
                 "row",
                 "tokens",
@@ -191,7 +297,7 @@ class PairTable(_Lines):
         for wrong, reason in ((unread, "cannot be read"), (twice, "repeats its field")):
             found = pairs.filter(wrong).unique("row", keep="first", maintain_order=True)
             bad += [
-                (row, f"token {token!r} {reason}")
+                (row, f"token {token!r} {reason}{self._hint(token, reason)}")
                 for row, token in found.select("row", "tokens").iter_rows()
             ]
             left_out = pl.col("row").is_in(found.get_column("row").implode())
@@ -210,6 +316,22 @@ class PairTable(_Lines):
             if column.multi_valued:
                 frame = frame.with_columns(pl.col(column.name).fill_null([]))
         return _parsed(frame, rows, bad)
+
+    def _hint(self, token: str, reason: str) -> str:
+        if reason != "cannot be read" or self.form == "bag" or token.count(":") < 1:
+            return ""
+        weight = token.rpartition(":")[2]
+        if self.form == "ffm" and token.count(":") == 2 and not re.fullmatch(_ONE, f":{weight}"):
+            return f": its weight is {weight}, not 1, and categories have no weights here"
+        return ": a weight is no category" if _REAL.fullmatch(weight) else ""
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in pieces of whole lines."""
+    kind = compression(path)
+    with unpacking(path, kind), path.open("rb") as disk, unpacked(disk, kind) as stream:
+        while data := stream.read(_SCANNED_BYTES):
+            yield data + stream.readline()
 
 
 def _parsed(frame: pl.DataFrame, rows: int, bad: list[tuple[int, str]]) -> Parsed:

@@ -14,11 +14,30 @@ from typing import ClassVar
 import polars as pl
 
 from embcomp.data_pipelines.importers.base import DROP, CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.importers.delimited import Delimited
-from embcomp.data_pipelines.importers.text import Parsed, TextTable
+from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
 FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")
+_TABLE_WAY = (
+    "Other MovieLens sets are read as a table: `embcomp prepare table --schema ratings.yaml "
+    "RATINGS OUTPUT`"
+)
+_RULE = 'label: {column: rating, positive: "> 3", negative: "< 3"}, categorical: [user, movie]'
+OTHERS = {
+    "ratings.csv": (
+        f"of ml-latest, ml-25m or the like, not of MovieLens-1M. {_TABLE_WAY}, with the schema "
+        f"{{name: movielens, {_RULE.replace('user, movie', 'userId, movieId')}, group: userId, "
+        f"split: {{kind: time, column: timestamp}}}}"
+    ),
+    "u.data": (
+        f"of MovieLens-100K, not of MovieLens-1M. {_TABLE_WAY}, with the schema {{name: movielens, "
+        f"format: tsv, columns: [user, movie, rating, time], {_RULE}, group: user, "
+        f"split: {{kind: time, column: time}}}}"
+    ),
+}
+"""Names of the rating files of other distributions, and what to do with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +49,23 @@ class MovieLensImporter(Importer):
 
     def find(self, folder: Path) -> list[Path]:
         path = folder / "ratings.dat"
+        for other, what in OTHERS.items():
+            if (folder / other).is_file() and not path.is_file():
+                raise DataError(f"{folder / other} is {what}")
         if not path.is_file():
             raise DataError(f"{folder} lacks ratings.dat; expected {self.title}")
         return [path]
 
     def open(self, files: Sequence[RawFile]) -> MovieLensTable:
+        for file in files:
+            if file.path.name in OTHERS:
+                raise DataError(f"{file.path} is {OTHERS[file.path.name]}")
+            head = read_head(file.path, 1)
+            if head and b"::" not in head[0]:
+                raise DataError(
+                    f"{file.path}, line 1: fields are not parted by '::'; expected {self.title}. "
+                    f"{_TABLE_WAY}"
+                )
         return MovieLensTable(files)
 
 
@@ -61,7 +92,7 @@ class MovieLensTable(TextTable):
             separator="\t",
         )
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         if b"\t" in data:
             raise DataError(f"{self.files[0].path} has tabs; expected user::movie::rating::time")
         parsed = self.format.parse(data.replace(b"::", b"\t"), rows)
@@ -88,11 +119,11 @@ class MovieLensTable(TextTable):
 
 def _fields(path: Path, count: int) -> list[list[str]]:
     # The distribution's movies.dat is Latin-1.
-    try:
-        lines = path.read_bytes().decode("latin-1").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; it belongs beside ratings.dat") from None
-    rows = [line.split("::") for line in lines]
+    if not path.exists():
+        raise DataError(f"{path} is missing; it belongs beside ratings.dat")
+    with reading(path):
+        lines = split_lines(path.read_bytes())
+    rows = [line.decode("latin-1").split("::") for line in lines]
     for number, row in enumerate(rows, 1):
         if len(row) != count:
             raise DataError(

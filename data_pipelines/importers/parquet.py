@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
+from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.importers.text import file_sha256
 from embcomp.errors import DataError
 
@@ -27,16 +28,28 @@ class ParquetTable(RawTable):
         self.layout = layout
         self.block_rows = BLOCK_ROWS
         self._next: tuple[int, int] | None = None
-        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batches: Iterator[pa.Table] = iter(())
 
     @abstractmethod
-    def shape(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Bring the raw columns into the common shape (see `importers.base`)."""
+    def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
+        """Bring raw columns of one of `files` into the common shape (see `importers.base`)."""
+
+    def names(self, file: RawFile) -> list[str]:
+        """Return the names of all columns of a file."""
+        return list(_open(file.path).schema_arrow.names)
 
     def types(self, file: RawFile) -> dict[str, pl.DataType]:
-        """Return the polars type of each column of a file."""
+        """Return the polars type of each column of a file that is wanted."""
         schema = _open(file.path).schema_arrow
-        empty = pl.from_arrow(schema.empty_table())
+        fields = [field for field in schema if field.name in self.columns]
+        for field in fields:
+            # Polars has no such type, and ends the process over it.
+            if pa.types.is_decimal256(field.type):
+                raise DataError(
+                    f"{file.path}: column {field.name!r} holds {field.type}; write it with at most "
+                    f"38 digits (decimal128) or as text"
+                )
+        empty = pl.from_arrow(pa.schema(fields).empty_table())
         assert isinstance(empty, pl.DataFrame)
         return dict(empty.schema)
 
@@ -75,7 +88,7 @@ class ParquetTable(RawTable):
             def text(offset: int, raw: pl.DataFrame = raw) -> bytes:
                 return repr(raw.row(offset, named=True)).encode()
 
-            yield block, self.finish(self.shape(raw), None, [], block, text)
+            yield block, self.finish(self.shape(raw, block.file), None, [], block, text)
 
     def _block(self, block: Block) -> pl.DataFrame:
         path = self.files[block.file].path
@@ -103,16 +116,31 @@ class ParquetTable(RawTable):
         self._batches = (
             batch
             for g in range(group, source.metadata.num_row_groups)
-            for batch in source.iter_batches(self.block_rows, row_groups=[g], columns=self.columns)
+            for batch in _of_size(
+                source.iter_batches(self.block_rows, row_groups=[g], columns=self.columns),
+                self.block_rows,
+            )
         )
         for _ in range((block.start - first) // self.block_rows):
             next(self._batches)
 
 
+def _of_size(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """Yield tables of so many rows, and what is left: batches with dictionaries may be ragged."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        while sum(piece.num_rows for piece in held) >= rows:
+            whole = pa.Table.from_batches(held)
+            yield whole.slice(0, rows)
+            held = whole.slice(rows).to_batches()
+    if any(piece.num_rows for piece in held):
+        yield pa.Table.from_batches(held)
+
+
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
+        with reading(path):
+            return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file, or a truncated one: {error}") from None

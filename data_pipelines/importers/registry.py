@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import get_args
 
 from embcomp.data_pipelines.importers.avazu import AvazuImporter
 from embcomp.data_pipelines.importers.base import Importer
 from embcomp.data_pipelines.importers.criteo import CriteoImporter
-from embcomp.data_pipelines.importers.libfm import LibFMImporter
+from embcomp.data_pipelines.importers.libfm import Form, LibFMImporter
 from embcomp.data_pipelines.importers.movielens import MovieLensImporter
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.errors import DataError
@@ -22,8 +23,13 @@ IMPORTERS: dict[str, type[Importer]] = {
 }
 
 
-def make_importer(name: str, schema: str | Path | None = None) -> Importer:
-    """Return the importer of a name; `table` needs the path of a schema YAML, others take none."""
+def make_importer(name: str, schema: str | Path | None = None, form: str | None = None) -> Importer:
+    """Return the importer of a name.
+
+    Args:
+        schema: the path of a schema YAML, which `table` needs and others do not take.
+        form: for `libfm`, what its tokens are, where the first lines do not tell.
+    """
     if name not in IMPORTERS:
         near = difflib.get_close_matches(name, IMPORTERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -35,4 +41,10 @@ def make_importer(name: str, schema: str | Path | None = None) -> Importer:
         return TableImporter.from_yaml(schema)
     if schema is not None:
         raise DataError(f"the {name!r} importer knows its columns; only `table` takes a schema")
-    return kind()
+    if form is None:
+        return kind()
+    if kind is not LibFMImporter or form not in get_args(Form):
+        raise DataError(
+            f"form {form!r} is for the importer `libfm`, which knows {', '.join(get_args(Form))}"
+        )
+    return LibFMImporter(form=form)  # type: ignore[arg-type]

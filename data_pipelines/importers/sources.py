@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from embcomp.data_pipelines.importers.base import Importer, RawFile
+from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.errors import DataError
 
@@ -48,10 +49,11 @@ def _paths(source: Paths, importer: Importer) -> list[Path]:
     paths: list[Path] = []
     for item in given:
         path = Path(item)
-        if path.is_dir():
-            paths += importer.find(path)
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise DataError(f"source {path} does not exist; expected {importer.title}")
+        with reading(path):
+            if path.is_dir():
+                paths += importer.find(path)
+            elif path.is_file():
+                paths.append(path)
+            else:
+                raise DataError(f"source {path} does not exist; expected {importer.title}")
     return paths

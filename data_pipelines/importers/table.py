@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,18 @@ from typing import ClassVar
 import polars as pl
 
 from embcomp.data_pipelines.importers.base import (
-    DROP,
     CategoricalColumn,
     Importer,
     Layout,
     NumericColumn,
     RawFile,
     RawTable,
+    listed,
 )
-from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importers.compressed import SUFFIXES
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited, split_fields
 from embcomp.data_pipelines.importers.parquet import ParquetTable
+from embcomp.data_pipelines.importers.table_columns import check_columns, check_types, common_shape
 from embcomp.data_pipelines.importers.table_schema import TableSchema, load_schema
 from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head
 from embcomp.data_pipelines.splits import SplitRule
@@ -37,6 +37,7 @@ class TableImporter(Importer):
 
     name: ClassVar[str] = "table"
     title: ClassVar[str] = "CSV, TSV or Parquet files described by a schema YAML"
+    rename: ClassVar[str] = "name it anew in the schema: {name: NEW, column: OLD}"
     schema: TableSchema
 
     @classmethod
@@ -53,7 +54,7 @@ class TableImporter(Importer):
         return self.schema.split
 
     def find(self, folder: Path) -> list[Path]:
-        found = [p for p in super().find(folder) if _format(p) is not None]
+        found = [p for p in _files(folder) if _format(p) is not None]
         if self.schema.format is not None:
             found = [p for p in found if _format(p) == self.schema.format] or found
         if not found:
@@ -76,6 +77,7 @@ class TableImporter(Importer):
                 for c in self.schema.categorical
             ),
             group=self.schema.group,
+            time=self.schema.time,
         )
         if form == "parquet":
             return SchemaParquet(files, layout, self.schema)
@@ -83,54 +85,53 @@ class TableImporter(Importer):
 
 
 class SchemaText(TextTable):
-    """CSV or TSV rows."""
+    """CSV or TSV rows; each file's own header says where its columns are."""
 
     def __init__(
         self, files: Sequence[RawFile], layout: Layout, schema: TableSchema, separator: str
     ) -> None:
-        header = schema.columns is None
-        super().__init__(files, layout, header_lines=int(header))
+        super().__init__(files, layout, header_lines=int(schema.columns is None))
         self.schema = schema
-        separator = schema.separator or separator
-        names = list(schema.columns or ()) or self._header(files[0], separator)
-        if header:
-            for file in files[1:]:
-                other = self._header(file, separator)
-                if other != names:
-                    raise DataError(
-                        f"{file.path} has columns {other}, but {files[0].path} has {names}"
-                    )
-        check_columns(schema, names, str(files[0].path))
-        numbers = {c.name for c in schema.numeric} | {schema.label.column}
+        self.separator = schema.separator or separator
+        self.formats = [self._format(file) for file in self.files]
+
+    def _format(self, file: RawFile) -> Delimited:
+        names = list(self.schema.columns or ()) or self._header(file)
+        check_columns(self.schema, [*names, *file.partitions], str(file.path))
+        numbers = {c.source for c in self.schema.numeric}
+        if not self.schema.label.has_words:
+            numbers.add(self.schema.label.column)
         columns: list[tuple[str, ColumnType]] = [
             (name, "float" if name in numbers else "text") for name in names
         ]
-        self.format = Delimited(
+        return Delimited(
             columns=tuple(columns),
-            separator=separator,
-            quote=schema.quote,
-            null_values=schema.null_values,
+            separator=self.separator,
+            quote=self.schema.quote,
+            null_values=self.schema.null_values,
         )
 
-    def _header(self, file: RawFile, separator: str) -> list[str]:
+    def _header(self, file: RawFile) -> list[str]:
         head = read_head(file.path, 1)
         if not head:
             raise DataError(f"{file.path} is empty; expected a header line")
         try:
-            text = head[0].decode("utf-8-sig")
+            text = head[0].decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{file.path}, line 1: the header is not UTF-8") from None
-        names = next(
-            csv.reader(io.StringIO(text), delimiter=separator, quotechar=self.schema.quote), []
-        )
+        names = split_fields(text, self.separator, self.schema.quote)
+        if isinstance(names, str):
+            raise DataError(f"{file.path}, line 1: {names}")
         double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise DataError(f"{file.path}, line 1: columns named twice: {double}")
-        return names
+        if wrong := [name for name in double if name in self.schema.sources]:
+            raise DataError(f"{file.path}, line 1: columns named twice: {wrong}")
+        # Columns that nobody asks for may have any name, or none.
+        return [f"{name}__{at}" if name in double else name for at, name in enumerate(names)]
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
-        parsed = self.format.parse(data, rows)
-        parsed.frame = shape(parsed.frame, self.schema)
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
+        parsed = self.formats[file].parse(data, rows)
+        frame = with_partitions(parsed.frame, self.files[file], self.schema)
+        parsed.frame = common_shape(frame, self.schema)
         return parsed
 
 
@@ -140,69 +141,46 @@ class SchemaParquet(ParquetTable):
     def __init__(self, files: Sequence[RawFile], layout: Layout, schema: TableSchema) -> None:
         super().__init__(files, layout)
         self.schema = schema
-        self.columns = list(dict.fromkeys([schema.label.column, *schema.feature_names]))
+        self.columns = schema.sources
         for file in self.files:
-            types = self.types(file)
-            check_columns(schema, list(types), str(file.path))
-            for name in {c.name for c in schema.numeric} | {schema.label.column}:
-                if not (types[name].is_numeric() or types[name] == pl.Boolean):
-                    raise DataError(
-                        f"{file.path}: column {name!r} holds {types[name]}, but the schema uses "
-                        f"it as a number"
-                    )
-            for column in schema.categorical:
-                is_list = isinstance(types[column.name], pl.List)
-                if is_list and not column.is_bag:
-                    raise DataError(
-                        f"{file.path}: column {column.name!r} holds lists; set `multi_valued: "
-                        f"true` for it in the schema"
-                    )
-                if not is_list and column.multi_valued and column.separator is None:
-                    raise DataError(
-                        f"{file.path}: column {column.name!r} holds {types[column.name]}, not "
-                        f"lists; give a `separator` for it in the schema"
-                    )
+            names = self.names(file)
+            check_columns(schema, [*names, *file.partitions], str(file.path))
+            types: dict[str, pl.DataType] = {
+                name: pl.String() for name in schema.sources if name not in names
+            }
+            types |= self.types(file)
+            numbers = {c.source for c in schema.numeric} | {schema.label.column}
+            types |= {n: pl.Float64() for n in numbers if n not in names}
+            check_types(schema, types, str(file.path))
 
-    def shape(self, frame: pl.DataFrame) -> pl.DataFrame:
-        return shape(frame, self.schema)
+    def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
+        return common_shape(with_partitions(frame, self.files[file], self.schema), self.schema)
 
 
-def shape(frame: pl.DataFrame, schema: TableSchema) -> pl.DataFrame:
-    """Bring raw columns into the common shape that `importers.base` describes."""
-    label, drop = schema.label.expressions()
-    columns = [label.alias("label"), drop.alias(DROP)]
-    for numeric in schema.numeric:
-        columns.append(pl.col(numeric.name).cast(pl.Float64).fill_nan(None))
-    for feature in schema.categorical:
-        column = pl.col(feature.name)
-        if feature.is_bag:
-            if not isinstance(frame.schema[feature.name], pl.List):
-                column = column.cast(pl.String).str.split(feature.separator or "")
-            else:
-                column = column.cast(pl.List(pl.String))
-            column = column.list.eval(
-                pl.element().filter(pl.element().is_not_null() & (pl.element() != ""))
-            ).fill_null([])
-        else:
-            column = column.cast(pl.String)
-            column = pl.when(column != "").then(column)
-        columns.append(column.alias(feature.name))
-    return frame.select(columns)
+def with_partitions(frame: pl.DataFrame, file: RawFile, schema: TableSchema) -> pl.DataFrame:
+    """Add the columns that only the names of a file's folders hold, as text."""
+    absent = [name for name in schema.sources if name not in frame.columns]
+    return frame.with_columns(
+        pl.lit(file.partitions[name], dtype=pl.String).alias(name) for name in absent
+    )
 
 
-def check_columns(schema: TableSchema, names: list[str], place: str) -> None:
-    """Raise a DataError when the schema names a column that the data lacks."""
-    wanted = [schema.label.column, *schema.feature_names]
-    absent = [name for name in wanted if name not in names]
-    if absent:
-        near = difflib.get_close_matches(absent[0], names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(
-            f"{place} has no column {absent[0]!r}{hint}; the schema wants {wanted}, the file has "
-            f"{names}"
-        )
+def _files(folder: Path) -> list[Path]:
+    """Return a folder's files, and those of its partitions (`day=7`), in natural order."""
+    found = listed(folder)
+    inside = [path for path in found if path.is_dir() and "=" in path.name]
+    files = [path for path in found if path.is_file()]
+    return sorted(files, key=lambda path: path.name) + [
+        path for part in sorted(inside, key=_natural) for path in _files(part)
+    ]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Order `hour=9` before `hour=10`."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _format(path: Path) -> str | None:
-    suffixes = [s for s in path.suffixes if s != ".gz"]
+    suffixes = [s for s in path.suffixes if s not in SUFFIXES]
     return _FORMATS.get(suffixes[-1]) if suffixes else None

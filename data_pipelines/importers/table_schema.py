@@ -6,28 +6,29 @@ format: csv                  # csv, tsv or parquet; by the first file's suffix w
 columns: [clicked, price]    # only for text without a header
 label: {column: rating, positive: "> 3", negative: "< 3"}   # or just a column of 0 and 1
 numeric: [{name: price, transform: log1p}]
-categorical: [user, {name: tags, separator: "|"}]
+categorical: [user, {name: tags, separator: "|"}, {name: item_id, column: item.id}]
 group: user
-split: {kind: random, seed: 7, train: 0.8, valid: 0.1, test: 0.1}
+split: {kind: random, seed: 7, train: 0.8, valid: 0.1, test: 0.1}   # or {kind: time, column: day}
 ```
+
+Conditions of a label compare numbers, or name words: `"== bought"`, `"!= bought"`, or a list such as
+`[bought, kept]`.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from embcomp.data_pipelines.splits import SplitRule
+from embcomp.data_pipelines.importers.label_conditions import Condition, Rule
+from embcomp.data_pipelines.splits import SplitRule, TimeSplit
 from embcomp.data_pipelines.transforms import TRANSFORMS
 from embcomp.errors import ConfigError, DataError
 from embcomp.io.yaml_reading import read_yaml
-
-_CONDITION = re.compile(r"\s*(<=|>=|==|!=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
 
 class _Strict(BaseModel):
@@ -38,15 +39,15 @@ class LabelSchema(_Strict):
     """How the label follows from a column: rows that meet neither condition are left out."""
 
     column: str
-    positive: str | None = None
-    negative: str | None = None
+    positive: Rule | None = None
+    negative: Rule | None = None
 
     @field_validator("positive", "negative")
     @classmethod
-    def _is_condition(cls, text: str | None) -> str | None:
-        if text is not None and not _CONDITION.fullmatch(text):
-            raise ValueError(f"{text!r} is not a condition such as '> 3' or '== 1'")
-        return text
+    def _is_condition(cls, rule: Rule | None) -> Rule | None:
+        if rule is not None:
+            Condition.parse(rule)
+        return rule
 
     @model_validator(mode="after")
     def _both_or_none(self) -> LabelSchema:
@@ -55,23 +56,31 @@ class LabelSchema(_Strict):
         return self
 
     @property
-    def has_rule(self) -> bool:
-        return self.positive is not None
+    def has_words(self) -> bool:
+        """Whether the column is to be read as text."""
+        rules = [rule for rule in (self.positive, self.negative) if rule is not None]
+        return any(Condition.parse(rule).words for rule in rules)
 
-    def expressions(self) -> tuple[pl.Expr, pl.Expr]:
-        """Return the label (Float32, null when there is none) and whether to leave the row out."""
-        value = pl.col(self.column).cast(pl.Float64)
+    def expressions(self, text: pl.Expr, number: pl.Expr) -> tuple[pl.Expr, pl.Expr]:
+        """Return the label (Float32, null when there is none) and whether to leave the row out.
+
+        Args:
+            text: the column as canonical text.
+            number: the column as Float64, null where it is no number.
+        """
         if self.positive is None or self.negative is None:
-            return value.cast(pl.Float32), pl.lit(False)
-        positive, negative = _condition(value, self.positive), _condition(value, self.negative)
+            return number.cast(pl.Float32), pl.lit(False)
+        positive = Condition.parse(self.positive).holds(text, number)
+        negative = Condition.parse(self.negative).holds(text, number)
         label = pl.when(positive).then(1).when(negative).then(0).cast(pl.Float32)
-        return label, (value.is_not_null() & ~positive & ~negative).fill_null(False)
+        return label, (text.is_not_null() & ~positive & ~negative).fill_null(False)
 
 
 class NumericSchema(_Strict):
-    """A numeric feature."""
+    """A numeric feature; `column` is its name in the raw table when that is another."""
 
     name: str
+    column: str | None = None
     transform: str = "log1p"
 
     @field_validator("transform")
@@ -81,11 +90,19 @@ class NumericSchema(_Strict):
             raise ValueError(f"{transform!r} is not a transform; there are {list(TRANSFORMS)}")
         return transform
 
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
 
 class CategoricalSchema(_Strict):
-    """A categorical feature; a `separator` makes it multi-valued. Parquet lists are so as well."""
+    """A categorical feature; a `separator` makes it multi-valued. Parquet lists are so as well.
+
+    `column` is its name in the raw table when that is another.
+    """
 
     name: str
+    column: str | None = None
     separator: str | None = Field(default=None, min_length=1)
     multi_valued: bool = False
     min_count: int | None = Field(default=None, ge=1)
@@ -93,6 +110,10 @@ class CategoricalSchema(_Strict):
     @property
     def is_bag(self) -> bool:
         return self.multi_valued or self.separator is not None
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
 
 
 class TableSchema(_Strict):
@@ -124,6 +145,28 @@ class TableSchema(_Strict):
                 content[key] = [{"name": x} if isinstance(x, str) else x for x in content[key]]
         return content
 
+    @field_validator("separator", "quote")
+    @classmethod
+    def _is_one_byte(cls, mark: str | None) -> str | None:
+        if mark is not None and (not mark.isascii() or mark in "\r\n"):
+            raise ValueError(f"{mark!r} cannot part fields; take an ASCII character")
+        return mark
+
+    @property
+    def time(self) -> str | None:
+        """The raw column that rows are split by."""
+        return self.split.column if isinstance(self.split, TimeSplit) else None
+
+    @property
+    def sources(self) -> list[str]:
+        """The raw columns that are wanted, each once."""
+        names = [self.label.column, *self._feature_sources]
+        return list(dict.fromkeys(names if self.time is None else [*names, self.time]))
+
+    @property
+    def _feature_sources(self) -> list[str]:
+        return [c.source for c in self.numeric] + [c.source for c in self.categorical]
+
     @property
     def feature_names(self) -> list[str]:
         return [c.name for c in self.numeric] + [c.name for c in self.categorical]
@@ -138,7 +181,7 @@ class TableSchema(_Strict):
             raise ValueError(f"features named twice: {double}")
         if "label" in names:
             raise ValueError("'label' is the prepared label's name; no feature may have it")
-        if self.label.column in names:
+        if self.label.column in self._feature_sources:
             raise ValueError(
                 f"{self.label.column!r} is the label and a feature too: a model would read off "
                 "what it is to predict"
@@ -186,17 +229,3 @@ def _problem(item: object) -> str:
     near = difflib.get_close_matches(place[-1], known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{where}: unknown key; {hint}valid keys are {', '.join(known)}"
-
-
-def _condition(value: pl.Expr, text: str) -> pl.Expr:
-    match = _CONDITION.fullmatch(text)
-    assert match is not None, "validated when the schema was read"
-    operator, number = match.group(1), float(match.group(2))
-    return {
-        "<": value < number,
-        "<=": value <= number,
-        ">": value > number,
-        ">=": value >= number,
-        "==": value == number,
-        "!=": value != number,
-    }[operator]

@@ -1,83 +1,42 @@
-"""Text files, plain or gzipped, as blocks of whole lines."""
+"""Text files, plain or compressed, as blocks of whole lines."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.importers.base import (
-    BadRow,
-    Block,
-    FileIndex,
-    Layout,
-    RawFile,
-    RawTable,
-    Rows,
-)
+from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
+from embcomp.data_pipelines.importers.compressed import compression, reading, unpacked, unpacking
 from embcomp.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 _READ = 1 << 20
 _LONGEST_LINE = 64 << 20
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive; unzip it first",
-    b"BZh": "bzip2-compressed; recompress it with gzip or unpack it",
-    b"\xfd7zXZ": "xz-compressed; recompress it with gzip or unpack it",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed; recompress it with gzip or unpack it",
-    b"PAR1": "a Parquet file; describe it in a schema YAML and use the `table` importer",
-}
+_BOM = "\ufeff".encode()
 
 
-def is_gzip(path: Path) -> bool:
-    """Tell by its first bytes whether a file is gzipped; other archives are a DataError."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(6)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise DataError(f"{path} is {what}")
-    return head.startswith(b"\x1f\x8b")
+class LineError(Exception):
+    """What is wrong with a whole file, found at a line of a block: its offset, and the reason."""
 
-
-@contextmanager
-def gzip_errors(path: Path) -> Iterator[None]:
-    """Name the file when its gzip stream ends early or is damaged."""
-    try:
-        yield
-    except EOFError:
-        raise DataError(
-            f"{path} is a truncated gzip file: it ends before its end-of-stream mark; copy or "
-            f"download it again"
-        ) from None
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is a damaged gzip file ({error}); fetch it again") from None
-
-
-def open_text(path: Path) -> IO[bytes] | gzip.GzipFile:
-    """Open a file for reading its uncompressed bytes."""
-    return gzip.open(path, "rb") if is_gzip(path) else path.open("rb")
-
-
-def _unpacked(disk: IO[bytes], path: Path) -> IO[bytes] | gzip.GzipFile:
-    return gzip.GzipFile(fileobj=disk, mode="rb") if is_gzip(path) else disk
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(reason)
+        self.offset = offset
+        self.reason = reason
 
 
 def read_head(path: Path, lines: int) -> list[bytes]:
     """Return the first lines of a file, without their ends."""
-    with gzip_errors(path), open_text(path) as file:
+    kind = compression(path)
+    with unpacking(path, kind), path.open("rb") as disk, unpacked(disk, kind) as file:
         head = [file.readline(_LONGEST_LINE) for _ in range(lines)]
-    return [line.rstrip(b"\r\n") for line in head if line]
+    return split_lines(b"".join(head).removeprefix(_BOM))
 
 
 class TextTable(RawTable):
@@ -94,12 +53,18 @@ class TextTable(RawTable):
         self.layout = layout
         self.header_lines = header_lines
         self.block_bytes = BLOCK_BYTES
-        self._stream: IO[bytes] | gzip.GzipFile | None = None
+        self._kind: str | None = None
+        self._disk: IO[bytes] | None = None
+        self._stream: IO[bytes] | None = None
         self._at = (-1, 0)
 
     @abstractmethod
-    def parse(self, data: bytes, rows: int) -> Parsed:
-        """Turn a block of lines into columns of the common shape (see `importers.base`)."""
+    def parse(self, data: bytes, rows: int, file: int) -> Parsed:
+        """Turn a block of lines of one of `files` into columns of the common shape (see `importers.base`).
+
+        Raises:
+            LineError: the whole file cannot be read, as a line shows.
+        """
 
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
         path = self.files[file].path
@@ -107,7 +72,8 @@ class TextTable(RawTable):
         if size == 0:
             raise DataError(f"{path} is empty; expected rows of {', '.join(self.layout.names[:4])}")
         blocks: list[Block] = []
-        with gzip_errors(path), path.open("rb") as disk, _unpacked(disk, path) as stream:
+        kind = compression(path)
+        with unpacking(path, kind), path.open("rb") as disk, unpacked(disk, kind) as stream:
             head = [stream.readline(_LONGEST_LINE) for _ in range(self.header_lines)]
             start = sum(map(len, head))
             line = 1 + self.header_lines
@@ -123,7 +89,7 @@ class TextTable(RawTable):
 
     def _cuts(
         self,
-        stream: IO[bytes] | gzip.GzipFile,
+        stream: IO[bytes],
         disk: IO[bytes],
         path: Path,
         advance: Callable[[int], None],
@@ -160,7 +126,11 @@ class TextTable(RawTable):
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         for block in blocks:
             data = self._bytes(block)
-            parsed = self.parse(data, block.rows)
+            try:
+                parsed = self.parse(data, block.rows, block.file)
+            except LineError as error:
+                place = f"{self.files[block.file].path}, line {block.line + error.offset}"
+                raise DataError(f"{place}: {error.reason}") from None
             lines: list[bytes] = []
 
             def raw(offset: int, data: bytes = data, lines: list[bytes] = lines) -> bytes:
@@ -172,24 +142,36 @@ class TextTable(RawTable):
             yield block, self.finish(parsed.frame, parsed.positions, bad, block, raw)
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        for opened in (self._stream, self._disk):
+            if opened is not None:
+                opened.close()
+        self._stream = self._disk = None
 
     def _bytes(self, block: Block) -> bytes:
         path = self.files[block.file].path
-        with gzip_errors(path):
+        kind = compression(path) if self._at[0] != block.file else self._kind
+        with unpacking(path, kind):
             if self._stream is None or self._at[0] != block.file or self._at[1] > block.start:
                 self.close()
-                self._stream = open_text(path)
+                self._kind = kind
+                self._disk = path.open("rb")
+                self._stream = unpacked(self._disk, kind)
                 self._at = (block.file, 0)
-            if self._at[1] != block.start:
-                self._stream.seek(block.start)
+            _skip(self._stream, block.start - self._at[1])
             data = self._stream.read(block.end - block.start)
         self._at = (block.file, block.end)
         if len(data) != block.end - block.start:
             raise DataError(f"{path} became shorter while it was read; start again")
-        return data
+        # A mark at the start of a file belongs to no value.
+        return data.removeprefix(_BOM) if block.start == 0 else data
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    if stream.seekable():
+        stream.seek(count, os.SEEK_CUR)
+        return
+    while count > 0 and (data := stream.read(min(count, _READ))):
+        count -= len(data)
 
 
 class Parsed:
@@ -220,10 +202,7 @@ def split_lines(data: bytes) -> list[bytes]:
 def file_sha256(path: Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(_READ):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-__all__ = ["BLOCK_BYTES", "BadRow", "Parsed", "TextTable", "is_gzip", "open_text", "read_head"]

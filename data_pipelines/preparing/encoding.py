@@ -25,7 +25,7 @@ from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
-from embcomp.data_pipelines.transforms import numeric_expression
+from embcomp.data_pipelines.transforms import clipped_expression, numeric_expression
 from embcomp.io.digests import HashedFile
 
 
@@ -39,12 +39,16 @@ class Slice:
 
 
 class PartRows(BaseModel):
-    """What the second pass wrote for one part: by split a file, what it is, and id 1's share."""
+    """What the second pass wrote for one part: by split a file, what it is, and id 1's share.
+
+    `clipped` counts, by numeric feature, the values that its transform cannot represent.
+    """
 
     files: dict[str, str] = Field(default_factory=dict)
     records: dict[str, FileRecord] = Field(default_factory=dict)
     values: dict[str, dict[str, int]] = Field(default_factory=dict)
     unseen: dict[str, dict[str, int]] = Field(default_factory=dict)
+    clipped: dict[str, int] = Field(default_factory=dict)
 
 
 class StoredIds(BaseModel):
@@ -176,6 +180,7 @@ def encode_part(
     schema = dataset_schema(features)
     part = PartRows()
     transforms = [numeric_expression(feature) for feature in numeric]
+    clipped = [clipped_expression(feature) for feature in numeric]
     with ExitStack() as stack:
         stored = [_stored(path, stack) for path in earlier]
         writers: dict[str, RowGroupWriter] = {}
@@ -191,6 +196,8 @@ def encode_part(
             arrays = [pa.array(frame.get_column("label").to_numpy(), pa.float32())]
             if transforms:
                 numbers = frame.select(transforms)
+                for name, count in frame.select(clipped).row(0, named=True).items():
+                    part.clipped[name] = part.clipped.get(name, 0) + count
                 arrays += [pa.array(c.to_numpy(), pa.float32()) for c in numbers.iter_columns()]
             for i, feature in enumerate(features.categorical):
                 arrays.append(_column(frame, feature, found[i], schema.field(feature.name).type))

@@ -15,7 +15,8 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from embcomp.data_pipelines.bayes_metrics import read_bayes
-from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.importers.base import TIME, BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, SplitOf, count_part
 from embcomp.data_pipelines.preparing.encoding import (
     Encoder,
@@ -29,6 +30,7 @@ from embcomp.data_pipelines.preparing.encoding import (
 from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.pieces import read_piece, write_piece
 from embcomp.data_pipelines.preparing.progress import phase
+from embcomp.data_pipelines.preparing.time_order import smallest
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, build_vocabulary
 from embcomp.data_pipelines.preparing.workspace import Workspace
 from embcomp.data_pipelines.schema import (
@@ -40,7 +42,7 @@ from embcomp.data_pipelines.schema import (
     SourceFile,
     SplitInfo,
 )
-from embcomp.data_pipelines.splits import SPLITS, SplitRule
+from embcomp.data_pipelines.splits import SPLITS, SplitRule, TimeSplit, exact
 from embcomp.data_pipelines.transforms import NumericStats
 from embcomp.errors import DataError
 
@@ -103,10 +105,11 @@ class PreparePasses:
         values = max(total, index.text_bytes // 8) if bags else total
         worst = values * _RUN_BYTES_PER_VALUE + index.text_bytes
         partitions = max(1, math.ceil(worst / self.memory_budget))
-        counts = self._count(parts, total, partitions)
+        split_of = self._split_of(parts, total)
+        counts = self._count(parts, split_of, total, partitions)
         self._quarantine(counts)
         ranked = self._rank(counts, partitions)
-        encoded = self._encode(parts, total, counts, ranked)
+        encoded = self._encode(parts, split_of, total, counts, ranked)
         info = self._describe(index, total, counts, ranked, encoded)
         info.save(self.work.path)
         self.work.publish()
@@ -135,7 +138,12 @@ class PreparePasses:
         write_piece(mark, index)
         return index
 
-    def _split_of(self, total: int) -> SplitOf:
+    def _split_of(self, parts: Sequence[Sequence[Block]], total: int) -> SplitOf:
+        if isinstance(self.rule, TimeSplit):
+            rule = self.rule
+            last = self._last_times(rule, parts, total)
+            return lambda _, rows: rule.codes_of(rows.frame.get_column(TIME).to_numpy(), last)
+
         def codes(block: Block, rows: Rows) -> np.ndarray:
             file_split = self.table.files[block.file].split
             drawn = self.rule.codes(block.row, block.rows, total, file_split)
@@ -143,10 +151,34 @@ class PreparePasses:
 
         return codes
 
-    def _count(self, parts: Sequence[Sequence[Block]], total: int, partitions: int) -> PartCounts:
+    def _last_times(
+        self, rule: TimeSplit, parts: Sequence[Sequence[Block]], total: int
+    ) -> list[float]:
+        """Read the times of all rows; return the last ones of train and of valid."""
+        mark = self.work.scratch / "times.json"
+        if not mark.is_file():
+            path = self.work.scratch / "times.f64"
+            with phase("times", total, show=self.progress) as advance, path.open("wb") as file:
+                for block, rows in ahead(self.table.read([b for part in parts for b in part])):
+                    file.write(rows.frame.get_column(TIME).to_numpy().tobytes())
+                    advance(block.rows)
+            limits = rule.limits(path.stat().st_size // 8)
+            # No row is before the first one: -inf. JSON has a word of its own for it.
+            last = [smallest(path, limit - 1) if limit else -math.inf for limit in limits]
+            path.unlink()
+            write_text(mark, json.dumps(last))
+        return [float(time) for time in json.loads(mark.read_text(encoding="utf-8"))]
+
+    def _count(
+        self,
+        parts: Sequence[Sequence[Block]],
+        split_of: SplitOf,
+        total: int,
+        partitions: int,
+    ) -> PartCounts:
         folder = self.work.scratch / "counts"
         folder.mkdir(exist_ok=True)
-        allowed = int(self.max_bad_rows * total)
+        allowed = math.floor(exact(self.max_bad_rows) * total)
         whole = PartCounts()
 
         def check_bad(here: int, rows: Iterable[BadRow]) -> None:
@@ -172,7 +204,7 @@ class PreparePasses:
                         self.table,
                         blocks,
                         features=self.features,
-                        split_of=self._split_of(total),
+                        split_of=split_of,
                         runs=runs,
                         check_bad=check_bad,
                         advance=advance,
@@ -246,6 +278,7 @@ class PreparePasses:
     def _encode(
         self,
         parts: Sequence[Sequence[Block]],
+        split_of: SplitOf,
         total: int,
         counts: PartCounts,
         ranked: Sequence[Ranked],
@@ -269,7 +302,7 @@ class PreparePasses:
                             self._store(folder, number, len(rounds), at, blocks, encoder, advance)
                         else:
                             done[at] = self._encode_part(
-                                folder, len(rounds), at, blocks, total, counts, encoder, advance
+                                folder, len(rounds), at, blocks, split_of, counts, encoder, advance
                             )
         return [part for part in done if part is not None]
 
@@ -305,7 +338,7 @@ class PreparePasses:
         rounds: int,
         at: int,
         blocks: Sequence[Block],
-        total: int,
+        split_of: SplitOf,
         counts: PartCounts,
         encoder: Encoder,
         advance: Callable[[int], None],
@@ -322,7 +355,7 @@ class PreparePasses:
                 self._stats(counts, c.name).feature(c.name, c.transform, 0)
                 for c in self.features.numeric
             ],
-            split_of=self._split_of(total),
+            split_of=split_of,
             encoder=encoder,
             earlier=earlier,
             rows_per_group=self.rows_per_group,
@@ -382,9 +415,9 @@ class PreparePasses:
             name=self.name,
             group=self.group,
             numeric=[
-                self._stats(counts, c.name).feature(
-                    c.name, c.transform, counts.numeric_missing.get(c.name, 0)
-                )
+                self._stats(counts, c.name)
+                .feature(c.name, c.transform, counts.numeric_missing.get(c.name, 0))
+                .model_copy(update={"clipped": sum(part.clipped.get(c.name, 0) for part in parts)})
                 for c in self.features.numeric
             ],
             categorical=categorical,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field
 from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, FileRecord
+from embcomp.data_pipelines.splits import exact
 from embcomp.errors import DataError
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -73,7 +75,7 @@ def build_vocabulary(
         raise DataError(f"{name} has {ranked.kept} values; ids go up to {LARGEST_ID}")
     pieces = max(1, -(-size * _WORKING_FACTOR // limit))
     before = missing + rare
-    edges = [share * total for share in SHARES]
+    edges = [math.ceil(exact(share) * total) for share in SHARES]
     # Ids 0 and 1 carry traffic too: a quantile may end there.
     ids = [0 if missing and missing >= edge else 1 for edge in edges]
     done = [total == 0 or before >= edge for edge in edges]

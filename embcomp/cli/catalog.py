@@ -126,7 +126,10 @@ def _print_dataset(folder: Path) -> None:
     for column in ("feature", "kind", "ids", "missing", "mean length"):
         features.add_column(column, justify="left" if column in ("feature", "kind") else "right")
     for number in info.numeric:
-        features.add_row(number.name, f"numeric, {number.transform}", "", f"{number.missing:,}", "")
+        kind = f"numeric, {number.transform}"
+        if number.clipped:
+            kind += f" ({number.clipped:,} clipped)"
+        features.add_row(number.name, kind, "", f"{number.missing:,}", "")
     for feature in info.categorical:
         features.add_row(
             feature.name,

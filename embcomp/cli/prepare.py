@@ -24,6 +24,10 @@ def prepare(
     schema: Annotated[
         Path | None, typer.Option(help="Schema YAML that the format 'table' needs.")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="What libFM tokens are: indices, bag, pairs or ffm; else guessed."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The dataset's name; the output folder's by default.")
     ] = None,
@@ -55,7 +59,9 @@ def prepare(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing dataset.")] = False,
 ) -> None:
     """Prepare raw logs: count, rank ids by frequency, encode to Parquet."""
+    from embcomp.data_pipelines.importers.registry import make_importer
     from embcomp.data_pipelines.prepare import prepare as run
+    from embcomp.data_pipelines.transforms import clipped_news
     from embcomp.errors import DataError
 
     *raw, output = paths
@@ -69,8 +75,7 @@ def prepare(
     info = run(
         by_split if by_split else list(raw),
         output,
-        importer=format,
-        schema=schema,
+        importer=make_importer(format, schema, form),
         name=name,
         split=_rule(split, shares, split_seed),
         min_count=_per_feature(min_count, "--min-count", int),
@@ -82,6 +87,8 @@ def prepare(
         progress=console.stderr().is_terminal,
         report=lambda line: console.stderr().print(line, markup=False, highlight=False),
     )
+    for line in clipped_news(info):
+        console.stderr().print(line, markup=False, highlight=False)
     rows = ", ".join(f"{split} {found.rows:,}" for split, found in info.splits.items())
     ids = sum(feature.num_embeddings for feature in info.categorical)
     print(

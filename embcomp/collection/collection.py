@@ -40,6 +40,9 @@ from embcomp.layers.learned_buffers import penalty_of
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
 
+# Attributes of a module dictionary are names that TorchRec cannot keep a table under.
+_NO_TABLES = nn.ModuleDict()
+
 AnyPlan = Plan | ResolvedPlan | BackendConfig | Mapping[str, BackendConfig] | None
 
 
@@ -74,6 +77,12 @@ def _inner(
     tables = [table.config() for group in groups for table in group.backend.physical_tables]
     if not tables:
         return None
+    taken = [table.name for table in tables if hasattr(_NO_TABLES, table.name)]
+    if taken:
+        raise ConfigError(
+            f"TorchRec cannot hold a table called {taken[0]!r}, which is an attribute of "
+            f"torch.nn.ModuleDict; give the table another name"
+        )
     return EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
 
 

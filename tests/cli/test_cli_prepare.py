@@ -59,6 +59,19 @@ def test_options_reach_the_dataset(raw, tmp_path):
     assert transforms["I2"] == "min_max"
 
 
+def test_numbers_that_a_transform_cannot_represent_are_said_with_the_way_out(raw, tmp_path):
+    lines = raw.read_text().splitlines(keepends=True)
+    raw.write_text("".join(line.replace("\t", "\t-", 1) for line in lines))
+    result = run("prepare", "criteo", raw, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    clipped = DatasetInfo.load(tmp_path / "out").numeric[0].clipped
+    assert f"I1: {clipped} of 300 values are negative" in " ".join(result.stderr.split())
+    assert "--numeric I1=none" in " ".join(result.stderr.split())
+    kept = run("prepare", "criteo", raw, tmp_path / "kept", "--numeric", "I1=none")
+    assert "negative" not in kept.stderr
+    assert f"numeric, log1p ({clipped} clipped)" in run("cat", tmp_path / "out").output
+
+
 def test_given_files_are_the_splits(raw, tmp_path):
     result = run("prepare", "criteo", "--train", raw, "--test", _copy(raw), tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -327,10 +327,14 @@ def test_every_schema_that_comes_along_is_sound():
         assert load_schema(path).categorical
 
 
-def test_csv_files_of_one_table_must_have_the_same_header(tmp_path):
-    (tmp_path / "schema.yaml").write_text("{name: a, label: y, categorical: [u]}")
-    (tmp_path / "a.csv").write_text("y,u\n1,a\n")
-    (tmp_path / "b.csv").write_text("u,y\na,1\n")
+def test_csv_files_of_one_table_are_read_by_the_names_of_their_columns(tmp_path):
+    (tmp_path / "schema.yaml").write_text("{name: a, label: y, categorical: [u, v]}")
+    (tmp_path / "a.csv").write_text("y,u,v\n1,a,5\n")
+    (tmp_path / "b.csv").write_text("v,w,u,y\n6,x,b,0\n")
     importer = TableImporter.from_yaml(tmp_path / "schema.yaml")
-    with pytest.raises(DataError, match="has columns"):
-        importer.open([RawFile(path=tmp_path / name) for name in ("a.csv", "b.csv")])
+    frame, bad, _ = read_all(importer, tmp_path / "a.csv", tmp_path / "b.csv")
+    assert not bad
+    assert frame.rows() == [(1.0, "a", "5"), (0.0, "b", "6")]
+    (tmp_path / "c.csv").write_text("y,u,w\n1,a,5\n")
+    with pytest.raises(DataError, match=r"c\.csv has no column 'v'"):
+        importer.open([RawFile(path=tmp_path / name) for name in ("a.csv", "c.csv")])
