@@ -47,36 +47,50 @@ class Delimited:
         Raises:
             LineError: a quoted field spans lines, so that lines are not rows.
         """
-        if self._is_plain(data, rows):
+        # Polars cuts a carriage return off any field, and a byte order mark off any block.
+        if data.startswith("\ufeff".encode()) or data.count(b"\r") != data.count(b"\r\n"):
+            return self._parse_slowly(data, rows)
+        quoted = self.quote is not None and self.quote.encode() in data
+        if not quoted and self._is_plain(data, rows):
             frame = self._read(data, self.schema, rows)
             if frame is not None:
                 return Parsed(frame)
             # Some number is none, or is True or False.
-            frame = self._read(data, dict.fromkeys(self.schema, pl.String), rows)
-            if frame is not None:
-                return self._converted(frame, np.arange(rows), rows, [])
-        return self._parse_slowly(data, rows)
+        elif not (quoted and self._is_soundly_quoted(data)):
+            return self._parse_slowly(data, rows)
+        frame = self._read(data, dict.fromkeys(self.schema, pl.String), rows, quoted=quoted)
+        if frame is None:
+            return self._parse_slowly(data, rows)
+        return self._converted(frame, np.arange(rows), rows, [])
 
     def _is_plain(self, data: bytes, rows: int) -> bool:
-        if self.quote is not None and self.quote.encode() in data:
-            return False
         if data.count(self.separator.encode()) != (len(self.columns) - 1) * rows:
-            return False
-        # Polars cuts a carriage return off any field, and a byte order mark off any block.
-        if data.startswith("\ufeff".encode()) or data.count(b"\r") != data.count(b"\r\n"):
             return False
         # A blank line is a sound row only of a single nullable column, which no table here has.
         return not (len(self.columns) == 1 and (data.startswith(b"\n") or b"\n\n" in data))
 
+    def _is_soundly_quoted(self, data: bytes) -> bool:
+        """Whether every line by itself has the right number of fields and pairs its quotes."""
+        assert self.quote is not None
+        q, s = re.escape(self.quote), re.escape(self.separator)
+        field = f"(?:{q}[^{q}]*(?:{q}{q}[^{q}]*)*{q}|[^{q}{s}]*)"
+        row = re.compile(f"{field}(?:{s}{field}){{{len(self.columns) - 1}}}".encode())
+        return all(map(row.fullmatch, split_lines(data)))
+
     def _read(
-        self, data: bytes, schema: Mapping[str, type[pl.DataType]], rows: int
+        self,
+        data: bytes,
+        schema: Mapping[str, type[pl.DataType]],
+        rows: int,
+        *,
+        quoted: bool = False,
     ) -> pl.DataFrame | None:
         try:
             frame = pl.read_csv(
                 data,
                 has_header=False,
                 separator=self.separator,
-                quote_char=None,
+                quote_char=self.quote if quoted else None,
                 schema=schema,
                 null_values=list(self.null_values) or None,
             )
@@ -99,19 +113,20 @@ class Delimited:
                 sound.append(at)
                 values.append(found)
         columns = list(zip(*values)) if values else [()] * len(self.columns)
-        missing = ["", *self.null_values]
         frame = pl.DataFrame(
             [
                 pl.Series(name, column, dtype=pl.String)
                 for (name, _), column in zip(self.columns, columns)
             ]
-        ).with_columns(pl.when(pl.all().is_in(missing).not_()).then(pl.all()))
+        )
         return self._converted(frame, np.asarray(sound, dtype=np.int64), rows, bad)
 
     def _converted(
         self, frame: pl.DataFrame, positions: np.ndarray, rows: int, bad: list[tuple[int, str]]
     ) -> Parsed:
         """Turn the texts of the rows at some positions into numbers where numbers are wanted."""
+        missing = ["", *self.null_values]
+        frame = frame.with_columns(pl.when(pl.all().is_in(missing).not_()).then(pl.all()))
         keep = np.ones(frame.height, dtype=bool)
         for name, kind in self.columns:
             if kind == "text":

@@ -18,6 +18,7 @@ from embcomp.data_pipelines.importers.canonical import canonical_lists, canonica
 from embcomp.data_pipelines.importers.delimited import Delimited
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.importers.table_schema import TableSchema
+from embcomp.data_pipelines.importers.text import LineError
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.errors import DataError
 from tests.helpers.raw_logs import decode, read_split
@@ -192,33 +193,46 @@ def test_ragged_batches_of_dictionaries_keep_their_rows(tmp_path, monkeypatch):
 
 
 BREAKS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r", "\ufeff"]
-PIECES = st.sampled_from([*BREAKS, "a", "1", "True", " ", "\t", ".", "-", "nan", "NA"])
-FIELD = st.lists(PIECES, max_size=3).map("".join)
-FORMAT = Delimited(
-    columns=(("number", "float"), ("word", "text"), ("count", "int"), ("last", "text")),
-    null_values=("NA",),
-)
+PIECES = [*BREAKS, "a", "1", "True", " ", "\t", ".", "-", "nan", "NA", '"', '""']
+FIELD = st.lists(st.sampled_from(PIECES), max_size=3).map("".join)
+LINE = st.tuples(FIELD, FIELD, FIELD, FIELD).map(",".join) | FIELD
+COLUMNS = (("number", "float"), ("word", "text"), ("count", "int"), ("last", "text"))
+FORMATS = {
+    "bare": Delimited(columns=COLUMNS, null_values=("NA",)),
+    "quoted": Delimited(columns=COLUMNS, null_values=("NA",), quote='"'),
+}
 
 
-def by_line(data: bytes, rows: int) -> dict[int, str]:
-    parsed = FORMAT.parse(data, rows)
-    positions = range(rows) if parsed.positions is None else parsed.positions.tolist()
+def by_line(form: Delimited, lines: list[str]) -> dict[int, str]:
+    """What each line says: its values, or what is wrong with it."""
+    parsed = form.parse("".join(f"{line}\n" for line in lines).encode(), len(lines))
+    positions = range(len(lines)) if parsed.positions is None else parsed.positions.tolist()
     good = {at: repr(row) for at, row in zip(positions, parsed.frame.rows())}
     return good | dict(parsed.bad)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(FIELD, FIELD, FIELD, FIELD).map(",".join) | FIELD, min_size=1, max_size=5)
-)
-def test_what_a_line_says_does_not_depend_on_the_lines_beside_it(lines):
-    sound = ["1,a,2,b"] * len(lines)
-    alone = [by_line(f"{line}\n".encode(), 1)[0] for line in lines]
-    together = by_line("".join(f"{line}\n" for line in lines).encode(), len(lines))
-    between = [line for pair in zip(sound, lines) for line in pair]
-    mixed = by_line("".join(f"{line}\n" for line in between).encode(), len(between))
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=300, deadline=None)
+@given(lines=st.lists(LINE, min_size=1, max_size=5))
+def test_what_a_line_says_does_not_depend_on_the_lines_beside_it(form, lines):
+    alone = [by_line(FORMATS[form], [line])[0] for line in lines]
+    try:
+        together = by_line(FORMATS[form], lines)
+        between = by_line(FORMATS[form], [x for line in lines for x in ("1,a,2,b", line)])
+    except LineError:
+        assert form == "quoted"  # a field that spans lines ends everything
+        return
     assert alone == [together[at] for at in range(len(lines))]
-    assert alone == [mixed[2 * at + 1] for at in range(len(lines))]
+    assert alone == [between[2 * at + 1] for at in range(len(lines))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5))
+def test_values_that_are_quoted_come_back_as_they_were(rows):
+    lines = [",".join(f'"{field.replace(chr(34), chr(34) * 2)}"' for field in row) for row in rows]
+    form = Delimited(columns=(("a", "text"), ("b", "text")), quote='"')
+    parsed = form.parse("".join(f"{line}\n" for line in lines).encode(), len(lines))
+    assert parsed.frame.rows() == [tuple(field or None for field in row) for row in rows]
 
 
 @pytest.mark.parametrize("mark", BREAKS)
