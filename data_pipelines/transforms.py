@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
-from embcomp.data_pipelines.schema import DatasetInfo, NumericFeature
+from embcomp.data_pipelines.schema import NumericFeature
 
 BUCKET = "bucket"
 TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
@@ -94,30 +94,6 @@ def clipped_expression(feature: NumericFeature) -> pl.Expr:
     else:
         lost = x.abs() > _LARGEST
     return lost.sum().alias(feature.name)
-
-
-def clipped_news(info: DatasetInfo) -> list[str]:
-    """Say, for each feature, what became of values that its transform could not represent."""
-    rows = sum(split.rows for split in info.splits.values())
-    return [_news(f, rows - f.missing) for f in info.numeric if f.clipped]
-
-
-def _news(feature: NumericFeature, values: int) -> str:
-    share = f"{feature.name}: {feature.clipped:,} of {values:,} values"
-    if feature.transform in ("log1p", "standard_log"):
-        return (
-            f"{share} are negative, and {feature.transform} makes 0 of them; to keep them apart "
-            f"take none, min_max or bucket (--numeric {feature.name}=none)"
-        )
-    if feature.transform == "min_max":
-        return (
-            f"{share} lie outside the range of the train split, {feature.min:g} to "
-            f"{feature.max:g}, and are clipped to it"
-        )
-    return (
-        f"{share} are beyond the numbers of float32 and are clipped to the largest; take another "
-        f"transform (--numeric {feature.name}=log1p)"
-    )
 
 
 def bucket_expression(name: str) -> pl.Expr:

@@ -12,9 +12,18 @@ import polars as pl
 
 from embcomp.data_pipelines.importers.text import LineError, Parsed, split_lines
 
-ColumnType = Literal["int", "float", "text"]
-_DTYPES: dict[str, type[pl.DataType]] = {"int": pl.Int64, "float": pl.Float64, "text": pl.String}
-_NOUNS = {"int": "an integer", "float": "a number"}
+ColumnType = Literal["int", "float", "label", "text"]
+_DTYPES: dict[str, type[pl.DataType]] = {
+    "int": pl.Int64,
+    "float": pl.Float64,
+    "label": pl.Float64,
+    "text": pl.String,
+}
+_NOUNS = {
+    "int": "an integer",
+    "float": "a number",
+    "label": "0 or 1, True or False, or a rule for words (positive: '== yes', negative: '!= yes')",
+}
 _TRUTH = {"true": 1.0, "false": 0.0}
 _LONGEST_FIELD = 1000  # lines
 _TRIED_ENDS = 20
@@ -204,7 +213,7 @@ def _number(name: str, kind: ColumnType) -> pl.Expr:
     text = pl.col(name)
     # Leading blanks are what polars' own reader allows before a number.
     value = text.str.strip_chars_start(" \t").cast(_DTYPES[kind], strict=False)
-    if kind == "float":
+    if kind != "int":
         truth = text.str.to_lowercase().replace_strict(
             _TRUTH, default=None, return_dtype=pl.Float64
         )

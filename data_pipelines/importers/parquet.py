@@ -36,7 +36,11 @@ class ParquetTable(RawTable):
 
     def names(self, file: RawFile) -> list[str]:
         """Return the names of all columns of a file."""
-        return list(_open(file.path).schema_arrow.names)
+        names = list(_open(file.path).schema_arrow.names)
+        double = sorted({name for name in self.columns if names.count(name) > 1})
+        if double:
+            raise DataError(f"{file.path}: columns named twice: {double}")
+        return names
 
     def types(self, file: RawFile) -> dict[str, pl.DataType]:
         """Return the polars type of each column of a file that is wanted."""
@@ -56,8 +60,6 @@ class ParquetTable(RawTable):
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
         path = self.files[file].path
         metadata = _open(path).metadata
-        if metadata.num_rows == 0:
-            raise DataError(f"{path} has no rows")
         blocks: list[Block] = []
         at = 0
         size = 0

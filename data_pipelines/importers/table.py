@@ -22,12 +22,18 @@ from embcomp.data_pipelines.importers.base import (
 from embcomp.data_pipelines.importers.compressed import SUFFIXES
 from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited, split_fields
 from embcomp.data_pipelines.importers.parquet import ParquetTable
-from embcomp.data_pipelines.importers.table_columns import check_columns, check_types, common_shape
+from embcomp.data_pipelines.importers.table_columns import (
+    check_columns,
+    check_types,
+    common_shape,
+    without,
+)
 from embcomp.data_pipelines.importers.table_schema import TableSchema, load_schema
 from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.errors import DataError
 
+_LAKES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 _FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 
 
@@ -58,7 +64,10 @@ class TableImporter(Importer):
         if self.schema.format is not None:
             found = [p for p in found if _format(p) == self.schema.format] or found
         if not found:
-            raise DataError(f"{folder} holds no .csv, .tsv or .parquet file")
+            raise DataError(
+                f"{folder} holds no .csv, .tsv or .parquet file, nor partitions (sub-folders such as "
+                f"day=7) that do"
+            )
         return found
 
     def open(self, files: Sequence[RawFile]) -> RawTable:
@@ -98,12 +107,10 @@ class SchemaText(TextTable):
     def _format(self, file: RawFile) -> Delimited:
         names = list(self.schema.columns or ()) or self._header(file)
         check_columns(self.schema, [*names, *file.partitions], str(file.path))
-        numbers = {c.source for c in self.schema.numeric}
+        kinds: dict[str, ColumnType] = {c.source: "float" for c in self.schema.numeric}
         if not self.schema.label.has_words:
-            numbers.add(self.schema.label.column)
-        columns: list[tuple[str, ColumnType]] = [
-            (name, "float" if name in numbers else "text") for name in names
-        ]
+            kinds[self.schema.label.column] = "float" if self.schema.label.has_rule else "label"
+        columns = [(name, kinds.get(name, "text")) for name in names]
         return Delimited(
             columns=tuple(columns),
             separator=self.separator,
@@ -154,7 +161,8 @@ class SchemaParquet(ParquetTable):
             check_types(schema, types, str(file.path))
 
     def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
-        return common_shape(with_partitions(frame, self.files[file], self.schema), self.schema)
+        frame = with_partitions(frame, self.files[file], self.schema)
+        return common_shape(without(frame, self.schema.null_values), self.schema)
 
 
 def with_partitions(frame: pl.DataFrame, file: RawFile, schema: TableSchema) -> pl.DataFrame:
@@ -168,6 +176,12 @@ def with_partitions(frame: pl.DataFrame, file: RawFile, schema: TableSchema) -> 
 def _files(folder: Path) -> list[Path]:
     """Return a folder's files, and those of its partitions (`day=7`), in natural order."""
     found = listed(folder)
+    for mark, kind in _LAKES.items():
+        if (folder / mark).is_dir():
+            raise DataError(
+                f"{folder} is a {kind} table, of which some files are out of date; write its rows "
+                f"as plain Parquet files and prepare those"
+            )
     inside = [path for path in found if path.is_dir() and "=" in path.name]
     files = [path for path in found if path.is_file()]
     return sorted(files, key=lambda path: path.name) + [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -17,6 +18,7 @@ from embcomp.errors import DataError
 
 _TRUTH = {"true": 1.0, "false": 0.0}
 _ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M")
+_ISO_WITH_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
 
 
 def common_shape(frame: pl.DataFrame, schema: TableSchema) -> pl.DataFrame:
@@ -34,6 +36,20 @@ def common_shape(frame: pl.DataFrame, schema: TableSchema) -> pl.DataFrame:
     if schema.time is not None:
         columns.append(as_time(frame.get_column(schema.time)).alias(TIME))
     return pl.DataFrame(columns)
+
+
+def without(frame: pl.DataFrame, null_values: Sequence[str]) -> pl.DataFrame:
+    """Make null of the values whose text is one of those that a schema calls missing."""
+    if not null_values:
+        return frame
+    marked = {
+        column.name: canonical_text(column).is_in(null_values).fill_null(False)
+        for column in frame.iter_columns()
+        if has_canonical_text(column.dtype)
+    }
+    return frame.with_columns(
+        pl.when(~pl.lit(mask)).then(pl.col(name)).alias(name) for name, mask in marked.items()
+    )
 
 
 def as_number(column: pl.Series) -> pl.Series:
@@ -55,13 +71,17 @@ def as_time(column: pl.Series) -> pl.Series:
     if isinstance(kind, pl.Datetime) or kind.is_(pl.Date):
         return column.cast(pl.Datetime("us")).to_physical().cast(pl.Float64)
     text = pl.col("text")
-    moment = pl.coalesce(
-        text.str.strip_suffix("Z").str.strptime(pl.Datetime("us"), form, strict=False)
-        for form in _ISO
-    )
+    bare = text.str.strip_suffix("Z")
+    moments = [bare.str.strptime(pl.Datetime("us"), form, strict=False) for form in _ISO]
+    moments += [
+        text.str.strptime(pl.Datetime("us", "UTC"), form, strict=False).dt.replace_time_zone(None)
+        for form in _ISO_WITH_ZONE
+    ]
     texts = pl.DataFrame({"text": canonical_text(column), "number": as_number(column)})
     return texts.select(
-        pl.coalesce("number", moment.to_physical().cast(pl.Float64)).alias(column.name)
+        pl.coalesce("number", pl.coalesce(moments).to_physical().cast(pl.Float64)).alias(
+            column.name
+        )
     ).to_series()
 
 
@@ -100,33 +120,29 @@ def check_types(schema: TableSchema, types: dict[str, pl.DataType], place: str) 
                 f"{words if name == schema.label.column else ''}"
             )
     for column in schema.categorical:
-        kind = types[column.source]
-        is_list = isinstance(kind, pl.List | pl.Array)
-        if is_list and not column.is_bag:
-            raise DataError(
-                f"{place}: column {column.source!r} holds lists; set `multi_valued: true` for it "
-                f"in the schema"
-            )
-        if is_list and column.separator is not None and not column.multi_valued:
-            raise DataError(
-                f"{place}: column {column.source!r} holds lists, which have no separator; set "
-                f"`multi_valued: true` for it in the schema instead"
-            )
-        if not (is_list or kind.is_(pl.Null)) and column.multi_valued and column.separator is None:
-            raise DataError(
-                f"{place}: column {column.source!r} holds {kind}, not lists; give a `separator` "
-                f"for it in the schema"
-            )
-        if not has_canonical_text(kind.inner if isinstance(kind, pl.List | pl.Array) else kind):
-            raise DataError(
-                f"{place}: column {column.source!r} holds {kind}, which is no category; turn its "
-                f"values into texts, numbers or lists of them"
-            )
+        fault = _category_fault(column, types[column.source])
+        if fault is not None:
+            raise DataError(f"{place}: column {column.source!r} holds {fault}")
     if schema.time is not None and not _is_time(types[schema.time]):
         raise DataError(
             f"{place}: column {schema.time!r} holds {types[schema.time]}, and rows are split by "
             f"numbers, dates or timestamps"
         )
+
+
+def _category_fault(column: CategoricalSchema, kind: pl.DataType) -> str | None:
+    is_list = isinstance(kind, pl.List | pl.Array)
+    if is_list and not column.is_bag:
+        return "lists; set `multi_valued: true` for it in the schema"
+    if is_list and not column.multi_valued:
+        return (
+            "lists, which have no separator; set `multi_valued: true` for it in the schema instead"
+        )
+    if not (is_list or kind.is_(pl.Null)) and column.multi_valued and column.separator is None:
+        return f"{kind}, not lists; give a `separator` for it in the schema"
+    if not has_canonical_text(kind.inner if isinstance(kind, pl.List | pl.Array) else kind):
+        return f"{kind}, which is no category; turn its values into texts, numbers or lists of them"
+    return None
 
 
 def _is_time(kind: pl.DataType) -> bool:

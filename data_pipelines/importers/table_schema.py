@@ -56,6 +56,10 @@ class LabelSchema(_Strict):
         return self
 
     @property
+    def has_rule(self) -> bool:
+        return self.positive is not None
+
+    @property
     def has_words(self) -> bool:
         """Whether the column is to be read as text."""
         rules = [rule for rule in (self.positive, self.negative) if rule is not None]
@@ -69,7 +73,8 @@ class LabelSchema(_Strict):
             number: the column as Float64, null where it is no number.
         """
         if self.positive is None or self.negative is None:
-            return number.cast(pl.Float32), pl.lit(False)
+            # As float32, a number close to 1 would be 1.
+            return pl.when(number.is_in([0.0, 1.0])).then(number).cast(pl.Float32), pl.lit(False)
         positive = Condition.parse(self.positive).holds(text, number)
         negative = Condition.parse(self.negative).holds(text, number)
         label = pl.when(positive).then(1).when(negative).then(0).cast(pl.Float32)

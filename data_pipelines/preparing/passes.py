@@ -133,6 +133,9 @@ class PreparePasses:
                 sources.append(
                     SourceFile(path=str(file.path), bytes=found.bytes, sha256=found.sha256)
                 )
+        if not blocks:
+            # Parts without rows are common where a cluster wrote them; nothing but such is not.
+            raise DataError(f"{self.table.files[0].path} has no rows")
         rows = [[b.file, b.start, b.end, b.line, b.row, b.rows] for b in blocks]
         index = _IndexState(blocks=rows, sources=sources, text_bytes=text_bytes)
         write_piece(mark, index)

@@ -61,7 +61,7 @@ def prepare(
     """Prepare raw logs: count, rank ids by frequency, encode to Parquet."""
     from embcomp.data_pipelines.importers.registry import make_importer
     from embcomp.data_pipelines.prepare import prepare as run
-    from embcomp.data_pipelines.transforms import clipped_news
+    from embcomp.data_pipelines.preparing.news import value_news
     from embcomp.errors import DataError
 
     *raw, output = paths
@@ -87,7 +87,7 @@ def prepare(
         progress=console.stderr().is_terminal,
         report=lambda line: console.stderr().print(line, markup=False, highlight=False),
     )
-    for line in clipped_news(info):
+    for line in value_news(info):
         console.stderr().print(line, markup=False, highlight=False)
     rows = ", ".join(f"{split} {found.rows:,}" for split, found in info.splits.items())
     ids = sum(feature.num_embeddings for feature in info.categorical)

@@ -18,10 +18,10 @@ from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.importers.registry import make_importer
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.preparing.feature_names import check_names
+from embcomp.data_pipelines.preparing.news import clipped_news, unseen_news
 from embcomp.data_pipelines.preparing.time_order import smallest
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import ChronologicalSplit, RandomSplit
-from embcomp.data_pipelines.transforms import clipped_news
 from embcomp.data_pipelines.validate import validate_dataset
 from embcomp.errors import ConfigError, DataError
 from tests.data_pipelines.test_values import ALL_TRAIN, table
@@ -69,7 +69,7 @@ def test_words_are_labels_by_a_rule(tmp_path, form, rule, labels):
 
 
 def test_a_word_that_no_rule_explains_is_a_malformed_label(tmp_path):
-    with pytest.raises(DataError, match=r"line 3: y is 'yes', expected a number"):
+    with pytest.raises(DataError, match=r"line 3: y is 'yes', expected 0 or 1.*positive: '== yes'"):
         csv_dataset(tmp_path, "y,u\n1,a\nyes,b\n")
 
 
@@ -189,6 +189,47 @@ def test_columns_that_nobody_wants_may_have_any_name(tmp_path):
     assert set(decode(info, "u").values()) == {"a", "b"}
     with pytest.raises(DataError, match=r"columns named twice: \['u'\]"):
         csv_dataset(tmp_path, "y,u,u\n1,a,b\n")
+
+
+def test_parts_without_rows_are_passed_over_unless_all_are(tmp_path):
+    frame = pl.DataFrame({"y": [1, 0], "u": ["a", "b"]})
+    (tmp_path / "raw").mkdir()
+    for at, rows in enumerate((0, 2, 0)):
+        frame.head(rows).write_parquet(tmp_path / "raw" / f"part-{at}.parquet")
+    importer = table(categorical=["u"])
+    info = prepare(tmp_path / "raw", tmp_path / "out", importer=importer, split=ALL_TRAIN)
+    assert (info.raw_rows, len(info.sources)) == (2, 3)
+    empty = tmp_path / "raw" / "part-0.parquet"
+    with pytest.raises(DataError, match=r"part-0\.parquet has no rows"):
+        prepare(empty, tmp_path / "other", importer=importer)
+
+
+@pytest.mark.parametrize("mark", ["_delta_log", ".hoodie"])
+def test_a_table_whose_files_are_partly_out_of_date_is_refused(tmp_path, mark):
+    hive(tmp_path / "raw", {"day=1": ["a", "b"]})
+    (tmp_path / "raw" / mark).mkdir()
+    with pytest.raises(DataError, match="some files are out of date"):
+        prepare(tmp_path / "raw", tmp_path / "out", importer=table(categorical=["u"]))
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_what_a_schema_calls_missing_is_missing_in_every_format(tmp_path, form):
+    frame = pl.DataFrame({"y": [1, 0, 1], "u": ["NA", "b", None], "k": [-1, 2, 3], "x": [-1, 4, 5]})
+    path = tmp_path / f"raw.{form}"
+    frame.write_csv(path) if form == "csv" else frame.write_parquet(path)
+    importer = table(categorical=["u", "k"], numeric=["x"], null_values=["NA", "-1"])
+    info = prepare(path, tmp_path / "out", importer=importer, split=ALL_TRAIN)
+    assert [f.missing for f in (*info.categorical, *info.numeric)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("label", [0.99999999, 1e-50, 2.0])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_label_that_is_nearly_one_is_malformed(tmp_path, form, label):
+    frame = pl.DataFrame({"y": [1.0, label], "u": ["a", "b"]})
+    path = tmp_path / f"raw.{form}"
+    frame.write_csv(path) if form == "csv" else frame.write_parquet(path)
+    with pytest.raises(DataError, match="line 3: the label is not 0 or 1|line 2: the label is"):
+        prepare(path, tmp_path / "out", importer=table(categorical=["u"]))
 
 
 # libFM and its kin
@@ -344,10 +385,12 @@ DAYS = [dt.datetime(2030, 1, 1) + dt.timedelta(days=i * 7 % 10) for i in range(2
         DAYS,
         [day.date() for day in DAYS],
         [day.isoformat() for day in DAYS],
+        [f"{day.isoformat()}+00:00" for day in DAYS],
+        [f"{day.isoformat()}Z" for day in DAYS],
         [day.timestamp() for day in DAYS],
         [int(day.timestamp()) for day in DAYS],
     ],
-    ids=["timestamp", "date", "text", "float", "int"],
+    ids=["timestamp", "date", "text", "text in a zone", "UTC", "float", "int"],
 )
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_rows_are_split_by_a_column_of_time(tmp_path, form, times):
@@ -431,3 +474,15 @@ def test_numbers_of_any_size_stay_numbers(tmp_path, transform):
 def test_nothing_is_said_when_every_number_is_kept(tmp_path):
     info = csv_dataset(tmp_path, "y,u,x\n1,a,0\n0,b,3\n", numeric=["x"])
     assert (info.numeric[0].clipped, clipped_news(info)) == (0, [])
+
+
+def test_a_split_that_shares_no_value_with_train_is_named(tmp_path):
+    for split, ids in (("train", "345"), ("test", "345"), ("valid", "678")):
+        rows = "".join(f"1,{i}{'.0' if split == 'test' else ''},a\n" for i in ids)
+        (tmp_path / f"{split}.csv").write_text("y,item,u\n" + rows)
+    files = {split: tmp_path / f"{split}.csv" for split in ("train", "valid", "test")}
+    info = prepare(files, tmp_path / "out", importer=table(categorical=["item", "u"]))
+    assert [line.partition(";")[0] for line in unseen_news(info)] == [
+        "item: no value of the valid split is known from train",
+        "item: no value of the test split is known from train",
+    ]

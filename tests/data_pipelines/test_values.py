@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from embcomp.data_pipelines.importers import parquet
 from embcomp.data_pipelines.importers.canonical import canonical_lists, canonical_text
-from embcomp.data_pipelines.importers.delimited import Delimited
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.importers.table_schema import TableSchema
 from embcomp.data_pipelines.importers.text import LineError
@@ -196,7 +196,12 @@ BREAKS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\
 PIECES = [*BREAKS, "a", "1", "True", " ", "\t", ".", "-", "nan", "NA", '"', '""']
 FIELD = st.lists(st.sampled_from(PIECES), max_size=3).map("".join)
 LINE = st.tuples(FIELD, FIELD, FIELD, FIELD).map(",".join) | FIELD
-COLUMNS = (("number", "float"), ("word", "text"), ("count", "int"), ("last", "text"))
+COLUMNS: tuple[tuple[str, ColumnType], ...] = (
+    ("number", "float"),
+    ("word", "text"),
+    ("count", "int"),
+    ("last", "text"),
+)
 FORMATS = {
     "bare": Delimited(columns=COLUMNS, null_values=("NA",)),
     "quoted": Delimited(columns=COLUMNS, null_values=("NA",), quote='"'),
