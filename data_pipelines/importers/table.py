@@ -23,6 +23,7 @@ from embcomp.data_pipelines.importers.compressed import SUFFIXES
 from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited, split_fields
 from embcomp.data_pipelines.importers.parquet import ParquetTable
 from embcomp.data_pipelines.importers.table_columns import (
+    as_number,
     check_columns,
     check_types,
     common_shape,
@@ -107,9 +108,10 @@ class SchemaText(TextTable):
     def _format(self, file: RawFile) -> Delimited:
         names = list(self.schema.columns or ()) or self._header(file)
         check_columns(self.schema, [*names, *file.partitions], str(file.path))
-        kinds: dict[str, ColumnType] = {c.source: "float" for c in self.schema.numeric}
-        if not self.schema.label.has_words:
-            kinds[self.schema.label.column] = "float" if self.schema.label.has_rule else "label"
+        check_partitions(self.schema, file, names)
+        kinds: dict[str, ColumnType] = dict.fromkeys(self.schema.number_sources, "float")
+        if not self.schema.label.has_rule:
+            kinds[self.schema.label.column] = "label"
         columns = [(name, kinds.get(name, "text")) for name in names]
         return Delimited(
             columns=tuple(columns),
@@ -126,6 +128,11 @@ class SchemaText(TextTable):
             text = head[0].decode("utf-8")
         except UnicodeDecodeError:
             raise DataError(f"{file.path}, line 1: the header is not UTF-8") from None
+        if "\r" in text:
+            raise DataError(
+                f"{file.path}, line 1: the header holds carriage returns, and lines end at "
+                f"newlines; write the file with newlines"
+            )
         names = split_fields(text, self.separator, self.schema.quote)
         if isinstance(names, str):
             raise DataError(f"{file.path}, line 1: {names}")
@@ -152,17 +159,28 @@ class SchemaParquet(ParquetTable):
         for file in self.files:
             names = self.names(file)
             check_columns(schema, [*names, *file.partitions], str(file.path))
+            check_partitions(schema, file, names)
             types: dict[str, pl.DataType] = {
                 name: pl.String() for name in schema.sources if name not in names
             }
             types |= self.types(file)
-            numbers = {c.source for c in schema.numeric} | {schema.label.column}
-            types |= {n: pl.Float64() for n in numbers if n not in names}
+            types |= {n: pl.Float64() for n in schema.number_sources if n not in names}
             check_types(schema, types, str(file.path))
 
     def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
         frame = with_partitions(frame, self.files[file], self.schema)
         return common_shape(without(frame, self.schema.null_values), self.schema)
+
+
+def check_partitions(schema: TableSchema, file: RawFile, names: Sequence[str]) -> None:
+    """Raise a DataError when a folder's name holds a word where the schema wants a number."""
+    for name, value in file.partitions.items():
+        wanted = name in schema.number_sources and name not in names
+        if wanted and value is not None and as_number(pl.Series([value])).is_null().any():
+            raise DataError(
+                f"{file.path}: the folder {name}={value} holds no number, but the schema uses "
+                f"{name!r} as one"
+            )
 
 
 def with_partitions(frame: pl.DataFrame, file: RawFile, schema: TableSchema) -> pl.DataFrame:

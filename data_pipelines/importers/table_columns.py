@@ -108,10 +108,7 @@ def check_columns(schema: TableSchema, names: list[str], place: str) -> None:
 
 def check_types(schema: TableSchema, types: dict[str, pl.DataType], place: str) -> None:
     """Raise a DataError when a column's type cannot be what the schema makes of it."""
-    numbers = {c.source for c in schema.numeric}
-    if not schema.label.has_words:
-        numbers.add(schema.label.column)
-    for name in sorted(numbers):
+    for name in schema.number_sources:
         kind = types[name]
         if not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
             words = "; for words give `positive` and `negative` in the schema, such as '== yes'"

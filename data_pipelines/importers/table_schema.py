@@ -157,6 +157,14 @@ class TableSchema(_Strict):
             raise ValueError(f"{mark!r} cannot part fields; take an ASCII character")
         return mark
 
+    @field_validator("columns")
+    @classmethod
+    def _are_unique(cls, columns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        double = sorted({name for name in columns or () if (columns or ()).count(name) > 1})
+        if double:
+            raise ValueError(f"columns named twice: {double}")
+        return columns
+
     @property
     def time(self) -> str | None:
         """The raw column that rows are split by."""
@@ -167,6 +175,12 @@ class TableSchema(_Strict):
         """The raw columns that are wanted, each once."""
         names = [self.label.column, *self._feature_sources]
         return list(dict.fromkeys(names if self.time is None else [*names, self.time]))
+
+    @property
+    def number_sources(self) -> list[str]:
+        """The raw columns that have to hold numbers."""
+        label = [] if self.label.has_words else [self.label.column]
+        return list(dict.fromkeys([*(c.source for c in self.numeric), *label]))
 
     @property
     def _feature_sources(self) -> list[str]:

@@ -290,6 +290,8 @@ def test_parquet_lists_and_numbers_are_read_by_the_schema(tmp_path, monkeypatch)
         ("{name: a, label: y, label: z, categorical: [u]}", "'label' appears twice"),
         ("{name: a, label: y, categorical: [y, u]}", "'y' is the label and a feature too"),
         ("just text", "expected a mapping"),
+        ("{name: a, label: y, categorical: [u], columns: [y, u, u]}", "columns named twice"),
+        ("{name: a, label: y, categorical: [u], separator: é}", "cannot part fields"),
     ],
 )
 def test_a_wrong_schema_is_explained(tmp_path, text, message):

@@ -108,6 +108,27 @@ def test_a_column_of_the_file_goes_before_its_folders_name(tmp_path):
     assert set(decode(info, "u").values()) == {"k", "l"}
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_partition_that_is_no_number_is_named(tmp_path, suffix):
+    hive(tmp_path / "raw", {"hour=nine": ["k", "l"]}, suffix)
+    importer = table(categorical=["u"], numeric=["hour"])
+    with pytest.raises(DataError, match="the folder hour=nine holds no number"):
+        prepare(tmp_path / "raw", tmp_path / "out", importer=importer)
+
+
+def test_a_block_of_malformed_rows_alone_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK_BYTES", 8)
+    content = "y,u,x\n1,a,1\n" + "x\n" * 12 + "0,b,2\n"
+    bags = [{"name": "u", "separator": "|"}]
+    info = csv_dataset(tmp_path, content, bad=1.0, categorical=bags, numeric=["x"])
+    assert (info.bad_rows, info.splits["train"].rows) == (12, 2)
+
+
+def test_a_header_without_newlines_is_named(tmp_path):
+    with pytest.raises(DataError, match="line 1: the header holds carriage returns"):
+        csv_dataset(tmp_path, "y,u\r1,a\r")
+
+
 def zstd(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
