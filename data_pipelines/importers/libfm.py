@@ -97,23 +97,33 @@ def _refuse_what_is_no_token(sample: Sequence[_Line]) -> None:
 
 
 def _guess(sample: Sequence[_Line]) -> Form:
-    tokens = [token for line in sample for token in line.tokens]
-    colons = {token.count(":") for token in tokens}
-    if colons == {2}:
+    counts = Counter(token.count(":") for line in sample for token in line.tokens)
+    colons = counts.most_common(1)[0][0]
+    if colons not in (1, 2) or not _is_nearly_all(counts):
+        raise DataError(_form_fault(sample, colons))
+    # What a few malformed lines say must not decide; they are named when they are read.
+    sound = [line for line in sample if all(t.count(":") == colons for t in line.tokens)]
+    sample = sound or sample
+    if colons == 2:
         _refuse_weights(sample)
         return "ffm"
-    if colons == {1}:
-        values = {token.rpartition(":")[2] for token in tokens}
-        if not values <= {"1", "1.0"}:
-            if _has_numbered_fields(sample):
-                _refuse_unless_fields(sample)
-            return "pairs"
-        # One malformed line must not turn fields into a bag.
-        lengths = Counter(len(line.tokens) for line in sample)
-        return "indices" if _is_nearly_all(lengths) else "bag"
-    raise DataError(
-        f"tokens such as {tokens[0]!r} are neither index:1, field:value nor field:index:1; "
-        f"found {sorted(colons)} colons per token"
+    values = {token.rpartition(":")[2] for line in sample for token in line.tokens}
+    if not values <= {"1", "1.0"}:
+        if _has_numbered_fields(sample):
+            _refuse_unless_fields(sample)
+        return "pairs"
+    lengths = Counter(len(line.tokens) for line in sample)
+    return "indices" if _is_nearly_all(lengths) else "bag"
+
+
+def _form_fault(sample: Sequence[_Line], common: int) -> str:
+    tokens = [(line.place, token) for line in sample for token in line.tokens]
+    place, odd = next(
+        ((place, token) for place, token in tokens if token.count(":") != common), tokens[0]
+    )
+    return (
+        f"{place}: tokens are index:1, field:value or field:index:1, all of one form, and {odd!r} "
+        f"has {odd.count(':')} colons where most have {common}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -36,7 +37,8 @@ class ParquetTable(RawTable):
 
     def names(self, file: RawFile) -> list[str]:
         """Return the names of all columns of a file."""
-        names = list(_open(file.path).schema_arrow.names)
+        with _damage(file.path, "in its schema"):
+            names = list(_open(file.path).schema_arrow.names)
         double = sorted({name for name in self.columns if names.count(name) > 1})
         if double:
             raise DataError(f"{file.path}: columns named twice: {double}")
@@ -44,8 +46,9 @@ class ParquetTable(RawTable):
 
     def types(self, file: RawFile) -> dict[str, pl.DataType]:
         """Return the polars type of each column of a file that is wanted."""
-        schema = _open(file.path).schema_arrow
-        fields = [field for field in schema if field.name in self.columns]
+        with _damage(file.path, "in its schema"):
+            schema = _open(file.path).schema_arrow
+            fields = [field for field in schema if field.name in self.columns]
         for field in fields:
             # Polars has no such type, and ends the process over it.
             if pa.types.is_decimal256(field.type):
@@ -53,7 +56,8 @@ class ParquetTable(RawTable):
                     f"{file.path}: column {field.name!r} holds {field.type}; write it with at most "
                     f"38 digits (decimal128) or as text"
                 )
-        empty = pl.from_arrow(pa.schema(fields).empty_table())
+        with _damage(file.path, "in its schema"):
+            empty = pl.from_arrow(pa.schema(fields).empty_table())
         assert isinstance(empty, pl.DataFrame)
         return dict(empty.schema)
 
@@ -94,14 +98,16 @@ class ParquetTable(RawTable):
 
     def _block(self, block: Block) -> pl.DataFrame:
         path = self.files[block.file].path
-        try:
+        with _damage(path, f"at row {block.line}"):
             if self._next != (block.file, block.start):
                 self._seek(path, block)
-            batch = next(self._batches)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is damaged at row {block.line}: {error}") from None
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DataError(f"{path} ends before row {block.line}, which its footer promises")
+            # Polars takes texts and offsets at their word, and panics at metadata that are not UTF-8.
+            batch.validate(full=True)
+            frame = pl.from_arrow(batch.replace_schema_metadata(None))
         self._next = (block.file, block.end)
-        frame = pl.from_arrow(batch)
         assert isinstance(frame, pl.DataFrame)
         if frame.height != block.rows:
             raise DataError(f"{path} changed while it was read; start again")
@@ -124,7 +130,7 @@ class ParquetTable(RawTable):
             )
         )
         for _ in range((block.start - first) // self.block_rows):
-            next(self._batches)
+            next(self._batches, None)
 
 
 def _of_size(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
@@ -138,6 +144,24 @@ def _of_size(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]
             held = whole.slice(rows).to_batches()
     if any(piece.num_rows for piece in held):
         yield pa.Table.from_batches(held)
+
+
+@contextmanager
+def _damage(path: Path, place: str) -> Iterator[None]:
+    """Name the file and the place when its bytes are not what its format allows."""
+    try:
+        yield
+    except (
+        pa.ArrowException,
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged {place}: {error}") from None
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -6,15 +6,20 @@ import bz2
 import datetime as dt
 import gzip
 import lzma
+import random
+from contextlib import suppress
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embcomp import CompressedEmbeddingBagCollection, Full
 from embcomp.data_pipelines.importers import text
+from embcomp.data_pipelines.importers.base import RawFile
+from embcomp.data_pipelines.importers.libfm import LibFMImporter
 from embcomp.data_pipelines.importers.registry import make_importer
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.preparing.feature_names import check_names
@@ -300,6 +305,17 @@ def test_numbered_fields_that_every_row_has_are_fields(tmp_path):
     assert info.categorical_names == ["field_0", "field_1"]
 
 
+def test_a_malformed_token_among_many_is_a_malformed_line_and_does_not_change_the_form(tmp_path):
+    content = "1 0:1:1 1:4:1\n" * 200 + "0 0:1 1:4:1\n"
+    info = libfm(tmp_path, content, max_bad_rows=0.01)
+    assert (info.bad_rows, info.categorical_names) == (1, ["field_0", "field_1"])
+    assert "\t201\ttoken '0:1' cannot be read" in (tmp_path / "out" / "bad_rows.tsv").read_text()
+    with pytest.raises(
+        DataError, match="line 2: tokens are .* '0:1' has 1 colons where most have 2"
+    ):
+        libfm(tmp_path, "1 0:1:1 1:4:1\n0 0:1 1:4:1\n")
+
+
 def test_tabs_part_tokens_as_spaces_do(tmp_path):
     info = libfm(tmp_path, "1\t0:1:1 1:11:1\n0\t 0:6:1\t1:14:1 \t\n")
     assert info.raw_rows == 2
@@ -507,3 +523,58 @@ def test_a_split_that_shares_no_value_with_train_is_named(tmp_path):
         "item: no value of the valid split is known from train",
         "item: no value of the test split is known from train",
     ]
+
+
+def read_whole(importer, path) -> tuple[int, int]:
+    """Rows of a file that were read or named as malformed, and those that its index counts."""
+    raw = importer.open([RawFile(path=path)])
+    blocks = raw.index(0, 0, lambda step: None).blocks
+    found = sum(rows.frame.height + len(rows.bad) + rows.dropped for _, rows in raw.read(blocks))
+    raw.close()
+    return found, sum(block.rows for block in blocks)
+
+
+CSV = "y,u,x,b\n" + "".join(f'{i % 2},"u{i}",{i}.5,a|b\n' for i in range(6))
+FFM = "".join(f"{i % 2} 0:{i}:1 1:{i}:1\n" for i in range(6))
+PAIRS = "".join(f"{i % 2} u:{i} m:{i + 9}\n" for i in range(6))
+JUNK = [*'\n\r",\t: \0\ufeff\x85#|', "nan", "1e999", "qid:1", "9" * 25, "True", "0.5"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("r.csv", CSV), ("r.ffm", FFM), ("r.fm", PAIRS)])
+def test_every_line_of_a_spoilt_log_is_read_or_named(tmp_path, name, content):
+    bags = [{"name": "b", "separator": "|"}, "u"]
+    importer = table(categorical=bags, numeric=["x"]) if name == "r.csv" else LibFMImporter()
+    rng = random.Random(0)
+    for _ in range(300):
+        spoilt = bytearray(content.encode())
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(spoilt))
+            spoilt[at : at + rng.randint(0, 2)] = rng.choice(JUNK).encode() + bytes(
+                [rng.randrange(256)] * rng.randint(0, 1)
+            )
+        (tmp_path / name).write_bytes(spoilt)
+        with suppress(DataError):
+            found, counted = read_whole(importer, tmp_path / name)
+            assert found == counted, bytes(spoilt)
+
+
+def test_a_spoilt_parquet_file_is_read_or_named(tmp_path, capfd):
+    columns = {
+        "y": [i % 2 for i in range(50)],
+        "u": [f"ué{i}" for i in range(50)],
+        "b": [["a", f"b{i}"] for i in range(50)],
+        "k": pa.array([f"kk{i % 3}" for i in range(50)]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "good.parquet", compression="none")
+    good = (tmp_path / "good.parquet").read_bytes()
+    importer = table(categorical=["u", "k", {"name": "b", "multi_valued": True}])
+    rng = random.Random(3)
+    for _ in range(1500):
+        spoilt = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
+        (tmp_path / "raw.parquet").write_bytes(spoilt)
+        with suppress(DataError):
+            found, counted = read_whole(importer, tmp_path / "raw.parquet")
+            assert found == counted
+    assert "panicked" not in capfd.readouterr().err
