@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.bayes_metrics import read_bayes
 from embcomp.data_pipelines.importers.base import TIME, BadRow, Block, RawTable, Rows
@@ -64,6 +64,14 @@ class _IndexState(BaseModel):
     blocks: list[list[int]]
     sources: list[SourceFile]
     text_bytes: int
+
+
+class _LastTimes(BaseModel):
+    """The last times of train and of valid, of a split by time."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    last: list[float]
 
 
 @dataclass(kw_only=True)
@@ -159,18 +167,20 @@ class PreparePasses:
     ) -> list[float]:
         """Read the times of all rows; return the last ones of train and of valid."""
         mark = self.work.scratch / "times.json"
-        if not mark.is_file():
+        found = read_piece(mark, _LastTimes, self.report)
+        if found is None:
             path = self.work.scratch / "times.f64"
             with phase("times", total, show=self.progress) as advance, path.open("wb") as file:
                 for block, rows in ahead(self.table.read([b for part in parts for b in part])):
                     file.write(rows.frame.get_column(TIME).to_numpy().tobytes())
                     advance(block.rows)
             limits = rule.limits(path.stat().st_size // 8)
-            # No row is before the first one: -inf. JSON has a word of its own for it.
+            # No row is before the first one: -inf.
             last = [smallest(path, limit - 1) if limit else -math.inf for limit in limits]
             path.unlink()
-            write_text(mark, json.dumps(last))
-        return [float(time) for time in json.loads(mark.read_text(encoding="utf-8"))]
+            found = _LastTimes(last=last)
+            write_piece(mark, found)
+        return found.last
 
     def _count(
         self,

@@ -17,7 +17,7 @@ KILLS = 20
 SCRIPT = textwrap.dedent(
     """
     import sys
-    from embcomp.data_pipelines.importers.registry import text
+    from embcomp.data_pipelines.importers import text
     from embcomp.data_pipelines.prepare import prepare
     text.BLOCK_BYTES = 20_000
     raw, out, overwrite = sys.argv[1:]
