@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/verify_load.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/search_speed.py

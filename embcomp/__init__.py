@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from embcomp.serving.artefact_loading import load as load
     from embcomp.serving.artefact_saving import save as save
+    from embcomp.serving.exported_program import load_program as load_program
 
 _HOMES = {
     "ArtefactError": "embcomp.errors",
@@ -74,6 +75,7 @@ _HOMES = {
     "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
     "load": "embcomp.serving.artefact_loading",
+    "load_program": "embcomp.serving.exported_program",
     "save": "embcomp.serving.artefact_saving",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,13 @@ from typing_extensions import Self
 
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document, plan_to_document
-from embcomp.errors import ArtefactError
+from embcomp.errors import ArtefactError, EmbcompError
+from embcomp.io.inner_paths import InnerPath
 from embcomp.tables.row_types import RowType
 from embcomp.tables.specs import TableSpec, specs_from_configs
 
 FORMAT = "embcomp artefact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 PROGRAM_FILE = "program.pt2"
@@ -140,6 +142,13 @@ class ProgramRecord(_Strict):
     outputs: dict[str, str]
 
 
+class FileRecord(_Strict):
+    """A file's size and checksum; that of the tensors' file covers its header only."""
+
+    bytes: int = Field(ge=0)
+    crc32: str
+
+
 class ArtefactConfig(_Strict):
     """The content of `config.json`.
 
@@ -153,8 +162,11 @@ class ArtefactConfig(_Strict):
         dataset: Where the ids come from, where that is known.
         budget: The bytes that the embedding tables were to stay within.
         network_bytes: What the network's tensors take in the file.
-        sha256: Of `model.safetensors`.
         program: What `program.pt2` takes, where there is one.
+        tensors: The checksum of each tensor, by its name in `model.safetensors`.
+        files: The size and checksum of each file beside this one.
+        digest: The SHA-256 of this file with an empty text here: of the whole artefact, as every
+            other file's checksum is in it.
     """
 
     format: Literal["embcomp artefact"] = "embcomp artefact"
@@ -167,16 +179,25 @@ class ArtefactConfig(_Strict):
     dataset: DatasetRecord | None = None
     budget: int | None = None
     network_bytes: int = 0
-    sha256: str
     program: ProgramRecord | None = None
+    tensors: dict[str, str] = {}
+    files: dict[InnerPath, FileRecord] = {}
+    digest: str = ""  # the last field, so that it can be found in the text
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        """The file's text, its digest in it."""
+        blank = self.model_copy(update={"digest": ""})
+        text = json.dumps(blank.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        before, _, after = _parted(text)
+        return before + _sha256(text) + after
 
     @classmethod
-    def read(cls, folder: Path) -> ArtefactConfig:
+    def read(cls, folder: Path, *, verify: bool = True) -> ArtefactConfig:
         """Read `folder/config.json`.
+
+        Args:
+            folder: the artefact's.
+            verify: whether to refuse a text that is not the one that was written.
 
         Raises:
             ArtefactError: the folder is no artefact, is damaged, or has another version.
@@ -190,8 +211,11 @@ class ArtefactConfig(_Strict):
                 "makes one of a finished run"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            text = path.read_bytes().decode("utf-8")
+            content = json.loads(text)
+        except OSError as error:
+            raise ArtefactError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise ArtefactError(f"{path} is not JSON ({error}); export the run again") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArtefactError(f"{path} does not describe an artefact of embcomp")
@@ -203,12 +227,54 @@ class ArtefactConfig(_Strict):
                 f"({content.get('embcomp_version', 'unknown')})"
             )
         try:
-            return cls.model_validate(content)
+            config = cls.model_validate(content)
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
             )
             raise ArtefactError(f"{path} is damaged: {problems}; export the run again") from None
+        if verify:
+            config._check_digest(text, path)
+        return config
+
+    def _check_digest(self, text: str, path: Path) -> None:
+        before, stated, after = _parted(text)
+        if stated == _sha256(before + after):
+            return
+        try:
+            self._check_meaning(str(path))
+        except EmbcompError:  # it says more than that something differs
+            raise
+        except _BROKEN:
+            pass  # the digest is what can be said
+        raise ArtefactError(
+            f"{path} is damaged or was changed: its digest is not that of its text; copy the whole "
+            "folder again, or export the run again"
+        )
+
+    def _check_meaning(self, source: str) -> None:
+        """Name what this version could not make sense of, before anything is built."""
+        if self.tables is None and self.model is None:
+            raise ArtefactError(f"{source} describes neither tables nor a model")
+        for record in (self.tables, self.first_order):
+            if record is not None:
+                record.resolved_plan(source)
+
+
+_BROKEN = (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError)
+"""What reading a damaged description may end with, beside errors of ours."""
+_DIGEST = '"digest": "'
+
+
+def _parted(text: str) -> tuple[str, str, str]:
+    """A description's text before its digest, the digest, and the text after it."""
+    before, key, rest = text.rpartition(_DIGEST)
+    stated, quote, after = rest.partition('"')
+    return before + key, stated, quote + after
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _logical_table(table: TableSpec) -> LogicalTable:

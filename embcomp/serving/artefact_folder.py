@@ -20,7 +20,7 @@ from torch import Tensor
 from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError
-from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, DatasetRecord
+from embcomp.serving.artefact_config import TENSORS_FILE, DatasetRecord
 
 
 @contextmanager
@@ -73,28 +73,11 @@ def header_bytes(file: Path) -> dict[str, int]:
     return sizes
 
 
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def read_tensors(folder: Path, config: ArtefactConfig, *, verify: bool) -> dict[str, Tensor]:
-    """The tensors of an artefact, by their names in the file.
-
-    Args:
-        folder: the artefact's.
-        config: its description.
-        verify: whether to compare the file with its SHA-256.
-    """
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an artefact, by their names in the file; mapped, so nothing is read yet."""
     file = folder / TENSORS_FILE
     if not file.is_file():
         raise ArtefactError(f"{folder} has no {TENSORS_FILE}; copy the whole folder")
-    if verify and sha256_of(file) != config.sha256:
-        raise ArtefactError(f"{file} is damaged: its SHA-256 is not the one in {CONFIG_FILE}")
     try:
         return safetensors.torch.load_file(file)
     except (SafetensorError, ValueError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from embcomp.io.yaml_reading import bind_dataclass, did_you_mean, listed
 from embcomp.models import MODELS, ModelInputs
 from embcomp.serving.artefact_config import CONFIG_FILE, ArtefactConfig, ModelRecord, TablesRecord
 from embcomp.serving.artefact_folder import read_tensors
+from embcomp.serving.artefact_integrity import checked
 from embcomp.serving.modules import (
     MakeRows,
     ServingEmbeddingBagCollection,
@@ -33,7 +35,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     rows: Literal["auto", "fbgemm", "torch"] = "auto",
-    verify: bool = False,
+    verify: bool = True,
 ) -> Serving:
     """Read an artefact as a module that answers; no training code is imported.
 
@@ -42,7 +44,8 @@ def load(
         device: where to serve.
         rows: what reads the rows: FBGEMM's inference kernel (CPU), plain torch operations, or
             whichever is faster there.
-        verify: whether to compare the tensors' file with its SHA-256.
+        verify: whether to check, while the tables are built, that every file and tensor is the one
+            that was written.
 
     Returns:
         A ServingModel for a model; for a collection alone a ServingEmbeddingBagCollection or
@@ -53,9 +56,20 @@ def load(
         ConfigError: it names a method that this embcomp does not have.
     """
     folder, on = Path(path), torch.device(device)
-    config = ArtefactConfig.read(folder)
-    tensors = read_tensors(folder, config, verify=verify)
-    make_rows, source = rows_class(rows, on), str(folder / CONFIG_FILE)
+    config = ArtefactConfig.read(folder, verify=verify)
+    tensors = read_tensors(folder)
+    make_rows = rows_class(rows, on)
+    with checked(folder, config, tensors) if verify else nullcontext():
+        return _build(config, tensors, make_rows, on, str(folder / CONFIG_FILE))
+
+
+def _build(
+    config: ArtefactConfig,
+    tensors: Mapping[str, Tensor],
+    make_rows: MakeRows,
+    on: torch.device,
+    source: str,
+) -> Serving:
     if config.model is None:
         if config.tables is None:
             raise ArtefactError(f"{source} describes neither tables nor a model")

@@ -66,6 +66,7 @@ class ArtefactReport:
         """Plain JSON values."""
         return {
             "embcomp_version": self.config.embcomp_version,
+            "digest": self.config.digest,
             "row_type": self.config.row_type,
             "model": None if self.config.model is None else self.config.model.model_dump(),
             "dataset": None if self.config.dataset is None else self.config.dataset.model_dump(),
@@ -98,7 +99,7 @@ def inspect_artefact(
     """
     folder = Path(path)
     config = ArtefactConfig.read(folder)
-    loaded = load(folder, rows="torch", verify=True)
+    loaded = load(folder, rows="torch")
     info = DatasetInfo.load(folder) if (folder / FILE_NAME).is_file() else None
     tables = _tables_of(loaded)
     counts = {} if info is None else {n: torch.from_numpy(c) for n, c in id_counts(info).items()}

@@ -38,13 +38,8 @@ from embcomp.serving.artefact_config import (
     ModelRecord,
     TablesRecord,
 )
-from embcomp.serving.artefact_folder import (
-    RewrittenDataset,
-    copy_dataset,
-    header_bytes,
-    new_folder,
-    sha256_of,
-)
+from embcomp.serving.artefact_folder import RewrittenDataset, copy_dataset, header_bytes, new_folder
+from embcomp.serving.artefact_integrity import check_finite, with_checksums
 from embcomp.serving.modules import persistent_tensors
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.row_types import RowType, largest_error, pack, served_footprint
@@ -245,6 +240,7 @@ def _write(
         f"{role}.{name}": t for role, part in parts.items() for name, t in part.tensors.items()
     }
     tensors |= {f"network.{name}": t.cpu().clone().contiguous() for name, t in network.items()}
+    check_finite(tensors)
     with new_folder(path) as folder:
         file = folder / TENSORS_FILE
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
@@ -270,15 +266,18 @@ def _write(
             dataset=dataset,
             budget=budget,
             network_bytes=sizes.get("network", 0),
-            sha256=sha256_of(file),
         )
-        _write_config(folder, config)
+        config = _write_config(folder, config, tensors)
         if extra is not None:
-            config = extra(folder, config)
-            _write_config(folder, config)
+            config = _write_config(folder, extra(folder, config), tensors)
     errors = {role: part.row_error for role, part in parts.items()}
     return Saved(path=path, config=config, row_error=errors)
 
 
-def _write_config(folder: Path, config: ArtefactConfig) -> None:
-    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+def _write_config(
+    folder: Path, config: ArtefactConfig, tensors: Mapping[str, Tensor]
+) -> ArtefactConfig:
+    """Describe all that is in the folder; returns the description with its digest."""
+    text = with_checksums(config, folder, tensors).to_json()
+    (folder / CONFIG_FILE).write_bytes(text.encode("utf-8"))
+    return ArtefactConfig.read(folder)

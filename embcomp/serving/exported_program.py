@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embcomp.collection.groups import table_features
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import PROGRAM_FILE, ArtefactConfig, ProgramRecord
+from embcomp.serving.artefact_integrity import check_file
 from embcomp.serving.id_lookup import SingleIds
 from embcomp.serving.modules import ServingEmbeddingBagCollection, ServingModel
 
@@ -208,6 +209,31 @@ def write_program(program: Program, folder: Path, config: ArtefactConfig) -> Art
     inside = {"embcomp.json": json.dumps(described.model_dump(mode="json"))}
     torch.export.save(exported, folder / PROGRAM_FILE, extra_files=inside)
     return described
+
+
+def load_program(path: str | Path, *, verify: bool = True) -> nn.Module:
+    """Read an artefact's ``program.pt2``, which `torch.export.load` reads without any check.
+
+    Args:
+        path: the artefact's folder.
+        verify: whether to check that the description and the program are the ones that were
+            written.
+
+    Returns:
+        A module that takes and returns what ``program`` in `config.json` says.
+
+    Raises:
+        ArtefactError: the folder is no artefact, has no program, or is damaged.
+    """
+    folder = Path(path)
+    config = ArtefactConfig.read(folder, verify=verify)
+    if config.program is None:
+        raise ArtefactError(
+            f"{folder} has no program; `embcomp export --format pt2` makes an artefact with one"
+        )
+    if verify:
+        check_file(folder, config, PROGRAM_FILE)
+    return torch.export.load(folder / PROGRAM_FILE).module()
 
 
 def program_inputs(program: Program, dense: Tensor, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:
