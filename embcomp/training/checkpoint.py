@@ -1,28 +1,26 @@
 """Checkpoints: complete, atomic, and readable on any number of ranks.
 
 `checkpoints/step-00000100/` holds TorchRec's sharded state (torch.distributed.checkpoint), each
-rank's random state, and `state.json`, the loop's own variables. A folder appears under its final name
-only when it is complete.
+rank's random state, `state.json`, the loop's own variables, and `checksums.json`. A folder appears
+under its final name only when it is complete, and nothing of it is used before it was checked.
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
 import pickle
-import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -33,8 +31,21 @@ from embcomp.errors import CheckpointError
 from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.distributed.process import Process
+from embcomp.training.files.checkpoint_files import (
+    INDEX_FILE,
+    CheckpointPlanner,
+    CheckpointReader,
+    check_files,
+    checked_bytes,
+    random_file,
+    write_checksums,
+    write_own_checksums,
+)
+from embcomp.training.files.random_state import random_state, restore_random_state
+from embcomp.training.loop_state import LoopState
 
 _STATE_FILE = "state.json"
+_FOLDER = re.compile(r"step-(\d{10,})")
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -43,8 +54,11 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a complete checkpoint, in order."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in checkpoints.glob("step-*"))
+    """Steps that have a complete checkpoint, in order; what else lies beside them is no matter."""
+    matches = [
+        _FOLDER.fullmatch(folder.name) for folder in checkpoints.glob("step-*") if folder.is_dir()
+    ]
+    return sorted(int(match[1]) for match in matches if match is not None)
 
 
 def save_checkpoint(
@@ -75,18 +89,19 @@ def save_checkpoint(
     try:
         with _as_checkpoint_error(f"{final} could not be written"):
             save_tensors(tensors, checkpoint_id=str(temporary))
+            (temporary / random_file(process.rank)).write_bytes(random_state(process))
+            write_own_checksums(temporary, process.rank)
+            dist.barrier()
+            if process.is_main:
+                content = {**state, "step": step, "world_size": process.world_size}
+                (temporary / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+                write_checksums(temporary, [INDEX_FILE, _STATE_FILE])
     except CheckpointError as error:
         free = shutil.disk_usage(checkpoints).free
         if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{error}; its disk had {format_bytes(free)} free") from error
-    packed = io.BytesIO()  # torch reports a disk that is full as an internal assertion
-    torch.save(_random_state(process), packed)
-    (temporary / f"random-{process.rank}.pt").write_bytes(packed.getvalue())
-    dist.barrier()
     if process.is_main:
-        content = {**state, "step": step, "world_size": process.world_size}
-        (temporary / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     dist.barrier()
@@ -104,14 +119,19 @@ def load_checkpoint(
         CheckpointError: When the checkpoint is another model's; the text names what differs.
     """
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
-    _check_same_tensors(folder, tensors)
-    with _as_checkpoint_error(f"{folder} could not be read", _way_back(folder)):
-        load_tensors(tensors, checkpoint_id=str(folder))
+    _read_into(tensors, folder, process)
     _load_model_state(sharded, tensors["model"])
     optimizer.load_state_dict(tensors["optim"])
-    mine = folder / f"random-{process.rank}.pt"
     if read_state(folder)["world_size"] == process.world_size:
-        _restore_random_state(torch.load(mine, weights_only=False))
+        mine = checked_bytes(folder, random_file(process.rank), _way_back(folder))
+        try:
+            restore_random_state(mine)
+        except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            first = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{folder} could not be read: {random_file(process.rank)} holds no random state "
+                f"({first}). {_way_back(folder)}"
+            ) from None
 
 
 def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
@@ -121,20 +141,67 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
     """
     tensors = {"model": model_state(sharded)}
-    _check_same_tensors(folder, tensors)
-    with _as_checkpoint_error(f"{folder} could not be read", _way_back(folder)):
-        load_tensors(tensors, checkpoint_id=str(folder))
+    _read_into(tensors, folder, _process_of_group())
     _load_model_state(sharded, tensors["model"])
 
 
+def load_whole(folder: Path, state: dict[str, Any]) -> None:
+    """Fills the tensors of an unsharded model's state dict; needs no process group.
+
+    Raises:
+        CheckpointError: When the checkpoint is damaged or another model's.
+    """
+    _read_into({"model": state}, folder, None)
+
+
+def _process_of_group() -> Process:
+    return Process(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def _read_into(tensors: dict[str, Any], folder: Path, process: Process | None) -> None:
+    """Checks a checkpoint's files and reads them; all ranks of a process call it, if there is one."""
+    if process is None:
+        check_files(folder, _way_back(folder))
+    else:
+        check_files(folder, _way_back(folder), process)
+    _check_same_tensors(folder, tensors)
+    with _as_checkpoint_error(f"{folder} could not be read", _way_back(folder)):
+        load_tensors(
+            tensors,
+            storage_reader=CheckpointReader(folder),
+            planner=CheckpointPlanner(),
+            no_dist=process is None,
+        )
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """The loop's variables of a checkpoint."""
+    """The loop's variables of a checkpoint.
+
+    Raises:
+        CheckpointError: They are damaged, or those of another step or version.
+    """
+    way_out = _way_back(folder)
     try:
-        return json.loads((folder / _STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(checked_bytes(folder, _STATE_FILE, way_out))
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: {error}. {_way_back(folder)}"
+            f"{folder} is not a complete checkpoint: {error}. {way_out}"
         ) from None
+    known = {each.name for each in dataclasses.fields(LoopState)} | {"world_size"}
+    if set(content) != known:
+        odd = ", ".join(sorted(set(content) ^ known))
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another version of embcomp: {_STATE_FILE} differs in "
+            f"{odd}. Finish the run with the embcomp that wrote it"
+        )
+    if checkpoint_folder(folder.parent, content["step"]).name != folder.name:
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {content['step']}: it was renamed or copied. "
+            "Give it its name again, or remove it"
+        )
+    return content
 
 
 def remove_old(checkpoints: Path, keep: int, best: int | None) -> None:
@@ -190,6 +257,9 @@ def _as_checkpoint_error(what: str, way_out: str = "") -> Iterator[None]:
         reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
         text = f"{what}: {'; '.join(reasons)}"
         raise CheckpointError(f"{text.rstrip('.')}. {way_out}" if way_out else text) from error
+    except OSError as error:
+        text = f"{what}: {error.strerror or error}"
+        raise CheckpointError(f"{text}. {way_out}" if way_out else text) from error
 
 
 def _way_back(folder: Path) -> str:
@@ -202,7 +272,7 @@ def _way_back(folder: Path) -> str:
 
 def _read_metadata(folder: Path) -> Metadata:
     try:
-        return FileSystemReader(str(folder)).read_metadata()
+        return CheckpointReader(folder).read_metadata()
     except (OSError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{folder} is not a readable checkpoint: {error}. {_way_back(folder)}"
@@ -232,22 +302,3 @@ def _saved_shape(entry: object) -> tuple[int, ...] | None:
 
 def _shown(shape: tuple[int, ...] | None) -> str:
     return "no tensor" if shape is None else " x ".join(map(str, shape)) or "a number"
-
-
-def _random_state(process: Process) -> dict[str, Any]:
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-    if process.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(process.device)
-    return state
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

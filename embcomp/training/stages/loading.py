@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.training.build import UnshardedModel, build_model
-from embcomp.training.checkpoint import checkpoint_folder, read_state, saved_steps
+from embcomp.training.checkpoint import (
+    checkpoint_folder,
+    load_whole,
+    read_state,
+    saved_steps,
+)
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder, StageFolder
@@ -73,13 +77,13 @@ def load_unsharded(
     """
     place = folder.stage(index, schedule.names)
     unsharded = build_model(config, info, torch.device("cpu"), schedule.plan_of(index, place))
-    tensors = {"model": unsharded.model.state_dict()}
+    state = unsharded.model.state_dict()
     path = checkpoint_folder(place.checkpoints, step)
     if not path.exists():
         raise EmbcompError(f"{path} does not exist")
     with quiet_libraries():
-        load_tensors(tensors, checkpoint_id=str(path), no_dist=True)
-    unsharded.model.load_state_dict(tensors["model"])
+        load_whole(path, state)
+    unsharded.model.load_state_dict(state)
     return unsharded
 
 

@@ -1,0 +1,1 @@
+"""What a run writes, checked before it is read."""
