@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,8 @@ from embcomp.serving.artefact_config import (
 )
 from embcomp.serving.artefact_folder import RewrittenDataset, copy_dataset, header_bytes, new_folder
 from embcomp.serving.artefact_integrity import check_finite, with_checksums
+from embcomp.serving.artefact_loading import load
+from embcomp.serving.artefact_parity import check_answers
 from embcomp.serving.modules import persistent_tensors
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.row_types import RowType, largest_error, pack, served_footprint
@@ -58,11 +60,14 @@ class Saved:
         config: Its description.
         row_error: For ``tables`` and ``first_order``, the largest error of a weight in each
             physical table whose rows are not float32.
+        answer_error: Of a collection alone, for each table, how far a weight of the artefact's
+            answers is from the collection's, over ids sampled from the whole table.
     """
 
     path: Path
     config: ArtefactConfig
     row_error: Mapping[str, Mapping[str, float]]
+    answer_error: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(
@@ -72,7 +77,7 @@ def save(
     row_type: AnyRowTypes = "fp32",
     budget: str | int | None = None,
 ) -> Saved:
-    """Write a collection's serving form; `load` reads it back.
+    """Write a collection's serving form, which `load` reads back, and compare its answers.
 
     Args:
         collection: an unsharded one; it is compacted here, and itself left as it is.
@@ -85,13 +90,28 @@ def save(
         ConfigError: a type or a table does not exist, or tables that share rows have several types.
         ArtefactError: the folder exists already.
         BudgetError: the tables are larger than the budget; nothing is left.
+        ParityError: the serving form answers otherwise than the collection; nothing is left.
     """
     wanted = RowTypes.of(row_type)
     part = _Part.of(collection, wanted)
-    allowed = _budget(budget, collection)
-    return _write(
-        Path(path), {"tables": part}, {}, row_type=wanted, budget=allowed, model=None, info=None
+    errors: dict[str, float] = {}
+
+    def compare(folder: Path, config: ArtefactConfig) -> ArtefactConfig:
+        types = part.record.row_types
+        errors.update(check_answers(collection, part.compacted, load(folder, rows="torch"), types))
+        return config
+
+    saved = _write(
+        Path(path),
+        {"tables": part},
+        {},
+        row_type=wanted,
+        budget=_budget(budget, collection),
+        model=None,
+        info=None,
+        extra=compare,
     )
+    return dataclasses.replace(saved, answer_error=errors)
 
 
 def save_model(
@@ -171,6 +191,7 @@ _COLLECTIONS = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
 class _Part:
     """A compacted collection, its tensors as they are stored."""
 
+    compacted: Collection
     record: TablesRecord
     tensors: Mapping[str, Tensor]
     predicted: int
@@ -215,7 +236,13 @@ class _Part:
             need_indices=need_indices,
             size=predicted,
         )
-        return cls(record=record, tensors=tensors, predicted=predicted, row_error=errors)
+        return cls(
+            compacted=compacted,
+            record=record,
+            tensors=tensors,
+            predicted=predicted,
+            row_error=errors,
+        )
 
 
 def _budget(budget: str | int | None, collection: Collection) -> int | None:
