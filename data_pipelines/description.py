@@ -10,16 +10,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from embcomp.errors import DataError
+from embcomp.io.inner_paths import inner_path
 
 DATASET_FILE = "dataset.json"
 
 
 def _inside(path: str) -> str:
     """Return a path that cannot leave the dataset's folder."""
-    pure = PurePosixPath(path)
-    if path and (pure.is_absolute() or ".." in pure.parts or "\0" in path):
-        raise ValueError(f"{path!r} leads out of the dataset's folder; expected a path inside it")
-    if pure == PurePosixPath(DATASET_FILE):
+    if path:
+        inner_path(path)
+    if PurePosixPath(path) == PurePosixPath(DATASET_FILE):
         raise ValueError(f"{path!r} is the description itself; expected a Parquet file")
     os.fsencode(path)  # a UnicodeEncodeError, which is a ValueError, for what no file is called
     return path

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,30 +19,48 @@ from torch import Tensor
 from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError
+from embcomp.io.unfinished import remove_unfinished, unfinished_folder
 from embcomp.serving.artefact_config import TENSORS_FILE, DatasetRecord
+from embcomp.tables.budget import format_bytes
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that becomes it when all went well.
 
+    What processes that were killed have left beside it, this removes.
+
     Raises:
-        ArtefactError: something is there already, or cannot be made there.
+        ArtefactError: something is there already, or cannot be made or written there.
     """
     _refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _named_failures(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent)
+        with unfinished_folder(path) as folder:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp keeps others out
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)
+                    _flush(file)
+            _refuse_existing(path)
+            folder.rename(path)
+
+
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """A full disk and the like as one line, whichever library met it."""
     try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp keeps others out
-        for file in folder.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                _flush(file)
-        _refuse_existing(path)
-        folder.rename(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except (OSError, SafetensorError, pl.exceptions.ComputeError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or str(error).splitlines()[0]
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        raise ArtefactError(
+            f"{path} could not be written: {reason}; its disk has {format_bytes(free)} free. "
+            "Nothing is left of it; make room, or name a folder on another disk"
+        ) from error
 
 
 def _refuse_existing(path: Path) -> None:
@@ -118,6 +135,12 @@ def copy_dataset(
                     f"a .parquet file, as other names are those of an artefact's own files"
                 )
             target = folder / feature.vocabulary
+            if target.exists():
+                raise ArtefactError(
+                    f"{info.folder / DATASET_FILE}: the vocabulary of feature {feature.name!r} is "
+                    f"{feature.vocabulary}, a name that the artefact has given to another file; "
+                    "rename it there"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             if feature.name in vocabularies:
                 vocabularies[feature.name].write_parquet(target)

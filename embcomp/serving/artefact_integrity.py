@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.tensor_checksums import Checksums
 from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, FileRecord
@@ -156,6 +157,27 @@ def _changed_tensor(folder: Path, name: str, tensor: Tensor) -> str:
         f"{folder / TENSORS_FILE} is damaged or was changed: the checksum of the tensor {name} is "
         f"not the one in {CONFIG_FILE}{odd}; {_WAY_OUT}"
     )
+
+
+def check_vocabularies(config: ArtefactConfig, info: DatasetInfo, source: Path) -> None:
+    """Raise an ArtefactError where a table has more or fewer ids than its feature's vocabulary.
+
+    Args:
+        config: describes the tables.
+        info: the dataset whose ids they take.
+        source: where both lie, for the error.
+    """
+    sizes = {feature.name: feature.num_embeddings for feature in info.categorical}
+    for record in (config.tables, config.first_order):
+        for table in [] if record is None else record.tables:
+            for name in table.feature_names:
+                if sizes.get(name, table.num_embeddings) != table.num_embeddings:
+                    raise ArtefactError(
+                        f"{source}: table {table.name!r} holds {table.num_embeddings:,} ids, and "
+                        f"the vocabulary of its feature {name!r} has {sizes[name]:,} of them; they "
+                        "are of two datasets. Export the run again from the dataset that it was "
+                        "trained on"
+                    )
 
 
 def check_file(folder: Path, config: ArtefactConfig, name: str) -> None:

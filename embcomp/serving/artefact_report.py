@@ -18,6 +18,7 @@ from embcomp.data_pipelines.schema import FILE_NAME, MISSING_ID, UNSEEN_ID, Data
 from embcomp.errors import DataError
 from embcomp.serving.artefact_config import TENSORS_FILE, ArtefactConfig
 from embcomp.serving.artefact_folder import header_bytes
+from embcomp.serving.artefact_integrity import check_vocabularies
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.inspection import TableFacts, inspect_tables
 from embcomp.serving.modules import (
@@ -101,6 +102,8 @@ def inspect_artefact(
     config = ArtefactConfig.read(folder)
     loaded = load(folder, rows="torch")
     info = DatasetInfo.load(folder) if (folder / FILE_NAME).is_file() else None
+    if info is not None:
+        check_vocabularies(config, info, folder)
     tables = _tables_of(loaded)
     counts = {} if info is None else {n: torch.from_numpy(c) for n, c in id_counts(info).items()}
     return ArtefactReport(

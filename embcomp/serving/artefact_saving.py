@@ -39,7 +39,7 @@ from embcomp.serving.artefact_config import (
     TablesRecord,
 )
 from embcomp.serving.artefact_folder import RewrittenDataset, copy_dataset, header_bytes, new_folder
-from embcomp.serving.artefact_integrity import check_finite, with_checksums
+from embcomp.serving.artefact_integrity import check_finite, check_vocabularies, with_checksums
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_parity import check_answers
 from embcomp.serving.modules import persistent_tensors
@@ -294,6 +294,8 @@ def _write(
             budget=budget,
             network_bytes=sizes.get("network", 0),
         )
+        if info is not None:
+            check_vocabularies(config, info if rewritten is None else rewritten.info, path)
         config = _write_config(folder, config, tensors)
         if extra is not None:
             config = _write_config(folder, extra(folder, config), tensors)

@@ -9,6 +9,7 @@ method: a bag of a linear method costs more here than in FBGEMM's kernel, which 
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,7 +208,9 @@ def write_program(program: Program, folder: Path, config: ArtefactConfig) -> Art
     exported = export_program(program)
     exported.example_inputs = None  # it would be pickled
     inside = {"embcomp.json": json.dumps(described.model_dump(mode="json"))}
-    torch.export.save(exported, folder / PROGRAM_FILE, extra_files=inside)
+    packed = io.BytesIO()  # on a disk that is full, torch's own writer ends the process
+    torch.export.save(exported, packed, extra_files=inside)
+    (folder / PROGRAM_FILE).write_bytes(packed.getbuffer())
     return described
 
 

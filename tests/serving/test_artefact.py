@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -219,10 +220,10 @@ def test_nothing_is_left_when_writing_fails(saved, tmp_path, monkeypatch):
     _, collection, _ = saved
 
     def fail(*_args, **_options):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ArtefactError, match="b could not be written: no space .* free. Nothing"):
         save(collection, tmp_path / "b")
     assert [entry.name for entry in tmp_path.iterdir()] == ["artefact"]
 

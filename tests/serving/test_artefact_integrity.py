@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from embcomp import load, load_program, save
 from embcomp.cli import app
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.tensor_checksums import bytes_of, file_checksums, tensor_checksums
 from embcomp.serving.artefact_config import ArtefactConfig
+from embcomp.serving.artefact_integrity import check_vocabularies
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables
 from embcomp.training import train
@@ -139,6 +141,21 @@ def test_a_changed_vocabulary_is_refused(model, tmp_path):
     frame.with_columns(pl.col("id").reverse()).write_parquet(path)
     with pytest.raises(ArtefactError, match=r"vocabulary/C1.parquet is damaged or was changed"):
         load(tmp_path / "a")
+
+
+def test_tables_and_vocabularies_of_two_datasets_are_named(model, tmp_path, monkeypatch):
+    config = ArtefactConfig.read(model)
+    assert config.tables is not None
+    info = DatasetInfo.load(model)
+    size = info.categorical[1].num_embeddings
+    info.categorical[1].num_embeddings = size + 3
+    message = f"table 'C2' holds {size} ids, and the vocabulary of its feature 'C2' has {size + 3}"
+    with pytest.raises(ArtefactError, match=message):
+        check_vocabularies(config, info, model)
+    monkeypatch.setattr(DatasetInfo, "load", lambda folder: info)
+    shown = CliRunner().invoke(app, ["inspect", str(model)])
+    assert shown.exit_code == 1 and isinstance(shown.exception, SystemExit)
+    assert "table 'C2' holds" in shown.stderr
 
 
 def test_one_digest_stands_for_every_file(model, tmp_path):
