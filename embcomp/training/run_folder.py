@@ -16,7 +16,7 @@ from typing import Any
 
 from embcomp.config.train_config import TrainConfig, load_config
 from embcomp.errors import ConfigError, EmbcompError
-from embcomp.io.atomic_files import write_atomically
+from embcomp.training.files.run_checksums import read_checked, write_checked
 
 REPORT_FILE = "report.json"
 _CONFIG_FILE = "config.yaml"
@@ -103,13 +103,14 @@ class RunFolder:
         path = self.path / _CONFIG_FILE
         if not path.exists():
             raise EmbcompError(f"{self.path} is not a run folder: it has no {_CONFIG_FILE}")
+        read_checked(path)
         return load_config(path)
 
     def create(self, config: TrainConfig) -> None:
         """Writes down what the run is; the config last, as it marks the run as begun."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / _DATASET_FILE, _dataset_text(config))
-        write_atomically(self.path / _CONFIG_FILE, config.to_yaml())
+        write_checked(self.path / _DATASET_FILE, _dataset_text(config))
+        write_checked(self.path / _CONFIG_FILE, config.to_yaml())
 
     def check_same(self, config: TrainConfig) -> None:
         """Raises unless the run that began here had this config and this dataset."""
@@ -124,7 +125,7 @@ class RunFolder:
                 f"{self.path} belongs to a run with another config; changed: {'; '.join(changed)}. "
                 "Choose another name, restore the config, or remove the folder to start afresh"
             )
-        if (self.path / _DATASET_FILE).read_text() != _dataset_text(config):
+        if read_checked(self.path / _DATASET_FILE) != _dataset_text(config):
             raise ConfigError(
                 f"{config.data.path} was prepared anew since the run in {self.path} began: its "
                 "dataset.json differs. Choose another name or remove the folder to start afresh"

@@ -13,10 +13,10 @@ from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
 from embcomp.training.build import UnshardedModel
 from embcomp.training.distributed.process import Process
+from embcomp.training.files.run_checksums import read_checked, write_checked
 from embcomp.training.loop_state import LoopState
 from embcomp.training.reporting.evaluation import Evaluation
 from embcomp.training.reporting.stage_result import StageResult
@@ -136,22 +136,23 @@ class Report:
     def save(self, folder: Path) -> None:
         """Writes report.json; its presence says that the run is finished."""
         text = json.dumps(without_nan(dataclasses.asdict(self)), indent=1) + "\n"
-        write_atomically(folder / REPORT_FILE, text)
+        write_checked(folder / REPORT_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """The report of a finished run."""
         path = Path(folder) / REPORT_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**content)
+            report = cls(**json.loads(path.read_text(encoding="utf-8")))
+            read_checked(path)
+            return report
         except FileNotFoundError:
             if not Path(folder).exists():
                 raise EmbcompError(f"{folder} does not exist; name a run's folder") from None
             raise EmbcompError(
                 f"{folder} has no {REPORT_FILE}: the run has not finished; start it again to go on"
             ) from None
-        except (json.JSONDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise EmbcompError(f"{path} is not a report of this version: {error}") from None
 
 

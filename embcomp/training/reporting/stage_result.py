@@ -10,8 +10,8 @@ from typing import Any
 
 from embcomp.backends.stages import Stage
 from embcomp.errors import CheckpointError
-from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
+from embcomp.training.files.run_checksums import read_checked, write_checked
 from embcomp.training.loop_state import LoopState
 from embcomp.training.run_folder import StageFolder
 
@@ -64,14 +64,14 @@ def write_outcome(place: StageFolder, outcome: StageResult, log_sizes: Mapping[s
     """
     place.path.mkdir(parents=True, exist_ok=True)
     content = {**dataclasses.asdict(outcome), "log_sizes": dict(log_sizes)}
-    write_atomically(place.done, json.dumps(without_nan(content), indent=1) + "\n")
+    write_checked(place.done, json.dumps(without_nan(content), indent=1) + "\n")
 
 
 def read_stage_result(place: StageFolder) -> tuple[StageResult, dict[str, int]]:
     """A finished stage, and the bytes of the run's logs at its end."""
     try:
-        content = json.loads(place.done.read_text(encoding="utf-8"))
+        content = json.loads(read_checked(place.done))
         sizes = content.pop("log_sizes")
         return StageResult(**content), sizes
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{place.path} is not a finished stage: {error}") from None

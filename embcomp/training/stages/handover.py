@@ -15,6 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -26,10 +27,10 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.io.atomic_files import write_atomically
 from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import model_state
 from embcomp.training.distributed.quiet import quiet_libraries
+from embcomp.training.files.run_checksums import announce_file, check_file, write_checked
 from embcomp.training.optim.initial_rows import local_pieces
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder, StageFolder
@@ -80,8 +81,9 @@ def prepare_start(
     place.path.mkdir(parents=True, exist_ok=True)
     temporary = place.start.with_name(f".{place.start.name}.tmp")
     safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    announce_file(place.start, temporary)
     temporary.replace(place.start)
-    write_atomically(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
+    write_checked(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
 
 
 def search_results(
@@ -107,6 +109,8 @@ def state_of_method(model: UnshardedModel, schedule: StageSchedule) -> MethodSta
 def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
     """Fills a sharded model with what its stage begins with; what is not there stays as drawn."""
     state = model_state(sharded)
+    if dist.get_rank() == 0:  # for all ranks, which stop when one does
+        check_file(place.start)
     with safetensors.safe_open(place.start, framework="pt") as file, torch.no_grad():
         for name in file.keys():
             whole = file.get_slice(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.stages import Stage
@@ -11,10 +12,11 @@ from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError
+from embcomp.errors import CheckpointError, ConfigError, EmbcompError
 from embcomp.io.yaml_reading import listed
 from embcomp.tables.specs import TableSpec
 from embcomp.training.build import main_plan
+from embcomp.training.files.run_checksums import read_checked
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.second_order import check_unrolled
 
@@ -104,7 +106,7 @@ class StageSchedule:
         if index == self.trained[0]:
             return self.first_plan()
         assert self.plan is not None
-        document = json.loads(folder.forms.read_text(encoding="utf-8"))
+        document = _forms(folder)
         return plan_from_document(document, self.plan.tables, source=str(folder.forms))
 
     def last_trained_before(self, index: int) -> int:
@@ -157,6 +159,18 @@ class StageSetup:
             if own in [table.name for table in tables]:
                 return f"{collection_path}.combine.combines.{index}."
         return None
+
+
+def _forms(folder: StageFolder) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(read_checked(folder.forms)))
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, EmbcompError):
+            raise
+        raise CheckpointError(
+            f"{folder.forms} cannot be read ({error}); remove {folder.path}, and the run begins "
+            "that stage again"
+        ) from None
 
 
 def _wished(stage: Stage, config: TrainConfig) -> Stage:

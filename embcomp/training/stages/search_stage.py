@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from embcomp.io.json_values import without_nan
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
+from embcomp.training.files.run_checksums import read_sealed_json, sealed_json
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import evaluate_batches
 from embcomp.training.reporting.stage_result import StageResult
@@ -163,12 +163,12 @@ class StageSearch:
         """What ``save`` was last given, after an interruption; None at the beginning."""
         if not self._place.progress.exists():
             return None
-        return json.loads(self._place.progress.read_text(encoding="utf-8"))
+        return read_sealed_json(self._place.progress)
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Keep JSON values that the search can go on from."""
         if self._process.is_main:
-            write_atomically(self._place.progress, json.dumps(progress) + "\n")
+            write_atomically(self._place.progress, sealed_json(progress))
 
     def say(self, text: str) -> None:
         """A line for people."""
