@@ -327,6 +327,21 @@ def test_view_takes_rows_from_all_over_the_validation_split(recipe, tmp_path):
     assert (tmp_path / "view" / "dataset.json").stat().st_mtime_ns == first
 
 
+def test_a_view_names_nothing_outside_its_folder(recipe, tmp_path):
+    source = recipe.parent / "toy"
+    names = DatasetInfo.load(write_view(source, tmp_path / "view", None)).files()
+    assert names and all(name.startswith("source/") for name in names)
+    # A view of an earlier version, or of a dataset that was moved, is written anew.
+    text = (tmp_path / "view/dataset.json").read_text()
+    (tmp_path / "view/dataset.json").write_text(text.replace('"source/', f'"{source}/'))
+    (tmp_path / "moved").symlink_to(source)
+    (tmp_path / "view/source").unlink()
+    (tmp_path / "view/source").symlink_to(tmp_path / "moved")
+    assert DatasetInfo.load(write_view(source, tmp_path / "view", None)).files() == names
+    assert (tmp_path / "view/source").readlink() == source.resolve()
+    assert not list((tmp_path / "view").glob(".*"))
+
+
 @pytest.mark.slow
 def test_a_trial_may_train_on_several_ranks(recipe, tmp_path):
     search = write_search(
