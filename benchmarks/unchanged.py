@@ -124,7 +124,7 @@ def fresh_artefacts(folder: Path) -> dict[str, Any]:
         collection = CompressedEmbeddingBagCollection(bag_tables(), case.config).eval()
         for row_type in ("fp32", "int8"):
             path = folder / f"{name}-{row_type}"
-            save(collection, path, row_type=row_type)
+            save(collection.compact(), path, row_type=row_type)
             found[path.name] = artefact_digests(path)
     return found
 

@@ -142,7 +142,7 @@ class ProgramRecord(_Strict):
     outputs: dict[str, str]
 
 
-class FileRecord(_Strict):
+class FileChecksum(_Strict):
     """A file's size and checksum; that of the tensors' file covers its header only."""
 
     bytes: int = Field(ge=0)
@@ -181,7 +181,7 @@ class ArtefactConfig(_Strict):
     network_bytes: int = 0
     program: ProgramRecord | None = None
     tensors: dict[str, str] = {}
-    files: dict[InnerPath, FileRecord] = {}
+    files: dict[InnerPath, FileChecksum] = {}
     digest: str = ""  # the last field, so that it can be found in the text
 
     def to_json(self) -> str:

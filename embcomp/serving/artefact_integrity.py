@@ -16,7 +16,7 @@ from torch import Tensor
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.tensor_checksums import Checksums
-from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, FileRecord
+from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, FileChecksum
 
 _WAY_OUT = "copy the whole folder again, or export the run again"
 _CHUNK = 1 << 22  # elements that are looked at together
@@ -42,7 +42,7 @@ def with_checksums(
             update={
                 "tensors": {name: wait() for name, wait in begun.items()},
                 "files": {
-                    file.relative_to(folder).as_posix(): FileRecord(
+                    file.relative_to(folder).as_posix(): FileChecksum(
                         bytes=file.stat().st_size, crc32=wait()
                     )
                     for file, wait in own.items()

@@ -69,10 +69,10 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def artefact_digests(folder: Path) -> dict[str, Any]:
-    """An artefact's tensors, and its description but for versions and the file's own checksum."""
+    """An artefact's tensors, and its description but for versions and checksums."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in ("embcomp_version", "sha256"):
-        config.pop(name)
+    for name in ("embcomp_version", "sha256", "tensors", "files", "digest"):
+        config.pop(name, None)
     config |= {f"tables.{key}": value for key, value in config.pop("tables").items()}
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     described = {key: json.dumps(value) for key, value in config.items()}

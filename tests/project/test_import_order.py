@@ -15,8 +15,8 @@ ORDER = {
     " < config, serving, testing < planning < training < search < cli",
     "embcomp.backends": "stages < base < discovery, full < hash, qr, unified, blocks, low_dim"
     " < codebooks, sparse < dnis, widths",
-    "embcomp.training": "distributed < optim, files < build < checkpoint, run_folder,"
-    " served_rows, loop_state < reporting < data, steps < second_order < stages < loop < run < api, export",
+    "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
+    " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, attempts < samplers, evaluators < trials < reporting < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
     " < transforms, frequencies, bayes_metrics < importers, loader < preparing < prepare"

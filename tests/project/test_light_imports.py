@@ -59,6 +59,7 @@ LIGHT = (
 """Modules, a star standing for all that begins so."""
 
 HEAVY = (
+    "embcomp.io.tensor_checksums",
     "embcomp.cli.demo_steps",
     "embcomp.data_pipelines.loader.batch",
     "embcomp.data_pipelines.loader.parquet_loader",

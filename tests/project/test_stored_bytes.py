@@ -42,7 +42,7 @@ def test_an_artefact_keeps_its_bytes(case, tmp_path):
         "bytes": {"serve": footprint.serve_bytes, "train": footprint.train_weight_bytes}
     }
     for row_type in ("fp32", "int8"):
-        save(collection, tmp_path / row_type, row_type=row_type)
+        save(collection.compact(), tmp_path / row_type, row_type=row_type)
         digests = artefact_digests(tmp_path / row_type)
         described = ("tables.plan", "tables.row_types", "tables.bytes")
         found[row_type] = {key: digests["config"][key] for key in described} | digests["tensors"]
