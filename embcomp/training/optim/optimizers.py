@@ -80,7 +80,7 @@ class Learners:
 
 
 class Optimizers:
-    """The optimizers of a sharded model as one.
+    """The optimizers of a sharded model as one, their states complete before the first step.
 
     Attributes:
         combined: TorchRec's view of them, for checkpoints.
@@ -131,6 +131,9 @@ class Optimizers:
                 dense, lambda p: _dense_optimizer(p, config.dense_optimizer)
             )
             parts.append(("dense", self._dense_optimizer))
+        for _, optimizer in parts:
+            if isinstance(optimizer, KeyedOptimizerWrapper):
+                _fill_state(optimizer)
         self.combined = CombinedOptimizer(parts)
 
     def start_step(self, step: int, reductions: int, phase: Phase = "train") -> float:
@@ -213,13 +216,30 @@ class Optimizers:
             weight.mul_(1 - learning_rate * self._config.row_optimizer.weight_decay)
 
     def prepare_to_load(self, step: int) -> None:
-        """Makes every state tensor exist, without which a checkpoint loads only in part."""
-        for _, optimizer in self.combined.optimizers:
-            if isinstance(optimizer, KeyedOptimizerWrapper):
-                optimizer.init_state()
-        self.combined.zero_grad()
-        # Fused Adam counts steps in the kernel, which checkpoints do not hold.
+        """Tells fused Adam how many steps were made: its kernel counts, checkpoints do not hold it."""
         self.combined.set_optimizer_step(step)
+
+
+_AT_REST = ("lr", "weight_decay")  # without them a step on zero gradients moves no parameter
+
+
+def _fill_state(optimizer: KeyedOptimizerWrapper) -> None:
+    """Makes the state that torch's optimizers make in their first step, as of no step.
+
+    A checkpoint may be made before any step, and one that lacks a state cannot be gone on from.
+    """
+    groups = list(optimizer.param_groups)
+    kept = [{key: group[key] for key in _AT_REST if key in group} for group in groups]
+    for group, settings in zip(groups, kept):
+        group.update(dict.fromkeys(settings, 0.0))
+    optimizer.init_state()
+    for group, settings in zip(groups, kept):
+        group.update(settings)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+    for weight in optimizer.params.values():
+        weight.grad = None
 
 
 def reduced(rate: float, reductions: int, plateau: PlateauConfig | None) -> float:
