@@ -177,6 +177,13 @@ def loss_scale(batches: ParquetLoader, step_in_epoch: int, world_size: int) -> f
     return world_size * -(-rows // world_size) / rows
 
 
+def rows_trained(batches: ParquetLoader, epochs: int, steps: int, process: Process) -> int:
+    """Rows of all ranks in so many whole epochs and so many steps of another."""
+    whole = batches.batch_size * process.world_size
+    rows = min(len(batches) * whole, batches.num_rows)  # what fills no batch may be left out
+    return epochs * rows + min(steps * whole, rows)
+
+
 def check_last_batch(model: nn.Module, batches: ParquetLoader, world_size: int) -> None:
     """Raises before training what batch normalisation would raise at the end of an epoch."""
     whole = batches.batch_size * world_size

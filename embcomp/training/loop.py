@@ -39,6 +39,7 @@ from embcomp.training.data import (
     evaluation_batches,
     has_rows,
     loss_scale,
+    rows_trained,
     search_batches,
     training_batches,
 )
@@ -346,6 +347,7 @@ class Training:
             valid=valid,
             test=test,
             dense_parameters=sum(weight.numel() for weight in self.optimizers.dense),
+            rows=rows_trained(self.batches, state.epoch, state.step_in_epoch, self.process),
         )
         dist.barrier()
         if self.process.is_main:

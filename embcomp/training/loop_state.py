@@ -23,6 +23,7 @@ class LoopState:
         reductions: How often the plateau rule has reduced the learning rates.
         stopped: Why training ended; empty while it goes on.
         train_seconds: Time of training steps so far.
+        recorded_seconds: `train_seconds` when the training loss was last recorded.
         wall_seconds: Time of everything so far, interruptions left out.
         log_sizes: Bytes of the run's logs.
     """
@@ -39,6 +40,7 @@ class LoopState:
     reductions: int = 0
     stopped: str = ""
     train_seconds: float = 0.0
+    recorded_seconds: float = 0.0
     wall_seconds: float = 0.0
     log_sizes: dict[str, int] = field(default_factory=dict)
 

@@ -25,7 +25,6 @@ class LossRecord:
     def __init__(self, state: LoopState, process: Process) -> None:
         self._state, self._process = state, process
         self._pending: list[Tensor] = []
-        self._seconds = state.train_seconds
 
     def add(self, loss: Tensor) -> None:
         """Takes in a step's loss; on devices other than the CPU without waiting for it."""
@@ -52,8 +51,8 @@ class LossRecord:
             return None
         loss = state.loss_sum / state.loss_steps
         state.train_seconds += time.perf_counter() - begun
-        speed = state.loss_steps * batch_size / (state.train_seconds - self._seconds)
-        self._seconds = state.train_seconds
+        speed = state.loss_steps * batch_size / (state.train_seconds - state.recorded_seconds)
+        state.recorded_seconds = state.train_seconds
         state.loss_sum, state.loss_steps = 0.0, 0
         return loss, speed
 

@@ -95,15 +95,15 @@ class Report:
         valid: dict[str, Any],
         test: dict[str, Any] | None,
         dense_parameters: int,
+        rows: int,
     ) -> Report:
-        """Puts a finished run's results together."""
+        """Puts a finished run's results together; `rows` are those that the last stage trained on."""
         serve = full = first_order = 0
         types = RowTypes.of(config.tables.row_types)
         if model.tables is not None:
             serve, full = served_bytes(model.tables, types), model.tables.plan.full_bytes
         if model.first_order is not None:
             first_order = served_bytes(model.first_order, types)
-        rows = state.step * config.data.batch_size
         steps = sum(stage.steps for stage in stages)
         optimizer = config.train.row_optimizer.name
         return cls(

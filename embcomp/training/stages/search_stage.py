@@ -80,19 +80,19 @@ class StageSearch:
         self._norms = running_norms(self._sharded)
         self._batches: list[Batch] | None = None
         self._counts: dict[str, Tensor] | None = None
-        self.evaluations = 0
+        self._progress, self.evaluations, self._seconds = self._read_progress()
 
     def run(self) -> StageResult:
         """Searches to the end, or goes on where an interrupted search was."""
         method = self._schedule.method
         assert method is not None
-        begun = time.perf_counter()
+        self._begun = time.perf_counter()
         stage = self._schedule.stages[self._index]
         self._console.say(f"{stage.name}: {stage.purpose}")
         self._place.path.mkdir(parents=True, exist_ok=True)
         result = method.search(stage, self._schedule.tables, self)
         self._tensors.release()
-        seconds = time.perf_counter() - begun
+        seconds = self._seconds_so_far()
         return StageResult(
             name=stage.name,
             stopped=f"{self.evaluations} evaluations",
@@ -161,14 +161,28 @@ class StageSearch:
 
     def load(self) -> dict[str, Any] | None:
         """What ``save`` was last given, after an interruption; None at the beginning."""
-        if not self._place.progress.exists():
-            return None
-        return read_sealed_json(self._place.progress)
+        return self._progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
-        """Keep JSON values that the search can go on from."""
+        """Keep JSON values that the search can go on from, and what it has cost so far."""
         if self._process.is_main:
-            write_atomically(self._place.progress, sealed_json(progress))
+            content = {
+                "search": progress,
+                "evaluations": self.evaluations,
+                "seconds": self._seconds_so_far(),
+            }
+            write_atomically(self._place.progress, sealed_json(content))
+
+    def _seconds_so_far(self) -> float:
+        """Time of the search, interruptions left out."""
+        return self._seconds + time.perf_counter() - self._begun
+
+    def _read_progress(self) -> tuple[dict[str, Any] | None, int, float]:
+        """What was saved last, and the evaluations and seconds until then."""
+        if not self._place.progress.exists():
+            return None, 0, 0.0
+        content = read_sealed_json(self._place.progress)
+        return content["search"], content["evaluations"], content["seconds"]
 
     def say(self, text: str) -> None:
         """A line for people."""
