@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -20,25 +22,43 @@ from embcomp.cli import (
     plan,
     prepare,
     search,
+    stopping,
     train,
     validate,
 )
 from embcomp.errors import EmbcompError
 
+# Wrong usage and wanted exits; newer versions of typer hold a click of their own.
+_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter.__mro__[2])
+
 
 class _Verbs(TyperGroup):
-    """Prints an `EmbcompError` as one red line with exit code 1 instead of a traceback."""
+    """Prints an error as one red line with exit code 1 instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with stopping.raising_sigterm():
+                result = super().invoke(ctx)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a failure can still be told
+                return result
+        except (KeyboardInterrupt, stopping.Terminated) as stop:
+            stopping.say_stopped(stop, "run it again to have its answer")
+            raise typer.Exit(stopping.exit_code(stop)) from None
+        except BrokenPipeError:
+            stopping.leave_stdout()
+            raise typer.Exit(stopping.PIPE_CLOSED) from None
         except EmbcompError as error:
             console.fail(str(error))
         except ImportError as error:
             console.fail(
                 f"{error}; run `embcomp doctor` to see what is wrong with the installation"
             )
+        except _TYPERS_OWN:
+            raise
         except OSError as error:
+            if _wants_traceback(ctx):
+                raise
             # A full disk, a missing file or a file where a folder should be is the machine's state,
             # not our defect. Libraries that cannot be loaded raise without a number.
             if error.errno is None:
@@ -46,7 +66,16 @@ class _Verbs(TyperGroup):
             else:
                 names = [str(name) for name in (error.filename, error.filename2) if name]
                 console.fail(": ".join([*names, error.strerror or str(error)]))
+            stopping.leave_stdout()
+        except Exception as error:
+            if _wants_traceback(ctx):
+                raise
+            console.fail(stopping.describe_defect(error))
         raise typer.Exit(1)
+
+
+def _wants_traceback(ctx: Any) -> bool:
+    return bool(ctx.params.get("traceback")) or os.environ.get(stopping.DEBUG, "") not in ("", "0")
 
 
 app = typer.Typer(
@@ -72,6 +101,9 @@ def _version(show: bool) -> None:
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an unexpected error.")
     ] = False,
 ) -> None:
     """Options that stand before the verb."""

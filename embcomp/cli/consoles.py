@@ -15,14 +15,22 @@ WIDE = 200
 """Columns when the output is not a terminal: a piped table must not be folded at 80."""
 
 
+class _Console(Console):
+    """A console that leaves it to the command what happens when its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Goes on with the error in place of rich's exit code."""
+        raise  # noqa: PLE0704 - called while the error is handled
+
+
 def stdout() -> Console:
     """A console on the present stdout; made per call, as tests and pipes swap the stream."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, soft_wrap=True)
+    return _Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, soft_wrap=True)
 
 
 def stderr() -> Console:
     """A console on the present stderr."""
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDE, soft_wrap=True)
+    return _Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDE, soft_wrap=True)
 
 
 def fail(message: str) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from embcomp.cli import compare, consoles as console
+from embcomp.cli.stopping import stoppable
 
 
 def demo(
@@ -24,11 +25,12 @@ def demo(
     from embcomp.cli.demo_steps import DemoConfig, run_demo
 
     err = console.stderr()
-    found = run_demo(
-        DemoConfig(out=out, data=data, rows=rows, seed=seed),
-        lambda line: err.print(f"[bold]{escape(line)}[/]", highlight=False),
-        progress=err.is_terminal,
-    )
+    with stoppable(lambda: f"what {out} has so far is kept; the same command goes on from there"):
+        found = run_demo(
+            DemoConfig(out=out, data=data, rows=rows, seed=seed),
+            lambda line: err.print(f"[bold]{escape(line)}[/]", highlight=False),
+            progress=err.is_terminal,
+        )
     compare.show(found)
     for path in compare.draw(found, out):
         print(path)

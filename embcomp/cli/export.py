@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from embcomp.cli.stopping import stoppable
+
 if TYPE_CHECKING:
     from embcomp.training.export.export import Export
 
@@ -40,6 +42,10 @@ def export(
         str | None,
         typer.Option(help="Bytes of the embedding tables, as 64MiB or 10%; the run's by default."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where the run's dataset is now, if it moved.", show_default=False),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to compare on, at most.")] = 16_384,
     tolerance: Annotated[
         float | None,
@@ -50,17 +56,19 @@ def export(
     from embcomp.collection.table_row_types import RowTypes
     from embcomp.training.export.export import export_run
 
-    found = export_run(
-        run,
-        out,
-        row_type=None if dtype is None else RowTypes.parse(dtype),
-        formats=[format],
-        dims=_widths(dim),
-        rewrite=rewrite_vocabulary,
-        budget=budget,
-        rows=rows,
-        tolerance=tolerance,
-    )
+    with stoppable(lambda: "no artefact was made; run it again"):
+        found = export_run(
+            run,
+            out,
+            row_type=None if dtype is None else RowTypes.parse(dtype),
+            formats=[format],
+            dims=_widths(dim),
+            rewrite=rewrite_vocabulary,
+            budget=budget,
+            rows=rows,
+            tolerance=tolerance,
+            data=data,
+        )
     print_export(found)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from embcomp.cli import consoles as console
+from embcomp.cli.stopping import stoppable
 
 
 def generate(
@@ -41,7 +42,10 @@ def generate(
     config = SyntheticConfig(
         rows=rows, scale=scale, exponent=exponent, drift=drift, renewal=renewal, seed=seed
     )
-    with phase("generate", rows, show=console.stderr().is_terminal) as advance:
+    with (
+        stoppable(lambda: f"{output} was not made; run it again"),
+        phase("generate", rows, show=console.stderr().is_terminal) as advance,
+    ):
         written = 0
 
         def progress(done: int) -> None:

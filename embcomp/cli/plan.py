@@ -34,6 +34,10 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where the dataset is now, in place of data.path.", show_default=False),
+    ] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks to place the tables on.")] = 1,
     device_memory: Annotated[
         str | None,
@@ -62,9 +66,11 @@ def plan(
         from embcomp.training.stages.loading import forms_of_run
 
         loaded = load_config(Path(config) / "config.yaml", overrides or [])
-        forms = forms_of_run(config)
+        forms = forms_of_run(config, data)
     else:
         loaded = load_config(find_recipe(config), overrides or [])
+    if data is not None:
+        loaded = loaded.with_data(data)
     sizes = read_sizes(tables) if tables else sizes_of_dataset(loaded.data.path)
     memory = None
     if device_memory is not None:

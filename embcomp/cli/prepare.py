@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from embcomp.cli import consoles as console
+from embcomp.cli.stopping import stoppable
 
 
 def prepare(
@@ -72,21 +73,24 @@ def prepare(
             "give the raw files before the output folder, or by --train, --valid and --test; "
             f"got {len(raw)} before it and {len(by_split)} split(s) by option"
         )
-    info = run(
-        by_split if by_split else list(raw),
-        output,
-        importer=make_importer(format, schema, form),
-        name=name,
-        split=_rule(split, shares, split_seed),
-        min_count=_per_feature(min_count, "--min-count", int),
-        numeric=_per_feature(numeric, "--numeric", str),
-        group=group,
-        max_memory=max_memory,
-        max_bad_rows=max_bad_rows,
-        overwrite=overwrite,
-        progress=console.stderr().is_terminal,
-        report=lambda line: console.stderr().print(line, markup=False, highlight=False),
-    )
+    with stoppable(
+        lambda: f"what {output} has so far is kept; the same command goes on from there"
+    ):
+        info = run(
+            by_split if by_split else list(raw),
+            output,
+            importer=make_importer(format, schema, form),
+            name=name,
+            split=_rule(split, shares, split_seed),
+            min_count=_per_feature(min_count, "--min-count", int),
+            numeric=_per_feature(numeric, "--numeric", str),
+            group=group,
+            max_memory=max_memory,
+            max_bad_rows=max_bad_rows,
+            overwrite=overwrite,
+            progress=console.stderr().is_terminal,
+            report=lambda line: console.stderr().print(line, markup=False, highlight=False),
+        )
     for line in value_news(info):
         console.stderr().print(line, markup=False, highlight=False)
     rows = ", ".join(f"{split} {found.rows:,}" for split, found in info.splits.items())

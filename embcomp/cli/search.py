@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from embcomp.cli import consoles as console
+from embcomp.cli.stopping import stoppable
 
 if TYPE_CHECKING:
     from embcomp.search.api import Prepared
@@ -53,11 +54,9 @@ def search(
         return
     from embcomp.search.api import search as run
 
-    try:
+    folder = searches / loaded.name
+    with stoppable(lambda: f"{folder} is kept; the same command goes on where this one was"):
         result = run(loaded, folder=searches, quiet=quiet)
-    except KeyboardInterrupt:
-        console.fail("interrupted; the same command goes on where this one was")
-        raise typer.Exit(130) from None
     show(result, searches / loaded.name)
     if not any(candidate.state == "complete" for candidate in result.candidates):
         failures = Counter(f"{one.state}: {one.message}" for one in result.candidates)

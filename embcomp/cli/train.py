@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embcomp.cli import consoles as console
+from embcomp.cli.stopping import stoppable
 
 if TYPE_CHECKING:
     from embcomp.training.reporting.report import Report
@@ -19,6 +20,10 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where the dataset is now, in place of data.path.", show_default=False),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="First compare every byte of the dataset.")
@@ -30,10 +35,14 @@ def train(
     from embcomp.training.api import train as run
     from embcomp.training.distributed.process import launched_by_torchrun
     from embcomp.training.distributed.rank_watchdog import EXIT_CODE, RankFailedError
+    from embcomp.training.reporting.standing import standing_of
 
     loaded = load_config(find_recipe(config), overrides or [])
+    if data is not None:
+        loaded = loaded.with_data(data)
     try:
-        report = run(loaded, runs=runs, quiet=quiet, verify=verify)
+        with stoppable(lambda: standing_of(runs / loaded.name)):
+            report = run(loaded, runs=runs, quiet=quiet, verify=verify)
     except RankFailedError as error:
         console.fail(str(error))
         raise typer.Exit(EXIT_CODE) from None

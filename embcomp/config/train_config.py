@@ -339,6 +339,10 @@ class TrainConfig(YamlConfig):
             raise config_error(f"the name becomes a folder under runs/; {name!r} cannot be one")
         return name
 
+    def with_data(self, path: str | Path) -> TrainConfig:
+        """The same config for a dataset that lies elsewhere."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"path": str(path)})})
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """Reads and checks a training YAML.

@@ -13,7 +13,12 @@ from embcomp.data_pipelines.integrity import check_vocabularies
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import build_model, check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
-from embcomp.training.data import check_dataset, check_splits, evaluation_batches
+from embcomp.training.data import (
+    check_dataset,
+    check_monitor,
+    check_splits,
+    evaluation_batches,
+)
 from embcomp.training.distributed.process import Process, process_group
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.distributed.rank_watchdog import watch_ranks
@@ -52,14 +57,16 @@ def train(
         CheckpointError: The folder's checkpoint does not belong to the run.
         RankFailedError: Another rank died; the text has its number.
     """
+    folder = RunFolder(Path(runs) / config.name)
+    folder.check_dataset_is_there(config)
     info = DatasetInfo.load(config.data.path)
     check_splits(info)
     check_vocabularies(info)
+    check_monitor(config, info)
     schedule = StageSchedule.of(config, info)
     schedule.check_installed()
     check_other_run(config, info, schedule)
     check_served_types(config)
-    folder = RunFolder(Path(runs) / config.name)
     if not folder.is_new:
         folder.check_same(config)
     check_dataset(info, sorted(info.splits), verify=verify, show=not quiet)
@@ -83,13 +90,21 @@ def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> No
     if not is_new:
         folder.check_same(config)
     dist.barrier()
-    if is_new and process.is_main:
-        folder.create(config)
+    if process.is_main:
+        if is_new:
+            folder.create(config)
+        else:
+            folder.follow(config)
     dist.barrier()
 
 
 def evaluate(
-    run: str | Path, split: str = "test", *, quiet: bool = False, verify: bool = False
+    run: str | Path,
+    split: str = "test",
+    *,
+    quiet: bool = False,
+    data: str | Path | None = None,
+    verify: bool = False,
 ) -> Evaluation:
     """Evaluates a run's best weights on a split; under torchrun every rank calls it.
 
@@ -100,11 +115,12 @@ def evaluate(
         run: The run's folder.
         split: A split of the run's dataset.
         quiet: Whether to print nothing.
+        data: Where the run's dataset lies now; where its config says by default.
         verify: Whether every byte of the dataset is compared with its checksum first.
     """
     folder = RunFolder(Path(run))
-    config = folder.config()
-    info = DatasetInfo.load(config.data.path)
+    config = folder.config(data)
+    info = folder.dataset(config)
     labelled = [split] if split in info.splits else []
     check_dataset(info, labelled, verify=verify, show=not quiet)
     with (

@@ -26,6 +26,7 @@ from embcomp.training.distributed.process import Process, launched_by_torchrun
 
 SEARCH = "search"
 """The name of the search-validation rows, which are cut from the end of the train split."""
+_FAR = 1e3  # inputs beyond this make a network overflow; transforms leave them within a few units
 
 
 def check_splits(info: DatasetInfo) -> None:
@@ -73,6 +74,24 @@ def _place() -> tuple[int, int]:
     if launched_by_torchrun():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
+
+
+def check_monitor(config: TrainConfig, info: DatasetInfo) -> None:
+    """Raises before training when the monitored metric cannot exist on the validation split."""
+    train, valid = config.train, info.split("valid")
+    if train.monitor == "gauc" and info.group is None:
+        raise ConfigError(
+            f"train.monitor: gauc needs groups, and dataset {info.name!r} names none; prepare it "
+            "with --group, or monitor auc or log_loss"
+        )
+    watching = [key for key in ("early_stop", "plateau") if getattr(train, key) is not None]
+    if watching and train.monitor != "log_loss" and valid.positives in (0, valid.rows):
+        raise ConfigError(
+            f"train.{watching[0]}: it watches {train.monitor}, which does not exist on the "
+            f"validation split of {info.name!r}: all of its {valid.rows} labels are "
+            f"{int(valid.positives > 0)}. Set train.monitor: log_loss, leave "
+            f"{' and '.join(watching)} out, or prepare the dataset with another split"
+        )
 
 
 def has_rows(info: DatasetInfo, split: str) -> bool:
@@ -175,6 +194,28 @@ def loss_scale(batches: ParquetLoader, step_in_epoch: int, world_size: int) -> f
     if rows >= whole:
         return 1.0
     return world_size * -(-rows // world_size) / rows
+
+
+def far_column(batches: ParquetLoader, step: int) -> str:
+    """What to say of the numeric column that reaches farthest in a batch; empty where none is far.
+
+    Args:
+        batches: This rank's training rows, at the epoch of the step.
+        step: The batch's place in the epoch.
+    """
+    batches.load_state_dict(batches.state_dict(step))
+    dense = next(iter(batches)).dense
+    if not dense.numel():
+        return ""
+    column = int(dense.abs().amax(dim=0).argmax())
+    low, high = float(dense[:, column].min()), float(dense[:, column].max())
+    if max(-low, high) < _FAR:
+        return ""
+    feature = batches.info.numeric[column]
+    return (
+        f"; numeric column {feature.name!r} goes from {low:.3g} to {high:.3g} in this batch: prepare "
+        f"it with a transform that keeps it near zero (--numeric {feature.name}=standard_log)"
+    )
 
 
 def rows_trained(batches: ParquetLoader, epochs: int, steps: int, process: Process) -> int:

@@ -37,6 +37,7 @@ from embcomp.training.data import (
     check_last_batch,
     endless,
     evaluation_batches,
+    far_column,
     has_rows,
     loss_scale,
     rows_trained,
@@ -133,7 +134,11 @@ class Training:
         self.console = console
         self.state.log_sizes = dict(log_sizes)
         self._begin()
-        self._losses = LossRecord(self.state, self.process)
+        self._losses = LossRecord(
+            self.state,
+            self.process,
+            lambda: far_column(self.batches, self.state.step_in_epoch),
+        )
         self.started = time.perf_counter() - self.state.wall_seconds
         self.logs = RunLogs(
             self.folder,
@@ -226,7 +231,8 @@ class Training:
         if train.plateau is not None:
             state.reductions += 1
         if train.early_stop is not None and state.stalled >= train.early_stop.patience:
-            state.stopped = f"{train.monitor} has not improved in {state.stalled} evaluations"
+            what = "has not improved" if value is not None else "was undefined, or not better,"
+            state.stopped = f"{train.monitor} {what} in {state.stalled} evaluations"
 
     def _evaluate(self, split: str) -> Evaluation:
         self.settle()

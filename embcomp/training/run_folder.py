@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from embcomp.config.train_config import TrainConfig, load_config
-from embcomp.errors import ConfigError, EmbcompError
-from embcomp.training.files.run_checksums import read_checked, write_checked
+from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.errors import ConfigError, DataError, EmbcompError
+from embcomp.training.files.run_checksums import read_checked, rewrite_checked, write_checked
 
 REPORT_FILE = "report.json"
 _CONFIG_FILE = "config.yaml"
@@ -98,13 +99,52 @@ class RunFolder:
             return StageFolder(self.path)
         return StageFolder(self.path / "stages" / f"{index + 1}-{names[index]}")
 
-    def config(self) -> TrainConfig:
-        """The run's resolved config."""
+    def config(self, data: str | Path | None = None) -> TrainConfig:
+        """The run's resolved config.
+
+        Args:
+            data: Where its dataset lies now; where the config says by default.
+        """
         path = self.path / _CONFIG_FILE
         if not path.exists():
             raise EmbcompError(f"{self.path} is not a run folder: it has no {_CONFIG_FILE}")
         read_checked(path)
-        return load_config(path)
+        config = load_config(path)
+        return config if data is None else config.with_data(data)
+
+    def dataset(self, config: TrainConfig) -> DatasetInfo:
+        """The dataset that the run was trained on, read where its config says.
+
+        Raises:
+            DataError: When it is not there.
+            ConfigError: When another one is.
+        """
+        self.check_dataset_is_there(config)
+        info = DatasetInfo.load(config.data.path)
+        self._check_dataset(config)
+        return info
+
+    def check_dataset_is_there(self, config: TrainConfig) -> None:
+        """Raises with the way out when a run that has begun cannot find its dataset."""
+        if not self.is_new and not (Path(config.data.path) / _DATASET_FILE).is_file():
+            raise DataError(
+                f"{self.path} was trained on {config.data.path}, where no dataset is now; say where "
+                "it is: --data FOLDER, or data=FOLDER from Python"
+            )
+
+    def has_dataset(self, path: str | Path) -> bool:
+        """Whether the dataset in a folder is the one that the run was trained on."""
+        text = Path(path) / _DATASET_FILE
+        return text.is_file() and text.read_text(encoding="utf-8") == read_checked(
+            self.path / _DATASET_FILE
+        )
+
+    def _check_dataset(self, config: TrainConfig) -> None:
+        if not self.has_dataset(config.data.path):
+            raise ConfigError(
+                f"{config.data.path} was prepared anew since the run in {self.path} began: its "
+                "dataset.json differs. Choose another name or remove the folder to start afresh"
+            )
 
     def create(self, config: TrainConfig) -> None:
         """Writes down what the run is; the config last, as it marks the run as begun."""
@@ -114,7 +154,11 @@ class RunFolder:
 
     def check_same(self, config: TrainConfig) -> None:
         """Raises unless the run that began here had this config and this dataset."""
-        old, new = _leaves(self.config().model_dump()), _leaves(config.model_dump())
+        if self.has_dataset(config.data.path):  # wherever it lies now
+            before = self.config(config.data.path)
+        else:
+            before = self.config()
+        old, new = _leaves(before.model_dump()), _leaves(config.model_dump())
         changed = [
             f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
             for key in dict.fromkeys([*old, *new])
@@ -125,11 +169,12 @@ class RunFolder:
                 f"{self.path} belongs to a run with another config; changed: {'; '.join(changed)}. "
                 "Choose another name, restore the config, or remove the folder to start afresh"
             )
-        if read_checked(self.path / _DATASET_FILE) != _dataset_text(config):
-            raise ConfigError(
-                f"{config.data.path} was prepared anew since the run in {self.path} began: its "
-                "dataset.json differs. Choose another name or remove the folder to start afresh"
-            )
+        self._check_dataset(config)
+
+    def follow(self, config: TrainConfig) -> None:
+        """Writes down where the dataset lies now, for a run that `check_same` let through."""
+        if self.config().data.path != config.data.path:
+            rewrite_checked(self.path / _CONFIG_FILE, config.to_yaml())
 
 
 def _dataset_text(config: TrainConfig) -> str:

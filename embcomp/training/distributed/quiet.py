@@ -11,6 +11,7 @@ _MESSAGES = (
     "Please use DTensor instead",  # ShardedTensor, which TorchRec 1.8 is built on
     "`broadcast_buffers` is deprecated",  # an argument that TorchRec gives to DDP
     r"`torch\.distributed\.\w+` is deprecated",  # operations that TorchRec calls
+    ".*an autograd kernel was not registered",  # FBGEMM's look-ups of dense rows
     "torch.distributed is disabled, unavailable or uninitialized",  # as load_model intends
 )
 _LOGGERS = (

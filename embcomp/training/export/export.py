@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.integrity import open_dataset
+from embcomp.data_pipelines.integrity import check_quickly
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -111,6 +111,7 @@ def export_run(
     budget: str | int | None = None,
     rows: int = 16_384,
     tolerance: float | None = None,
+    data: str | Path | None = None,
 ) -> Export:
     """Write the artefact of a finished run's best weights.
 
@@ -125,6 +126,7 @@ def export_run(
         rows: how many rows the artefact is compared on, at most.
         tolerance: how far a probability may be from the trained model's; by the narrowest row type
             by default.
+        data: where the run's dataset lies now; where its config says by default.
 
     Raises:
         ConfigError: a row type or its table does not exist.
@@ -133,15 +135,16 @@ def export_run(
         ParityError: the artefact does not answer as the trained model does.
     """
     folder = RunFolder(Path(run))
-    config = folder.config()
+    config = folder.config(data)
     if not folder.report.exists():
         raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
-    info = open_dataset(config.data.path)
+    info = folder.dataset(config)
+    check_quickly(info)
     wanted = RowTypes.of(config.tables.row_types if row_type is None else row_type)
     wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
     found = Export()
     with quiet_libraries():
-        model = load_model(run)
+        model = load_model(run, data=data)
         allowed = _allowed(model, _budget_of(config) if budget is None else budget)
         if dims:
             model = sliced_model(model, dims)

@@ -26,6 +26,13 @@ def write_checked(path: Path, text: str) -> None:
     write_atomically(path, text)
 
 
+def rewrite_checked(path: Path, text: str) -> None:
+    """Write a file anew. In between it is not listed, so that a kill leaves nothing doubted."""
+    _list({name: each for name, each in _listed(path.parent).items() if name != path.name}, path)
+    write_atomically(path, text)
+    _announce(path, _sha256(text.encode("utf-8")))
+
+
 def read_checked(path: Path) -> str:
     """A file's text.
 
@@ -66,7 +73,10 @@ def check_file(path: Path) -> None:
 
 
 def _announce(path: Path, checksum: str) -> None:
-    files = {**_listed(path.parent), path.name: checksum}
+    _list({**_listed(path.parent), path.name: checksum}, path)
+
+
+def _list(files: Mapping[str, str], path: Path) -> None:
     text = json.dumps({"files": files, "digest": _digest(files)}, indent=1) + "\n"
     write_atomically(path.with_name(CHECKSUMS_FILE), text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,13 @@ class LossRecord:
     Args:
         state: The loop's variables, fresh or from a checkpoint.
         process: The process group.
+        suspect: Says what of the present batch may have made a loss overflow; may be empty.
     """
 
-    def __init__(self, state: LoopState, process: Process) -> None:
-        self._state, self._process = state, process
+    def __init__(
+        self, state: LoopState, process: Process, suspect: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._state, self._process, self._suspect = state, process, suspect
         self._pending: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
@@ -62,7 +66,7 @@ class LossRecord:
             if not math.isfinite(value):
                 raise EmbcompError(
                     f"the training loss became {value} near step {self._state.step + 1}; lower the "
-                    "learning rates or set train.clip_norm"
+                    f"learning rates or set train.clip_norm{self._suspect()}"
                 )
             self._state.loss_sum += value
             self._state.loss_steps += 1

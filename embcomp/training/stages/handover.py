@@ -196,7 +196,9 @@ def _of_another_run(
     assert source is not None
     plan = schedule.first_plan()
     unsharded = build_model(config, info, torch.device("cpu"), plan)
-    came: Mapping[str, Tensor] = load_model(Path(source)).state_dict()
+    # Both may have moved together; what counts is that it is the dataset of both.
+    moved = config.data.path if RunFolder(Path(source)).has_dataset(config.data.path) else None
+    came: Mapping[str, Tensor] = load_model(Path(source), data=moved).state_dict()
     wanted = unsharded.model.state_dict()
     odd = [n for n in sorted({*came, *wanted}) if _shape(came, n) != _shape(wanted, n)]
     if odd:

@@ -24,7 +24,9 @@ from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.schedule import StageSchedule
 
 
-def load_model(run: str | Path, step: int | None = None) -> nn.Module:
+def load_model(
+    run: str | Path, step: int | None = None, *, data: str | Path | None = None
+) -> nn.Module:
     """A run's network, in one piece on the CPU; no process group is needed.
 
     Of a run in several stages it is that of the last stage which has a checkpoint.
@@ -32,10 +34,11 @@ def load_model(run: str | Path, step: int | None = None) -> nn.Module:
     Args:
         run: The run's folder.
         step: A step that has a checkpoint; None takes the best.
+        data: Where the run's dataset lies now; where its config says by default.
     """
     folder = RunFolder(Path(run))
-    config = folder.config()
-    info = DatasetInfo.load(config.data.path)
+    config = folder.config(data)
+    info = folder.dataset(config)
     schedule = StageSchedule.of(config, info)
     index = latest_stage(schedule, folder)
     place = folder.stage(index, schedule.names)
@@ -48,11 +51,11 @@ def load_model(run: str | Path, step: int | None = None) -> nn.Module:
     return load_unsharded(config, info, schedule, folder, index, chosen).model.eval()
 
 
-def forms_of_run(run: str | Path) -> ResolvedPlan | None:
+def forms_of_run(run: str | Path, data: str | Path | None = None) -> ResolvedPlan | None:
     """How a run's tables are stored in its last stage so far; None for a model without any."""
     folder = RunFolder(Path(run))
-    config = folder.config()
-    schedule = StageSchedule.of(config, DatasetInfo.load(config.data.path))
+    config = folder.config(data)
+    schedule = StageSchedule.of(config, folder.dataset(config))
     index = latest_stage(schedule, folder)
     return schedule.plan_of(index, folder.stage(index, schedule.names))
 
