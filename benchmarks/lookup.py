@@ -37,6 +37,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp import QR, BackendConfig, CompressedEmbeddingBagCollection, Full, Hash, Unified
+from embcomp.training.distributed.quiet import quiet_libraries
 
 DIM = 16
 FEATURES = 26
@@ -251,4 +252,5 @@ def report(rows: list[Measured], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_libraries():
+        main()

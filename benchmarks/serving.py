@@ -37,6 +37,7 @@ from embcomp import (
 )
 from embcomp.backends import BACKENDS, Blocks, Coded
 from embcomp.tables.row_types import ROW_TYPES, RowType
+from embcomp.training.distributed.quiet import quiet_libraries
 
 DIM = 16
 FEATURES = 26
@@ -152,4 +153,5 @@ def report(lines: Sequence[Sequence[str]], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_libraries():
+        main()

@@ -17,7 +17,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ConfigError
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.checks import check_dropout, check_heads, check_positive, check_units
+from embcomp.models.checks import (
+    MOST_LAYERS,
+    check_dropout,
+    check_heads,
+    check_positive,
+    check_units,
+)
 from embcomp.models.fields import FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import MLP, InteractingLayer, XavierLinear
 
@@ -67,7 +73,7 @@ class AutoInt(nn.Module):
         pooling: Pooling = "sum",
     ) -> None:
         super().__init__()
-        check_positive("attention_layers", attention_layers)
+        check_positive("attention_layers", attention_layers, MOST_LAYERS)
         self.tables = tables
         self.first_order_tables = first_order
         self.fields = FieldEmbeddings(feature_names, embedding_dim, num_dense, pooling=pooling)
@@ -132,8 +138,9 @@ class AutoIntConfig(ModelConfig):
     use_wide: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_heads(self.attention_dim, self.num_heads)
-        check_positive("attention_layers", self.attention_layers)
+        check_positive("attention_layers", self.attention_layers, MOST_LAYERS)
         check_dropout("attention_dropout", self.attention_dropout)
         check_units("dnn_hidden_units", self.dnn_hidden_units)
         check_dropout("dropout", self.dropout)

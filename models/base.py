@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import (
 )
 
 from embcomp.errors import ConfigError
+from embcomp.io.numeric_settings import check_numbers
 from embcomp.models.checks import (
     check_choice,
     check_feature_names,
@@ -56,6 +57,9 @@ class ModelConfig(ABC):
     """
 
     uses_embeddings: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @property
     def uses_first_order(self) -> bool:

@@ -6,11 +6,18 @@ from collections.abc import Sequence
 
 from embcomp.errors import ConfigError
 
+MOST_LAYERS = 1000
+"""No network is deeper, nor has more heads or experts."""
+WIDEST = 2**20
+"""No layer is wider."""
 
-def check_positive(name: str, value: int) -> None:
-    """Raise unless `value` is an integer of at least 1."""
+
+def check_positive(name: str, value: int, at_most: int = WIDEST) -> None:
+    """Raise unless `value` is an integer from 1 to `at_most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
+    if value > at_most:
+        raise ConfigError(f"{name}={value!r}: expected at most {at_most:,}")
 
 
 def check_not_negative(name: str, value: int) -> None:
@@ -29,11 +36,14 @@ def check_units(name: str, value: Sequence[int]) -> None:
     """Raise unless `value` is a sequence of layer widths of at least 1; it may be empty."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError(f"{name}={value!r}: expected a list of layer widths, such as [400, 400]")
+    if len(value) > MOST_LAYERS:
+        raise ConfigError(f"{name}: expected at most {MOST_LAYERS} layers, got {len(value)}")
     for width in value:
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ConfigError(
                 f"{name}={list(value)!r}: expected layer widths of at least 1, got {width!r}"
             )
+        check_positive(name, width)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -45,7 +55,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_heads(attention_dim: int, num_heads: int) -> None:
     """Raise unless the attention width splits evenly over the heads."""
     check_positive("attention_dim", attention_dim)
-    check_positive("num_heads", num_heads)
+    check_positive("num_heads", num_heads, MOST_LAYERS)
     if attention_dim % num_heads != 0:
         nearest = max(num_heads, round(attention_dim / num_heads) * num_heads)
         raise ConfigError(

@@ -16,7 +16,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ConfigError
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.checks import check_choice, check_dropout, check_positive, check_units
+from embcomp.models.checks import (
+    MOST_LAYERS,
+    check_choice,
+    check_dropout,
+    check_positive,
+    check_units,
+)
 from embcomp.models.fields import FieldEmbeddings, Pooling
 from embcomp.models.layers import MLP, CrossNet, LowRankCrossNet, XavierLinear
 
@@ -102,11 +108,12 @@ class DCNv2Config(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_structure(self.structure, self.hidden_units)
-        check_positive("num_cross_layers", self.num_cross_layers)
+        check_positive("num_cross_layers", self.num_cross_layers, MOST_LAYERS)
         if self.low_rank is not None:
             check_positive("low_rank", self.low_rank)
-        check_positive("num_experts", self.num_experts)
+        check_positive("num_experts", self.num_experts, MOST_LAYERS)
         check_dropout("dropout", self.dropout)
 
     def _build(

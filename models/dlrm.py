@@ -157,6 +157,7 @@ class DLRMConfig(ModelConfig):
     top_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("interaction", self.interaction, INTERACTIONS)
         check_units("bottom_hidden_units", self.bottom_hidden_units)
         check_units("top_hidden_units", self.top_hidden_units)

@@ -76,6 +76,7 @@ class WideDeepConfig(ModelConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_units("hidden_units", self.hidden_units)
         check_dropout("dropout", self.dropout)
 

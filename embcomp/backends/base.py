@@ -19,6 +19,7 @@ from typing_extensions import Self
 from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.io.lazy_names import warn_renamed
+from embcomp.io.numeric_settings import check_numbers
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -79,7 +80,11 @@ class BackendConfig(ABC):
     hashes_small: ClassVar[bool] = False
     """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
 
+    at_most: ClassVar[Mapping[str, float]] = {}
+    """The largest value of single settings, where all integers up to 2^53 would be too many."""
+
     def __post_init__(self) -> None:
+        check_numbers(self, self.at_most, owner=self.name)
         if self.budget is not None:
             parse_budget(self.budget)
         given = [key for key in (*self.size_fields, "budget") if self.__dict__[key] is not None]

@@ -47,11 +47,11 @@ class Hash(BackendConfig):
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
 
     def __post_init__(self) -> None:
+        if isinstance(self.ratio, float | int) and not 0 < self.ratio <= 1:
+            raise ConfigError(f"hash: ratio must be in (0, 1], got {self.ratio}")
         super().__post_init__()
         if self.num_buckets is not None and self.num_buckets < 1:
             raise ConfigError(f"hash: num_buckets must be at least 1, got {self.num_buckets}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ConfigError(f"hash: ratio must be in (0, 1], got {self.ratio}")
         if self.collisionless < 0:
             raise ConfigError(f"hash: collisionless must be at least 0, got {self.collisionless}")
 

@@ -56,6 +56,7 @@ class LowDim(BackendConfig):
     multiple_of: int = 1
 
     name: ClassVar[str] = "low_dim"
+    at_most: ClassVar[Mapping[str, float]] = {"width": 2**16, "widths": 2**16, "multiple_of": 2**16}
     size_fields: ClassVar[tuple[str, ...]] = ("width",)
 
     def __post_init__(self) -> None:

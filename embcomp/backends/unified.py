@@ -56,6 +56,12 @@ class Unified(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "unified"
+    at_most: ClassVar[Mapping[str, float]] = {
+        "num_chunks": 1024,
+        "chunks": 1024,
+        "num_tables": 1024,
+        "init_range": 1e6,
+    }
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
 from typing_extensions import Self
 
 from embcomp.errors import ConfigError
+from embcomp.io.numeric_settings import MOST, SEEDS, why_no_number
 from embcomp.io.yaml_reading import (
     apply_override,
     bind_dataclass,
@@ -36,9 +41,11 @@ if TYPE_CHECKING:
     from embcomp.backends.base import BackendConfig
     from embcomp.models import ModelConfig
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
 def readable_bytes(value: Any) -> Any:
@@ -51,10 +58,42 @@ def readable_bytes(value: Any) -> Any:
 Bytes = Annotated[int | str, BeforeValidator(readable_bytes)]
 
 
+def folder_name(name: str) -> str:
+    """A name that becomes a folder; an error where it cannot be one."""
+    if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
+        raise config_error(f"the name becomes a folder; {name!r} cannot be one")
+    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
+        raise config_error(f"the name becomes a folder; {name!r} holds a control character")
+    if name != name.strip() or len(name.encode()) > _LONGEST_NAME:
+        raise config_error(
+            f"the name becomes a folder; expected at most {_LONGEST_NAME} bytes without spaces "
+            f"around them, got {name[:40]!r}"
+        )
+    return name
+
+
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+_LONGEST_NAME = 200  # file systems take 255, and names of files beside it begin with it
+
+FolderName = Annotated[str, Field(min_length=1), AfterValidator(folder_name)]
+
+
 class Section(BaseModel):
     """One mapping of the YAML: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what pydantic would take for a number, such as `true`."""
+        name = info.field_name or ""
+        hint = cls.model_fields[name].annotation
+        if isinstance(value, bool | list | tuple | Mapping) and (
+            p := why_no_number(name, value, hint)
+        ):
+            raise config_error(p.partition(": ")[2])
+        return value
 
 
 class YamlConfig(Section):

@@ -20,12 +20,15 @@ from pydantic import (
 
 from embcomp.config.sections import (
     Bytes,
+    FolderName,
     MethodConfig,
     ModelChoice,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     YamlConfig,
 )
 from embcomp.errors import ConfigError
@@ -35,6 +38,13 @@ from embcomp.io.yaml_reading import (
     listed,
 )
 from embcomp.tables.budget import why_unreadable
+
+MOST_EPOCHS = 10**6
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: at 1 it would never move
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(ge=0, le=1000)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+BatchSize = Annotated[int, Field(gt=0, le=2**30)]  # offsets of a batch are 32-bit integers
 
 
 class DataConfig(Section):
@@ -52,10 +62,10 @@ class DataConfig(Section):
     """
 
     path: str
-    batch_size: PositiveInt = 4096
-    eval_batch_size: PositiveInt = 16384
+    batch_size: BatchSize = 4096
+    eval_batch_size: BatchSize = 16384
     shuffle: bool = True
-    shuffle_buffer: PositiveInt | None = None
+    shuffle_buffer: BatchSize | None = None
     drop_last: bool = False
     search_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
@@ -95,7 +105,7 @@ class TablesConfig(Section):
             reported bytes and `embcomp export` are those of such rows.
     """
 
-    embedding_dim: PositiveInt = 16
+    embedding_dim: Width = 16
     method: MethodConfig
     budget: Bytes | None = None
     overrides: dict[str, MethodConfig] = Field(default_factory=dict)
@@ -129,12 +139,12 @@ class TablesConfig(Section):
             return value
         method = value["method"]
         options = {"name": method} if isinstance(method, str) else method
-        registered = isinstance(options, Mapping) and options.get("name") in MethodConfig.registry()
-        if not registered:
+        name = options.get("name") if isinstance(options, Mapping) else None
+        if not isinstance(name, str) or name not in MethodConfig.registry():
             return value  # the method's own check says what is wrong
         if why_unreadable(value["budget"]):
             return value  # the budget's own check says so, once
-        sizes = MethodConfig.registry()[options["name"]].size_fields
+        sizes = MethodConfig.registry()[name].size_fields
         for key in (*sizes, "budget"):
             if options.get(key) is not None:
                 raise config_error(f"give either budget or method.{key}; both would fix the size")
@@ -166,10 +176,10 @@ class RowOptimizerConfig(Section):
     name: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
     learning_rate: PositiveFloat = 0.05
     mode: Literal["fused", "dense"] = "fused"
-    eps: PositiveFloat = 1e-8
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: NonNegativeFloat = 0.0
-    l2: NonNegativeFloat = 0.0
+    eps: Epsilon = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: Penalty = 0.0
+    l2: Penalty = 0.0
     max_gradient: PositiveFloat | None = None
 
     @model_validator(mode="after")
@@ -194,10 +204,10 @@ class DenseOptimizerConfig(Section):
 
     name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     learning_rate: PositiveFloat = 0.001
-    eps: PositiveFloat = 1e-8
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: NonNegativeFloat = 0.0
-    weight_decay: NonNegativeFloat = 0.0
+    eps: Epsilon = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    momentum: Decay = 0.0
+    weight_decay: Penalty = 0.0
 
 
 class PlateauConfig(Section):
@@ -222,7 +232,7 @@ class StageConfig(Section):
         learning_rate: Factor on the learning rates of rows and network.
     """
 
-    epochs: Annotated[int, Field(ge=0)] | None = None
+    epochs: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] | None = None
     max_steps: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
 
@@ -254,12 +264,12 @@ class RunConfig(Section):
             then not trained. Its tables must be stored as that stage stores them.
     """
 
-    epochs: PositiveInt = 1
+    epochs: Annotated[int, Field(gt=0, le=MOST_EPOCHS)] = 1
     max_steps: PositiveInt | None = None
     row_optimizer: RowOptimizerConfig = RowOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     clip_norm: PositiveFloat | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     plateau: PlateauConfig | None = None
     early_stop: EarlyStopConfig | None = None
     monitor: Literal["auc", "gauc", "log_loss"] = "auc"
@@ -271,7 +281,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
-    rank_timeout: PositiveFloat = 30.0
+    rank_timeout: Annotated[float, Field(gt=0, le=10**6)] = 30.0
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
 
@@ -301,8 +311,8 @@ class RunConfig(Section):
 class TrainConfig(YamlConfig):
     """Everything that a training run depends on."""
 
-    name: Annotated[str, Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0)] = 2021
+    name: FolderName
+    seed: Seed = 2021
     data: DataConfig
     tables: TablesConfig
     model: ModelChoice
@@ -331,13 +341,6 @@ class TrainConfig(YamlConfig):
                 "use auto, table_wise or row_wise"
             )
         return self
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, name: str) -> str:
-        if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
-            raise config_error(f"the name becomes a folder under runs/; {name!r} cannot be one")
-        return name
 
     def with_data(self, path: str | Path) -> TrainConfig:
         """The same config for a dataset that lies elsewhere."""

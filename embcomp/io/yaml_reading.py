@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from embcomp.errors import ConfigError
+from embcomp.io.numeric_settings import hints_of, why_no_number
+from embcomp.io.yaml_documents import MOST_LEVELS, UnreadableYamlError, parse_yaml
+
+_LONGEST_LINE = 1000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -27,8 +30,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        document = parse_yaml(text)
+    except UnreadableYamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(document).__name__}")
@@ -49,8 +52,8 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
         elif item["type"] in ("embcomp", "value_error"):
             where, text = ".".join(path), _plain(item)
         else:
-            where, text = ".".join(path), f"{_plain(item)}, got {item['input']!r}"
-        lines.append(f"{where}: {text}" if where else text)
+            where, text = ".".join(path), f"{_plain(item)}, got {_shown(item['input'])}"
+        lines.append(_shortened(f"{where}: {text}" if where else text, _LONGEST_LINE))
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
 
 
@@ -63,29 +66,14 @@ def _plain(item: ErrorDetails) -> str:
     return item["msg"].removeprefix("Value error, ")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r}: expected key.path=value")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except UnreadableYamlError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     node = document
     for depth, part in enumerate(parts[:-1]):
@@ -108,6 +96,10 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
         if key not in fields:
             takes = f"{cls.__name__} takes {listed(fields)}" if fields else "it takes no other key"
             raise config_error(f"unknown key {key!r}{did_you_mean(str(key), fields)}; {takes}")
+    hints = hints_of(cls)
+    for key, value in options.items():  # before pydantic makes 1 of True
+        if not isinstance(value, str) and (problem := why_no_number(key, value, hints[key])):
+            raise config_error(f"{key}: {problem.partition(': ')[2]}")
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:
@@ -115,7 +107,11 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
             message = _plain(item)
-            got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r}"
+            got = (
+                ""
+                if item["type"] in ("value_error", "missing")
+                else f", got {_shown(item['input'])}"
+            )
             problems.append(f"{where}: {message}{got}" if where else f"{message}{got}")
         raise config_error("; ".join(problems)) from None
     except (
@@ -145,18 +141,32 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return found
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, _level: int = 0) -> Any:
     """Mappings to dicts and sequences to lists, all the way down, so that YAML can hold them."""
+    if _level > MOST_LEVELS:
+        raise ConfigError(
+            f"a config nested more than {MOST_LEVELS} levels deep, or one that holds itself"
+        )
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, _level + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, _level + 1) for item in value]
     return value
 
 
 def config_error(text: str) -> PydanticCustomError:
     # Braces would be read as placeholders of pydantic's message template.
     return PydanticCustomError("embcomp", "{text}", {"text": text})
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: in one line that is not too long."""
+    return _shortened(repr(value), 200)
+
+
+def _shortened(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_MOST = 2**60  # an exbibyte
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -47,12 +48,14 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
     if isinstance(budget, int):
         if budget < 1:
             raise ConfigError(f"{wanted}; got {budget}")
-        return budget
+        return _possible(budget, name)
     share = _SHARE.fullmatch(budget)
     if share:
         part = Fraction(share[1]) / 100
         if part <= 0:
             raise ConfigError(f"{wanted}; got {budget!r}")
+        if part > 1:
+            raise ConfigError(f"{name}: a share is one of the whole, at most 100%; got {budget!r}")
         return 0 if full_bytes is None else int(part * full_bytes)
     size = _BYTES.fullmatch(budget)
     if not size or size[2].upper() not in _UNITS:
@@ -60,7 +63,13 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
     value = int(Fraction(size[1]) * _UNITS[size[2].upper()])
     if value < 1:
         raise ConfigError(f"{wanted}; got {budget!r}")
-    return value
+    return _possible(value, name)
+
+
+def _possible(size: int, name: str) -> int:
+    if size >= _MOST:
+        raise ConfigError(f"{name}: no memory holds so many bytes: {size:.3g}")
+    return size
 
 
 def why_unreadable(budget: Any) -> str:

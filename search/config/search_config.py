@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from embcomp.config.sections import Bytes, PositiveFloat, YamlConfig
+from embcomp.config.sections import Bytes, FolderName, PositiveFloat, Section, Seed, YamlConfig
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.io.yaml_reading import (
     config_error,
@@ -62,8 +62,8 @@ class SearchConfig(YamlConfig):
         storage: Database URL of the study; None is a journal file in the search's folder.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0)] = 2021
+    name: FolderName
+    seed: Seed = 2021
     recipe: str
     overrides: dict[str, Any] = Field(default_factory=dict)
     budget: Bytes
@@ -80,13 +80,6 @@ class SearchConfig(YamlConfig):
     finals: FinalsConfig = FinalsConfig()
     topology: TopologyConfig | None = None
     storage: str | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, name: str) -> str:
-        if name in (".", "..") or any(character in name for character in '/\\:*?"<>|\0'):
-            raise config_error(f"the name becomes a folder; {name!r} cannot be one")
-        return name
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from embcomp.config.sections import Bytes, PositiveFloat, PositiveInt, Section, readable_bytes
+from embcomp.config.sections import (
+    Bytes,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    readable_bytes,
+)
+from embcomp.io.numeric_settings import MOST
 from embcomp.io.yaml_reading import bind_dataclass, config_error, listed
 
 LEAST_RANKED = 8
@@ -35,7 +43,7 @@ class SamplerConfig(Section):
     name: SamplerName = "tpe"
     starts: bool = True
     startup: PositiveInt = 10
-    population: Annotated[int, Field(ge=2)] = 20
+    population: Annotated[int, Field(ge=2, le=MOST)] = 20
 
 
 class RungsConfig(Section):
@@ -48,7 +56,7 @@ class RungsConfig(Section):
     """
 
     min_steps: PositiveInt
-    reduction: Annotated[int, Field(ge=2)] = 3
+    reduction: Annotated[int, Field(ge=2, le=MOST)] = 3
     kind: Literal["halving", "hyperband"] = "halving"
 
 
@@ -93,10 +101,10 @@ class TrialsConfig(Section):
     count: PositiveInt = 40
     parallel: PositiveInt | None = None
     world_size: PositiveInt = 1
-    devices: Literal["auto", "cpu"] | tuple[Annotated[int, Field(ge=0)], ...] = "auto"
+    devices: Literal["auto", "cpu"] | tuple[NonNegativeInt, ...] = "auto"
     threads: PositiveInt | None = None
     timeout: PositiveFloat | None = None
-    retries: Annotated[int, Field(ge=0)] = 5
+    retries: NonNegativeInt = 5
 
 
 class FinalsConfig(Section):
@@ -110,10 +118,10 @@ class FinalsConfig(Section):
             well it ranks them; 0 for none, else at least 8.
     """
 
-    points: Annotated[int, Field(ge=0)] = 3
+    points: NonNegativeInt = 3
     seeds: PositiveInt = 3
     baseline: bool = True
-    correlation: Annotated[int, Field(ge=0)] = 0
+    correlation: NonNegativeInt = 0
 
     @field_validator("correlation")
     @classmethod

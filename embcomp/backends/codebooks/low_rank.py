@@ -74,6 +74,7 @@ class LowRank(BackendConfig):
     from_dense: bool = True
 
     name: ClassVar[str] = "low_rank"
+    at_most: ClassVar[Mapping[str, float]] = {"latent_dim": 2**16, "subvector_dim": 2**16}
     size_fields: ClassVar[tuple[str, ...]] = ("latent_dim",)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -52,6 +52,11 @@ class VectorQuantized(BackendConfig):
     seed: int = 2021
 
     size_fields: ClassVar[tuple[str, ...]] = ("subvector_dim",)
+    at_most: ClassVar[Mapping[str, float]] = {
+        "subvector_dim": 2**16,
+        "latent_dim": 2**16,
+        "commitment": 1e6,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

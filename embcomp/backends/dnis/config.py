@@ -102,6 +102,11 @@ class DNIS(BackendConfig):
     inherit: bool = True
 
     name: ClassVar[str] = "dnis"
+    at_most: ClassVar[Mapping[str, float]] = {
+        "search_epochs": 10**6,
+        "learning_rate": 1e6,
+        "decay": 1e6,
+    }
     size_fields: ClassVar[tuple[str, ...]] = ("serve_bytes",)
     learns_size: ClassVar[bool] = True
 

@@ -21,7 +21,7 @@ from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.greedy_widths import allocate_greedily
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
-from embcomp.backends.widths.searched_size import SearchedSize
+from embcomp.backends.widths.searched_size import SEARCHED, SearchedSize
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
@@ -68,6 +68,12 @@ class Matryoshka(SearchedSize):
     seed: int = 2021
 
     name: ClassVar[str] = "matryoshka"
+    at_most: ClassVar[Mapping[str, float]] = {
+        "width_grid": 2**16,
+        "weights": 1e9,
+        "finetune_epochs": 10**6,
+        **SEARCHED,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
 from embcomp.backends.widths.row_ranking import RowRanking, counts_or_ranks
-from embcomp.backends.widths.searched_size import SearchedSize
+from embcomp.backends.widths.searched_size import SEARCHED, SearchedSize
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_norms
 from embcomp.backends.widths.width_space import WidthSpace
@@ -91,6 +91,12 @@ class OptEmbed(SearchedSize):
     seed: int = 2021
 
     name: ClassVar[str] = "optembed"
+    at_most: ClassVar[Mapping[str, float]] = {
+        "width_grid": 2**16,
+        "alpha": 1e6,
+        "threshold_learning_rate": 1e6,
+        **SEARCHED,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

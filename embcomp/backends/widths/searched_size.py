@@ -15,6 +15,14 @@ from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
+SEARCHED = {
+    "generations": 10**6,
+    "population": 10**6,
+    "mutants": 10**6,
+    "crossovers": 10**6,
+}
+"""The largest settings of an evolution over sizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchedSize(BackendConfig):
