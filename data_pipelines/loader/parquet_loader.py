@@ -16,23 +16,24 @@ from embcomp.data_pipelines.loader.shuffle_buffer import BatchMaker, ShuffleBuff
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, DataError
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 DEFAULT_SHUFFLE_BUFFER = 262_144
 
 
 class ParquetLoader:
     """An iterable of `Batch` over one split of a prepared dataset.
 
-    A rank decodes only its own range of the rows. Every rank takes the same number of steps, and
-    the batches of one step are equally large on all ranks (TorchRec's row-wise sharding needs
-    that). With `drop_last` all batches are full and the few rows left over are skipped, others in
-    each epoch when shuffling. Without it the ranks together cover every row exactly once; where
-    the rows do not divide, a rank's last batch ends with one row that belongs to another rank, and
-    `Batch.num_valid` says how many leading rows count.
+    The batches of one step hold the same rows together, on however many ranks of the same
+    `batch_size * world_size`, and are equally large on all of them (TorchRec's row-wise sharding
+    needs that). With `drop_last` all batches are full and the few rows left over are skipped, others
+    in each epoch when shuffling. Without it the ranks together cover every row exactly once; where
+    the rows of the last step do not divide, a rank's last batch ends with one row that belongs to
+    another rank, and `Batch.num_valid` says how many leading rows count.
 
-    Shuffling draws the order of the row groups anew in each epoch, then permutes the rows inside
-    windows of `shuffle_buffer` rows. The stream is a function of the arguments and the epoch:
-    `state_dict` holds no data, and a continued epoch is bit-identical to an uninterrupted one.
+    Shuffling draws the order of the row groups anew in each epoch, then spreads the rows inside
+    windows of `shuffle_buffer` rows evenly over the window's steps; a rank decodes only its own share
+    of a window. The stream is a function of the arguments and the epoch: `state_dict` holds no data,
+    and a continued epoch is bit-identical to an uninterrupted one, on other ranks too.
 
     ```python
     loader = ParquetLoader("data/criteo", "train", batch_size=4096, shuffle=True, seed=1)
@@ -52,7 +53,9 @@ class ParquetLoader:
         shuffle: whether to draw a new order in each epoch.
         seed: of the order; the same on all ranks.
         drop_last: whether to skip what does not fill a batch on every rank; as `shuffle` if None.
-        shuffle_buffer: rows that are permuted together, rounded up to whole batches.
+        shuffle_buffer: rows of all ranks that are shuffled together, rounded up to whole steps.
+        in_ranges: for evaluations in order: a rank takes one range of the rows and decodes no
+            others. Which rows meet in a step then depends on the number of ranks.
         prefetch: batches that a background thread makes ahead; 0 makes them in the caller's thread.
         pin_memory: whether to hand out page-locked batches, for copies to a CUDA device.
 
@@ -74,9 +77,12 @@ class ParquetLoader:
         seed: int = 0,
         drop_last: bool | None = None,
         shuffle_buffer: int = DEFAULT_SHUFFLE_BUFFER,
+        in_ranges: bool = False,
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
+        if in_ranges and (shuffle or drop_last):
+            raise ValueError("in_ranges must be False with shuffle or drop_last")
         if not 0 <= part[0] < part[1] <= 1:
             raise ValueError(f"part must be two growing shares in [0, 1], got {part}")
         _check_arguments(batch_size, rank, world_size, seed, shuffle_buffer, prefetch, pin_memory)
@@ -85,15 +91,17 @@ class ParquetLoader:
         self._part = part
         _check_group(self.info)
         self._row_groups = RowGroups(self.info, split, part)
+        step_rows = batch_size * world_size
         self._order = RowSampler(
             sizes=self._row_groups.sizes,
             batch_size=batch_size,
-            window=-(-max(shuffle_buffer, batch_size) // batch_size) * batch_size,
+            window=-(-max(shuffle_buffer, step_rows) // step_rows) * step_rows,
             rank=rank,
             world_size=world_size,
             shuffle=shuffle,
             drop_last=shuffle if drop_last is None else drop_last,
             seed=seed,
+            in_ranges=in_ranges,
         )
         if self._order.drop_last and not len(self):
             raise DataError(
@@ -185,12 +193,12 @@ class ParquetLoader:
             "split": self.split,
             "part": list(self._part),
             "rows": self.num_rows,
-            "batch_size": order.batch_size,
-            "world_size": order.world_size,
+            "batch_size * world_size": order.step_rows,
             "shuffle": order.shuffle,
             "drop_last": order.drop_last,
             "shuffle_buffer": order.window,
             "seed": order.seed,
+            "ranges": order.world_size if order.in_ranges else None,
         }
 
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -200,15 +208,13 @@ class ParquetLoader:
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         order = self._order
-        steps_per_window = order.window // order.batch_size
-        for number in range(start_step // steps_per_window, order.num_windows):
+        for number in range(start_step // order.steps_per_window, order.num_windows):
             window = self._window(epoch, number)
-            size = order.window_size(number)
-            begin = max(0, start_step - number * steps_per_window) * order.batch_size
+            size, valid = order.window_size(number), order.num_valid(number)
+            begin = max(0, start_step - number * order.steps_per_window) * order.batch_size
             for start in range(begin, size, order.batch_size):
                 stop = min(start + order.batch_size, size)
-                counted = order.num_valid - number * order.window - start
-                batch = window.batch(self._maker, start, stop, min(stop - start, counted))
+                batch = window.batch(self._maker, start, stop, min(stop, valid) - start)
                 yield batch.pin_memory() if self._pin_memory else batch
 
     def _window(self, epoch: int, number: int) -> ShuffleBuffer:

@@ -55,7 +55,7 @@ class DataConfig(Section):
         batch_size: Rows per training step over all ranks together.
         eval_batch_size: Rows per evaluation step over all ranks together.
         shuffle: Whether the training rows are shuffled in each epoch.
-        shuffle_buffer: Rows of the shuffle buffer; None leaves the loader's default.
+        shuffle_buffer: Rows of all ranks that are shuffled together; None leaves the loader's default.
         drop_last: Whether an epoch's last, smaller training batch is left out.
         search_share: Share of the training rows, the last ones, that methods which choose their
             structure on data they do not train on keep for it: the search-validation rows.

@@ -127,9 +127,11 @@ def training_batches(
 
 
 def search_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> ParquetLoader:
-    """This rank's share of the search-validation rows in whole batches, shuffled in each epoch."""
+    """This rank's share of the search-validation rows in whole batches, shuffled in each epoch.
+
+    Where there are fewer rows than a batch has, each batch is all of them.
+    """
     data = config.data
-    per_rank = _rows_per_rank("data.batch_size", data.batch_size, process)
     train = info.split("train").rows
     rows = train - round((1 - data.search_share) * train)
     if rows < process.world_size:
@@ -141,12 +143,12 @@ def search_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> 
         info,
         "train",
         part=(1 - data.search_share, 1.0),
-        batch_size=min(per_rank, rows // process.world_size),
+        batch_size=_rows_per_rank("data.batch_size", data.batch_size, process),
         rank=process.rank,
         world_size=process.world_size,
         shuffle=True,
         seed=config.seed + 1,
-        drop_last=True,
+        drop_last=rows >= data.batch_size,
         shuffle_buffer=data.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER,
         pin_memory=process.device.type == "cuda",
     )
@@ -165,7 +167,11 @@ def endless(batches: ParquetLoader, step: int) -> Iterator[Batch]:
 def evaluation_batches(
     config: TrainConfig, info: DatasetInfo, split: str, process: Process
 ) -> ParquetLoader:
-    """This rank's share of a split, or of the search-validation rows, in order to the last row."""
+    """This rank's share of a split, or of the search-validation rows, in order to the last row.
+
+    A split is scored as a whole, so a rank takes a range of it; of search-validation rows the first
+    batches may be looked at alone, so these hold the same rows on any number of ranks.
+    """
     rows = config.data.eval_batch_size
     search = split == SEARCH and SEARCH not in info.splits
     return ParquetLoader(
@@ -177,6 +183,7 @@ def evaluation_batches(
         world_size=process.world_size,
         shuffle=False,
         drop_last=False,
+        in_ranges=split != SEARCH,
         pin_memory=process.device.type == "cuda",
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
+from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import (
     TASK_PREFIX,
@@ -96,7 +97,7 @@ class Training:
         self.decay = LazyDecay(self.sharded, rows.weight_decay) if lazy else None
         self.updates = Updates(self.optimizers, self.decay)
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
-        self.state = LoopState()
+        self.state = LoopState(row_order=STATE_VERSION)
         self.total_steps = self._planned_steps()
         self._resumed = False
         # Dropout draws other numbers on each rank.
@@ -150,7 +151,7 @@ class Training:
         console.start(self.total_steps, self.state.step, stage=self.setup.label)
         if self.stage.alternate:
             loader = search_batches(self.config, self.info, self.process)
-            self._search_batches = endless(loader, self.state.step)
+            self._search_loader, self._search_batches = loader, endless(loader, self.state.step)
         nothing_to_train = self.total_steps == 0 and not self.state.stopped
         if nothing_to_train:
             self.state.stopped = "nothing to train"
@@ -193,7 +194,9 @@ class Training:
         self.sharded.train()
         self._losses.add(self._phase("train", scale, batches))
         if self.stage.alternate:
-            self._phase("search", 1.0, batches)
+            step = state.step % len(self._search_loader)
+            scale = loss_scale(self._search_loader, step, self.process.world_size)
+            self._phase("search", scale, batches)
         state.step += 1
         state.step_in_epoch += 1
         state.train_seconds += time.perf_counter() - begun
@@ -292,9 +295,16 @@ class Training:
         self.console.say(f"{self._place}: goes on from step {self.state.step}")
         if ranks != self.process.world_size:
             self.console.say(
-                f"that was on {ranks} rank(s), this is on {self.process.world_size}: from here rows "
-                "come in another order and random numbers differ"
+                f"that was on {ranks} rank(s), this is on {self.process.world_size}: rows come as they "
+                "would have, but from here random numbers of dropout differ"
             )
+        if self.state.row_order != STATE_VERSION:
+            if self.state.step_in_epoch:
+                self.console.say(
+                    "an earlier version drew another order of rows: the rest of this epoch sees some "
+                    "rows twice and others not at all"
+                )
+            self.state.row_order = STATE_VERSION
 
     @property
     def _place(self) -> str:

@@ -26,6 +26,7 @@ class LoopState:
         recorded_seconds: `train_seconds` when the training loss was last recorded.
         wall_seconds: Time of everything so far, interruptions left out.
         log_sizes: Bytes of the run's logs.
+        row_order: The version of the loader's order of rows; 2 where a checkpoint does not say.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class LoopState:
     recorded_seconds: float = 0.0
     wall_seconds: float = 0.0
     log_sizes: dict[str, int] = field(default_factory=dict)
+    row_order: int = 2
 
     def see(self, value: float | None, valid: dict[str, Any], min_delta: float) -> bool:
         """Takes in an evaluation and returns whether it is the best so far.

@@ -169,7 +169,109 @@ def test_every_row_exactly_once_in_equal_steps(
     else:
         assert sorted(seen) == list(range(num_rows))
     if not shuffle:
-        assert seen == sorted(seen)
+        steps = [row for step in zip(*streams) for batch in step for row in counted_rows(batch)]
+        assert steps == sorted(steps)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    num_rows=st.integers(1, 70),
+    row_group_rows=st.integers(1, 30),
+    steps_rows=st.sampled_from([4, 8, 12]),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    buffer=st.integers(1, 70),
+    epoch=st.integers(0, 2),
+)
+def test_a_step_holds_the_same_rows_in_the_same_order_on_any_number_of_ranks(
+    tmp_path_factory, num_rows, row_group_rows, steps_rows, shuffle, drop_last, buffer, epoch
+):
+    folder = write_numbered(tmp_path_factory.mktemp("d"), num_rows, row_group_rows, 2)
+    if drop_last and num_rows < steps_rows:
+        return
+    seen = {}
+    for world_size in (1, 2, 4):
+        loaders = [
+            ParquetLoader(
+                folder,
+                "train",
+                batch_size=steps_rows // world_size,
+                rank=rank,
+                world_size=world_size,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                shuffle_buffer=buffer,
+                seed=3,
+                prefetch=0,
+            )
+            for rank in range(world_size)
+        ]
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        steps = [[row for b in step for row in counted_rows(b)] for step in zip(*loaders)]
+        assert [len(step) for step in steps[:-1]] == [steps_rows] * (len(steps) - 1)
+        seen[world_size] = steps
+    assert seen[1] == seen[2] == seen[4]
+
+
+def test_a_state_goes_on_with_the_same_rows_on_another_number_of_ranks(numbered):
+    def loaders(world_size):
+        return [
+            ParquetLoader(
+                numbered,
+                "train",
+                batch_size=8 // world_size,
+                rank=rank,
+                world_size=world_size,
+                shuffle=True,
+                drop_last=False,
+                shuffle_buffer=24,
+            )
+            for rank in range(world_size)
+        ]
+
+    (whole,) = loaders(1)
+    whole.set_epoch(2)
+    expected = [rows_of(batch) for batch in whole]
+    for step in (0, 1, 5, len(expected)):
+        rest = loaders(4)
+        for loader in rest:
+            loader.load_state_dict(whole.state_dict(step))
+        found = [[row for b in each for row in counted_rows(b)] for each in zip(*rest)]
+        assert found == expected[step:]
+
+
+def test_ranges_decode_each_row_group_on_few_ranks_and_cover_every_row(numbered):
+    def loader(rank, **options):
+        return ParquetLoader(
+            numbered, "train", batch_size=4, rank=rank, world_size=4, prefetch=0, **options
+        )
+
+    seen = []
+    for rank in range(4):
+        ranges = loader(rank, in_ranges=True)
+        rows = [row for batch in ranges for row in counted_rows(batch)]
+        assert rows == list(range(rows[0], rows[0] + len(rows)))
+        seen += rows
+    assert seen == list(range(NUM_ROWS))
+    with pytest.raises(CheckpointError, match="ranges"):
+        loader(0).load_state_dict(loader(0, in_ranges=True).state_dict())
+    with pytest.raises(ValueError, match="in_ranges must be"):
+        loader(0, in_ranges=True, shuffle=True)
+
+
+def test_every_row_is_as_likely_in_every_step_of_a_window(numbered):
+    loader = ParquetLoader(numbered, "train", batch_size=8, shuffle=True, prefetch=0)
+    counts = np.zeros((NUM_ROWS, len(loader)))
+    for epoch in range(600):
+        loader.set_epoch(epoch)
+        for step, batch in enumerate(loader):
+            counts[rows_of(batch), step] += 1
+    # Of 600 draws 50 are expected in each of 12 steps; 5 standard deviations are 34.
+    assert counts.sum(axis=0).tolist() == [4800] * len(loader)
+    assert np.abs(counts - 50).max() < 34
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

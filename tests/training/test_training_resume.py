@@ -274,8 +274,8 @@ def test_two_ranks_checkpoint_loads_on_one_and_on_four(workers, dataset, tmp_pat
             workers.run(4, train_on_ranks, config, tmp_path)
         assert json.loads((run / "report.json").read_text())["world_size"] == world_size
         weights = load_model(run).state_dict()
-        # Two of ten steps ran on other ranks, on rows in another order.
-        assert all(torch.allclose(weights[key], value, atol=0.2) for key, value in on_two.items())
+        # Two of ten steps ran on other ranks, on the same rows.
+        assert all(torch.allclose(weights[key], value, atol=1e-4) for key, value in on_two.items())
 
 
 def evaluate_quietly(run: Path) -> Evaluation:
