@@ -29,7 +29,11 @@ from embcomp.cli import (
 from embcomp.errors import EmbcompError
 
 # Wrong usage and wanted exits; newer versions of typer hold a click of their own.
-_TYPERS_OWN = (typer.Exit, typer.Abort, typer.BadParameter.__mro__[2])
+_TYPERS_OWN: tuple[type[Exception], ...] = (
+    typer.Exit,
+    typer.Abort,
+    *(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"),
+)
 
 
 class _Verbs(TyperGroup):

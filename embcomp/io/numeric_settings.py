@@ -10,7 +10,6 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from embcomp.errors import ConfigError
@@ -45,10 +44,14 @@ def check_numbers(
             raise ConfigError(f"{owner}{': ' if owner else ''}{problem}")
 
 
-@cache
 def hints_of(cls: type) -> Mapping[str, Any]:
     """The annotations of a dataclass, resolved."""
-    return get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, Mapping[str, Any]] = {}  # a search makes settings by the thousand
 
 
 def why_no_number(name: str, value: Any, hint: Any, most: float | None = None) -> str:

@@ -32,7 +32,7 @@ TABLES = [
     for name, rows, length in (("C1", 1000, 1.0), ("C2", 5, 1.0), ("C3", 60, 2.5))
 ]
 
-HOSTILE = st.sampled_from(
+HOSTILE: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(True, False, None, 0, -1, 1, 2**31, 2**63 - 1, 2**64, -(2**63), 10**100),
         *(0.0, -0.5, 1.0, 1.5, 1e-320, 1e308, float("inf"), float("-inf"), float("nan")),
@@ -188,8 +188,8 @@ def test_nonsense_is_refused_in_yaml_with_its_key(override, place):
         (lambda: Hash(ratio=0.5, seed=2**63 - 1), "seed"),
         (lambda: Hash(ratio=float("nan")), "ratio"),
         (lambda: Hash(num_buckets=10**30), "num_buckets"),
-        (lambda: Hash(num_buckets="many"), "num_buckets"),
-        (lambda: Hash(num_buckets=1.5), "num_buckets"),
+        (lambda: BACKENDS["hash"](num_buckets="many"), "num_buckets"),
+        (lambda: BACKENDS["hash"](num_buckets=1.5), "num_buckets"),
         (lambda: Unified(num_chunks=10**8), "num_chunks"),
         (lambda: Unified(budget="1000%"), "100%"),
         (lambda: LowDim(widths={"a": 10**8}), "widths"),
