@@ -273,9 +273,12 @@ class Training:
             dataclasses.asdict(state),
             self.process,
         )
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         if self.process.is_main:
             keep = self.config.train.keep_checkpoints
-            remove_old(self.checkpoints, keep, state.best_step)
+            remove_old(self.checkpoints, keep, self.state.best_step)
 
     def _begin(self) -> None:
         """Goes on from the stage's latest checkpoint, or begins with what was handed to it."""
@@ -292,6 +295,7 @@ class Training:
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
         self.batches.load_state_dict(self.batches.state_dict(self.state.step_in_epoch))
+        self._remove_old()  # which a kill may have kept from happening
         self.console.say(f"{self._place}: goes on from step {self.state.step}")
         if ranks != self.process.world_size:
             self.console.say(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from embcomp.training import Report, train
+from embcomp.training import Report, loop, train
+from embcomp.training.checkpoint import saved_steps
 from embcomp.training.loop import Training
 from embcomp.training.stages.search_stage import StageSearch
 from tests.helpers.training_cases import toy_config, write_dataset
@@ -46,12 +47,12 @@ def clock(monkeypatch):
     monkeypatch.setattr(StageSearch, "evaluate", ticking(StageSearch.evaluate))
 
 
-def killed_at(patches: pytest.MonkeyPatch, cls: type, method: str, call: int) -> None:
+def killed_at(patches: pytest.MonkeyPatch, cls: object, method: str, call: int) -> None:
     """Ends the run when a method has been called so many times."""
     whole, calls = getattr(cls, method), []
 
-    def run_and_die(self, *arguments):
-        result = whole(self, *arguments)
+    def run_and_die(*arguments):
+        result = whole(*arguments)
         calls.append(arguments)
         if len(calls) == call:
             raise Killed
@@ -70,7 +71,7 @@ def rounded(report: Report) -> dict:
     return found
 
 
-def resumed(config, runs: Path, *kills: tuple[type, str, int]) -> Report:
+def resumed(config, runs: Path, *kills: tuple[object, str, int]) -> Report:
     for kill in kills:
         with pytest.MonkeyPatch.context() as patches:
             killed_at(patches, *kill)
@@ -115,3 +116,10 @@ def test_the_evaluations_and_the_seconds_of_a_search_survive_kills(
     assert rounded(found) == rounded(whole)
     search = next(stage for stage in whole.stages if "evaluations" in stage["stopped"])
     assert search["wall_seconds"] >= 4 * TICK
+
+
+def test_a_kill_before_old_checkpoints_went_leaves_none_of_them(dataset, tmp_path):
+    config = toy_config(dataset, "train.checkpoint_every=1", "train.keep_checkpoints=2")
+    saves = 10  # of ten steps, the last with the evaluation that ends the run
+    resumed(config, tmp_path, (loop, "save_checkpoint", saves))
+    assert len(saved_steps(tmp_path / "toy" / "checkpoints")) == 2
