@@ -254,6 +254,9 @@ def _as_checkpoint_error(what: str, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if not isinstance(failure, Exception):  # Ctrl-C or SIGTERM on a rank, no fault
+                raise failure from error
         reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
         text = f"{what}: {'; '.join(reasons)}"
         raise CheckpointError(f"{text.rstrip('.')}. {way_out}" if way_out else text) from error

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from embcomp.config.sections import Bytes, FolderName, PositiveFloat, Section, Seed, YamlConfig
+from embcomp.config.sections import Bytes, FolderName, PositiveFloat, Seed, YamlConfig
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.io.yaml_reading import (
     config_error,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.training import train
+from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import toy_config, write_dataset
 
 DENSE_MODE = """
@@ -35,14 +35,11 @@ def change_column(dataset: Path, split: str, name: str, change) -> None:
         index = table.column_names.index(name)
         values = pa.array(change(table[name].to_numpy()), pa.float32())
         pq.write_table(table.set_column(index, table.schema.field(name), values), dataset / file)
+    reseal(dataset)
 
 
 def one_class(dataset: Path, label: int) -> None:
     change_column(dataset, "valid", "label", lambda values: values * 0 + label)
-    path = dataset / "dataset.json"
-    content = json.loads(path.read_text())
-    content["splits"]["valid"]["positives"] = label * content["splits"]["valid"]["rows"]
-    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -67,8 +64,9 @@ def test_without_a_watch_or_with_log_loss_one_class_trains(dataset, tmp_path):
 
 
 def test_gauc_without_groups_is_refused(dataset, tmp_path):
-    path = dataset / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "group": None}))
+    info = DatasetInfo.load(dataset)
+    info.group = None
+    info.save(dataset)
     with pytest.raises(ConfigError, match="gauc needs groups.*--group"):
         train(toy_config(dataset, "train.monitor=gauc"), runs=tmp_path / "runs", quiet=True)
 
