@@ -19,8 +19,9 @@ from embcomp.search.samplers.baselines import starts, uniform
 from embcomp.search.samplers.candidate_encoding import Parameters
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
+from embcomp.search.space.untried import MOST_LISTED
 
-MOST_IN_GRID = 10_000
+MOST_IN_GRID = MOST_LISTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +145,25 @@ class UniformOnly(CandidateSampler):
 
 
 class Grid(CandidateSampler):
-    """Every combination once, after repair.
+    """Every combination within the limits once, those that use the budget first.
 
     Args:
         repair: brings candidates into the budget.
-        fill: whether candidates are brought up to the budget.
+        fill: whether candidates are brought up to the budget; None takes those that are, and then
+            those that leave some of it.
     """
 
-    def __init__(self, repair: Repair, *, fill: bool) -> None:
+    def __init__(self, repair: Repair, *, fill: bool | None) -> None:
         if repair.space.size > MOST_IN_GRID:
             raise ConfigError(
                 f"sampler grid: the space has {repair.space.size:,} combinations, and a grid takes "
                 f"{MOST_IN_GRID:,} at most; tie tables, shorten lists, or take another sampler"
             )
         ranges = [range(len(unit.options)) for unit in repair.space.units]
-        every = (repair(candidate, fill=fill) for candidate in itertools.product(*ranges))
-        self._candidates = list(dict.fromkeys(every))
+        every = list(itertools.product(*ranges))
+        found = [repair(candidate, fill=True) for candidate in every if fill is not False]
+        found += [repair(candidate, fill=False) for candidate in every if fill is not True]
+        self._candidates = list(dict.fromkeys(found))
         self.count = len(self._candidates)
 
     def propose(self, asked: Asked) -> Proposal:

@@ -10,6 +10,7 @@ search that is killed goes on as it would have.
 from __future__ import annotations
 
 import random
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,8 +38,11 @@ from embcomp.search.samplers.gradient import Gradient
 from embcomp.search.samplers.greedy_sampler import Greedy
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
+from embcomp.search.space.untried import Untried
 
-_ATTEMPTS = 64  # changes of a candidate that was tried before, until a new one is found
+_ATTEMPTS = 64  # changes of a candidate that was tried before, until what is left is looked through
+_LOOK_EVERY = 0.05  # seconds between two looks at a study
+_PATIENCE = 20.0  # seconds to wait for what other workers propose; one of them may have died
 
 
 class OptunaSource(CandidateSampler):
@@ -125,6 +129,7 @@ class RepairedSampler(BaseSampler):
     ) -> None:
         self.source, self.encoding, self.repair = source, encoding, repair
         self._fill, self._sign, self._seed = fill, quality_sign, seed
+        self._untried = Untried(repair, fill=fill)
         self._decoded: dict[int, Candidate] = {}
         self.kinds: dict[int, str] = {}
         self.exhausted = False
@@ -137,6 +142,8 @@ class RepairedSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if self.source.count is None and RETRY_OF not in trial.user_attrs:
+            self._wait_for_earlier(study, trial)
         tried = self.tried(study)
         rank = rank_of(study, trial)
         before = [one for one in tried if one.rank < rank]
@@ -149,10 +156,24 @@ class RepairedSampler(BaseSampler):
         candidate = self.repair(proposal.candidate, fill=fill)
         taken = {one.candidate for one in tried if one.rank != rank}
         kind = proposal.kind
+        self.exhausted = False
         if candidate in taken and self.source.count is None:
-            candidate, kind = self._another(candidate, taken, rank, kind)
+            another = self._another(proposal.candidate, candidate, taken, rank)
+            self.exhausted = another is None
+            candidate, kind = another or candidate, f"{kind}, changed"
         self.kinds[trial.number] = kind
         return self.encoding.encode(candidate, proposal.parameters)
+
+    @property
+    def exhausted_because(self) -> str:
+        """Why there is nothing new to propose, for people."""
+        size = self.repair.space.size
+        if self._untried.lists_all:
+            return f"every candidate within the limits was tried, of {size:,} in the space"
+        return (
+            "no candidate within the limits that was not tried could be found; there may be some "
+            f"among the {size:,} of the space"
+        )
 
     def sample_independent(
         self,
@@ -202,9 +223,17 @@ class RepairedSampler(BaseSampler):
         return known
 
     def _another(
-        self, candidate: Candidate, taken: set[Candidate], rank: int, kind: str
-    ) -> tuple[Candidate, str]:
-        """A neighbour that was not tried; the further away, the longer it takes to find one."""
+        self, proposed: Candidate, candidate: Candidate, taken: set[Candidate], rank: int
+    ) -> Candidate | None:
+        """One that was not tried, near a candidate that was; None when there is none.
+
+        The proposal in its own methods comes first: filling may have led it to another's. Then
+        neighbours, the further away, the longer it takes to find one; then whatever is left.
+        """
+        if self._fill:
+            kept = self.repair(proposed, keep_methods=True)
+            if kept not in taken:
+                return kept
         units = [u for u, unit in enumerate(self.repair.space.units) if len(unit.options) > 1]
         draw = random.Random(f"{self._seed}:{rank}")
         for attempt in range(_ATTEMPTS):
@@ -214,9 +243,21 @@ class RepairedSampler(BaseSampler):
                 changed[u] = min(last, max(0, changed[u] + draw.choice((-2, -1, 1, 2))))
             found = self.repair(tuple(changed), fill=self._fill)
             if found not in taken:
-                return found, f"{kind}, changed"
-        self.exhausted = True
-        return candidate, kind
+                return found
+        return self._untried.next(candidate, taken)
+
+    def _wait_for_earlier(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Waits until proposals before this one are known, so that workers do not repeat each other."""
+        deadline = time.monotonic() + _PATIENCE
+        while any(
+            one.number < trial.number
+            and one.state is TrialState.RUNNING
+            and self.candidate(one) is None
+            for one in originals(study)
+        ):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_LOOK_EVERY)
 
 
 def make_encoding(config: SearchConfig, repair: Repair) -> Encoding:
@@ -234,7 +275,7 @@ def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Can
     if sampler.name == "gradient":
         return Gradient(repair)
     if sampler.name == "grid":
-        return Grid(repair, fill=config.fills)
+        return Grid(repair, fill=config.fill if config.fills else False)
     if sampler.name == "evolution":
         evolution = EvolutionSource(
             repair, fill=config.fills, population=sampler.population, seed=config.seed

@@ -75,16 +75,21 @@ class Repair:
         largest = tuple(len(unit.options) - 1 for unit in self.space.units)
         return self.costs.of(self.smallest).serve, self.costs.of(largest).serve
 
-    def __call__(self, proposal: Candidate, *, fill: bool = True) -> Candidate:
+    def __call__(
+        self, proposal: Candidate, *, fill: bool = True, keep_methods: bool = False
+    ) -> Candidate:
         """The candidate that a proposal stands for.
 
         Args:
             proposal: any candidate of the space.
             fill: whether to use the budget up; else only what is over it changes.
+            keep_methods: whether filling leaves every unit the method that it has, though less of
+                the budget is used then.
         """
         limit = self.devices.most_train
+        lines = () if not fill else (True,) if keep_methods else (True, False)
         while True:
-            candidate = self._within(proposal, limit, fill)
+            candidate = self._within(proposal, limit, lines)
             if self.devices.fits(candidate):
                 return candidate
             if candidate == self.floor:
@@ -94,8 +99,15 @@ class Repair:
             if limit <= self.costs.of(self.floor).train:
                 return self.floor
 
-    def _within(self, proposal: Candidate, limit: int | None, fill: bool) -> Candidate:
-        """Inside the serving budget and a limit on training bytes."""
+    def _within(self, proposal: Candidate, limit: int | None, lines: tuple[bool, ...]) -> Candidate:
+        """Inside the serving budget and a limit on training bytes.
+
+        Args:
+            proposal: any candidate.
+            limit: training bytes; None when not limited.
+            lines: the ways to fill, in turn: within the options' lines (True), or over all options.
+        """
+        fill = bool(lines)
 
         def fits(candidate: Candidate) -> bool:
             cost = self.costs.of(candidate)
@@ -106,7 +118,7 @@ class Repair:
         candidate = self._scaled(proposal, fits, grow=fill)
         if not fits(candidate):
             candidate = self._step_down(candidate, fits)
-        for whole_line in (True, False) if fill else ():
+        for whole_line in lines:
             if not self._uses_budget(candidate):
                 candidate = self._step_up(candidate, fits, whole_line)
             if not self._uses_budget(candidate):

@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from embcomp.search.attempts import KIND, latest_attempts
+from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.trial_pruning import falls_behind
@@ -44,7 +44,7 @@ class CandidateJobs(TrialRunner):
         return self._sampler.source.ready(len(tried), tried)
 
     def start(self, trial: Trial, slot: int) -> TrialHandle | None:
-        if self._sampler.exhausted:
+        if self._sampler.exhausted and RETRY_OF not in trial.user_attrs:
             return None
         candidate = self._sampler.encoding.decode(trial.params)
         cost = self._repair.costs.of(candidate)
@@ -56,6 +56,9 @@ class CandidateJobs(TrialRunner):
         trial.set_user_attr("train_bytes", cost.train)
         trial.set_user_attr("options", self._repair.space.labels(candidate))
         return self._evaluator.start(Task(number=number_of(trial), candidate=candidate, slot=slot))
+
+    def why_ended(self) -> str:
+        return self._sampler.exhausted_because
 
     def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         rungs = self._config.fidelity.rungs

@@ -63,10 +63,12 @@ class TrialQueue:
 
     def has_next(self) -> bool:
         """Whether a candidate is left to start."""
+        return self.has_waiting() or len(originals(self.study)) < self.count
+
+    def has_waiting(self) -> bool:
+        """Whether a candidate that was enqueued waits to be started."""
         trials = self.study.get_trials(deepcopy=False)
-        if any(trial.state is TrialState.WAITING for trial in trials):
-            return True
-        return len(originals(self.study)) < self.count
+        return any(trial.state is TrialState.WAITING for trial in trials)
 
     def next(self) -> Trial | None:
         """Starts the next candidate; None when others were quicker."""

@@ -49,7 +49,11 @@ class TrialRunner(ABC):
 
     @abstractmethod
     def start(self, trial: Trial, slot: int) -> TrialHandle | None:
-        """Begins a trial's work; None gives it back, and ends the search."""
+        """Begins a trial's work; None gives it back, as nothing new is left to propose."""
+
+    def why_ended(self) -> str:
+        """Why nothing is left to propose, for people."""
+        return "nothing is left to try"
 
     @abstractmethod
     def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
@@ -100,14 +104,17 @@ class Worker:
             self._listener.log(
                 f"candidate {number}: its worker is gone; it goes on here or elsewhere"
             )
-        while not self._ended and len(self._hands) < self._slots and queue.has_next():
+        while len(self._hands) < self._slots and self._has_next():
             if not self._start():
                 break
         for hand in list(self._hands):
             self._look_at(hand)
         self._listener.update([number_of(hand.trial) for hand in self._hands])
-        more = not self._ended and queue.has_next()
-        return bool(self._hands) or more or queue.others_run()
+        return bool(self._hands) or self._has_next() or queue.others_run()
+
+    def _has_next(self) -> bool:
+        """Whether a trial can be started: when nothing is left to propose, one to take over."""
+        return self._queue.has_waiting() if self._ended else self._queue.has_next()
 
     def _start(self) -> bool:
         if not self._jobs.ready():
@@ -120,7 +127,8 @@ class Worker:
         run = self._jobs.start(trial, slot)
         if run is None:
             self._queue.withdraw(trial)
-            self._listener.log("every candidate within the budget that could be found was tried")
+            if not self._ended:
+                self._listener.log(self._jobs.why_ended())
             self._ended = True
             return False
         self._hands.append(RunningTrial(trial, slot, run, {}))
