@@ -224,6 +224,17 @@ class BackendConfig(ABC):
         """The method that holds the tables in the first stage."""
         return self
 
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        """The methods that hold the tables in training, one after another, as far as is known.
+
+        Where training finds a form, one that takes no less stands for it.
+
+        Args:
+            tables: the group, without those that stay full.
+        """
+        first = self.first_method()
+        return (self,) if first == self else (first, self)
+
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from embcomp.cli import consoles as console
+from embcomp.tables.budget import RESERVE
 
 if TYPE_CHECKING:
     from embcomp.config.train_config import TrainConfig
@@ -47,8 +48,12 @@ def plan(
         Literal["cuda", "cpu"], typer.Option(help="Kind of the devices to place on.")
     ] = "cuda",
     reserve: Annotated[
-        str, typer.Option(help="Memory of each device kept for all but tables: 4GiB or 10%.")
-    ] = "0%",
+        str,
+        typer.Option(
+            help="Memory of each device kept for all but tables, as 4GiB or a share of the device; "
+            f"training keeps {RESERVE}."
+        ),
+    ] = RESERVE,
 ) -> None:
     """Show bytes per table and in total; exit code 1 when over budget or not placeable.
 
@@ -59,7 +64,7 @@ def plan(
     from embcomp.config.train_config import load_config
     from embcomp.errors import BudgetError
     from embcomp.planning.config_plan import plan_config, read_sizes, sizes_of_dataset
-    from embcomp.tables.budget import parse_budget
+    from embcomp.tables.budget import parse_budget, reserved_bytes
 
     forms = None
     if (Path(config) / "config.yaml").is_file():
@@ -86,13 +91,11 @@ def plan(
     _print_lines(found)
     if memory is None:
         return
-    kept = (
-        0 if reserve in ("0", "0%") else parse_budget(reserve, full_bytes=memory, name="--reserve")
-    )
+    kept = reserved_bytes(reserve, memory, name="--reserve")
     if found.dense_rows:
         _replicate(found, world_size, memory - kept)
     else:
-        _place(loaded, sizes, found, world_size, memory, kept, device)
+        _place(loaded, sizes, found, world_size, memory, reserve, device)
 
 
 def _print_lines(found: ConfigPlan) -> None:
@@ -148,11 +151,12 @@ def _place(
     found: ConfigPlan,
     world_size: int,
     memory: int,
-    reserved: int,
+    reserve: str,
     device: Literal["cuda", "cpu"],
 ) -> None:
     from embcomp.planning.placement import SHARDING, PlacementError, PlacementRequest, place
     from embcomp.planning.suggestions import for_devices
+    from embcomp.tables.budget import reserved_bytes
 
     chosen = config.train.sharding
     query = PlacementRequest(
@@ -160,8 +164,9 @@ def _place(
         device_memory=memory,
         device=device,
         optimizer=found.optimizer,
-        batch_size=max(1, config.data.batch_size // world_size),
-        reserved=reserved,
+        batch_size=-(-config.data.batch_size // world_size),
+        reserved=reserved_bytes(reserve, memory, name="--reserve"),
+        reserve=reserve,
         sharding=SHARDING if chosen == "auto" else (chosen,),
         pooling_factors=found.pooling_factors(),
     )
@@ -180,7 +185,7 @@ def _print_placement(placement: Placement) -> None:
     table = Table(box=console.BOX, pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column("tables")
-    for name in ("weights", "optimizer", "buffers", "total", "of device"):
+    for name in ("weights", "optimizer", "buffers", "beside", "total", "of device"):
         table.add_column(name, justify="right")
     for rank, total in enumerate(placement.bytes_per_rank()):
         shards = placement.on_rank(rank)
@@ -191,6 +196,7 @@ def _print_placement(placement: Placement) -> None:
             format_bytes(sum(shard.weight_bytes for shard in shards)),
             format_bytes(sum(shard.optimizer_bytes for shard in shards)),
             format_bytes(sum(shard.buffer_bytes for shard in shards)),
+            format_bytes(placement.beside),
             format_bytes(total),
             f"{(total + placement.reserved) / placement.device_memory:.1%}",
         )

@@ -158,6 +158,10 @@ class _Compressed(nn.Module):
         """
         return penalty_of(self.combine)
 
+    def lookup_features(self) -> dict[str, str]:
+        """The feature of each physical look-up, by the name that TorchRec knows it by."""
+        return {str(key): key.feature for table in self._physical for key in table.lookups}
+
     def detach_rows(self, detached: bool) -> None:
         """Keep gradients from the rows, as when only a method's structure learns, or stop that."""
         combine = self.combine

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
         TableBytes as TableBytes,
         TableSize as TableSize,
         config_to_plan as config_to_plan,
+        most_train_bytes as most_train_bytes,
         plan_config as plan_config,
         plan_lines as plan_lines,
         read_sizes as read_sizes,
         sizes_of_dataset as sizes_of_dataset,
         table_specs as table_specs,
         total_line as total_line,
+        training_plans as training_plans,
     )
 
 _HOMES = dict.fromkeys(
@@ -31,12 +33,14 @@ _HOMES = dict.fromkeys(
         "ROLES_OF_WEIGHTS",
         "TableSize",
         "config_to_plan",
+        "most_train_bytes",
         "plan_config",
         "plan_lines",
         "read_sizes",
         "sizes_of_dataset",
         "table_specs",
         "total_line",
+        "training_plans",
     ),
     "embcomp.planning.config_plan",
 )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
-from embcomp.backends.base import BackendConfig
+from embcomp.backends.base import BackendConfig, full_table
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.table_row_types import FP32, RowTypes, is_final
@@ -22,7 +22,7 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import open_dataset
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed, read_yaml
-from embcomp.tables.footprint import Footprint, RowOptimizer
+from embcomp.tables.footprint import Footprint, RowOptimizer, footprint_of
 from embcomp.tables.specs import TableSpec, specs_from_configs
 
 ROLES_OF_WEIGHTS = ("weights", "projection", "codebook")
@@ -158,25 +158,38 @@ class ConfigPlan:
     @property
     def replicated_bytes(self) -> int:
         """Bytes on every rank in dense mode: weights, their gradient and the optimizer's state."""
-        total = sum((plan.footprint for plan in self._plans()), Footprint())
-        return 2 * total.train_weight_bytes + total.optimizer_bytes(self.optimizer)
+        stages = [sum((p.footprint for p in plans), Footprint()) for plans in self._stages()]
+        return max(2 * f.train_weight_bytes + f.optimizer_bytes(self.optimizer) for f in stages)
 
-    def on_meta(self) -> nn.ModuleDict:
-        """The collections without storage, as the planner wants them."""
-        return nn.ModuleDict({str(i): _on_meta(plan) for i, plan in enumerate(self._plans())})
+    def on_meta(self) -> list[nn.ModuleDict]:
+        """The collections without storage, as the planner wants them: once for each form.
+
+        A method in stages holds its tables in several forms, and each must find its place.
+        """
+        return [
+            nn.ModuleDict({str(i): _on_meta(plan) for i, plan in enumerate(plans)})
+            for plans in self._stages()
+        ]
 
     def pooling_factors(self) -> dict[str, float]:
         """Mean bag length for each physical look-up."""
         lengths = {size.name: size.mean_length for size in self.sizes}
         factors: dict[str, float] = {}
         for plan in self._plans():
-            for config, group in plan.groups:
-                for table in config.physical_tables(group):
-                    factors |= {str(key): lengths.get(key.feature, 1.0) for key in table.lookups}
+            for method, group in plan.groups:
+                for form in method.training_forms(group):
+                    for table in form.physical_tables(group):
+                        factors |= {str(key): lengths.get(key.feature, 1.0) for key in table.lookups}
         return factors
 
     def _plans(self) -> list[ResolvedPlan]:
         return [plan for plan in (self.main, self.first_order) if plan is not None]
+
+    def _stages(self) -> list[list[ResolvedPlan]]:
+        """All tables as they are held from stage to stage."""
+        first_order = [] if self.first_order is None else [self.first_order]
+        main = [] if self.main is None else training_plans(self.main)
+        return [[plan, *first_order] for plan in main] or [first_order]
 
 
 def plan_config(
@@ -290,10 +303,7 @@ def _line(
         weights=_serve_bytes(footprint, weights=True),
         indices=_serve_bytes(footprint, weights=False),
         optimizer=footprint.optimizer_bytes(optimizer),
-        train=max(
-            form.footprint(tables).train_bytes(optimizer)
-            for form in (config, config.first_method())
-        ),
+        train=most_train_bytes(config, tables, optimizer),
         serve=footprint.serve_bytes,
         full=sum(table.full_bytes for table in tables),
         learnt=config.learns_size or (narrow and not is_final(config)),
@@ -308,6 +318,44 @@ def _serve_bytes(footprint: Footprint, *, weights: bool) -> int:
     )
 
 
+def most_train_bytes(
+    config: BackendConfig,
+    tables: Sequence[TableSpec],
+    optimizer: RowOptimizer,
+    *,
+    dense_rows: bool = False,
+) -> int:
+    """Bytes that training keeps for some tables of a method, in the form that takes most.
+
+    Args:
+        config: the method.
+        tables: all that it holds, those that stay full included.
+        optimizer: of the rows.
+        dense_rows: whether rows have a gradient as large as they are.
+    """
+
+    def size(footprint: Footprint) -> int:
+        gradient = footprint.train_weight_bytes if dense_rows else 0
+        return gradient + footprint.train_bytes(optimizer)
+
+    small = [table for table in tables if not config.keeps_full(table)]
+    kept = footprint_of(full_table(table) for table in tables if config.keeps_full(table))
+    forms = config.training_forms(small) if small else ()
+    return size(kept) + max((size(form.footprint(small)) for form in forms), default=0)
+
+
+def training_plans(plan: ResolvedPlan) -> list[ResolvedPlan]:
+    """How tables are stored from stage to stage; methods of fewer forms stay in their last."""
+    forms = [(config.training_forms(group), group) for config, group in plan.groups]
+    return [
+        ResolvedPlan(
+            plan.tables,
+            {table.name: own[min(stage, len(own) - 1)] for own, group in forms for table in group},
+        )
+        for stage in range(max(len(own) for own, _ in forms))
+    ]
+
+
 def _on_meta(plan: ResolvedPlan) -> CompressedEmbeddingBagCollection:
     configs = [
         EmbeddingBagConfig(
@@ -319,15 +367,4 @@ def _on_meta(plan: ResolvedPlan) -> CompressedEmbeddingBagCollection:
         )
         for table in plan.tables
     ]
-    methods = {name: _largest_method(config, plan) for name, config in plan.methods.items()}
-    return CompressedEmbeddingBagCollection(
-        configs, ResolvedPlan(plan.tables, methods), device=torch.device("meta")
-    )
-
-
-def _largest_method(config: BackendConfig, plan: ResolvedPlan) -> BackendConfig:
-    """The form that takes most in training: a method in stages may begin with full tables."""
-    tables = [table for table in plan.tables if plan.methods[table.name] == config]
-    first = config.first_method()
-    sizes = [form.footprint(tables).train_bytes() for form in (config, first)]
-    return first if sizes[1] > sizes[0] else config
+    return CompressedEmbeddingBagCollection(configs, plan, device=torch.device("meta"))

@@ -6,46 +6,55 @@ no more than ten. What it does not see is subtracted first: pass it as ``reserve
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.distributed.optim import (  # type: ignore[attr-defined]
     _apply_optimizer_in_backward,
 )
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    PlannerError,
-    PlannerErrorType,
-    ShardingOption,
-    Topology,
-    TopologyFactory,
-    TrainerConfig,
-)
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
-from embcomp.errors import EmbcompError
-from embcomp.planning.proposers import proposers
+from embcomp.planning.planner import (
+    SHARDING,
+    Device,
+    PlacementError,
+    PlacementRequest,
+    RowSharder,
+    allowed_sharding,
+    find_plan,
+    quiet,
+    replicated_bytes,
+    row_collections,
+    topology_of,
+)
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import RowOptimizer
-from embcomp.tables.specs import splits_by_rows
 
-Device = Literal["cpu", "cuda"]
+__all__ = [
+    "SHARDING",
+    "Device",
+    "Placement",
+    "PlacementError",
+    "Query",
+    "Shard",
+    "Signature",
+    "Tables",
+    "attach_optimizer",
+    "place",
+    "row_wise_bytes",
+    "smallest_memory",
+    "smallest_world",
+]
 
-SHARDING = ("table_wise", "row_wise")
-"""What may be chosen from by default; row-wise splits a table that is too big for one device."""
+Tables = nn.Module | Sequence[nn.Module]
+"""Modules on ``meta`` that hold collections; several stand for the stages of one training."""
 
 TableShape = tuple[int, int, int, tuple[float, ...]]
 """All of a table that the planner's bytes depend on: rows, width, bytes of a weight, bag lengths."""
@@ -56,10 +65,6 @@ _OPTIMIZERS: dict[RowOptimizer, type[torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "adam": torch.optim.Adam,
 }
-
-
-class PlacementError(EmbcompError):
-    """The planner found no way to put the tables on the devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +106,14 @@ class Placement:
         device_memory: bytes of one device.
         reserved: bytes of one device that tables may not use.
         shards: all parts, by rank.
+        beside: bytes on each rank that belong to no table: codes, bitmaps, pointers.
     """
 
     world_size: int
     device_memory: int
     reserved: int
     shards: tuple[Shard, ...]
+    beside: int = 0
 
     def on_rank(self, rank: int) -> list[Shard]:
         """The parts on one rank."""
@@ -114,90 +121,42 @@ class Placement:
 
     def bytes_per_rank(self) -> list[int]:
         """Bytes on each rank, the reserved ones left out."""
-        totals = [0] * self.world_size
+        totals = [self.beside] * self.world_size
         for shard in self.shards:
             totals[shard.rank] += shard.bytes
         return totals
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlacementRequest:
-    """What the planner is asked.
-
-    Args:
-        world_size: number of ranks.
-        device_memory: bytes of one device.
-        device: kind of device.
-        optimizer: row optimizer, whose state is counted.
-        batch_size: rows of a batch on one rank.
-        reserved: bytes of one device kept for everything else: dense layers, activations.
-        sharding: TorchRec's sharding types to choose from.
-        pooling_factors: mean number of ids in a bag, for each key of a physical table.
-    """
-
-    world_size: int
-    device_memory: int
-    device: Device = "cuda"
-    optimizer: RowOptimizer = "rowwise_adagrad"
-    batch_size: int = 1
-    reserved: int = 0
-    sharding: Sequence[str] = SHARDING
-    pooling_factors: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("world_size", self.world_size),
-            ("device_memory", self.device_memory),
-            ("batch_size", self.batch_size),
-        ):
-            if value < 1:
-                raise PlacementError(f"{name}: expected a positive number, got {value}")
-        if self.reserved >= self.device_memory:
-            raise PlacementError(
-                f"reserved: {self.reserved:,} bytes leave nothing of a device's "
-                f"{self.device_memory:,} bytes"
-            )
-
-
-class _EveryType(EmbeddingBagCollectionSharder):
-    """On CPU the stock sharder hides row-wise splits from the planner, though they run."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [kind.value for kind in ShardingType]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        # No unified-memory kernels: they would move tables to host memory without being asked.
-        if sharding_type == ShardingType.DATA_PARALLEL.value:
-            return [EmbeddingComputeKernel.DENSE.value]
-        return [EmbeddingComputeKernel.FUSED.value]
-
-
 def attach_optimizer(tables: nn.Module, optimizer: RowOptimizer) -> None:
-    """Makes the planner count an optimizer's state on every table of a ``meta`` module."""
-    _apply_optimizer_in_backward(_OPTIMIZERS[optimizer], tables.parameters(), {"lr": 0.1})
+    """Makes the planner count an optimizer's state on every row of a ``meta`` module."""
+    for _, collection in row_collections(tables):
+        _apply_optimizer_in_backward(_OPTIMIZERS[optimizer], collection.parameters(), {"lr": 0.1})
 
 
-def place(tables: nn.Module, query: PlacementRequest) -> Placement:
+def place(tables: Tables, query: PlacementRequest) -> Placement:
     """Asks TorchRec's planner for a placement.
 
     Args:
-        tables: modules on ``meta`` that hold EmbeddingBagCollections; each asked once, as the
-            optimizer is attached to them.
+        tables: each asked once, as the optimizer is attached to them.
         query: devices and memory.
+
+    Returns:
+        The placement; of several stages, that which fills a device most.
 
     Raises:
         PlacementError: when the tables cannot be placed; the text says why.
     """
-    attach_optimizer(tables, query.optimizer)
+    for stage in _stages(tables):
+        attach_optimizer(stage, query.optimizer)
     return _ask(tables, query)
 
 
-def smallest_memory(tables: nn.Module, query: PlacementRequest, most: int) -> int | None:
+def smallest_memory(tables: Tables, query: PlacementRequest, most: int) -> int | None:
     """The least memory per device, to about 2 %, for which a placement exists; None if none is.
 
     Args:
         tables: as for ``place``, the optimizer attached already.
-        query: devices; its memory is replaced.
+        query: devices; its memory is replaced, and a reserve that is a share of it.
         most: bytes per device beyond which not to look.
     """
     steps = 64
@@ -205,7 +164,7 @@ def smallest_memory(tables: nn.Module, query: PlacementRequest, most: int) -> in
     return None if found is None else most * (steps - found) // steps
 
 
-def smallest_world(tables: nn.Module, query: PlacementRequest, most: int = 1024) -> int | None:
+def smallest_world(tables: Tables, query: PlacementRequest, most: int = 1024) -> int | None:
     """The least number of ranks, doubling from the query's, for which a placement exists."""
     world = query.world_size * 2
     while world <= most:
@@ -242,14 +201,15 @@ def row_wise_bytes(tables: Sequence[TableShape], query: PlacementRequest) -> lis
     attach_optimizer(module, query.optimizer)
     constraints = {
         f"t{i}": ParameterConstraints(
-            sharding_types=_allowed(rows, ["row_wise"], query), pooling_factors=list(lengths)
+            sharding_types=allowed_sharding(rows, ["row_wise"], query.world_size),
+            pooling_factors=list(lengths),
         )
         for i, (rows, _, _, lengths) in enumerate(tables)
     }
-    with _quiet():
+    with quiet():
         options = EmbeddingEnumerator(
-            topology=_topology(query), batch_size=query.batch_size, constraints=constraints
-        ).enumerate(module, [_EveryType()])
+            topology=topology_of(query), batch_size=query.batch_size, constraints=constraints
+        ).enumerate(module, [RowSharder()])
     by_name = {option.name: option for option in options}
     found = []
     for config in configs:
@@ -259,92 +219,33 @@ def row_wise_bytes(tables: Sequence[TableShape], query: PlacementRequest) -> lis
     return found
 
 
-def _fits(tables: nn.Module, query: PlacementRequest, memory: int) -> bool:
-    if memory <= query.reserved:
-        return False
+def _stages(tables: Tables) -> Sequence[nn.Module]:
+    return [tables] if isinstance(tables, nn.Module) else tables
+
+
+def _fits(tables: Tables, query: PlacementRequest, memory: int) -> bool:
     try:
-        _ask(tables, replace(query, device_memory=memory))
+        _ask(tables, query.with_memory(memory))
     except PlacementError:
         return False
     return True
 
 
-def _ask(tables: nn.Module, query: PlacementRequest) -> Placement:
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(query),
-        batch_size=query.batch_size,
-        constraints=_constraints(tables, query),
-        proposer=proposers(),
-        stats=[],
-        debug=False,
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-    )
-    with _quiet():
-        try:
-            planner.plan(tables, [_EveryType()])
-        except PlannerError as error:
-            # A single table too large for every device is reported as a broken constraint.
-            if error.error_type not in (
-                PlannerErrorType.INSUFFICIENT_STORAGE,
-                PlannerErrorType.STRICT_CONSTRAINTS,
-            ):
-                raise
-            raise PlacementError(_reason(query)) from None
-        except RuntimeError as error:
-            raise PlacementError(f"no placement: {error}") from None
-    shards = [shard for option in planner._best_plan or () for shard in _shards(option, query)]
+def _ask(tables: Tables, query: PlacementRequest) -> Placement:
+    placements = [_placement(stage, query) for stage in _stages(tables)]
+    return max(placements, key=lambda placement: max(placement.bytes_per_rank(), default=0))
+
+
+def _placement(tables: nn.Module, query: PlacementRequest) -> Placement:
+    options = find_plan(tables, query).options
+    shards = [shard for option in options for shard in _shards(option, query)]
     return Placement(
         world_size=query.world_size,
         device_memory=query.device_memory,
         reserved=query.reserved,
         shards=tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table))),
+        beside=replicated_bytes(tables),
     )
-
-
-def _reason(query: PlacementRequest) -> str:
-    free = query.device_memory - query.reserved
-    return (
-        f"the tables, their {query.optimizer} state and buffers do not fit on {query.world_size} "
-        f"x {free:,} bytes of {query.device} memory ({', '.join(query.sharding)})"
-    )
-
-
-def _topology(query: PlacementRequest) -> Topology:
-    memory = query.device_memory - query.reserved
-    on_cpu = query.device == "cpu"
-    return TopologyFactory.create_topology(
-        TrainerConfig(
-            world_size=query.world_size,
-            local_world_size=query.world_size,
-            ddr_cap_bytes=memory if on_cpu else 0,
-            hbm_cap_bytes=0 if on_cpu else memory,
-        ),
-        kernel_config=KernelConfig(compute_device=query.device),
-    )
-
-
-def _constraints(tables: nn.Module, query: PlacementRequest) -> dict[str, ParameterConstraints]:
-    found = {}
-    for path, module in tables.named_modules():
-        if isinstance(module, EmbeddingBagCollection):
-            # Row-wise wants equal batches on all ranks, and single values do not come in such.
-            unpooled = path.endswith("unpooled_rows")
-            for config in module.embedding_bag_configs():
-                keys = config.feature_names
-                found[config.name] = ParameterConstraints(
-                    sharding_types=["table_wise"]
-                    if unpooled
-                    else _allowed(config.num_embeddings, query.sharding, query),
-                    pooling_factors=[query.pooling_factors.get(key, 1.0) for key in keys],
-                )
-    return found
-
-
-def _allowed(num_embeddings: int, sharding: Sequence[str], query: PlacementRequest) -> list[str]:
-    """The sharding types that training would use for a table, too."""
-    if splits_by_rows(num_embeddings, query.world_size):
-        return list(sharding)
-    return [kind for kind in sharding if kind != "row_wise"] or ["table_wise"]
 
 
 def _shards(option: ShardingOption, query: PlacementRequest) -> Iterator[Shard]:
@@ -376,14 +277,3 @@ def _state_words(optimizer: RowOptimizer) -> Callable[[int, int], int]:
         "adam": lambda rows, columns: 2 * rows * columns,
     }
     return words[optimizer]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the planner's log lines about tables that have no sharding spec."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

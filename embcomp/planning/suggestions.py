@@ -51,7 +51,8 @@ def for_devices(
         pass
     else:
         return found
-    most = plan.replicated_bytes + plan_bytes(plan) + query.reserved + (1 << 30)
+    # More than enough without a reserve, and as much again for one that is a share of it.
+    most = 2 * (plan.replicated_bytes + plan_bytes(plan) + (1 << 30)) + query.reserved
     memory = smallest_memory(modules, query, most)
     if memory is not None:
         found.append(f"--device-memory {memory} ({format_bytes(memory)}): the least that is enough")

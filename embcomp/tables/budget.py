@@ -26,6 +26,22 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
+RESERVE = "10%"
+"""Memory of each device that is kept for all but tables, where nobody says otherwise."""
+
+
+def reserved_bytes(reserve: str | int, memory: int, *, name: str = "reserve") -> int:
+    """Bytes of a device that tables may not use.
+
+    Args:
+        reserve: as a budget, a share being one of the device; ``0`` and ``0%`` keep nothing.
+        memory: bytes of the device.
+        name: what an error calls it.
+    """
+    none = str(reserve) in ("0", "0%")
+    return 0 if none else parse_budget(reserve, full_bytes=memory, name=name)
+
+
 def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str = "budget") -> int:
     """Read a budget.
 

@@ -92,11 +92,13 @@ class UnshardedModel:
         model: The network.
         tables: The collection inside it, if the model uses embeddings.
         first_order: The collection of first-order weights inside it, if it uses them.
+        mean_lengths: Mean number of values of each categorical feature.
     """
 
     model: nn.Module
     tables: CompressedEmbeddingBagCollection | None
     first_order: CompressedEmbeddingBagCollection | None
+    mean_lengths: Mapping[str, float]
 
     def collections(self) -> Iterator[CompressedEmbeddingBagCollection]:
         """The collections that there are."""
@@ -146,7 +148,8 @@ def build_model(
         )
     torch.manual_seed(config.seed)
     model = settings.build(model_inputs(config, info), main, first_order)
-    return UnshardedModel(model, main, first_order)
+    lengths = {feature.name: feature.mean_length for feature in info.categorical}
+    return UnshardedModel(model, main, first_order, lengths)
 
 
 def model_inputs(config: TrainConfig, info: DatasetInfo) -> ModelInputs:
@@ -190,6 +193,8 @@ def shard_model(
         process,
         "data_parallel" if rows.mode == "dense" else train.sharding,
         -(-config.data.batch_size // process.world_size),
+        rows.name,
+        unsharded.mean_lengths,
     )
     sharded = DistributedModelParallel(task, device=process.device, plan=plan, sharders=[sharder])
     draw_rows(sharded.state_dict(), unsharded, config)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.table_row_types import RowTypes
-from embcomp.planning.config_plan import ConfigPlan
+from embcomp.planning.config_plan import ConfigPlan, most_train_bytes
 from embcomp.search.space.space import Candidate, Space
-from embcomp.tables.footprint import Footprint, RowOptimizer
+from embcomp.tables.footprint import RowOptimizer
 from embcomp.tables.row_types import RowType
 from embcomp.tables.specs import TableSpec
 
@@ -46,7 +46,12 @@ class Costs:
         self._space = space
         self._optimizer: RowOptimizer = plan.optimizer
         self._dense = plan.dense_rows
-        self._first_order = self._train(_first_order(plan))
+        first_order = plan.first_order
+        groups = [] if first_order is None else first_order.groups
+        self._first_order = sum(
+            most_train_bytes(config, tables, self._optimizer, dense_rows=self._dense)
+            for config, tables in groups
+        )
         self._alone: list[list[CandidateBytes]] = [[] for _ in space.units]
         self._pool: list[list[int]] = [[] for _ in space.units]
         self._pools: list[Stored] = []
@@ -117,14 +122,7 @@ class Costs:
         self, config: BackendConfig, row_type: RowType, tables: Sequence[TableSpec]
     ) -> CandidateBytes:
         footprint = RowTypes(default=row_type).footprint(config, tables)
-        return CandidateBytes(footprint.serve_bytes, self._train(footprint))
-
-    def _train(self, footprint: Footprint) -> int:
-        if self._dense:
-            weights = footprint.train_weight_bytes
-            return 2 * weights + footprint.optimizer_bytes(self._optimizer)
-        return footprint.train_bytes(self._optimizer)
-
-
-def _first_order(plan: ConfigPlan) -> Footprint:
-    return plan.first_order.footprint if plan.first_order else Footprint()
+        return CandidateBytes(
+            footprint.serve_bytes,
+            most_train_bytes(config, tables, self._optimizer, dense_rows=self._dense),
+        )

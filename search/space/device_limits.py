@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from embcomp.backends.base import BackendConfig, full_table
 from embcomp.config.train_config import TrainConfig
 from embcomp.planning.placement import (
@@ -28,7 +30,7 @@ from embcomp.planning.placement import (
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.space.costs import Costs
 from embcomp.search.space.space import Candidate, Space
-from embcomp.tables.budget import parse_budget
+from embcomp.tables.budget import parse_budget, reserved_bytes
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
@@ -58,7 +60,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Devi
     if dense_rows or (topology is None and (train is None or world == 1)):
         if dense_rows and topology:
             memory = parse_budget(topology.device_memory)
-            free = memory - _reserved(topology.reserve, memory)
+            free = memory - reserved_bytes(topology.reserve, memory)
             train = free if train is None else min(train, free)
         return DeviceLimits(train=train, query=None)
     device: Device = "cpu"
@@ -66,7 +68,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Devi
     if topology:
         device = topology.device
         memory = parse_budget(topology.device_memory)
-        reserved = _reserved(topology.reserve, memory)
+        reserved = reserved_bytes(topology.reserve, memory)
         if train is not None:
             reserved = max(reserved, memory - train)
     chosen = base.train.sharding
@@ -75,15 +77,34 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Devi
         device_memory=memory,
         device=device,
         optimizer=base.train.row_optimizer.name,
-        batch_size=max(1, base.data.batch_size // world),
+        batch_size=-(-base.data.batch_size // world),
         reserved=reserved,
         sharding=SHARDING if chosen == "auto" else (chosen,),
     )
     return DeviceLimits(train=None, query=query, world_size=world)
 
 
-def _reserved(reserve: int | str, memory: int) -> int:
-    return 0 if reserve == "0" else parse_budget(reserve, full_bytes=memory)
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the devices hold of some tables in one stage of training.
+
+    Args:
+        signatures: of the physical tables.
+        single_values: whether some are looked up value by value; those cannot be split by rows.
+        beside: bytes on every device that belong to no table.
+    """
+
+    signatures: Sequence[TableShape]
+    single_values: bool = False
+    beside: int = 0
+
+
+def _together(parts: Sequence[Held]) -> Held:
+    return Held(
+        signatures=[one for part in parts for one in part.signatures],
+        single_values=any(part.single_values for part in parts),
+        beside=sum(part.beside for part in parts),
+    )
 
 
 class PlacementChecker:
@@ -101,11 +122,11 @@ class PlacementChecker:
         self.asked = 0
         self._lengths = {size.name: size.mean_length for size in space.sizes}
         self._row_wise: dict[TableShape, tuple[int, ...]] = {}
-        self._tables: dict[tuple[int, int], tuple[list[TableShape], bool]] = {}
-        self._known: dict[tuple[TableShape, ...], bool] = {}
+        self._tables: dict[tuple[int, int], list[Held]] = {}
+        self._known: dict[tuple[object, ...], bool] = {}
         plan = space.recipe_plan.first_order
-        first = [] if plan is None else [self._signed(c, group) for c, group in plan.groups]
-        self._first_order = [one for signatures, _ in first for one in signatures]
+        first = [] if plan is None else [self._held(c, group)[-1] for c, group in plan.groups]
+        self._first_order = _together(first)
 
     @property
     def most_train(self) -> int | None:
@@ -126,12 +147,12 @@ class PlacementChecker:
         free = query.device_memory - query.reserved
         if cost > query.world_size * free:
             return False
-        signatures, single_values = self._signatures(candidate)
-        if not single_values and "row_wise" in query.sharding:
-            each = self._add_row_wise(signatures, query)
-            if max(each) <= free:
-                return True
-        key = tuple(sorted(signatures))
+        asked = [
+            held for held in self._stages(candidate) if not self._fits_by_rows(held, query, free)
+        ]
+        if not asked:
+            return True
+        key = tuple((*sorted(held.signatures), held.beside, held.single_values) for held in asked)
         if key not in self._known:
             try:
                 self.place(candidate)
@@ -139,6 +160,12 @@ class PlacementChecker:
             except PlacementError:
                 self._known[key] = False
         return self._known[key]
+
+    def _fits_by_rows(self, held: Held, query: PlacementRequest, free: int) -> bool:
+        """Whether it is known without the planner that tables fit when they are split by rows."""
+        if held.single_values or "row_wise" not in query.sharding:
+            return False
+        return max(self._add_row_wise(held.signatures, query)) + held.beside <= free
 
     def place(self, candidate: Candidate) -> Placement:
         """Asks the planner, whatever is known.
@@ -163,37 +190,45 @@ class PlacementChecker:
                 totals[rank] += size
         return totals
 
-    def _signatures(self, candidate: Candidate) -> tuple[list[TableShape], bool]:
-        """The physical tables, and whether some are looked up value by value."""
-        found, single_values = list(self._first_order), False
+    def _stages(self, candidate: Candidate) -> list[Held]:
+        """All tables as they are held from stage to stage."""
         if self._costs.additive:
-            parts = (self._of_option(u, o) for u, o in enumerate(candidate))
+            parts = [self._of_option(u, o) for u, o in enumerate(candidate)]
         else:
             groups = self._space.plan(candidate).groups
-            parts = (self._signed(config, tables) for config, tables in groups)
-        for signatures, per_row in parts:
-            found += signatures
-            single_values = single_values or per_row
-        return found, single_values
+            parts = [self._held(config, tables) for config, tables in groups]
+        stages = max(len(part) for part in parts)
+        return [
+            _together([self._first_order, *(part[min(stage, len(part) - 1)] for part in parts)])
+            for stage in range(stages)
+        ]
 
-    def _of_option(self, unit: int, place: int) -> tuple[list[TableShape], bool]:
+    def _of_option(self, unit: int, place: int) -> list[Held]:
         if (unit, place) not in self._tables:
             config = self._space.units[unit].options[place].config
-            self._tables[unit, place] = self._signed(config, self._space.units[unit].tables)
+            self._tables[unit, place] = self._held(config, self._space.units[unit].tables)
         return self._tables[unit, place]
 
-    def _signed(
-        self, config: BackendConfig, tables: Sequence[TableSpec]
-    ) -> tuple[list[TableShape], bool]:
+    def _held(self, config: BackendConfig, tables: Sequence[TableSpec]) -> list[Held]:
+        """The physical tables of a method in each of its forms."""
         small = [table for table in tables if not config.keeps_full(table)]
-        kept = [table for table in tables if config.keeps_full(table)]
-        physical = [full_table(table) for table in kept]
-        physical += config.physical_tables(small) if small else []
-        features = (feature for table in small for feature in table.feature_names)
-        bags = any(self._lengths.get(feature, 1.0) != 1.0 for feature in features)
-        # Only methods that see rows one by one need unpooled rows, and only for bags.
-        per_row = bags and config.build(small).needs_unpooled_rows
-        return [self._signature(table) for table in physical], per_row
+        kept = [full_table(table) for table in tables if config.keeps_full(table)]
+        if not small:
+            return [Held(signatures=[self._signature(table) for table in kept])]
+        found = []
+        for form in config.training_forms(small):
+            with torch.device("meta"):  # codes are as long as a vocabulary
+                per_row = form.build(small).needs_unpooled_rows
+            found.append(
+                Held(
+                    signatures=[
+                        self._signature(table) for table in [*kept, *form.physical_tables(small)]
+                    ],
+                    single_values=per_row,
+                    beside=form.dense_footprint(small).train_weight_bytes,
+                )
+            )
+        return found
 
     def _signature(self, table: PhysicalTable) -> TableShape:
         lengths = tuple(self._lengths.get(key.feature, 1.0) for key in table.lookups)

@@ -138,7 +138,8 @@ def test_over_budget_is_exit_code_1_with_ways_out_that_work(files):
 
 def test_reserve_leaves_less_for_tables(files):
     memory = ["--device-memory", "200MiB"]
-    assert run(files, *memory).exit_code == 0
+    assert run(files, *memory, "--reserve", "0%").exit_code == 0
+    assert run(files, *memory).exit_code == 1  # training keeps 10 %
     assert run(files, *memory, "--reserve", "40%").exit_code == 1
     assert run(files, *memory, "--reserve", "80MiB").exit_code == 1
 

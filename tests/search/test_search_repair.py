@@ -210,6 +210,6 @@ def test_bytes_of_rows_split_over_ranks_add_up_to_what_the_planner_counts(recipe
     candidate = prepared.repair((3, 2, 1))
     plan = prepared.space.config_plan(candidate)
     shards = place(plan.on_meta(), replace(alone, pooling_factors=plan.pooling_factors()))
-    signatures, _ = prepared.repair.devices._signatures(candidate)
-    added = [sum(each) for each in zip(*row_wise_bytes(signatures, query))]
+    (held,) = prepared.repair.devices._stages(candidate)
+    added = [sum(each) for each in zip(*row_wise_bytes(held.signatures, query))]
     assert shards.bytes_per_rank() == added

@@ -231,6 +231,22 @@ class LR2VQ(VectorQuantized):
     def first_method(self) -> BackendConfig:
         return Full() if self.from_dense else self
 
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        latent = self.width if self.latent_dim == _AUTO else self.latent
+        quantized = replace(self, latent_dim=latent, factored=self.stored_latent is not None)
+        if not self.from_dense:
+            return (quantized, self.serving)
+        narrow = (self._low_rank(latent),) if self._may_narrow else ()
+        return (Full(), *narrow, quantized, self.serving)
+
+    def _low_rank(self, latent: int) -> LowRank:
+        return LowRank(
+            latent_dim=latent,
+            subvector_dim=self.width,
+            projections=self.codebooks,
+            sharing_groups=self.sharing_groups,
+        )
+
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
@@ -257,13 +273,7 @@ class LR2VQ(VectorQuantized):
         if isinstance(past.before.config, LowRank):
             return self._quantized(tables, past.before, weights)
         chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
-        low_rank = LowRank(
-            latent_dim=chosen,
-            subvector_dim=self.width,
-            projections=self.codebooks,
-            sharing_groups=self.sharing_groups,
-        )
-        found = factorise(low_rank, tables, past.before, weights)
+        found = factorise(self._low_rank(chosen), tables, past.before, weights)
         return self._quantized(tables, found, weights) if stage.name == "quantize" else found
 
     def _quantized(

@@ -67,6 +67,9 @@ class PQ(VectorQuantized):
     def first_method(self) -> BackendConfig:
         return Full()
 
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        return (Full(), self.serving)
+
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:

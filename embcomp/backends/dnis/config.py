@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
-from embcomp.backends.blocks import column_dtype
-from embcomp.backends.dnis.elements import elements_form, least_element_bytes
+from embcomp.backends.blocks import Blocks, column_dtype
+from embcomp.backends.dnis.elements import elements_form, least_element_bytes, most_elements
 from embcomp.backends.dnis.optimizer import SelectionSGD
 from embcomp.backends.dnis.pruning import blocks_form, choose_columns, column_scores
 from embcomp.backends.dnis.search import DNISSearch, Selection
@@ -170,6 +170,22 @@ class DNIS(BackendConfig):
     def first_method(self) -> BackendConfig:
         return Full()
 
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        search = replace(
+            self._as_search(), cuts={table.name: self._cuts(table, None) for table in tables}
+        )
+        return (Full(), search, self._largest_pruned(tables, search))
+
+    def _largest_pruned(self, tables: Sequence[TableSpec], search: DNISSearch) -> BackendConfig:
+        """What may be left of the tables, at the most."""
+        if self.structure == "element":
+            return most_elements(tables, self.serve_bytes or 0)
+        widths = {
+            table.name: (table.embedding_dim,) * (len(search.cuts[table.name]) + 1)
+            for table in tables
+        }
+        return Blocks(widths=widths, cuts=search.cuts)
+
     def structure_optimizer(
         self, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer | None:
@@ -186,15 +202,16 @@ class DNIS(BackendConfig):
         return self.pruned_form(tables, past.before, past.counts, initial)
 
     def _search(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
-        cuts = {
-            table.name: self.cuts[table.name]
-            if table.name in self.cuts
-            else traffic_cuts(table.num_embeddings, past.counts.get(table.name), self.quantiles)
-            for table in tables
-        }
+        cuts = {table.name: self._cuts(table, past.counts.get(table.name)) for table in tables}
         search = replace(self._as_search(), cuts=cuts)
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
         return MethodState(config=search, tensors=rows | search.fresh_selections(tables))
+
+    def _cuts(self, table: TableSpec, counts: Tensor | None) -> tuple[int, ...]:
+        given = self.cuts.get(table.name)
+        return (
+            traffic_cuts(table.num_embeddings, counts, self.quantiles) if given is None else given
+        )
 
     def pruned_form(
         self,

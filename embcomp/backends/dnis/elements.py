@@ -22,6 +22,14 @@ def least_element_bytes(tables: Sequence[TableSpec]) -> int:
     return pointers + max(table.itemsize for table in tables) + column_dtype(tables).itemsize
 
 
+def most_elements(tables: Sequence[TableSpec], budget: int) -> Sparse:
+    """Sparse rows of as many elements as a budget may leave, alike in all tables."""
+    per_element = min(table.itemsize for table in tables) + column_dtype(tables).itemsize
+    whole = {table.name: table.num_embeddings * table.embedding_dim for table in tables}
+    share = min(1.0, budget / per_element / sum(whole.values()))
+    return Sparse(nonzeros={name: max(1, int(count * share)) for name, count in whole.items()})
+
+
 def elements_form(
     tables: Sequence[TableSpec],
     rows: Mapping[str, Tensor],

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from embcomp.backends.base import Backend, MethodState, SearchContext, StageInputs
+from embcomp.backends.base import Backend, BackendConfig, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.backends.low_dim import low_dim_form
+from embcomp.backends.low_dim import LowDim, low_dim_form
 from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.greedy_widths import allocate_greedily
@@ -135,6 +135,12 @@ class Matryoshka(SearchedSize):
                 epochs=self.finetune_epochs,
             ),
         )
+
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        first = self.first_method()
+        if len(self.stages()) == 1:
+            return (first,)
+        return (first, LowDim(widths={table.name: table.embedding_dim for table in tables}))
 
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext

@@ -29,9 +29,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from embcomp.backends.base import Backend, MethodState, SearchContext, StageInputs
+from embcomp.backends.base import Backend, BackendConfig, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
-from embcomp.backends.low_dim import low_dim_form, pruned_bytes
+from embcomp.backends.low_dim import LowDim, low_dim_form, pruned_bytes
 from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
@@ -176,6 +176,14 @@ class OptEmbed(SearchedSize):
                 reinit_network=not self.inherit,
             ),
         )
+
+    def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
+        pruned = {table.name: table.num_embeddings - 1 for table in tables}
+        kept = LowDim(
+            widths={table.name: table.embedding_dim for table in tables},
+            kept={} if self.prune == "widths" else pruned,
+        )
+        return (self.first_method(), kept)
 
     def structure_optimizer(
         self, stage: Stage, parameters: Sequence[nn.Parameter]

@@ -8,25 +8,13 @@ and not on others. So a table is data-parallel only where the config says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    PlannerError,
-    Topology,
-    TopologyFactory,
-    TrainerConfig,
-)
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     column_wise,
@@ -38,17 +26,21 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 
 from embcomp.errors import ConfigError
+from embcomp.planning.planner import (
+    PlacementError,
+    Query,
+    RowSharder,
+    find_plan,
+    is_unpooled,
+    pooling_factors,
+    row_collections,
+)
+from embcomp.tables.budget import RESERVE, reserved_bytes
+from embcomp.tables.footprint import RowOptimizer
 from embcomp.tables.specs import splits_by_rows
 from embcomp.training.distributed.process import Process
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
-
-
-class RowSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder; it also offers the planner row-wise plans on CPU, where the kernels work."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
 
 
 def make_sharder(max_gradient: float | None) -> RowSharder:
@@ -61,19 +53,14 @@ def make_sharder(max_gradient: float | None) -> RowSharder:
     return RowSharder(fused_params=None if max_gradient is None else clipping)
 
 
-def row_collections(model: nn.Module) -> Iterator[tuple[str, EmbeddingBagCollection]]:
-    """Every TorchRec collection inside an unsharded model, with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module, EmbeddingBagCollection):
-            yield path, module
-
-
 def plan_sharding(
     model: nn.Module,
     sharder: RowSharder,
     process: Process,
     sharding: Sharding,
     batch_size: int,
+    row_optimizer: RowOptimizer,
+    mean_lengths: Mapping[str, float],
 ) -> ShardingPlan:
     """Places the rows of a model.
 
@@ -83,13 +70,15 @@ def plan_sharding(
         process: The process group.
         sharding: What the config asks for; `auto` is TorchRec's planner, which balances the ranks.
         batch_size: Rows per step and rank, for the planner's estimates.
+        row_optimizer: What updates rows, for messages.
+        mean_lengths: Mean number of values of each feature, for the planner's estimates.
     """
     if sharding == "auto" and process.world_size > 1:
-        return _ask_planner(model, sharder, process, batch_size)
+        return _ask_planner(model, sharder, process, row_optimizer, batch_size, mean_lengths)
     plan, loads = {}, [0] * process.world_size
     for path, collection in row_collections(model):
         generators = {
-            table: _place(weight, sharding, _is_unpooled(path), loads)
+            table: _place(weight, sharding, is_unpooled(path), loads)
             for table, weight in sharder.shardable_parameters(collection).items()
         }
         plan[path] = construct_module_sharding_plan(
@@ -126,60 +115,48 @@ def _least_loaded(loads: list[int], size: int) -> int:
     return rank
 
 
-def _is_unpooled(path: str) -> bool:
-    # Each rank has its own number of single values there, and row-wise needs equal batches.
-    return path.endswith("unpooled_rows")
-
-
 def _ask_planner(
-    model: nn.Module, sharder: RowSharder, process: Process, batch_size: int
+    model: nn.Module,
+    sharder: RowSharder,
+    process: Process,
+    row_optimizer: RowOptimizer,
+    batch_size: int,
+    mean_lengths: Mapping[str, float],
 ) -> ShardingPlan:
-    table_only = {
-        table
-        for path, collection in row_collections(model)
-        for table, weight in sharder.shardable_parameters(collection).items()
-        if _is_unpooled(path) or not splits_by_rows(len(weight), process.world_size)
-    }
-    both = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-    constraints = {
-        table: ParameterConstraints(
-            sharding_types=both[:1] if table in table_only else both,
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        )
-        for _, collection in row_collections(model)
-        for table in sharder.shardable_parameters(collection)
-    }
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(process),
+    """TorchRec's planner on the first rank, for all of them; what it refuses, all refuse."""
+    memory = device_memory(process)
+    query = Query(
+        world_size=process.world_size,
+        device_memory=memory,
+        device="cuda" if process.device.type == "cuda" else "cpu",
+        optimizer=row_optimizer,
         batch_size=batch_size,
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(0.1),
-        stats=[],
+        reserved=reserved_bytes(RESERVE, memory),
+        pooling_factors=pooling_factors(model, mean_lengths),
+        local_world_size=_local_world_size(process),
     )
-    group = dist.GroupMember.WORLD
-    assert group is not None
-    try:
-        return planner.collective_plan(model, [sharder], group)
-    except PlannerError as error:
-        raise ConfigError(
-            f"the tables do not fit on {process.world_size} {process.device.type} device(s): "
-            "lower tables.budget, choose a smaller method or start more ranks"
-        ) from error
+    answer: list[ShardingPlan | str | None] = [None]
+    if process.is_main:
+        try:
+            answer = [find_plan(model, query, sharder).plan]
+        except PlacementError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    (plan,) = answer
+    if isinstance(plan, ShardingPlan):
+        return plan
+    raise ConfigError(
+        f"{plan}: lower tables.budget, choose a smaller method or start more ranks; `embcomp plan` "
+        "with --world-size and --device-memory says what would fit"
+    )
 
 
-def _topology(process: Process) -> Topology:
-    """The devices and their memory as they are; TorchRec would assume some of its own."""
-    on_cpu = process.device.type == "cpu"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-    memory = psutil.virtual_memory().total // local
-    return TopologyFactory.create_topology(
-        TrainerConfig(
-            world_size=process.world_size,
-            local_world_size=local,
-            ddr_cap_bytes=memory,
-            hbm_cap_bytes=0
-            if on_cpu
-            else torch.cuda.get_device_properties(process.device).total_memory,
-        ),
-        kernel_config=KernelConfig(compute_device=process.device.type),
-    )
+def device_memory(process: Process) -> int:
+    """Bytes of one rank's device; ranks on one host share its memory."""
+    if process.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(process.device).total_memory)
+    return int(psutil.virtual_memory().total) // _local_world_size(process)
+
+
+def _local_world_size(process: Process) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))

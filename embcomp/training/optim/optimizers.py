@@ -24,7 +24,7 @@ from embcomp.config.train_config import (
     RunConfig,
 )
 from embcomp.errors import ConfigError
-from embcomp.training.distributed.sharding_plan import row_collections
+from embcomp.planning.planner import row_collections
 
 Parameters = Iterable[Tensor]
 
