@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
+
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+
+from embcomp.search.liveness import is_alive, this_worker
+
+Planned = TypeVar("Planned")
 
 STALE = "lost"
 """On a trial whose worker died: the worker that took it off the books."""
@@ -17,6 +26,11 @@ KIND = "kind"
 """On a trial: how its candidate was proposed."""
 WORKER = "worker"
 """On a trial: who runs it."""
+PROPOSER = "proposer"
+"""On a trial: who draws its parameters, until it has begun."""
+
+_LOOK_EVERY = 0.05  # seconds between two looks at what others propose
+_PATIENCE = 20.0  # seconds that a proposal waits for those before it
 
 
 def originals(study: optuna.Study) -> list[FrozenTrial]:
@@ -35,3 +49,48 @@ def latest_attempts(study: optuna.Study) -> list[FrozenTrial]:
         if SURPLUS not in trial.user_attrs:
             latest[trial.user_attrs.get(RETRY_OF, trial.number)] = trial
     return [latest[number] for number in sorted(latest)]
+
+
+def sign_proposal(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Notes who proposes a trial, so that it is taken off the books at once when that worker dies."""
+    study._storage.set_trial_user_attr(trial._trial_id, PROPOSER, this_worker())
+
+
+def wait_for_earlier(study: optuna.Study, trial: FrozenTrial, parameters: Collection[str]) -> None:
+    """Waits until all proposals before this one are known, so that workers do not repeat each other.
+
+    Args:
+        study: the study.
+        trial: what is to be proposed.
+        parameters: of the study; a trial that has them all is known.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while any(
+        one.number < trial.number
+        and one.state is TrialState.RUNNING
+        and not set(parameters) <= set(one.params)
+        and _may_live(one)
+        for one in originals(study)
+    ):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_LOOK_EVERY)
+
+
+def _may_live(trial: FrozenTrial) -> bool:
+    """Whether a trial's proposer may still work, as far as that is known without its signs of life."""
+    proposer = trial.user_attrs.get(PROPOSER)
+    return proposer is None or is_alive(proposer, {f"worker {proposer}": time.time()})
+
+
+def next_of(planned: Sequence[Planned], tried: Iterable[Planned]) -> int | None:
+    """The place of the first in a list that was not tried as often as it stands there so far.
+
+    Not the number of those that were tried: one whose worker died while it was proposed leaves a gap.
+    """
+    left = Counter(tried)
+    for place, one in enumerate(planned):
+        if not left[one]:
+            return place
+        left[one] -= 1
+    return None

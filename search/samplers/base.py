@@ -20,6 +20,7 @@ from embcomp.search.samplers.candidate_encoding import Parameters
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
 from embcomp.search.space.untried import MOST_LISTED
+from embcomp.search.attempts import next_of
 
 MOST_IN_GRID = MOST_LISTED
 
@@ -74,6 +75,11 @@ class Asked:
     study: Study
     trial: FrozenTrial
 
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Those that were tried."""
+        return [one.candidate for one in self.tried]
+
 
 class CandidateSampler(ABC):
     """Proposes candidates."""
@@ -114,11 +120,12 @@ class StartsFirst(CandidateSampler):
         self._then = then
 
     def propose(self, asked: Asked) -> Proposal:
-        if asked.rank < len(self._starts):
-            self._then.adopt(asked)
-            name, candidate = self._starts[asked.rank]
-            return Proposal(candidate=candidate, kind=name)
-        return self._then.propose(asked)
+        place = next_of([start for _, start in self._starts], asked.candidates)
+        if place is None:
+            return self._then.propose(asked)
+        self._then.adopt(asked)
+        name, candidate = self._starts[place]
+        return Proposal(candidate=candidate, kind=name, fill=False)
 
     def adopt(self, asked: Asked) -> None:
         self._then.adopt(asked)
@@ -167,5 +174,5 @@ class Grid(CandidateSampler):
         self.count = len(self._candidates)
 
     def propose(self, asked: Asked) -> Proposal:
-        place = min(asked.rank, len(self._candidates) - 1)
+        place = next_of(self._candidates, asked.candidates) or 0
         return Proposal(candidate=self._candidates[place], kind="grid", fill=False)

@@ -16,6 +16,7 @@ from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Trie
 from embcomp.search.samplers.baselines import uniform
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
+from embcomp.search.attempts import next_of
 
 _WORTH_PROBING = 1 / 500  # share of the budget below which a table may as well be large
 
@@ -37,31 +38,35 @@ class Greedy(CandidateSampler):
             if smallest_of_line(repair, self._base, u) < self._base[u]
             and unit.options[-1].bytes >= repair.budget * _WORTH_PROBING
         ]
-        self.count = len(self._probed) + 2
+        # The equal share, and then one probe for each of these tables.
+        self._measured = [self._base, *(self._probe(u) for u in self._probed)]
+        self.count = len(self._measured) + 1
+
+    def _probe(self, u: int) -> Candidate:
+        probe = list(self._base)
+        probe[u] = smallest_of_line(self._repair, self._base, u)
+        return self._repair(tuple(probe), fill=False)
 
     def ready(self, rank: int, tried: Sequence[Tried]) -> bool:
-        if rank <= len(self._probed):
+        if next_of(self._measured, [one.candidate for one in tried]) is not None:
             return True
-        return not any(one.running for one in tried if one.rank <= len(self._probed))
+        return not any(one.running for one in tried)
 
     def propose(self, asked: Asked) -> Proposal:
-        if asked.rank == 0:
-            return Proposal(candidate=self._base, kind="uniform")
-        if asked.rank <= len(self._probed):
-            u = self._probed[asked.rank - 1]
-            probe = list(self._base)
-            probe[u] = smallest_of_line(self._repair, self._base, u)
-            name = self._repair.space.units[u].name
-            return Proposal(candidate=tuple(probe), kind=f"probe of {name}", fill=False)
-        worth = self._worth({one.rank: one.quality for one in asked.tried})
+        place = next_of(self._measured, asked.candidates)
+        if place is not None:
+            unit = self._repair.space.units[self._probed[place - 1]] if place else None
+            kind = f"probe of {unit.name}" if unit else "uniform"
+            return Proposal(candidate=self._measured[place], kind=kind, fill=False)
+        worth = self._worth({one.candidate: one.quality for one in asked.tried})
         return Proposal(candidate=self._knapsack(worth), kind="greedy")
 
-    def _worth(self, quality: Mapping[int, float | None]) -> list[float]:
+    def _worth(self, quality: Mapping[Candidate, float | None]) -> list[float]:
         """What a doubling of each unit's bytes is worth; infinite where it is not known."""
-        base = quality.get(0)
+        base = quality.get(self._base)
         worth = [math.inf] * len(self._base)
-        for rank, u in enumerate(self._probed, start=1):
-            probe = quality.get(rank)
+        for u, measured in zip(self._probed, self._measured[1:]):
+            probe = quality.get(measured)
             if base is None or probe is None:
                 worth[u] = 1.0  # nothing measured: all alike
                 continue

@@ -10,7 +10,6 @@ search that is killed goes on as it would have.
 from __future__ import annotations
 
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,10 +38,9 @@ from embcomp.search.samplers.greedy_sampler import Greedy
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
 from embcomp.search.space.untried import Untried
+from embcomp.search.attempts import sign_proposal, wait_for_earlier
 
 _ATTEMPTS = 64  # changes of a candidate that was tried before, until what is left is looked through
-_LOOK_EVERY = 0.05  # seconds between two looks at a study
-_PATIENCE = 20.0  # seconds to wait for what other workers propose; one of them may have died
 
 
 class OptunaSource(CandidateSampler):
@@ -142,8 +140,8 @@ class RepairedSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if self.source.count is None and RETRY_OF not in trial.user_attrs:
-            self._wait_for_earlier(study, trial)
+        if RETRY_OF not in trial.user_attrs:
+            wait_for_earlier(study, trial, self.encoding.distributions)
         tried = self.tried(study)
         rank = rank_of(study, trial)
         before = [one for one in tried if one.rank < rank]
@@ -185,6 +183,7 @@ class RepairedSampler(BaseSampler):
         raise RuntimeError(f"{param_name} is not a parameter of this search")
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        sign_proposal(study, trial)
         self.source.before(study, trial)
 
     def after_trial(
@@ -245,19 +244,6 @@ class RepairedSampler(BaseSampler):
             if found not in taken:
                 return found
         return self._untried.next(candidate, taken)
-
-    def _wait_for_earlier(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Waits until proposals before this one are known, so that workers do not repeat each other."""
-        deadline = time.monotonic() + _PATIENCE
-        while any(
-            one.number < trial.number
-            and one.state is TrialState.RUNNING
-            and self.candidate(one) is None
-            for one in originals(study)
-        ):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(_LOOK_EVERY)
 
 
 def make_encoding(config: SearchConfig, repair: Repair) -> Encoding:

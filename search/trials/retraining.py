@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.io.atomic_files import write_atomically
-from embcomp.search.attempts import KIND, latest_attempts, originals
+from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts, originals
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
@@ -28,6 +28,7 @@ from embcomp.search.evaluators.trial_pruning import front_of
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.search.space.space import Candidate, Space
+from embcomp.search.attempts import next_of, sign_proposal, wait_for_earlier
 from embcomp.search.trials.worker import RunningTrial, TrialRunner
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.report import Report
@@ -174,9 +175,19 @@ class FinalsSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        rank = sum(1 for one in originals(study) if one.number < trial.number)
-        point, seed = self.pairs[min(rank, len(self.pairs) - 1)]
+        if RETRY_OF in trial.user_attrs:
+            return {}
+        wait_for_earlier(study, trial, self.distributions)
+        known = [one.params for one in originals(study) if one.number < trial.number]
+        pairs = [
+            (own["point"], own["seed"]) for own in known if set(self.distributions) <= set(own)
+        ]
+        place = next_of(self.pairs, pairs)
+        point, seed = self.pairs[-1 if place is None else place]
         return {"point": point, "seed": seed}
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        sign_proposal(study, trial)
 
     def sample_independent(
         self,

@@ -8,32 +8,41 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
-import sqlite3
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
-from sqlalchemy.engine import make_url
 
 from embcomp.errors import ConfigError, EmbcompError
+from embcomp.search.trials.database import (
+    LOCK_GRACE,
+    LOCK_WAIT,
+    StorageError,
+    advice_on,
+    open_database,
+    without_password,
+)
+
+__all__ = [
+    "JOURNAL",
+    "JournalLock",
+    "StorageError",
+    "explained",
+    "open_storage",
+    "open_study",
+    "without_password",
+]
 
 JOURNAL = "study.journal"
 _IDENTITY = "embcomp"  # study attribute: what the search was when it began
-_LOCK_WAIT = 0.7  # seconds that a lock may be held before it is named
-_LOCK_GRACE = 30.0  # seconds that a running search waits for a lock
-
-
-class StorageError(EmbcompError):
-    """A study's storage that cannot be used now."""
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -47,20 +56,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         StorageError: it is locked, gone, not writable or not a study.
     """
     with explained(url, folder):
-        if url is None:
-            return _open_journal(folder / JOURNAL)
-        wait: dict[str, float] = {}
-        if url.startswith("sqlite"):
-            _probe_sqlite(url)
-            wait = {"timeout": _LOCK_GRACE}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return RDBStorage(url, engine_kwargs={"connect_args": wait})
-        except ImportError as error:
-            raise StorageError(
-                f"storage {without_password(url)}: its driver is not installed: {error}"
-            ) from None
+        return _open_journal(folder / JOURNAL) if url is None else open_database(url)
 
 
 @contextmanager
@@ -75,12 +71,8 @@ def explained(url: str | None, folder: Path) -> Iterator[None]:
         if not _is_of_a_storage(error):
             raise
         reason = str(error.__cause__ or error).split("\n")[0]
-        if "locked" in reason:
-            advice = "another program holds it; close that, or wait"
-        else:
-            advice = "check that it is there and writable"
         raise StorageError(
-            f"storage {where}: {reason}; {advice}. Finished candidates are kept, and the same "
+            f"storage {where}: {reason}; {advice_on(reason)}. Finished candidates are kept, and the same "
             "command goes on from them"
         ) from None
 
@@ -118,11 +110,11 @@ def open_study(
     if study.directions != wanted:
         had = ", ".join(direction.name.lower() for direction in study.directions)
         raise ConfigError(_other(name, f"its objectives were {had}, now {', '.join(directions)}"))
-    known = study.user_attrs.get(_IDENTITY)
     mine = json.loads(json.dumps(identity))
-    if known is None:
+    if _IDENTITY not in study.user_attrs:
         study.set_user_attr(_IDENTITY, mine)
-    elif known != mine:
+    known = study.user_attrs[_IDENTITY]  # of two that begin at once, one is heard
+    if known != mine:
         raise ConfigError(_other(name, "; ".join(_changes(known, mine))))
     return study
 
@@ -155,7 +147,7 @@ def _open_journal(path: Path) -> BaseStorage:
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(13, "not writable", str(path))
     lock = JournalLock(path)
-    if not lock.try_acquire(_LOCK_WAIT):
+    if not lock.try_acquire(LOCK_WAIT):
         raise StorageError(
             f"storage {path} is locked by another process for longer than a write takes; wait, or "
             "end that process and start again. Nothing was changed"
@@ -186,8 +178,8 @@ class JournalLock(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         """Takes the lock, or raises a StorageError when it stays taken."""
-        if not self.try_acquire(_LOCK_GRACE):
-            raise StorageError(f"{self._path} has been held by another process for {_LOCK_GRACE} s")
+        if not self.try_acquire(LOCK_GRACE):
+            raise StorageError(f"{self._path} has been held by another process for {LOCK_GRACE} s")
         return True
 
     def try_acquire(self, patience: float) -> bool:
@@ -226,25 +218,10 @@ def _mend(path: Path) -> None:
         file.truncate(whole)
 
 
-def _probe_sqlite(url: str) -> None:
-    """Takes the write lock once: a locked database shows now, not after half a minute."""
-    path = make_url(url).database
-    if path is None:
-        return
-    with closing(sqlite3.connect(path, timeout=_LOCK_WAIT, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-
-
 def _is_of_a_storage(error: Exception) -> bool:
     names = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     return isinstance(error, OSError | json.JSONDecodeError) or bool(
-        names & {"sqlalchemy", "sqlite3", "psycopg2", "pymysql"}
+        names & {"sqlalchemy", "sqlite3", "psycopg", "psycopg2", "pymysql"}
         or isinstance(error, optuna.exceptions.StorageInternalError)
         or "Invalid log format" in str(error)
     )
-
-
-def without_password(url: str) -> str:
-    """A database URL that can be printed."""
-    return re.sub(r"://([^:/@]+):[^@]*@", r"://\1:***@", url)

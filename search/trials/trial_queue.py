@@ -11,19 +11,31 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import optuna
 import psutil
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from embcomp.search.attempts import INTERRUPTED, KIND, RETRY_OF, STALE, SURPLUS, WORKER, originals
+from embcomp.search.attempts import (
+    INTERRUPTED,
+    KIND,
+    PROPOSER,
+    RETRY_OF,
+    STALE,
+    SURPLUS,
+    WORKER,
+    originals,
+)
+from embcomp.search.liveness import is_alive, this_worker
 
 _HEARTBEAT_SECONDS = 30.0  # seconds between two
-_GONE_AFTER = 150.0  # seconds without one
 _NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
+
+
 
 
 class TrialQueue:
@@ -50,7 +62,7 @@ class TrialQueue:
         self._distributions = dict(distributions)
         self.count, self._retries = count, retries
         self._study_id = storage.get_study_id_from_name(study.study_name)
-        self.worker = _this_worker()
+        self.worker = this_worker()
         self._last_heartbeat = 0.0
         self.heartbeat()
 
@@ -106,7 +118,7 @@ class TrialQueue:
         return again
 
     def _is_lost(self, trial: FrozenTrial, signs: Mapping[str, Any]) -> bool:
-        worker = trial.user_attrs.get(WORKER)
+        worker = trial.user_attrs.get(WORKER, trial.user_attrs.get(PROPOSER))
         if worker is None:
             begun = trial.datetime_start
             old = begun is None or time.time() - begun.timestamp() > _NAMELESS
@@ -168,27 +180,3 @@ class TrialQueue:
             if other.user_attrs.get(RETRY_OF) == first and other.number > trial.number
         ]
         return first, later
-
-
-def _this_worker() -> str:
-    process = psutil.Process(os.getpid())
-    return f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
-
-
-def is_alive(worker: str, signs: Mapping[str, Any]) -> bool:
-    """Whether a worker still works.
-
-    Args:
-        worker: its name.
-        signs: the study's attributes, which hold the times of its signs of life.
-    """
-    host, pid, created = worker.rsplit(":", 2)
-    if host == socket.gethostname():
-        try:
-            process = psutil.Process(int(pid))
-            same = abs(process.create_time() - float(created)) < 2
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-    last = signs.get(f"worker {worker}", 0.0)
-    return time.time() - float(last) < _GONE_AFTER

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from embcomp.search.attempts import RETRY_OF, STALE, WORKER, latest_attempts, originals
+from embcomp.search.attempts import RETRY_OF, STALE, SURPLUS, WORKER, latest_attempts, originals
 from embcomp.search.evaluators.base import TrialHandle
 from embcomp.search.trials.storage import StorageError, explained, open_storage
+from embcomp.search.attempts import PROPOSER, next_of, sign_proposal, wait_for_earlier
 from embcomp.search.trials.trial_queue import TrialQueue
 from embcomp.search.trials.worker import TrialRunner, Worker
 
@@ -289,3 +291,36 @@ def test_a_search_that_was_killed_whole_goes_on(tmp_path):
     assert before <= set(complete) and len(complete) == 16
     journal = (tmp_path / "study.journal").read_text().splitlines()
     assert all(json.loads(line) for line in journal)
+
+
+def test_a_proposer_that_dies_is_not_waited_for(tmp_path):
+    queue = make_queue(tmp_path, count=2)
+    left = queue.study.ask()  # its worker dies while it draws parameters
+    queue._storage.set_trial_user_attr(left._trial_id, PROPOSER, DEAD)
+    queue.study.set_user_attr("worker elsewhere:1:1", time.time())  # another one lives
+    mine = queue.study.ask()
+    begun = time.monotonic()
+    wait_for_earlier(queue.study, mine, SPACE)
+    assert time.monotonic() - begun < 2
+    assert queue.retry_stale() == [] and SURPLUS in queue.study.trials[0].user_attrs
+
+
+def test_a_proposal_waits_until_those_before_it_are_known(tmp_path):
+    one, two = make_queue(tmp_path), make_queue(tmp_path)
+    first, second = one.study.ask(), two.study.ask()
+    sign_proposal(one.study, one.study.trials[0])
+    sampled = threading.Timer(1.0, lambda: first.suggest_int("x", 0, 1000))
+    sampled.start()
+    begun = time.monotonic()
+    wait_for_earlier(two.study, second, SPACE)
+    sampled.join()
+    assert time.monotonic() - begun >= 0.9
+    assert "x" in two.study.trials[0].params
+
+
+@pytest.mark.parametrize(
+    ("tried", "place"),
+    [("", 0), ("a", 1), ("ab", 2), ("b", 0), ("aba", 3), ("xx", 0), ("abac", None)],
+)
+def test_the_next_of_a_list_is_the_first_that_was_not_tried_as_often(tried, place):
+    assert next_of("abac", tried) == place

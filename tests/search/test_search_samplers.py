@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 from embcomp.errors import ConfigError
 from embcomp.search.api import directions_of
-from embcomp.search.attempts import KIND
-from embcomp.search.samplers.baselines import uniform
+from embcomp.search.attempts import KIND, SURPLUS, originals
+from embcomp.search.samplers.baselines import starts, uniform
 from embcomp.search.samplers.candidate_encoding import Encoding
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.repair import USED
@@ -239,3 +239,25 @@ def test_greedy_waits_for_its_probes(recipe):
     assert not sampler.source.ready(len(trials), sampler.tried(study))
     study.tell(trials[-1], state=TrialState.FAIL)
     assert sampler.source.ready(len(trials), sampler.tried(study))
+
+
+@pytest.mark.parametrize("sampler", ["grid", "greedy", "tpe"])
+def test_a_worker_that_dies_while_it_proposes_leaves_no_gap(recipe, sampler):
+    prepared = prepare(recipe, [300, 60, 500], sampler={"name": sampler}, budget="40%")
+    study, made = make_study(prepared)
+    space, alone = made.encoding.distributions, run(prepared, 12)[2]
+    asked = [study.ask(fixed_distributions=space) for _ in range(3)]
+    # The second is taken off the books when others have gone on: all numbers after it shift.
+    asked[1].set_user_attr(SURPLUS, True)
+    study.tell(asked[1], state=TrialState.FAIL)
+    for trial in (asked[0], asked[2]):
+        study.tell(trial, quality(prepared.repair, made.encoding.decode(trial.params)))
+    for _ in range(len(alone) - 2):
+        trial = study.ask(fixed_distributions=space)
+        study.tell(trial, quality(prepared.repair, made.encoding.decode(trial.params)))
+    tried = [made.encoding.decode(t.params) for t in originals(study)]
+    if sampler == "tpe":
+        assert len(tried) == len(set(tried)) == len(alone)
+        assert set(starts(prepared.repair).values()) <= set(tried)
+    else:
+        assert sorted(tried) == sorted(candidate for candidate, _ in alone)

@@ -1,0 +1,218 @@
+"""Workers that start at the same instant on a new database do every candidate once, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.trial import TrialState
+
+from embcomp.search.attempts import latest_attempts
+from embcomp.search.trials import database
+from embcomp.search.trials.storage import StorageError, open_storage
+from tests.helpers.postgres import cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT, WORKERS = 16, 5
+WORKER = """
+import sys, time
+from pathlib import Path
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.pruners import NopPruner
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+from embcomp.search.evaluators.base import Outcome, Running
+from embcomp.search.attempts import next_of, originals, sign_proposal, wait_for_earlier
+from embcomp.search.trials.trial_queue import TrialQueue
+from embcomp.search.trials.worker import Jobs, Worker, number_of
+from embcomp.search.trials.storage import explained, open_storage, open_study
+
+url, folder = sys.argv[1], Path(sys.argv[2])
+SPACE = {"x": IntDistribution(0, 1000)}
+
+class InOrder(optuna.samplers.BaseSampler):
+    def infer_relative_search_space(self, study, trial): return SPACE
+    def sample_relative(self, study, trial, space):
+        wait_for_earlier(study, trial, SPACE)
+        known = [o.params["x"] for o in originals(study) if o.number < trial.number and o.params]
+        place = next_of(range(1000), known)
+        return {"x": place}
+    def before_trial(self, study, trial): sign_proposal(study, trial)
+    def sample_independent(self, study, trial, name, distribution): return 0
+
+class Sleep(Running):
+    def __init__(self): self.until = time.monotonic() + 0.1
+    def poll(self): return Outcome(quality=0.5) if time.monotonic() > self.until else None
+
+class Sleeps(Jobs):
+    def ready(self): return True
+    def start(self, trial, slot):
+        with (folder / "started").open("a") as file: file.write(f"{number_of(trial)}\\n")
+        return Sleep()
+    def is_behind(self, hand, rung): return False
+    def values(self, trial, outcome): return [trial.params["x"]]
+    def line(self, trial, outcome, what): return ""
+
+class Silent:
+    def look(self, running): pass
+    def say(self, text): pass
+
+print("ready", flush=True)
+sys.stdin.readline()
+with explained(url, folder):
+    storage = open_storage(url, folder)
+    study = open_study(storage, "s", ["maximize"], InOrder(), NopPruner(), {"budget": 1})
+    Worker(Ledger(study, storage, SPACE, count=COUNT, retries=5), Sleeps(), Silent(), 2).run()
+"""
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with cluster() as url:
+        yield url
+
+
+@pytest.fixture
+def url_of(request, tmp_path):
+    """A new database's URL, by kind."""
+
+    def get(kind):
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path / 'study.db'}"
+        server = request.getfixturevalue("server")
+        name = f"test_{time.monotonic_ns()}"
+        address = database.with_driver(sqlalchemy.make_url(f"{server}/postgres"))
+        engine = sqlalchemy.create_engine(address, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        return f"{server}/{name}"
+
+    return get
+
+
+def start_together(url, folder, count=WORKERS):
+    """Workers that have imported all they need, let go at one instant."""
+    folder.mkdir(exist_ok=True)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER.replace("COUNT", str(COUNT)), url, str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    return workers
+
+
+def lines(path):
+    return path.read_text().split() if path.exists() else []
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_workers_that_start_at_once_do_every_candidate_once_though_one_is_killed(
+    url_of, tmp_path, kind
+):
+    url, folder = url_of(kind), tmp_path / "search"
+    workers = start_together(url, folder)
+    deadline = time.monotonic() + 60
+    while len(lines(folder / "started")) < COUNT // 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers[0].send_signal(signal.SIGKILL)
+    for worker in workers[1:]:
+        _, errors = worker.communicate(timeout=90)
+        assert worker.returncode == 0, errors
+    workers[0].communicate()
+    study = optuna.load_study(study_name="s", storage=open_storage(url, folder))
+    ended = latest_attempts(study)
+    assert [trial.state for trial in ended] == [TrialState.COMPLETE] * COUNT
+    assert sorted(trial.params["x"] for trial in ended) == list(range(COUNT))
+    complete = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
+    assert len(complete) == COUNT
+    # What the killed worker had in hand was begun once more, and nothing else.
+    assert COUNT <= len(lines(folder / "started")) <= COUNT + 2
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_failure_while_others_make_the_tables_is_looked_at_again(url_of, monkeypatch, kind):
+    url, attempts = url_of(kind), []
+    made = database.RDBStorage
+
+    def late(*arguments, **options):
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise sqlalchemy.exc.OperationalError("", {}, Exception("table studies already exists"))
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(database, "RDBStorage", late)
+    assert database.open_database(url) is not None and len(attempts) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("database is locked", "another program holds it"),
+        ("table alembic_version already exists", "start the same command again"),
+        ("connection to server at '127.0.0.1', port 1 failed", "check that the server runs"),
+        ("database or disk is full", "make room"),
+        ("attempt to write a readonly database", "there and writable"),
+    ],
+)
+def test_each_failure_has_its_own_advice(reason, advice):
+    assert advice in database.advice_on(reason)
+
+
+def test_a_server_that_does_not_run_is_named_without_its_password(tmp_path):
+    pytest.importorskip("psycopg")
+    with pytest.raises(StorageError, match="check that the server runs") as error:
+        open_storage("postgresql://me:secret@127.0.0.1:1/studies", tmp_path)
+    assert "secret" not in str(error.value)
+
+
+def test_a_missing_driver_is_named_with_what_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StorageError, match=r"driver is not installed: .*embcomp\[postgres\]"):
+        open_storage("postgresql://me@127.0.0.1:1/studies", tmp_path)
+
+
+def test_a_database_that_another_worker_opens_is_waited_for(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with database._one_by_one(sqlalchemy.make_url(url)):
+        began = time.monotonic()
+        code = (
+            "import sys; from pathlib import Path; from embcomp.search.trials.storage import open_storage\n"
+            "open_storage(sys.argv[1], Path('.')); print('open')"
+        )
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", code, url],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(4)
+        assert time.monotonic() - began >= 4
+    assert waiting.communicate(timeout=60)[0] == "open\n"
