@@ -23,6 +23,7 @@ from embcomp.search.evaluators.trial_pruning import make_pruner
 from embcomp.search.reporting.correlation import choose_spread, correlate
 from embcomp.search.reporting.results import SearchResult, gather
 from embcomp.search.samplers.baselines import starts
+from embcomp.search.samplers.derived_cma import has_pickled_state
 from embcomp.search.samplers.gradient import at_budget
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.costs import Costs
@@ -150,6 +151,11 @@ def search(
         )
         for note in prepared.space.notes:
             console.log(note)
+        if has_pickled_state(study):
+            console.log(
+                "an earlier version left pickled states of CMA-ES in this study; they are not read, "
+                "and its state is worked out from the trials"
+            )
         queue = TrialQueue(
             study, storage, encoding.distributions, count=count, retries=config.trials.retries
         )

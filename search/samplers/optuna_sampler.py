@@ -16,7 +16,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from embcomp.search.attempts import RETRY_OF, latest_attempts, originals
@@ -32,6 +32,7 @@ from embcomp.search.samplers.base import (
 )
 from embcomp.search.samplers.bounded_tpe import FewTrialsTPE
 from embcomp.search.samplers.candidate_encoding import Encoding
+from embcomp.search.samplers.derived_cma import DerivedCma
 from embcomp.search.samplers.evolution_sampler import EvolutionSource
 from embcomp.search.samplers.gradient import Gradient
 from embcomp.search.samplers.greedy_sampler import Greedy
@@ -271,9 +272,7 @@ def make_source(config: SearchConfig, repair: Repair, encoding: Encoding) -> Can
         "tpe": lambda seed: FewTrialsTPE(seed, sampler.startup),
         "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=sampler.population),
         "random": lambda seed: RandomSampler(seed=seed),
-        "cmaes": lambda seed: CmaEsSampler(
-            seed=seed, n_startup_trials=sampler.startup, warn_independent_sampling=False
-        ),
+        "cmaes": lambda seed: DerivedCma(seed, sampler.startup),
     }
     source: CandidateSampler = OptunaSource(
         sampler.name, makers[sampler.name], encoding, config.seed
