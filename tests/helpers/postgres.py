@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -19,9 +20,7 @@ def why_not() -> str | None:
     """What a machine lacks for it; None when nothing is."""
     if _binary("initdb") is None or _binary("pg_ctl") is None:
         return "PostgreSQL's initdb and pg_ctl are not installed (apt-get install postgresql)"
-    try:
-        import psycopg  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("psycopg") is None:
         return "psycopg is not installed (pip install 'embcomp[postgres]')"
     return None
 

@@ -22,7 +22,7 @@ from tests.helpers.postgres import cluster
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, WORKERS = 16, 5
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import optuna
 from optuna.distributions import IntDistribution
@@ -64,12 +64,25 @@ class Silent:
     def look(self, running): pass
     def say(self, text): pass
 
-print("ready", flush=True)
-sys.stdin.readline()
-with explained(url, folder):
-    storage = open_storage(url, folder)
-    study = open_study(storage, "s", ["maximize"], InOrder(), NopPruner(), {"budget": 1})
-    Worker(Ledger(study, storage, SPACE, count=COUNT, retries=5), Sleeps(), Silent(), 2).run()
+def work():
+    with explained(url, folder):
+        storage = open_storage(url, folder)
+        study = open_study(storage, "s", ["maximize"], InOrder(), NopPruner(), {"budget": 1})
+        Worker(Ledger(study, storage, SPACE, count=COUNT, retries=5), Sleeps(), Silent(), 2).run()
+
+# Imports take seconds, and a fork none: the workers begin at one instant.
+for _ in range(WORKERS):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    print(pid, flush=True)
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(WORKERS)]
+print(sorted(codes), flush=True)
 """
 
 
@@ -103,28 +116,20 @@ def url_of(request, tmp_path):
     return get
 
 
-def start_together(url, folder, count=WORKERS):
-    """Workers that have imported all they need, let go at one instant."""
+def start_together(url, folder):
+    """Workers that start at one instant; their parent, and the number of each process."""
     folder.mkdir(exist_ok=True)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER.replace("COUNT", str(COUNT)), url, str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(count)
-    ]
-    for worker in workers:
-        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-    for worker in workers:
-        assert worker.stdin is not None
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    return workers
+    script = WORKER.replace("COUNT", str(COUNT)).replace("WORKERS", str(WORKERS))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, url, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    return parent, [int(parent.stdout.readline()) for _ in range(WORKERS)]
 
 
 def lines(path):
@@ -136,15 +141,13 @@ def test_workers_that_start_at_once_do_every_candidate_once_though_one_is_killed
     url_of, tmp_path, kind
 ):
     url, folder = url_of(kind), tmp_path / "search"
-    workers = start_together(url, folder)
+    parent, workers = start_together(url, folder)
     deadline = time.monotonic() + 60
     while len(lines(folder / "started")) < COUNT // 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    workers[0].send_signal(signal.SIGKILL)
-    for worker in workers[1:]:
-        _, errors = worker.communicate(timeout=90)
-        assert worker.returncode == 0, errors
-    workers[0].communicate()
+    os.kill(workers[0], signal.SIGKILL)
+    codes, errors = parent.communicate(timeout=90)
+    assert codes.strip() == str([-9, 0, 0, 0, 0]), errors
     study = optuna.load_study(study_name="s", storage=open_storage(url, folder))
     ended = latest_attempts(study)
     assert [trial.state for trial in ended] == [TrialState.COMPLETE] * COUNT
