@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from embcomp.errors import EmbcompError
@@ -80,10 +80,14 @@ def _made(address: URL) -> BaseStorage:
     """Optuna's storage; a failure while others make the same tables is worth another look."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return RDBStorage(
+            sqlite = address.get_backend_name() == "sqlite"
+            storage = RDBStorage(
                 address.render_as_string(hide_password=False),
-                engine_kwargs={"connect_args": _connect_arguments(address)},
+                engine_kwargs={"connect_args": {"timeout": LOCK_GRACE} if sqlite else {}},
             )
+            if sqlite:
+                _lock_before_reading(storage.engine)
+            return storage
         except (SQLAlchemyError, StorageInternalError) as error:
             text = f"{error} {error.__cause__}".lower()
             if attempt == _ATTEMPTS or not any(part in text for part in _CREATED_MEANWHILE):
@@ -92,12 +96,22 @@ def _made(address: URL) -> BaseStorage:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _connect_arguments(address: URL) -> dict[str, Any]:
-    if address.get_backend_name() != "sqlite":
-        return {}
-    # A transaction that is to write takes its lock first: one that only finds out later that another
-    # worker writes would fail at once instead of waiting.
-    return {"timeout": LOCK_GRACE, "isolation_level": "IMMEDIATE"}
+def _lock_before_reading(engine: Engine) -> None:
+    """Makes every transaction of a SQLite take the write lock first.
+
+    Python's driver takes it at the first change only. Two workers then both read that a candidate
+    waits and both take it, or one finds too late that another writes, and fails instead of waiting.
+    """
+
+    def connect(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # the driver begins no transactions of its own
+
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sqlalchemy.event.listen(engine, "connect", connect)
+    sqlalchemy.event.listen(engine, "begin", begin)
+    engine.dispose()
 
 
 @contextmanager
@@ -141,10 +155,25 @@ def _file_lock(database: Path) -> Iterator[None]:
 
 
 def _probe_sqlite(path: Path) -> None:
-    """Takes the write lock once: a locked database shows now, not after half a minute."""
-    with closing(sqlite3.connect(path, timeout=LOCK_WAIT, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
+    """Takes the write lock once: a locked database shows now, not after half a minute.
+
+    While it changes, other workers are at it, and are waited for.
+    """
+    begun = seen_at = time.monotonic()
+    seen = 0
+    while True:
+        with closing(sqlite3.connect(path, timeout=0.05, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+                return
+            except sqlite3.OperationalError as error:
+                now, changed = time.monotonic(), path.stat().st_mtime_ns
+                if changed != seen:
+                    seen, seen_at = changed, now
+                waits = now - seen_at < LOCK_WAIT and now - begun < LOCK_GRACE
+                if "locked" not in str(error) or not waits:
+                    raise
 
 
 def advice_on(reason: str) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -219,3 +220,34 @@ def test_a_database_that_another_worker_opens_is_waited_for(tmp_path):
             waiting.wait(4)
         assert time.monotonic() - began >= 4
     assert waiting.communicate(timeout=60)[0] == "open\n"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_candidate_that_waits_is_taken_by_one_worker_alone(url_of, tmp_path, kind):
+    url = url_of(kind)
+    one, two = open_storage(url, tmp_path), open_storage(url, tmp_path)
+    study = optuna.create_study(storage=one, study_name="s")
+    study.enqueue_trial({"x": 1.0})
+    (trial,) = study.trials
+    taken, began = [], threading.Event()
+
+    def take_late():
+        began.wait()
+        taken.append(two.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING))
+
+    find = optuna.storages._rdb.models.TrialModel.find_or_raise_by_id
+
+    def slow(*arguments, **options):
+        found = find(*arguments, **options)
+        if threading.current_thread() is threading.main_thread():
+            began.set()
+            time.sleep(0.5)  # between reading that it waits and taking it
+        return found
+
+    other = threading.Thread(target=take_late)
+    other.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.storages._rdb.models.TrialModel, "find_or_raise_by_id", slow)
+        taken.append(one.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING))
+    other.join()
+    assert sorted(taken) == [False, True]
