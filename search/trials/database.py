@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
@@ -135,23 +135,33 @@ def _one_by_one(address: URL) -> Iterator[None]:
 
 @contextmanager
 def _file_lock(database: Path) -> Iterator[None]:
-    with database.with_name(f"{database.name}.lock").open("a") as file:
-        deadline = time.monotonic() + LOCK_GRACE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StorageError(
-                        f"storage {database}: another worker has been opening it for "
-                        f"{LOCK_GRACE:.0f} s; end that, or start again. Nothing was changed"
-                    ) from None
-                time.sleep(0.02)
-            except OSError:  # a file system without locks: who fails there looks again
-                break
+    try:
+        file = database.with_name(f"{database.name}.lock").open("a")
+    except OSError:  # SQLite says best what is wrong with the folder
         _probe_sqlite(database)
         yield
+        return
+    with file:
+        _wait_for_lock(file, database)
+        _probe_sqlite(database)
+        yield
+
+
+def _wait_for_lock(file: IO[str], database: Path) -> None:
+    deadline = time.monotonic() + LOCK_GRACE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"storage {database}: another worker has been opening it for "
+                    f"{LOCK_GRACE:.0f} s; end that, or start again. Nothing was changed"
+                ) from None
+            time.sleep(0.02)
+        except OSError:  # a file system without locks: who fails there looks again
+            return
 
 
 def _probe_sqlite(path: Path) -> None:
@@ -168,11 +178,12 @@ def _probe_sqlite(path: Path) -> None:
                 connection.execute("ROLLBACK")
                 return
             except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
                 now, changed = time.monotonic(), path.stat().st_mtime_ns
                 if changed != seen:
                     seen, seen_at = changed, now
-                waits = now - seen_at < LOCK_WAIT and now - begun < LOCK_GRACE
-                if "locked" not in str(error) or not waits:
+                if now - seen_at > LOCK_WAIT or now - begun > LOCK_GRACE:
                     raise
 
 
