@@ -179,7 +179,9 @@ class ConfigPlan:
             for method, group in plan.groups:
                 for form in method.training_forms(group):
                     for table in form.physical_tables(group):
-                        factors |= {str(key): lengths.get(key.feature, 1.0) for key in table.lookups}
+                        factors |= {
+                            str(key): lengths.get(key.feature, 1.0) for key in table.lookups
+                        }
         return factors
 
     def _plans(self) -> list[ResolvedPlan]:

@@ -53,7 +53,7 @@ class PlacementError(EmbcompError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
+class PlacementRequest:
     """What the planner is asked.
 
     Args:
@@ -94,7 +94,7 @@ class Query:
                 f"{self.device_memory:,} bytes"
             )
 
-    def with_memory(self, memory: int) -> Query:
+    def with_memory(self, memory: int) -> PlacementRequest:
         """The same with devices of another size, and a reserve that goes with it."""
         kept = self.reserved if self.reserve is None else reserved_bytes(self.reserve, memory)
         return replace(self, device_memory=memory, reserved=kept)
@@ -114,7 +114,7 @@ class RowSharder(EmbeddingBagCollectionSharder):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPlan:
     """What the planner answers.
 
     Args:
@@ -126,7 +126,9 @@ class Found:
     options: Sequence[ShardingOption]
 
 
-def find_plan(model: nn.Module, query: Query, sharder: RowSharder | None = None) -> Found:
+def find_plan(
+    model: nn.Module, query: PlacementRequest, sharder: RowSharder | None = None
+) -> FoundPlan:
     """Asks TorchRec's planner for a placement of the collections inside a model.
 
     Args:
@@ -154,7 +156,7 @@ def find_plan(model: nn.Module, query: Query, sharder: RowSharder | None = None)
         )
         plan = _planned(planner, model, sharder or RowSharder())
         if plan is not None:
-            return Found(plan, planner._best_plan or ())
+            return FoundPlan(plan, planner._best_plan or ())
     raise PlacementError(_reason(query, beside))
 
 
@@ -177,7 +179,7 @@ def _planned(
             raise PlacementError(f"no placement: {error}") from None
 
 
-def _reason(query: Query, beside: int) -> str:
+def _reason(query: PlacementRequest, beside: int) -> str:
     kept = f", {query.reserved:,} of each reserved" if query.reserved else ""
     kept += f", beside {beside:,} bytes of codes and the like on each" if beside else ""
     return (
@@ -197,7 +199,7 @@ def replicated_bytes(model: nn.Module) -> int:
     )
 
 
-def topology_of(query: Query, beside: int = 0) -> Topology:
+def topology_of(query: PlacementRequest, beside: int = 0) -> Topology:
     """The devices with the memory that tables may use.
 
     Args:
@@ -247,7 +249,7 @@ def pooling_factors(model: nn.Module, mean_lengths: Mapping[str, float]) -> dict
     }
 
 
-def _constraints(model: nn.Module, query: Query) -> dict[str, ParameterConstraints]:
+def _constraints(model: nn.Module, query: PlacementRequest) -> dict[str, ParameterConstraints]:
     return {
         config.name: ParameterConstraints(
             sharding_types=["table_wise"]

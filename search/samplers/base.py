@@ -15,12 +15,12 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from embcomp.errors import ConfigError
+from embcomp.search.attempts import next_of
 from embcomp.search.samplers.baselines import starts, uniform
 from embcomp.search.samplers.candidate_encoding import Parameters
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
 from embcomp.search.space.untried import MOST_LISTED
-from embcomp.search.attempts import next_of
 
 MOST_IN_GRID = MOST_LISTED
 

@@ -12,11 +12,11 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
+from embcomp.search.attempts import next_of
 from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Tried
 from embcomp.search.samplers.baselines import uniform
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
-from embcomp.search.attempts import next_of
 
 _WORTH_PROBING = 1 / 500  # share of the budget below which a table may as well be large
 

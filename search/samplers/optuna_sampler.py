@@ -19,7 +19,13 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from embcomp.search.attempts import RETRY_OF, latest_attempts, originals
+from embcomp.search.attempts import (
+    RETRY_OF,
+    latest_attempts,
+    originals,
+    sign_proposal,
+    wait_for_earlier,
+)
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.samplers.base import (
     Asked,
@@ -39,7 +45,6 @@ from embcomp.search.samplers.greedy_sampler import Greedy
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Candidate
 from embcomp.search.space.untried import Untried
-from embcomp.search.attempts import sign_proposal, wait_for_earlier
 
 _ATTEMPTS = 64  # changes of a candidate that was tried before, until what is left is looked through
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.table_row_types import RowTypes
-from embcomp.planning.config_plan import ConfigPlan, most_train_bytes
+from embcomp.planning.config_plan import most_train_bytes
 from embcomp.search.space.space import Candidate, Space
 from embcomp.tables.footprint import RowOptimizer
 from embcomp.tables.row_types import RowType

@@ -20,7 +20,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.io.atomic_files import write_atomically
-from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts, originals
+from embcomp.search.attempts import (
+    KIND,
+    RETRY_OF,
+    latest_attempts,
+    next_of,
+    originals,
+    sign_proposal,
+    wait_for_earlier,
+)
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
@@ -28,7 +36,6 @@ from embcomp.search.evaluators.trial_pruning import front_of
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.search.space.space import Candidate, Space
-from embcomp.search.attempts import next_of, sign_proposal, wait_for_earlier
 from embcomp.search.trials.worker import RunningTrial, TrialRunner
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.report import Report

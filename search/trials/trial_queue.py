@@ -8,15 +8,11 @@ is; others when they have not been heard of for a while.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import optuna
-import psutil
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -34,8 +30,6 @@ from embcomp.search.liveness import is_alive, this_worker
 
 _HEARTBEAT_SECONDS = 30.0  # seconds between two
 _NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
-
-
 
 
 class TrialQueue:

@@ -123,7 +123,7 @@ def test_a_pickle_in_an_older_study_is_never_read(tmp_path, startup):
 
 def test_no_sampler_of_a_search_unpickles():
     root = Path(__file__).resolve().parents[2]
-    texts = {path.name: path.read_text() for path in (root / "search").glob("*.py")}
+    texts = {path.name: path.read_text() for path in (root / "search").rglob("*.py")}
     assert len(texts) > 30
     for name, text in texts.items():
         assert "import pickle" not in text and "CmaEsSampler" not in text, name

@@ -29,10 +29,10 @@ import optuna
 from optuna.distributions import IntDistribution
 from optuna.pruners import NopPruner
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-from embcomp.search.evaluators.base import Outcome, Running
+from embcomp.search.evaluators.base import TrialHandle, TrialResult
 from embcomp.search.attempts import next_of, originals, sign_proposal, wait_for_earlier
 from embcomp.search.trials.trial_queue import TrialQueue
-from embcomp.search.trials.worker import Jobs, Worker, number_of
+from embcomp.search.trials.worker import TrialRunner, Worker, number_of
 from embcomp.search.trials.storage import explained, open_storage, open_study
 
 url, folder = sys.argv[1], Path(sys.argv[2])
@@ -48,11 +48,11 @@ class InOrder(optuna.samplers.BaseSampler):
     def before_trial(self, study, trial): sign_proposal(study, trial)
     def sample_independent(self, study, trial, name, distribution): return 0
 
-class Sleep(Running):
+class Sleep(TrialHandle):
     def __init__(self): self.until = time.monotonic() + 0.1
-    def poll(self): return Outcome(quality=0.5) if time.monotonic() > self.until else None
+    def poll(self): return TrialResult(quality=0.5) if time.monotonic() > self.until else None
 
-class Sleeps(Jobs):
+class Sleeps(TrialRunner):
     def ready(self): return True
     def start(self, trial, slot):
         with (folder / "started").open("a") as file: file.write(f"{number_of(trial)}\\n")
@@ -62,14 +62,14 @@ class Sleeps(Jobs):
     def line(self, trial, outcome, what): return ""
 
 class Silent:
-    def look(self, running): pass
-    def say(self, text): pass
+    def update(self, running): pass
+    def log(self, text): pass
 
 def work():
     with explained(url, folder):
         storage = open_storage(url, folder)
         study = open_study(storage, "s", ["maximize"], InOrder(), NopPruner(), {"budget": 1})
-        Worker(Ledger(study, storage, SPACE, count=COUNT, retries=5), Sleeps(), Silent(), 2).run()
+        Worker(TrialQueue(study, storage, SPACE, count=COUNT, retries=5), Sleeps(), Silent(), 2).run()
 
 # Imports take seconds, and a fork none: the workers begin at one instant.
 for _ in range(WORKERS):

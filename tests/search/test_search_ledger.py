@@ -16,10 +16,20 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from embcomp.search.attempts import RETRY_OF, STALE, SURPLUS, WORKER, latest_attempts, originals
+from embcomp.search.attempts import (
+    PROPOSER,
+    RETRY_OF,
+    STALE,
+    SURPLUS,
+    WORKER,
+    latest_attempts,
+    next_of,
+    originals,
+    sign_proposal,
+    wait_for_earlier,
+)
 from embcomp.search.evaluators.base import TrialHandle
 from embcomp.search.trials.storage import StorageError, explained, open_storage
-from embcomp.search.attempts import PROPOSER, next_of, sign_proposal, wait_for_earlier
 from embcomp.search.trials.trial_queue import TrialQueue
 from embcomp.search.trials.worker import TrialRunner, Worker
 

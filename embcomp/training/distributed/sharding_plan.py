@@ -28,7 +28,7 @@ from torchrec.distributed.types import ShardingPlan
 from embcomp.errors import ConfigError
 from embcomp.planning.planner import (
     PlacementError,
-    Query,
+    PlacementRequest,
     RowSharder,
     find_plan,
     is_unpooled,
@@ -125,7 +125,7 @@ def _ask_planner(
 ) -> ShardingPlan:
     """TorchRec's planner on the first rank, for all of them; what it refuses, all refuse."""
     memory = device_memory(process)
-    query = Query(
+    query = PlacementRequest(
         world_size=process.world_size,
         device_memory=memory,
         device="cuda" if process.device.type == "cuda" else "cpu",
