@@ -156,16 +156,20 @@ class Blocks(BackendConfig):
 
     def _spread(self, tables: Sequence[TableSpec]) -> SpreadColumns:
         widths, pairs, starts = [], [], []
+        sizes: list[tuple[str, int]] = []
         place = start = 0
         for table in tables:
             own = [block.width for block in self.blocks(table)]
+            sizes.append((table.name, sum(own)))
             for _ in table.feature_names:
                 pairs.append((place, sum(own)))
                 starts.append(start)
                 start += table.embedding_dim
             widths += own
             place += sum(own)
-        return SpreadColumns(widths, pairs, starts, total=start, dtype=column_dtype(tables))
+        return SpreadColumns(
+            widths, pairs, starts, tables=sizes, total=start, dtype=column_dtype(tables)
+        )
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return Footprint(
@@ -251,6 +255,7 @@ class SpreadColumns(LearnedBuffers):
         widths: columns of each block, table after table.
         pairs: for each (table, feature), where its table's columns begin, and how many they are.
         starts: for each (table, feature), where its embedding begins in the output.
+        tables: name of each table, and the columns that all its blocks keep.
         total: columns of the output.
         dtype: of ``columns``.
     """
@@ -263,6 +268,7 @@ class SpreadColumns(LearnedBuffers):
         pairs: Sequence[tuple[int, int]],
         starts: Sequence[int],
         *,
+        tables: Sequence[tuple[str, int]],
         total: int,
         dtype: torch.dtype,
     ) -> None:
@@ -271,6 +277,7 @@ class SpreadColumns(LearnedBuffers):
         self._picked = Constant([n for first, count in pairs for n in range(first, first + count)])
         self._offsets = Constant([s for s, (_, count) in zip(starts, pairs) for _ in range(count)])
         self._total = total
+        self.store_in_parts("columns", tables)
         self.register_buffer("columns", torch.zeros(len(self._first), dtype=dtype))
 
     def reset_buffers(self) -> None:

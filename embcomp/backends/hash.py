@@ -2,7 +2,7 @@
 
 Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009,
 https://arxiv.org/abs/0902.2206. Ids of a table that meet in a row are merged for good; this is the
-baseline that better methods must beat. We hash ids (SplitMix64, salted per table) where common
+baseline that better methods must beat. We hash ids (SplitMix64, salted by the table's name) where common
 code takes them modulo the rows: the latter never merges two frequent ids when ids are ranked by
 frequency, which is a silent use of that ranking.
 """
@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import salt, to_signed
+from embcomp.layers.hashing import table_salt
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -86,7 +86,7 @@ class Hash(BackendConfig):
         route = HashRoute(
             keys,
             sources=range(len(keys)),
-            salts=[to_signed(salt(self.seed, table.index, 0)) for table in owners],
+            salts=[table_salt(self.seed, table.name) for table in owners],
             num_rows=[self.rows(table) for table in owners],
         )
         return Backend(physical_tables=physical, keys=keys, route=route, combine=nn.Identity())

@@ -31,7 +31,7 @@ from embcomp.layers.pruned_route import (
 )
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class LowDim(BackendConfig):
         )
 
     def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
-        own = [table for table in tables if self.is_pruned(table)]
+        own = [table for table in by_name(tables) if self.is_pruned(table)]
         if not own:
             return {}
         blocks = [num_blocks(table.num_embeddings) for table in own]
@@ -241,7 +241,7 @@ def low_dim_form(
     columns: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     dropped: list[Tensor] = []
-    for table in tables:
+    for table in by_name(tables):
         mask = keep_masks.get(table.name)
         width = min(widths.get(table.name, table.embedding_dim), table.embedding_dim)
         columns[table.name] = width

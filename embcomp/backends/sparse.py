@@ -103,6 +103,7 @@ class Sparse(BackendConfig):
             RangeCheck(tables),
             [
                 SparseTable(
+                    name=table.name,
                     rows=table.num_embeddings,
                     columns=table.embedding_dim,
                     elements=self.elements(table),
@@ -158,8 +159,9 @@ def pointer_dtype(elements: Sequence[int]) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTable:
-    """The size of a table of elements: its rows, its columns, and how many are stored."""
+    """A table of elements: its name, its rows, its columns, and how many are stored."""
 
+    name: str
     rows: int
     columns: int
     elements: int
@@ -215,6 +217,8 @@ class SparseRoute(LearnedBuffers):
         self._first_elements = Constant([element for _, element in before])
         elements = [table.elements for table in tables]
         rows = sum(table.rows + 1 for table in tables)
+        self.store_in_parts("pointers", [(table.name, table.rows + 1) for table in tables])
+        self.store_in_parts("columns", [(table.name, table.elements) for table in tables])
         self.register_buffer("pointers", torch.zeros(rows, dtype=pointer_dtype(elements)))
         self.register_buffer("columns", torch.zeros(sum(elements), dtype=dtype))
 

@@ -6,8 +6,11 @@ different features that share a row can be told apart by the layer above; values
 share all their rows cannot, and several narrow look-ups make that rare.
 
 Where we depart from the authors' layer: look-ups are concatenated in numeric order (theirs sorts
-names, so the tenth comes before the second), salts are drawn from (seed, table, look-up) rather
-than from names, and features of one logical table share its rows, as they do in TorchRec.
+names, so the tenth comes before the second); features of one logical table share its rows, as they do
+in TorchRec; and salts are drawn from (seed, name of the table, look-up), where theirs count look-ups
+over all features in the order in which they are given. So where an id's rows are does not depend on the
+tables around: they can be reordered, and one can be added to tables of a fixed size that are trained
+already, or taken away.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import salt, to_signed
+from embcomp.layers.hashing import name64, table_salt
+from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, shared_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,8 @@ class Unified(BackendConfig):
         chunks: look-ups of single tables, by name, where they differ from ``num_chunks``. Fewer
             leave the embedding's tail at zero; more are projected to its width by a learnt
             matrix.
-        num_tables: physical tables; look-ups are dealt to them in turn. For spreading load.
+        num_tables: physical tables; a table's look-ups are dealt to them in turn, from one on that
+            its name chooses. For spreading load. One that no look-up falls to is not made.
         collisionless: tables of at most this many rows stay full.
         init_range: rows start uniform in ``[-init_range, init_range]``.
         seed: salts the hash.
@@ -105,8 +110,21 @@ class Unified(BackendConfig):
             for chunk in range(self.lookups(table, width))
         ]
 
-    def _table_names(self, tables: Sequence[TableSpec]) -> list[str]:
-        return [f"{tables[0].name}__unified_{s}" for s in range(self.num_tables)]
+    def _table_names(self) -> list[str]:
+        shared = shared_name(self.num_buckets, self.num_chunks, self.num_tables, self.seed)
+        return [f"{shared}__unified_{s}" for s in range(self.num_tables)]
+
+    def _dealt(self, tables: Sequence[TableSpec]) -> list[tuple[LookupKey, ...]]:
+        """The look-ups made in each physical table; there may be none where few are made at all."""
+        width = self.chunk_dim(tables)
+        dealt: list[list[LookupKey]] = [[] for _ in range(self.num_tables)]
+        for table in tables:
+            first = name64(table.name)
+            for feature in table.feature_names:
+                for chunk in range(self.lookups(table, width)):
+                    key = LookupKey(table.name, feature, chunk)
+                    dealt[(first + chunk) % self.num_tables].append(key)
+        return [tuple(keys) for keys in dealt]
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         self._refuse_unknown_tables(tables)
@@ -126,11 +144,12 @@ class Unified(BackendConfig):
                 name=name,
                 num_embeddings=self.num_buckets or 1,
                 embedding_dim=self.chunk_dim(tables),
-                lookups=tuple(lookups[s :: self.num_tables]),
+                lookups=own,
                 init_fn=UniformInit(-self.init_range, self.init_range),
                 data_type=tables[0].data_type,
             )
-            for s, name in enumerate(self._table_names(tables))
+            for name, own in zip(self._table_names(), self._dealt(tables))
+            if own
         ]
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
@@ -144,7 +163,7 @@ class Unified(BackendConfig):
         route = HashRoute(
             keys,
             sources=[source for source, _, _ in lookups],
-            salts=[to_signed(salt(self.seed, t.index, chunk)) for _, t, chunk in lookups],
+            salts=[table_salt(self.seed, table.name, chunk) for _, table, chunk in lookups],
             num_rows=[self.num_buckets or 1] * len(keys),
         )
         widths = {table.name: self.lookups(table, width) * width for table in tables}
@@ -220,16 +239,21 @@ class FitWidths(nn.Module):
     def __init__(self, widths: Sequence[tuple[str, int, int]], projected: set[str]) -> None:
         super().__init__()
         self._widths = list(widths)
+        self._projected = set(projected)
         self.projections = nn.ModuleDict(
-            {name: Projection(came, wanted) for name, came, wanted in widths if name in projected}
+            {
+                part_name("table", name): Projection(came, wanted)
+                for name, came, wanted in widths
+                if name in projected
+            }
         )
 
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
         parts = rows.split([came for _, came, _ in self._widths], dim=1)
         fitted = []
         for part, (name, came, wanted) in zip(parts, self._widths):
-            if name in self.projections:
-                fitted.append(self.projections[name](part))
+            if name in self._projected:
+                fitted.append(self.projections[part_name("table", name)](part))
             elif came < wanted:
                 fitted.append(F.pad(part, (0, wanted - came)))
             else:

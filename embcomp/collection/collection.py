@@ -8,7 +8,7 @@ it. Their names, and those of the physical tables, are the format of checkpoints
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,11 @@ from typing_extensions import Self
 
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.combine import Combine, PooledCombine, UnpooledCombine
-from embcomp.collection.group_states import (
-    GroupState,
-    group_names,
-    pad_columns,
-    read_states,
-    state_name,
-)
-from embcomp.collection.groups import Group, table_features
+from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
+from embcomp.collection.groups import Group, group_labels, table_features
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.route import CompositeRoute
+from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
 from embcomp.layers.learned_buffers import penalty_of
@@ -53,20 +48,25 @@ def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
         plan: the method of every table.
         unpooled: whether all methods' rows are looked up one by one, not only those that need it.
     """
+    instances = table_features(plan.tables)
     groups = [
         Group(
+            label=label,
             config=config,
             tables=tables,
             backend=(backend := config.build(tables)),
-            instances=[i for i in table_features(plan.tables) if i.table in tables],
+            instances=[i for table in tables for i in instances if i.table == table],
             unpooled=unpooled or backend.needs_unpooled_rows,
         )
-        for config, tables in plan.groups
+        for label, (config, tables) in zip(group_labels(plan.groups), plan.groups)
     ]
     names = [table.name for group in groups for table in group.backend.physical_tables]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"physical tables {', '.join(twice)} clash; rename the logical ones")
+        raise ConfigError(
+            f"physical tables {', '.join(twice)} clash; rename the logical ones, or give methods "
+            "that share rows among their tables another seed"
+        )
     return groups
 
 
@@ -170,7 +170,7 @@ class _Compressed(nn.Module):
 
     def states(self) -> list[GroupState]:
         """Every method with its tables and tensors; only for a collection that is not sharded."""
-        return read_states(self._groups, self._inner_weights(), self.route, self.combine)
+        return read_states(self._groups, self._inner_weights())
 
     def forms(self) -> list[GroupState]:
         """The old name of `states`."""
@@ -192,16 +192,6 @@ class _Compressed(nn.Module):
             weights |= {name: bag.weight for name, bag in inner.embedding_bags.items()}
         return weights
 
-    def names_of(self, index: int, names: Iterable[str]) -> dict[str, str]:
-        """Names in the collection's state dict of the tensors in the form of a group.
-
-        Args:
-            index: the group's place in ``plan.groups``.
-            names: as in ``MethodState.tensors``.
-        """
-        inner = "unpooled_rows" if self._groups[index].unpooled else "rows"
-        return {name: state_name(name, index, inner) for name in names}
-
     def serving_tensors(self) -> dict[str, Tensor]:
         """What must be resident to answer look-ups, as `compact` leaves it.
 
@@ -214,7 +204,8 @@ class _Compressed(nn.Module):
             for table in compacted._physical
         }
         for part, module in (("route", compacted.route), ("combine", compacted.combine)):
-            tensors |= {f"{part}.{key}": value for key, value in module.state_dict().items()}
+            state = module.state_dict().items()
+            tensors |= {f"{part}.{key}": value for key, value in state if not is_mark(key)}
         return tensors
 
     def compact(self) -> Self:
@@ -279,12 +270,16 @@ class _Compressed(nn.Module):
     def state_of(self, states: Sequence[GroupState]) -> dict[str, Tensor]:
         """The forms' tensors by their names in the collection's state dict, without padding."""
         return {
-            own: each.form.tensors[name]
-            for index, group in enumerate(self._groups)
+            name: tensor
+            for group in self._groups
             for each in states
-            if each.form.tensors and each.form.config == group.config
-            for name, own in self.names_of(index, group_names(group, each.form.tensors)).items()
+            if each.form.config == group.config
+            for name, tensor in state_tensors(group, each.form).items()
         }
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        check_tables(self._groups, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):

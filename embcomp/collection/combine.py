@@ -72,7 +72,7 @@ class Combine(nn.Module):
 
     def __init__(self, groups: Sequence[Group], instances: Sequence[TableFeature]) -> None:
         super().__init__()
-        self.combines = nn.ModuleList(group.backend.combine for group in groups)
+        self.combines = nn.ModuleDict({group.label: group.backend.combine for group in groups})
         self.pooled = LookupSplitter([group for group in groups if not group.unpooled])
         self.unpooled = LookupSplitter([group for group in groups if group.unpooled])
         self._groups = [(list(group.instances), group.unpooled) for group in groups]
@@ -99,7 +99,7 @@ class Combine(nn.Module):
         rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
         found, start = [], 0
         for (instances, is_unpooled), needs_context, combine in zip(
-            self._groups, self._needs_context, self.combines
+            self._groups, self._needs_context, self.combines.values()
         ):
             part = next(rows if is_unpooled else parts)
             if needs_context:

@@ -10,7 +10,7 @@ from embcomp.backends.full import Full
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name, refuse_twice
 
 UNCOMPRESSED = Full()
 """The method of tables that none compresses."""
@@ -63,6 +63,7 @@ class Plan:
         """
         if not tables:
             raise ConfigError("a collection needs at least one table, got none")
+        refuse_twice(table.name for table in tables)
         check_known("plan", self.overrides, tables)
         for config in (self.default, *self.overrides.values()):
             check_known(config.name, config.named_tables(), tables)
@@ -168,9 +169,12 @@ class ResolvedPlan:
 
     @property
     def groups(self) -> list[tuple[BackendConfig, list[TableSpec]]]:
-        """Tables that share a method and its physical tables, in the order of first use."""
+        """Tables that share a method and its physical tables, all in the order of their names.
+
+        So what methods make of a group does not depend on the order in which tables are declared.
+        """
         groups: list[tuple[BackendConfig, list[TableSpec]]] = []
-        for table in self.tables:
+        for table in by_name(self.tables):
             _add(groups, self.methods[table.name], table)
         return groups
 

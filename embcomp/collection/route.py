@@ -8,6 +8,7 @@ buffers (``embcomp.layers.constant_tensors``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
+from embcomp.collection.table_identity import marks
 
 
 class CompositeRoute(nn.Module):
@@ -27,7 +29,8 @@ class CompositeRoute(nn.Module):
 
     def __init__(self, groups: Sequence[Group], *, is_weighted: bool) -> None:
         super().__init__()
-        self.routes = nn.ModuleList(group.backend.route for group in groups)
+        self.routes = nn.ModuleDict({group.label: group.backend.route for group in groups})
+        self._tables = [table.name for group in groups for table in group.tables]
         self._sizes = [len(group.instances) for group in groups]
         self._unpooled = [group.unpooled for group in groups]
         self._ids_per_value = [group.backend.ids_per_value for group in groups]
@@ -52,7 +55,7 @@ class CompositeRoute(nn.Module):
         parts = features.split(self._sizes) if len(self._sizes) > 1 else [features]
         pooled: list[KeyedJaggedTensor] = []
         unpooled: list[tuple[KeyedJaggedTensor, int]] = []
-        for i, route in enumerate(self.routes):
+        for i, route in enumerate(self.routes.values()):
             if self._unpooled[i]:
                 unpooled.append((route(_without_weights(parts[i])), self._ids_per_value[i]))
             elif self._skips[i]:
@@ -62,6 +65,29 @@ class CompositeRoute(nn.Module):
         skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
         rows = _bags_of_one(unpooled, is_weighted=self._is_weighted, skips=skips)
         return _concatenated(pooled) if pooled else None, rows, features
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, mark in marks(self._tables).items():
+            destination[prefix + name] = mark
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = {prefix + name for name in marks(self._tables)}
+        others = {key: value for key, value in state_dict.items() if key not in wanted}
+        if strict:
+            missing_keys += sorted(wanted - set(state_dict))
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the tables want, in their order; never more, never fewer."""

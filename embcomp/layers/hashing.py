@@ -1,10 +1,16 @@
 """The hash that places ids in rows: the SplitMix64 finaliser over ``id XOR salt``.
 
+Salts follow from tables' names, by the first 8 bytes of a name's SHA-256: it is in every language's
+library, no likeness of names shows in it, and it will mean the same in twenty years. It is taken once
+a table, so that its speed does not matter.
+
 An id's row is part of every saved model, so nothing here may ever change. All arithmetic is modulo
 2**64 on int64 tensors, which wrap silently in torch; only the right shift has to be made logical.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
@@ -24,9 +30,25 @@ def splitmix64(x: int) -> int:
     return z ^ (z >> 31)
 
 
-def salt(seed: int, feature: int, chunk: int) -> int:
-    """The unsigned 64-bit salt of one look-up, independent for every (seed, feature, chunk)."""
-    return splitmix64(splitmix64(splitmix64(seed) ^ feature) ^ chunk)
+def name64(name: str) -> int:
+    """What stands for a table's name: SHA-256 of its UTF-8 bytes, the first 8, little-endian."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "little")
+
+
+def salt(seed: int, table: int, chunk: int) -> int:
+    """The unsigned 64-bit salt of one look-up, independent for every (seed, table, chunk).
+
+    Args:
+        seed: the method's.
+        table: ``name64`` of the table's name.
+        chunk: which of a table's look-ups it is.
+    """
+    return splitmix64(splitmix64(splitmix64(seed) ^ table) ^ chunk)
+
+
+def table_salt(seed: int, table: str, chunk: int = 0) -> int:
+    """The salt of one look-up of a table, signed as torch wants it."""
+    return to_signed(salt(seed, name64(table), chunk))
 
 
 def to_signed(x: int) -> int:
@@ -44,7 +66,7 @@ def hash_rows(ids: Tensor, salts: Tensor, num_rows: Tensor) -> Tensor:
 
     Args:
         ids: int32 or int64 of any sign.
-        salts: int64, broadcastable to ``ids``; ``to_signed(salt(seed, feature, chunk))``.
+        salts: int64, broadcastable to ``ids``; as ``table_salt`` makes them.
         num_rows: int64, broadcastable to ``ids``; how many rows there are to choose from.
 
     Returns:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embcomp.layers.named_parts import NamedParts
 
-class LearnedBuffers(nn.Module):
+
+class LearnedBuffers(NamedParts):
     """A module whose persistent buffers hold what was learnt.
 
-    A subclass registers its buffers (their shapes fixed by the config), fills them in
-    ``reset_buffers``, and calls ``ensure_filled`` first thing in its ``forward``.
+    A subclass registers its buffers (their shapes fixed by the config), says which of them hold
+    parts of single tables (``store_in_parts``), fills them in ``reset_buffers``, and calls
+    ``ensure_filled`` first thing in its ``forward``.
     """
 
     filled: Tensor
@@ -48,10 +51,21 @@ class LearnedBuffers(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
         own = [name for name in self._buffers if name != "filled"]
-        if not self.filled.is_meta and all(prefix + name in state_dict for name in own):
+        wanted = [part for name in own for part in self.names_of(name)]
+        came = [name for name in wanted if prefix + name in state_dict]
+        if came and len(came) < len(wanted):
+            self.ensure_filled()  # parts that did not come stay as the config implies
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.filled.is_meta and len(came) == len(wanted):
             self.filled.fill_(1)
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Fill the learnt buffers inside a module, where nobody has."""
+    for part in module.modules():
+        if isinstance(part, LearnedBuffers):
+            part.ensure_filled()
 
 
 class Penalised(nn.Module):

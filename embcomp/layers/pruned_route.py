@@ -94,8 +94,8 @@ class PrunedRoute(LearnedBuffers):
     Args:
         keys: names of the look-ups, one for each (table, feature).
         owners: for each look-up, its table.
-        num_embeddings: ids of each pruned table, in the order of the buffers. Ids of other tables
-            are rows already.
+        num_embeddings: ids of each pruned table by name, in the order of the buffers. Ids of other
+            tables are rows already.
         kept: rows of each pruned table, without the shared one.
         check: refuses ids that are out of range.
     """
@@ -124,6 +124,9 @@ class PrunedRoute(LearnedBuffers):
         self._starts = Constant([starts.get(owner, -1) for owner in owners])
         self._shared = Constant([kept.get(owner, 0) for owner in owners])
         self._all_pruned = all(owner in starts for owner in owners)
+        parts = [(table, num_blocks(n)) for table, n in num_embeddings.items()]
+        self.store_in_parts("words", parts)
+        self.store_in_parts("counts", parts)
         self.register_buffer("words", torch.zeros(total, _WORDS, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
         self._derived: tuple[Tensor, int, Tensor] | None = None

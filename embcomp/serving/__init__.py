@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         ServingModel as ServingModel,
         check_shapes as check_shapes,
         expected_tensors as expected_tensors,
-        persistent_tensors as persistent_tensors,
         rows_class as rows_class,
     )
 
@@ -29,7 +28,6 @@ _HOMES = dict.fromkeys(
         "ServingModel",
         "check_shapes",
         "expected_tensors",
-        "persistent_tensors",
         "rows_class",
     ),
     "embcomp.serving.modules",

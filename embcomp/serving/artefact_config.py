@@ -60,7 +60,7 @@ class TablesRecord(_Strict):
         kind: Whether bags are pooled.
         is_weighted: Whether ids carry weights.
         need_indices: Whether an unpooled collection hands the ids along.
-        tables: The logical tables; hashes are salted by their order.
+        tables: The logical tables; hashes are salted by their names.
         plan: Which method holds which of them.
         row_types: How each physical table is stored.
         bytes: What their tensors take in the file.
@@ -221,9 +221,14 @@ class ArtefactConfig(_Strict):
             raise ArtefactError(f"{path} does not describe an artefact of embcomp")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
+            way_out = (
+                "it knew tables by their places, not their names; train and export again"
+                if version == 1
+                else "export the run again"
+            )
             raise ArtefactError(
                 f"{path} has format_version {version!r}; this embcomp reads {FORMAT_VERSION}: "
-                "export the run again, or use the embcomp that wrote it "
+                f"{way_out}, or use the embcomp that wrote it "
                 f"({content.get('embcomp_version', 'unknown')})"
             )
         try:

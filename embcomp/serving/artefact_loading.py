@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embcomp.errors import ArtefactError, ConfigError
 from embcomp.io.yaml_reading import bind_dataclass, did_you_mean, listed
+from embcomp.layers.named_parts import persistent_tensors
 from embcomp.models import MODELS, ModelInputs
 from embcomp.serving.artefact_config import CONFIG_FILE, ArtefactConfig, ModelRecord, TablesRecord
 from embcomp.serving.artefact_folder import read_tensors
@@ -23,7 +24,6 @@ from embcomp.serving.modules import (
     ServingEmbeddingCollection,
     ServingModel,
     check_shapes,
-    persistent_tensors,
     rows_class,
 )
 

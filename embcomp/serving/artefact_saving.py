@@ -30,6 +30,7 @@ from embcomp.collection.table_row_types import RowTypes
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, BudgetError
 from embcomp.io.yaml_reading import plain
+from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.models import MODELS, ModelConfig, ModelInputs
 from embcomp.serving.artefact_config import (
     CONFIG_FILE,
@@ -42,7 +43,6 @@ from embcomp.serving.artefact_folder import RewrittenDataset, copy_dataset, head
 from embcomp.serving.artefact_integrity import check_finite, check_vocabularies, with_checksums
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_parity import check_answers
-from embcomp.serving.modules import persistent_tensors
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.row_types import RowType, largest_error, pack, served_footprint
 
@@ -209,18 +209,17 @@ class _Part:
         types: dict[str, RowType] = {}
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-        for index, (each, group) in enumerate(zip(compacted.states(), compacted.groups)):
+        for each, group in zip(compacted.states(), compacted.groups):
             own = wanted.of_physical(group.tables, group.backend.physical_tables)
             types |= own
-            for name, tensor in each.form.tensors.items():
-                part, _, rest = name.partition(".")
-                if part != "rows":
-                    tensors[f"{part}.{index}.{rest}"] = tensor.detach().cpu().contiguous()
-                    continue
-                rows = tensor.detach().cpu()
-                tensors[name] = pack(rows, own[rest])
-                if own[rest] != "fp32":
-                    errors[rest] = largest_error(rows, tensors[name], own[rest])
+            for name, row_type in own.items():
+                rows = each.form.rows(name).detach().cpu()
+                tensors[f"rows.{name}"] = stored = pack(rows, row_type)
+                if row_type != "fp32":
+                    errors[name] = largest_error(rows, stored, row_type)
+            for part, module in group.modules():
+                for name, tensor in stored_tensors(module, persistent_tensors(module)).items():
+                    tensors[f"{part}.{group.label}.{name}"] = tensor.detach().cpu().contiguous()
         kind: Literal["pooled", "unpooled"] = "unpooled"
         is_weighted = need_indices = False
         if isinstance(compacted, CompressedEmbeddingBagCollection):

@@ -25,6 +25,7 @@ from embcomp.collection.groups import Group, table_features
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.route import CompositeRoute
 from embcomp.errors import ArtefactError, DataError
+from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
 from embcomp.serving.serving_features import Features, as_features
 from embcomp.serving.serving_rows import KernelRows, StoredTable, TorchRows
@@ -77,9 +78,9 @@ class _Serving(nn.Module):
         _check_tensors(self._groups, record, tensors, source)
         self.route = CompositeRoute(self._groups, is_weighted=record.is_weighted)
         self.combine = self._make_combine()
-        for index, group in enumerate(self._groups):
-            _load(group.backend.route, tensors, f"route.{index}.")
-            _load(group.backend.combine, tensors, f"combine.{index}.")
+        for group in self._groups:
+            for part, module in group.modules():
+                _load(module, tensors, f"{part}.{group.label}.")
         stored = {
             table.name: StoredTable(
                 name=table.name,
@@ -154,7 +155,7 @@ class _Serving(nn.Module):
         """A method in its serving form, without its rows: they are in another type."""
         group = self._groups[index]
         tensors: dict[str, Tensor] = {}
-        for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
+        for part, module in group.modules():
             tensors |= {f"{part}.{n}": t for n, t in persistent_tensors(module).items()}
         return MethodState(config=group.config, tensors=tensors)
 
@@ -323,23 +324,12 @@ class ServingModel(nn.Module):
         return self.network(dense.to(self._device, torch.float32), batch)
 
 
-def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, as a state dict would have them."""
-    found: dict[str, Tensor] = dict(module.named_parameters())
-    for path, part in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                found[prefix + name] = buffer
-    return found
-
-
 def expected_tensors(
     groups: Sequence[Group], record: TablesRecord
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every tensor that a description asks for."""
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for index, group in enumerate(groups):
+    for group in groups:
         for table in group.backend.physical_tables:
             row_type = record.row_types.get(table.name)
             if row_type is not None:
@@ -347,9 +337,9 @@ def expected_tensors(
                     stored_shape(table.num_embeddings, table.embedding_dim, row_type),
                     stored_dtype(row_type),
                 )
-        for part, module in (("route", group.backend.route), ("combine", group.backend.combine)):
-            for name, tensor in persistent_tensors(module).items():
-                wanted[f"{part}.{index}.{name}"] = (tuple(tensor.shape), tensor.dtype)
+        for part, module in group.modules():
+            for name, tensor in stored_tensors(module, persistent_tensors(module)).items():
+                wanted[f"{part}.{group.label}.{name}"] = (tuple(tensor.shape), tensor.dtype)
     return wanted
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from embcomp.errors import ConfigError
+from embcomp.layers.hashing import name64
 
 InitFn = Callable[[Tensor], Tensor | None]
 
@@ -32,7 +34,8 @@ class TableSpec:
         num_embeddings: ids run over ``[0, num_embeddings)``.
         embedding_dim: width that the model sees.
         feature_names: features that are looked up here.
-        index: position among the collection's tables; it salts the hashes.
+        index: position among the collection's tables, for lists that people read. Nothing that is
+            stored may depend on it: a table is known by its name.
         mean_pooling: whether bags are averaged rather than summed.
         data_type: type in which rows are trained, FP32 or FP16.
         init_bounds: range of the uniform initialisation.
@@ -91,13 +94,17 @@ def specs_from_configs(configs: Sequence[BaseEmbeddingConfig]) -> list[TableSpec
     Raises:
         ConfigError: for a duplicate or dotted name, no features, or sizes below one.
     """
-    names = [config.name for config in configs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"table names must be unique, got twice: {', '.join(twice)}")
+    refuse_twice(config.name for config in configs)
     specs = [_spec(index, config) for index, config in enumerate(configs)]
     _refuse_keys_of_one_name(specs)
     return specs
+
+
+def refuse_twice(names: Iterable[str]) -> None:
+    """Raise a ConfigError for tables of one name: a table is known by it."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ConfigError(f"table names must be unique, got twice: {', '.join(twice)}")
 
 
 def _refuse_keys_of_one_name(specs: Sequence[TableSpec]) -> None:
@@ -111,6 +118,11 @@ def _refuse_keys_of_one_name(specs: Sequence[TableSpec]) -> None:
                 f"{key.feature!r} would be looked up under one name, {str(key)!r}; rename one of "
                 "them without '/'"
             )
+
+
+def by_name(tables: Iterable[TableSpec]) -> list[TableSpec]:
+    """Tables in the order of their names: the one in which methods join what they learn of them."""
+    return sorted(tables, key=lambda table: table.name)
 
 
 def _spec(index: int, config: BaseEmbeddingConfig) -> TableSpec:
@@ -245,3 +257,15 @@ def splits_by_rows(num_embeddings: int, ranks: int) -> bool:
     it, and says nothing.
     """
     return -(-num_embeddings // ranks) * (ranks - 1) < num_embeddings
+
+
+def shared_name(*settings: object) -> str:
+    """What physical tables of many logical ones are called, before what each of them holds.
+
+    It says nothing of the tables, which may come and go; methods with other settings beside each
+    other get other names.
+
+    Args:
+        settings: what fixes the shape and meaning of the rows, whatever tables there are.
+    """
+    return f"shared_{name64(repr(settings)):016x}"[: len("shared_") + 8]

@@ -46,6 +46,7 @@ from embcomp.training.loop_state import LoopState
 
 _STATE_FILE = "state.json"
 _FOLDER = re.compile(r"step-(\d{10,})")
+_FORMAT_VERSION = 2  # 1 knew tables by their places
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -93,7 +94,12 @@ def save_checkpoint(
             write_own_checksums(temporary, process.rank)
             dist.barrier()
             if process.is_main:
-                content = {**state, "step": step, "world_size": process.world_size}
+                content = {
+                    **state,
+                    "step": step,
+                    "world_size": process.world_size,
+                    "format_version": _FORMAT_VERSION,
+                }
                 (temporary / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
                 write_checksums(temporary, [INDEX_FILE, _STATE_FILE])
     except CheckpointError as error:
@@ -140,6 +146,7 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
     Raises:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
     """
+    read_state(folder)
     tensors = {"model": model_state(sharded)}
     _read_into(tensors, folder, _process_of_group())
     _load_model_state(sharded, tensors["model"])
@@ -189,6 +196,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {error}. {way_out}"
         ) from None
+    version = content.pop("format_version", 1)
+    if version != _FORMAT_VERSION:
+        known = ", which knew a table by its place and not by its name" if version == 1 else ""
+        raise CheckpointError(
+            f"{folder} was written by another embcomp{known}: its checkpoints have format {version}, "
+            f"this one reads {_FORMAT_VERSION}. Go on with the embcomp that wrote it, or train again "
+            "under another name"
+        )
     known = {each.name for each in dataclasses.fields(LoopState)} | {"world_size"}
     if set(content) != known:
         odd = ", ".join(sorted(set(content) ^ known))

@@ -71,7 +71,7 @@ def test_ids_beyond_float_precision_find_their_rows():
     mask = torch.ones(rows, dtype=torch.bool)
     mask[2**23 : 2**23 + 1000] = False
     words, counts = pack(mask)
-    route = collection.route.routes[0]
+    route = collection.route.routes["low_dim"]
     route.words.copy_(words)
     route.counts.copy_(counts)
     route.filled.fill_(1)
@@ -87,7 +87,7 @@ def test_bits_that_are_read_into_a_route_in_use_are_followed():
     collection.route(batch)
     mask = torch.arange(600) % 2 == 1
     words, counts = pack(mask)
-    route = collection.route.routes[0]
+    route = collection.route.routes["low_dim"]
     route.words.copy_(words)
     route.counts.copy_(counts)
     routed = collection.route(batch)[0].values()

@@ -125,8 +125,8 @@ def test_a_life_begins_where_the_stage_before_ended():
                 wanted = rows[f"t{key[1:]}"]
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         served = forms[-1].config.dense_footprint(specs).serve_bytes
-        words = forms[-1].config.codebook_table(specs)
-        served += words.num_embeddings * words.embedding_dim * 4
+        for words in forms[-1].config.codebook_tables(specs):
+            served += words.num_embeddings * words.embedding_dim * 4
         assert served == sum(
             tensor.numel() * tensor.element_size() for tensor in forms[-1].tensors.values()
         )
@@ -332,7 +332,8 @@ def test_codes_survive_their_packing(bits):
     specs = specs_of(tables)
     method = PQ(subvector_dim=2, num_codewords=1 << bits, codebooks="all")
     form = method.start_stage(method.stages()[1], specs, past(dense({"t0": drawn(500, 6)})))
-    words = form.rows("t0__codewords")
+    (physical,) = method.codebook_tables(specs)
+    words = form.rows(physical.name)
     codes = unpack_bits(form.tensors["route.codes"], bits, 1500).view(500, 3)
     decoded = (words[codes] * form.tensors["combine.scales.weight"]).flatten(1)
     torch.testing.assert_close(embed_ids(holding(tables, form, specs), tables)["f0"], decoded)
@@ -396,7 +397,7 @@ def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim):
     specs = specs_of(tables)
     plan = ResolvedPlan(tuple(specs), dict.fromkeys((spec.name for spec in specs), config))
     collection = collection_of(tables, plan)
-    module = collection.combine.combines[0]
+    module = collection.combine.combines["lr2vq"]
     batch = random_batch(tables, seed=1, batch_size=64)  # ragged: short keys are padded
     seen = []
     module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
@@ -415,7 +416,7 @@ def test_codewords_that_nobody_chooses_are_moved_to_where_they_help():
     table = Declared(name="t0", rows=64, dim=4, features=("f0",))
     config = LR2VQ(subvector_dim=4, num_codewords=16, revive_every=5, scale=False)
     collection = collection_of([table], config).train()
-    module = collection.combine.combines[0].codewords
+    module = collection.combine.combines["lr2vq"].codewords
     module.ensure_filled()
     module.words[:] = 100.0  # all but the first are equal, and far from any latent
     module.words[0, 0] = 0.0

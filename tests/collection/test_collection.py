@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingCollection,
 )
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import salt, splitmix64
+from embcomp.layers.hashing import name64, salt, splitmix64
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
@@ -287,18 +288,18 @@ def test_hashed_rows_follow_seed_table_and_look_up(ragged):
 
     def placed(seed, table, chunk, num_rows):
         id_ = (-5) % 2**64  # the last of f2
-        return (splitmix64(id_ ^ salt(seed, table, chunk)) & (2**63 - 1)) % num_rows
+        return (splitmix64(id_ ^ salt(seed, name64(table), chunk)) & (2**63 - 1)) % num_rows
 
     for seed in (2021, 7):
         plan = Hash(num_buckets=40, collisionless=0, seed=seed)
         hashed = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
         ids = hashed.route(batch_of(bags))[0]["t1/f2#0"].values()
-        assert ids[-1] == placed(seed, 1, 0, 40)
+        assert ids[-1] == placed(seed, "t1", 0, 40)
         plan = Unified(num_buckets=50, num_chunks=2, seed=seed)
         unified = CompressedEmbeddingBagCollection([t.bag() for t in tables], plan)
         for chunk in (0, 1):
             ids = unified.route(batch_of(bags))[0][f"t1/f2#{chunk}"].values()
-            assert ids[-1] == placed(seed, 1, chunk, 50)
+            assert ids[-1] == placed(seed, "t1", chunk, 50)
 
 
 def test_unified_joins_its_look_ups_in_order():
@@ -308,8 +309,8 @@ def test_unified_joins_its_look_ups_in_order():
     first, second = collection.serving_tensors().values()
     batch = batch_of({"f0": [[1]], "f1": [[2]], "f2": [[3]]})
     rows = {key: int(j.values()[0]) for key, j in collection.route(batch)[0].to_dict().items()}
-    # Look-ups are dealt to the tables in turn: 0 and 2 of the first feature to the first table.
-    parts = [first[rows["t0/f0#0"]], second[rows["t0/f0#1"]], first[rows["t0/f0#2"]]]
+    # Look-ups are dealt to the tables in turn: as t0's name has it, 0 and 2 to the second table.
+    parts = [second[rows["t0/f0#0"]], first[rows["t0/f0#1"]], second[rows["t0/f0#2"]]]
     torch.testing.assert_close(collection(batch)["f0"][0], torch.cat(parts))
 
 
@@ -350,13 +351,22 @@ def test_batches_with_a_stride_per_key_are_refused():
 
 
 def test_physical_names_that_clash_are_refused():
-    tables = [
-        EmbeddingBagConfig(name=name, num_embeddings=60, embedding_dim=4, feature_names=[name])
-        for name in ("a", "a__unified_0")
-    ]
-    plan = {"a": Unified(num_buckets=5)}
-    with pytest.raises(ConfigError, match="a__unified_0 clash"):
-        CompressedEmbeddingBagCollection(tables, plan)
+    def build(*names, plan):
+        tables = [
+            EmbeddingBagConfig(name=name, num_embeddings=60, embedding_dim=4, feature_names=[name])
+            for name in names
+        ]
+        return CompressedEmbeddingBagCollection(tables, plan)
+
+    one = Unified(num_buckets=5)
+    (physical,) = (table.name for table in build("a", plan=one).physical_tables)
+    with pytest.raises(ConfigError, match=f"{physical} clash"):
+        build("a", physical, plan={"a": one})
+    # What is shared is named by its settings, not by those of single tables.
+    other = Unified(num_buckets=5, chunks={"b": 3})
+    with pytest.raises(ConfigError, match=f"{physical} clash.* another seed"):
+        build("a", "b", plan={"a": one, "b": other})
+    build("a", "b", plan={"a": one, "b": dataclasses.replace(other, seed=1)})
 
 
 def test_unpooled_tables_must_be_equally_wide():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from embcomp.layers.hashing import hash_rows, salt, splitmix64, to_signed
+from embcomp.layers.hashing import hash_rows, name64, salt, splitmix64, table_salt, to_signed
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -42,6 +42,22 @@ def test_salt_vector():
 def test_row_vectors(id_, feature, chunk, num_rows, row):
     salts = torch.tensor([to_signed(salt(2021, feature, chunk))])
     assert hash_rows(torch.tensor([id_]), salts, torch.tensor([num_rows])).tolist() == [row]
+
+
+@pytest.mark.parametrize(
+    ("table", "hashed", "salted", "rows"),
+    [
+        ("C1", 0x432EDC70C11D86AB, 0xA4535E3DB9DFDBDC, (825194, 425941)),
+        ("user_id", 0x41324560696B9DF8, 0xADD1065B9EBC1995, (400327, 269980)),
+        ("item", 0x2B5FA65FCDEA334A, 0x7526C0507A9C2B60, (840333, 930017)),
+        ("商品", 0x2B8F361F94B0FD58, 0x6035B737EBF9E521, (97889, 532587)),
+    ],
+)
+def test_vectors_of_tables_names(table, hashed, salted, rows):
+    assert name64(table) == hashed
+    assert salt(2021, hashed, 0) == salted
+    salts = torch.tensor([table_salt(2021, table, chunk) for chunk in (0, 1)])
+    assert hash_rows(torch.tensor([1]), salts, torch.tensor(1000003)).tolist() == list(rows)
 
 
 @given(INT64, st.integers(0, 2**64 - 1), st.integers(1, 2**62))

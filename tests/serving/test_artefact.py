@@ -252,9 +252,10 @@ def edit_tensors(path, change):
         (lambda p: (p / "config.json").unlink(), "is not an artefact: it has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
         (lambda p: (p / "config.json").write_text("{}"), "does not describe an artefact"),
+        (lambda p: edit_config(p, format_version=3), "format_version 3; this embcomp reads 2"),
         (
             lambda p: edit_config(p, format_version=1),
-            "format_version 1; this embcomp reads 2: export the run again",
+            "format_version 1; this embcomp reads 2: it knew tables by their places, .* export again",
         ),
         (lambda p: edit_config(p, tables__kind="x"), "damaged: tables.kind"),
         (lambda p: edit_config(p, tables=None), "neither tables nor a model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from embcomp.backends import BACKENDS
 from embcomp.config.train_config import TrainConfig, load_config, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError
+from embcomp.errors import CheckpointError, ConfigError
+from embcomp.layers.named_parts import stored_tensors
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.tables.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
-from embcomp.training.checkpoint import saved_steps
+from embcomp.training.checkpoint import checkpoint_folder, saved_steps
 from embcomp.training.export.export import export_run
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder
@@ -149,9 +151,10 @@ def test_a_stage_moves_what_it_says_and_nothing_else(finished, method):
         first, last = (weights_at(run, index, step) for step in (steps[0], steps[-1]))
         model = load_unsharded(config, info, schedule, folder, index, steps[0])
         prefix = setup.structure_prefix(path_of(model.model, model.tables))
-        own = {name for name, _ in model.model.named_parameters() if name.startswith(prefix)}
+        learnt = stored_tensors(model.model, dict(model.model.named_parameters()))
+        own = {name for name in learnt if name.startswith(prefix)}
         rows = {name for name in first if ".embedding_bags." in name and "first_order" not in name}
-        network = dict(model.model.named_parameters()).keys() - own - rows
+        network = learnt.keys() - own - rows
         network = {name for name in network if "first_order" not in name}
         for names, learns in (
             (rows, stage.rows),
@@ -267,6 +270,55 @@ def test_another_runs_weights_can_stand_for_the_first_stage(dataset, finished, t
     )
     with pytest.raises(ConfigError, match="another model"):
         train(other, runs=tmp_path, quiet=True)
+
+
+CHANGED_FEATURES = {
+    "reordered": (("C2", "C1", "C3"), "'C1' is where this one has 'C2'"),
+    "inserted": (("C1", "A", "C2", "C3"), "A is in one of them only"),
+    "appended": (("C1", "C2", "C3", "Z"), "Z is in one of them only"),
+    "removed": (("C1", "C2"), "C3 is in one of them only|no table is called 'C3'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_FEATURES)
+def test_another_runs_weights_stand_only_for_the_same_features(change, dataset, tmp_path):
+    """A network takes features by their places, so also an order that tables would not mind."""
+    names, complaint = CHANGED_FEATURES[change]
+    shutil.copytree(dataset, tmp_path / "data")
+    described = tmp_path / "data" / "dataset.json"
+    document = json.loads(described.read_text())
+    known = {feature["name"]: feature for feature in document["categorical"]}
+    pattern = document["categorical"][0]
+    document["categorical"] = [known.get(name) or {**pattern, "name": name} for name in names]
+    described.write_text(json.dumps(document))
+    for method in STAGED:
+        source = RunFolder(tmp_path / method)
+        plain = ("name=full", "tables.method=full", "tables.budget=null", "train.stages={}")
+        source.create(staged_config(dataset, method, *plain))
+        config = staged_config(tmp_path / "data", method, f"train.start_from={source.path}")
+        with pytest.raises(ConfigError, match=complaint):
+            train(config, runs=tmp_path / "runs", quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_of_another_format_are_refused(dataset, finished, tmp_path):
+    method = next(iter(STAGED))
+    shutil.copytree(finished(method), tmp_path / method)
+    (tmp_path / method / "report.json").unlink()
+    _, _, schedule, folder = life_of(tmp_path / method)
+    place = folder.stage(schedule.trained[-1], schedule.names)
+    state = checkpoint_folder(place.checkpoints, saved_steps(place.checkpoints)[-1]) / "state.json"
+    content = json.loads(state.read_text())
+    assert content.pop("format_version") == 2
+    state.write_text(json.dumps(content))
+    place.done.unlink(missing_ok=True)
+    for act in (
+        lambda: train(folder.config(), runs=tmp_path, quiet=True),
+        lambda: load_model(tmp_path / method),
+        lambda: evaluate(tmp_path / method, quiet=True),
+    ):
+        with pytest.raises(CheckpointError, match="knew a table by its place .* train again"):
+            act()
 
 
 def test_a_stage_that_only_harms_hands_on_what_it_began_with(dataset, tmp_path):

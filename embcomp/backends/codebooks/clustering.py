@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans, nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
-from embcomp.layers.hashing import splitmix64
+from embcomp.layers.hashing import name64, salt
 from embcomp.tables.specs import TableSpec
 
 FREQUENCY_EXPONENT = 0.5
@@ -113,9 +113,10 @@ def cluster(
     """
     scales = find_scales(latents, weights, scaled=scaled)
     words = []
-    for shared in range(layout.num_shared):
+    named = [(name64(unit), place) for unit, count in layout.units for place in range(count)]
+    for shared, (unit, place) in enumerate(named):
         points, masses = members(layout, shared, latents, weights, scales)
-        own = splitmix64(splitmix64(seed) ^ shared) >> 1
+        own = salt(seed, unit, place) >> 1
         found = kmeans(points, masses, count, seed=own, backend=backend, iterations=iterations)
         words.append(found.centroids)
     return Codebooks(words=torch.stack(words), scales=scales)

@@ -9,7 +9,7 @@ It is the form in which vector quantisation (``lr2vq``, ``pq``) is fine-tuned an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,14 +18,19 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends.base import Backend
-from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts, packed_bytes
+from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
-from embcomp.backends.codebooks.vector_quantized import VectorQuantized, mean_init_std
+from embcomp.backends.codebooks.vector_quantized import (
+    VectorQuantized,
+    code_bytes,
+    mean_init_std,
+    padded_codes,
+)
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint
@@ -66,15 +71,17 @@ class Coded(VectorQuantized):
         return None if self.latent_dim is None else min(self.latent_dim, self.width)
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        return [self.codebook_table(tables)]
+        return self.codebook_tables(tables)
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return self.beside_codewords(tables, trained=True)
 
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         layout = self.layout(tables)
-        mean = mean_init_std(tables)
-        scales = [table.init_std / mean for table in tables] if self.scaled else None
+        scales = None
+        if self.scaled:
+            means = [mean_init_std(layout.members(unit)) for unit in range(len(layout.units))]
+            scales = [t.init_std / means[layout.unit_of(n)] for n, t in enumerate(tables)]
         decode = Decode(layout, latent_dim=self.stored_latent, scales=scales)
         return Backend(
             physical_tables=self.physical_tables(tables),
@@ -104,31 +111,34 @@ class CodedRoute(LearnedBuffers):
         sources: list[int] = []
         starts: list[int] = []
         steps: list[int] = []
+        offsets: list[int] = []
         source = first = 0
-        for table in layout.tables:
+        for n, table in enumerate(layout.tables):
             positions = layout.positions(table)
             for _ in table.feature_names:
                 sources += [source] * positions
                 starts += range(first, first + positions)
                 steps += [positions] * positions
+                offsets += [place * count for place in layout.places(n)]
                 source += 1
-            first += table.num_embeddings * positions
+            first += padded_codes(layout, table, bits)
         self.copies = RepeatFeatures(self._keys, sources)
         self._starts, self._steps = Constant(starts), Constant(steps)
-        self._offsets = Constant([shared * count for shared in layout.columns])
-        self._num_codes = first
-        packed = torch.zeros(packed_bytes(first, bits), dtype=torch.uint8)
+        self._offsets = Constant(offsets)
+        sizes = [(table.name, code_bytes(layout, table, bits)) for table in layout.tables]
+        self.store_in_parts("codes", sizes)
+        packed = torch.zeros(sum(size for _, size in sizes), dtype=torch.uint8)
         self.register_buffer("codes", packed)
 
     def reset_buffers(self) -> None:
         """Codes that are hashes of (seed, table, position, id)."""
-        self.codes.copy_(pack_parts(self._hashes(), self._bits, self._num_codes))
+        self.codes.copy_(_packed(self._hashes(), self._layout, self._bits))
 
     def _hashes(self) -> Iterator[Tensor]:
         count = torch.tensor(self._count)
         for table in self._layout.tables:
             positions = range(self._layout.positions(table))
-            salts = [to_signed(salt(self._seed, table.index, p)) for p in positions]
+            salts = [table_salt(self._seed, table.name, p) for p in positions]
             for start in range(0, table.num_embeddings, _ROWS_AT_ONCE):
                 ids = torch.arange(start, min(start + _ROWS_AT_ONCE, table.num_embeddings))
                 yield hash_rows(ids.unsqueeze(1), torch.tensor(salts), count)
@@ -157,4 +167,36 @@ def pack_codes(parts: Iterator[Tensor], config: Coded, tables: Sequence[TableSpe
         config: of the route.
         tables: the group.
     """
-    return pack_parts(parts, config.bits, config.num_codes(tables))
+    return _packed(parts, config.layout(tables), config.bits)
+
+
+def codebook_rows(config: Coded, tables: Sequence[TableSpec], words: Tensor) -> dict[str, Tensor]:
+    """Codewords as the rows of the physical tables that hold them.
+
+    Args:
+        config: of the serving form.
+        tables: the group.
+        words: (G, k, w) all codebooks of the group's layout.
+    """
+    books = words.split([count for _, count in config.layout(tables).units])
+    physical = config.codebook_tables(tables)
+    return {f"rows.{t.name}": own.flatten(0, 1) for t, own in zip(physical, books)}
+
+
+def _packed(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -> Tensor:
+    """Codes that come table after table, each table's ending with a byte."""
+    counts = [padded_codes(layout, table, bits) for table in layout.tables]
+    return pack_parts(_with_padding(parts, layout, bits), bits, sum(counts))
+
+
+def _with_padding(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -> Iterator[Tensor]:
+    came = iter(parts)
+    for table in layout.tables:
+        left = table.num_embeddings * layout.positions(table)
+        padding = padded_codes(layout, table, bits) - left
+        while left:
+            part = next(came)
+            left -= part.numel()
+            assert left >= 0, "a part holds codes of one table"
+            yield part
+        yield torch.zeros(padding, dtype=torch.int64)

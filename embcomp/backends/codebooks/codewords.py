@@ -8,6 +8,8 @@ chooses is moved beside one that fits badly, as in Linde, Buzo and Gray's splitt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from embcomp.backends.codebooks.kmeans import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.hashing import hash_rows, name64, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
 from embcomp.layers.lookup_context import LookupContext
 
@@ -27,7 +29,7 @@ class Codewords(LearnedBuffers):
     """Codebooks, and what is known of their use.
 
     Args:
-        count: codebooks.
+        units: who shares codebooks, by name, and how many each has.
         size: codewords in each.
         latent_dim: width of a codeword.
         decay: of the moving means, in a step.
@@ -44,7 +46,7 @@ class Codewords(LearnedBuffers):
 
     def __init__(
         self,
-        count: int,
+        units: Sequence[tuple[str, int]],
         size: int,
         latent_dim: int,
         *,
@@ -56,6 +58,10 @@ class Codewords(LearnedBuffers):
         super().__init__()
         self._decay, self._revive_every = decay, revive_every
         self._std, self._seed = std, seed
+        self._units = list(units)
+        count = sum(own for _, own in units)
+        for name in ("words", "masses", "uses", "errors"):
+            self.store_in_parts(name, units)
         self.register_buffer("words", torch.zeros(count, size, latent_dim))
         self.register_buffer("masses", torch.zeros(count, size))
         self.register_buffer("uses", torch.zeros(count, size))
@@ -63,11 +69,11 @@ class Codewords(LearnedBuffers):
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def reset_buffers(self) -> None:
-        """Random codewords, spread as fresh latents are."""
-        random = torch.Generator().manual_seed(self._seed % (1 << 63))
+        """Random codewords, spread as fresh latents are; who shares them has draws of its own."""
         bound = self._std * 3**0.5
-        drawn = torch.empty(self.words.shape).uniform_(-bound, bound, generator=random)
-        self.words.copy_(drawn)
+        for (name, _), own in zip(self._units, self.words.split([n for _, n in self._units])):
+            random = torch.Generator().manual_seed(salt(self._seed, name64(name), 0) >> 1)
+            own.copy_(torch.empty(own.shape).uniform_(-bound, bound, generator=random))
         self.masses.fill_(1 / self.masses.numel())
 
     @torch.no_grad()

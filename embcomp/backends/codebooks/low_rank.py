@@ -34,7 +34,7 @@ from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
+from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
 
 DENSE = Stage(name="dense", purpose="train the full tables")
 """The first stage of methods that compress trained tables."""
@@ -185,6 +185,7 @@ def factorise(
         dense: a form with the tables' full rows.
         weights: what each id counts, by table.
     """
+    tables = by_name(tables)
     layout, latent = config.layout(tables), config.latent(tables)
     rows = [dense.rows(table.name) for table in tables]
     moments = Moments.of(layout, rows, [weights[t.name] for t in tables], centred=config.bias)

@@ -39,7 +39,7 @@ from embcomp.backends.codebooks.clustering import (
     id_weights,
     share_cold_rows,
 )
-from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
+from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, pack_codes
 from embcomp.backends.codebooks.codewords import Codewords, Quantize
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
@@ -55,7 +55,7 @@ from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables.specs import PhysicalTable, TableSpec
+from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 _AUTO = "auto"
 
@@ -142,7 +142,7 @@ class LR2VQ(VectorQuantized):
         )
 
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        self.codebook_table(tables)  # refuses tables that cannot share
+        self.codebook_tables(tables)  # refuses tables that cannot share
         return latent_tables(self.layout(tables), self.latent)
 
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
@@ -184,7 +184,7 @@ class LR2VQ(VectorQuantized):
         keys = [key for table in physical for key in table.keys]
         mean = mean_init_std(tables)
         codewords = Codewords(
-            layout.num_shared,
+            layout.units,
             self.codewords,
             self.latent,
             decay=self.decay,
@@ -250,6 +250,7 @@ class LR2VQ(VectorQuantized):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
+        tables = by_name(tables)
         choice = choose_latent_dim(
             self.layout(tables),
             [context.form.rows(table.name) for table in tables],
@@ -284,6 +285,7 @@ class LR2VQ(VectorQuantized):
         Only then is the distance of two latents that of the sub-vectors which they stand for.
         """
         assert isinstance(low_rank.config, LowRank)
+        tables = by_name(tables)
         layout, latent = self.layout(tables), low_rank.config.latent(tables)
         projection = low_rank.tensors["combine.projections.weight"].double()  # (G, d, m)
         basis, turn = torch.linalg.qr(projection.transpose(1, 2))  # P^T = basis @ turn
@@ -323,6 +325,7 @@ class LR2VQ(VectorQuantized):
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Freeze the code of every id, and fold the projections into the codewords."""
+        tables = by_name(tables)
         layout, serving = self.layout(tables), self.serving
         latents = [
             form.rows(table.name).float().reshape(table.num_embeddings, -1, self.latent)
@@ -332,10 +335,8 @@ class LR2VQ(VectorQuantized):
         codebooks = Codebooks(words=words, scales=(1.0,) * len(tables))
         projection = form.tensors["combine.decode.projections.weight"]
         stored = words if serving.latent_dim is not None else words @ projection
-        tensors = {
-            f"rows.{serving.codebook_table(tables).name}": stored.flatten(0, 1),
-            "route.codes": pack_codes(encode(layout, latents, codebooks), serving, tables),
-        }
+        tensors = codebook_rows(serving, tables, stored)
+        tensors["route.codes"] = pack_codes(encode(layout, latents, codebooks), serving, tables)
         if serving.latent_dim is not None:
             tensors["combine.projections.weight"] = projection
         if self.scaled:

@@ -15,14 +15,14 @@ import torch
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import cluster, encode, id_weights, share_cold_rows
-from embcomp.backends.codebooks.coded import FREEZE, Coded, pack_codes
+from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, pack_codes
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.low_rank import DENSE
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
 from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec
+from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class PQ(VectorQuantized):
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
+        tables = by_name(tables)
         layout = self.layout(tables)
         weights = list(id_weights(tables, past.counts).values())
         latents = [
@@ -88,10 +89,8 @@ class PQ(VectorQuantized):
             scaled=self.scaled,
             backend=self.clustering,
         )
-        tensors = {
-            f"rows.{self.codebook_table(tables).name}": found.words.flatten(0, 1),
-            "route.codes": pack_codes(encode(layout, latents, found), self.serving, tables),
-        }
+        tensors = codebook_rows(self.serving, tables, found.words)
+        tensors["route.codes"] = pack_codes(encode(layout, latents, found), self.serving, tables)
         if self.scaled:
             tensors["combine.scales.weight"] = torch.tensor(found.scales)
         return MethodState(config=self.serving, tensors=tensors)

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.named_parts import NamedParts
 from embcomp.tables.specs import LookupKey, TableSpec
 
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
+
+GROUP = "group:"
+"""What a name of several tables that share begins with."""
 
 SharingGroups = tuple[tuple[str, ...], ...]
 """Names of tables that share among themselves; those in none of the groups are one more."""
@@ -65,14 +69,43 @@ class SubvectorLayout:
         return -(-table.embedding_dim // self.width)
 
     @cached_property
-    def _sharers(self) -> list[int]:
-        """The number of what each table shares with: its group, or itself alone."""
+    def _labels(self) -> list[str]:
+        """What each table shares with: itself alone, or a group, named by its first member's name.
+
+        The tables that no group names are a group without a name.
+        """
         if self.sharing == "table":
-            return list(range(len(self.tables)))
-        numbers = {name: n for n, names in enumerate(self.groups) for name in names}
-        found = [numbers.get(table.name, len(self.groups)) for table in self.tables]
-        present = sorted(set(found))
-        return [present.index(number) for number in found]
+            return [table.name for table in self.tables]
+        owners = {name: min(names) for names in self.groups for name in names}
+        return [f"{GROUP}{owners.get(table.name, '')}" for table in self.tables]
+
+    @cached_property
+    def _sharers(self) -> list[int]:
+        """The number of what each table shares with, by name and not by place."""
+        present = self._present
+        return [present.index(label) for label in self._labels]
+
+    @cached_property
+    def _present(self) -> list[str]:
+        """The labels in order, that of the tables in no group last."""
+        return sorted(set(self._labels), key=lambda label: (label == GROUP, label))
+
+    @property
+    def units(self) -> list[tuple[str, int]]:
+        """Who shares: a table's name, or ``group:`` and a name; and how many codebooks they have."""
+        return list(zip(self._present, self._counts))
+
+    def members(self, unit: int) -> list[TableSpec]:
+        """The tables of one of the ``units``."""
+        return [table for table, own in zip(self.tables, self._sharers) if own == unit]
+
+    def unit_of(self, table: int) -> int:
+        """The place among the ``units`` of a table's.
+
+        Args:
+            table: its place in the group.
+        """
+        return self._sharers[table]
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -94,9 +127,17 @@ class SubvectorLayout:
         Args:
             table: its place in the group.
         """
-        count = self.positions(self.tables[table])
         first = sum(self._counts[: self._sharers[table]])
-        return [first] * count if self.sharing == "all" else list(range(first, first + count))
+        return [first + place for place in self.places(table)]
+
+    def places(self, table: int) -> list[int]:
+        """The codebook of each of a table's positions, counted within its unit.
+
+        Args:
+            table: its place in the group.
+        """
+        count = self.positions(self.tables[table])
+        return [0] * count if self.sharing == "all" else list(range(count))
 
     @property
     def columns(self) -> list[int]:
@@ -166,7 +207,7 @@ class Decode(nn.Module):
         self.projections = (
             None
             if latent_dim is None
-            else Projections(layout.num_shared, latent_dim, layout.width, bias=bias)
+            else Projections(layout.units, latent_dim, layout.width, bias=bias)
         )
         self.scales = None if scales is None else Scales(layout, scales)
 
@@ -180,18 +221,24 @@ class Decode(nn.Module):
         return found if self.scales is None else self.scales(found)
 
 
-class Projections(nn.Module):
+class Projections(NamedParts):
     """Learnt maps from latents to sub-vectors, orthonormal at first.
 
     Args:
-        count: how many.
+        units: who shares them, by name, and how many each has.
         latent_dim: width in.
         width: width out.
         bias: whether each adds a vector.
     """
 
-    def __init__(self, count: int, latent_dim: int, width: int, *, bias: bool) -> None:
+    def __init__(
+        self, units: Sequence[tuple[str, int]], latent_dim: int, width: int, *, bias: bool
+    ) -> None:
         super().__init__()
+        count = sum(own for _, own in units)
+        self.store_in_parts("weight", units)
+        if bias:
+            self.store_in_parts("bias", units)
         self.weight = nn.Parameter(torch.empty(count, latent_dim, width))
         self.bias = nn.Parameter(torch.empty(count, width)) if bias else None
         self.reset_parameters()
@@ -214,7 +261,7 @@ class Projections(nn.Module):
         return found if self.bias is None else found + self.bias[which]
 
 
-class Scales(nn.Module):
+class Scales(NamedParts):
     """One learnt factor for each table.
 
     Args:
@@ -225,6 +272,7 @@ class Scales(nn.Module):
     def __init__(self, layout: SubvectorLayout, initial: Sequence[float]) -> None:
         super().__init__()
         self._initial = list(initial)
+        self.store_in_parts("weight", [(table.name, 1) for table in layout.tables])
         self._owner = Constant(
             [
                 n

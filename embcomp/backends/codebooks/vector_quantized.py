@@ -14,6 +14,7 @@ from typing_extensions import Self
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.codebooks.bit_packing import MAX_BITS, bits_for, packed_bytes
 from embcomp.backends.codebooks.subvectors import (
+    GROUP,
     Sharing,
     SharingGroups,
     SubvectorLayout,
@@ -22,7 +23,7 @@ from embcomp.backends.codebooks.subvectors import (
 )
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit
+from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, shared_name
 
 DEFAULT_CODEWORDS = 256
 _BITS_CHOSEN = range(1, 11)  # widths of a code that a budget may choose: k-means stays quick
@@ -109,8 +110,12 @@ class VectorQuantized(BackendConfig):
     def named_tables(self) -> Sequence[str]:
         return list(chain.from_iterable(self.sharing_groups))
 
-    def codebook_table(self, tables: Sequence[TableSpec]) -> PhysicalTable:
-        """All codebooks of the serving form, one after another, as one table."""
+    def codebook_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        """The codebooks of the serving form: a table for each who share, one after another in it.
+
+        Those of a single table have its name. Others are named by the settings that shape them, so
+        that the tables around do not matter.
+        """
         types = {table.data_type for table in tables}
         if len(types) > 1:
             raise ConfigError(
@@ -119,23 +124,28 @@ class VectorQuantized(BackendConfig):
             )
         layout = self.layout(tables)
         latent = self.stored_latent
-        std = mean_init_std(tables)
-        return PhysicalTable(
-            name=f"{tables[0].name}__codewords",
-            num_embeddings=layout.num_shared * self.codewords,
-            embedding_dim=latent or self.width,
-            lookups=tuple(layout.lookups),
-            init_fn=UniformInit.with_std(
-                std if latent is None else std * (self.width / latent) ** 0.5
-            ),
-            data_type=tables[0].data_type,
-            is_codebook=True,
-        )
+        wider = 1.0 if latent is None else (self.width / latent) ** 0.5
+        return [
+            PhysicalTable(
+                name=self._codebook_name(label),
+                num_embeddings=count * self.codewords,
+                embedding_dim=latent or self.width,
+                lookups=tuple(replace(layout, tables=layout.members(unit)).lookups),
+                init_fn=UniformInit.with_std(mean_init_std(layout.members(unit)) * wider),
+                data_type=tables[0].data_type,
+                is_codebook=True,
+            )
+            for unit, (label, count) in enumerate(layout.units)
+        ]
 
-    def num_codes(self, tables: Sequence[TableSpec]) -> int:
-        """Codes of all rows of a group."""
-        layout = self.layout(tables)
-        return sum(table.num_embeddings * layout.positions(table) for table in tables)
+    def _codebook_name(self, unit: str) -> str:
+        if not unit.startswith(GROUP):
+            return f"{unit}__codewords"
+        shared = shared_name(
+            self.width, self.codewords, self.codebooks, self.scale, self.stored_latent, self.seed
+        )
+        first = unit.removeprefix(GROUP)
+        return f"{shared}_{first}__codewords" if first else f"{shared}__codewords"
 
     def beside_codewords(self, tables: Sequence[TableSpec], *, trained: bool) -> Footprint:
         """What the serving form holds beside the codewords.
@@ -147,16 +157,16 @@ class VectorQuantized(BackendConfig):
         layout = self.layout(tables)
         tensors = [
             TensorFootprint(
-                name=f"{tables[0].name}.codes",
+                name=f"{table.name}.codes",
                 role="codes",
-                rows=packed_bytes(self.num_codes(tables), self.bits),
+                rows=code_bytes(layout, table, self.bits),
                 columns=1,
                 itemsize=1,
                 train_columns=1,
                 lookup=False,
                 trained=trained,
-                owners=tuple((t.name, t.num_embeddings * layout.positions(t)) for t in tables),
             )
+            for table in tables
         ]
         if self.stored_latent is not None:
             tensors.append(projection_footprint(layout, self.stored_latent, trained=trained))
@@ -170,7 +180,7 @@ class VectorQuantized(BackendConfig):
 
     def keeps_full(self, table: TableSpec) -> bool:
         """Whether a table's codes, and codewords if it had to bear them alone, are no smaller."""
-        served = footprint_of([self.codebook_table([table])])
+        served = footprint_of(self.codebook_tables([table]))
         served += self.beside_codewords([table], trained=True)
         return served.serve_bytes >= table.full_bytes
 
@@ -230,6 +240,18 @@ def quantisation_error(width: int, count: int) -> float:
         within = kappa * axes * math.exp(logarithms / axes) * count ** (-2 / axes)
         least = min(least, (within + max(left, 0.0)) / whole)
     return least
+
+
+def padded_codes(layout: SubvectorLayout, table: TableSpec, bits: int) -> int:
+    """A table's codes, and so many more that they end with a byte."""
+    codes = table.num_embeddings * layout.positions(table)
+    whole = 8 // math.gcd(8, bits)
+    return -(-codes // whole) * whole
+
+
+def code_bytes(layout: SubvectorLayout, table: TableSpec, bits: int) -> int:
+    """Bytes of a table's codes, which begin and end with a byte."""
+    return packed_bytes(padded_codes(layout, table, bits), bits)
 
 
 def mean_init_std(tables: Sequence[TableSpec]) -> float:

@@ -12,7 +12,7 @@ from embcomp.backends.blocks import column_dtype
 from embcomp.backends.sparse import Sparse, pointer_dtype
 from embcomp.errors import BudgetError
 from embcomp.layers.frequency_blocks import block_ranges
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name
 
 
 def least_element_bytes(tables: Sequence[TableSpec]) -> int:
@@ -60,6 +60,7 @@ def elements_form(
             f"dnis: {budget:,} bytes do not hold sparse rows: their pointers and one element take "
             f"{least:,} bytes. Raise the budget, or prune by block (structure: block)."
         )
+    tables = by_name(tables)
     products = {
         table.name: _product(table, rows[table.name], selections[table.name], cuts[table.name])
         for table in tables

@@ -17,7 +17,7 @@ from embcomp.backends.base import MethodState
 from embcomp.backends.blocks import Blocks, block_table, column_dtype
 from embcomp.errors import BudgetError
 from embcomp.layers.frequency_blocks import block_ranges
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name
 
 Cuts = Mapping[str, tuple[int, ...]]
 
@@ -120,6 +120,7 @@ def choose_columns(
     sizes = {
         t.name: [h - l for l, h in block_ranges(cuts[t.name], t.num_embeddings)] for t in tables
     }
+    tables = by_name(tables)
     candidates: list[_Candidate] = []
     for n, table in enumerate(tables):
         traffic = block_traffic(
@@ -219,7 +220,7 @@ def blocks_form(
     starts: dict[str, tuple[int, ...]] = {}
     tensors: dict[str, Tensor] = {}
     columns: list[Tensor] = []
-    for table in tables:
+    for table in by_name(tables):
         name = table.name
         merged = _equal_neighbours(kept[name])
         ranges = block_ranges(cuts[name], table.num_embeddings)

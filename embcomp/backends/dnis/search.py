@@ -24,8 +24,9 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts, traffic_cuts
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
+from embcomp.layers.named_parts import NamedParts
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables.specs import PhysicalTable, TableSpec
+from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 Selection = Literal["free", "prefix"]
 
@@ -98,6 +99,7 @@ class DNISSearch(BackendConfig):
             combine=BlockGate(
                 [
                     GatedTable(
+                        name=table.name,
                         width=table.embedding_dim,
                         cuts=self.cuts_of(table),
                         features=len(table.feature_names),
@@ -174,7 +176,7 @@ class DNISSearch(BackendConfig):
         """(blocks, embedding_dim) for each table by name: what multiplies its columns."""
         found: dict[str, Tensor] = {}
         begun: dict[int, int] = {}
-        for table in tables:
+        for table in by_name(tables):
             width, blocks = table.embedding_dim, len(self.cuts_of(table)) + 1
             start = begun.get(width, 0)
             begun[width] = start + blocks
@@ -221,18 +223,27 @@ def multipliers(alpha: Tensor, width: int) -> Tensor:
     return (width * alpha - columns).clamp(0, 1)  # the last column but k is whole at length k + 1
 
 
-class BlockSelections(nn.Module):
+class BlockSelections(NamedParts):
     """The selections of all blocks of tables of one width.
 
     It is a module of its own because a ``meta`` build is filled module by module.
 
     Attributes:
         alpha: (blocks, width), or (blocks, 1) for lengths; in [0, 1].
+
+    Args:
+        tables: name of each table, and how many blocks it has.
+        width: of the tables' rows.
+        selection: what is learnt for each block.
     """
 
-    def __init__(self, blocks: int, width: int, *, selection: Selection) -> None:
+    def __init__(
+        self, tables: Sequence[tuple[str, int]], width: int, *, selection: Selection
+    ) -> None:
         super().__init__()
         self._width = width
+        blocks = sum(count for _, count in tables)
+        self.store_in_parts("alpha", tables)
         self.alpha = nn.Parameter(torch.ones(blocks, width if selection == "free" else 1))
 
     def reset_parameters(self) -> None:
@@ -249,12 +260,14 @@ class GatedTable:
     """A table whose rows are multiplied by selections.
 
     Args:
+        name: its name.
         width: of its rows.
         cuts: the first ids of its blocks but the first.
         features: how many look up in it.
         column_bytes: what a column of each block takes when it is served.
     """
 
+    name: str
     width: int
     cuts: Sequence[int]
     features: int
@@ -283,18 +296,20 @@ class BlockGate(Penalised):
         self._l1 = l1
         self._budget = budget
         blocks: dict[int, int] = {}
+        owners: dict[int, list[tuple[str, int]]] = {}
         sizes: dict[int, list[int]] = {}
         pairs: list[tuple[int, int, Sequence[int]]] = []  # width, first block, cuts
         for table in tables:
             width = table.width
             pairs += [(width, blocks.get(width, 0), table.cuts)] * table.features
             blocks[width] = blocks.get(width, 0) + len(table.cuts) + 1
+            owners.setdefault(width, []).append((table.name, len(table.cuts) + 1))
             sizes.setdefault(width, []).extend(table.column_bytes)
         self._column_bytes = {width: Constant(own) for width, own in sizes.items()}
         self.selections = nn.ModuleDict(
             {
-                str(width): BlockSelections(count, width, selection=selection)
-                for width, count in blocks.items()
+                str(width): BlockSelections(own, width, selection=selection)
+                for width, own in owners.items()
             }
         )
         self._first = Constant([first for _, first, _ in pairs])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.hashing import hash_rows, name64, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.footprint import TensorFootprint
@@ -56,10 +56,12 @@ class GroupColumns:
 class WidthDraws(LearnedBuffers):
     """Draws a width for each sample and (table, feature), other ones in each step.
 
-    Draws are hashes of the step and the sample's number in the whole step, so they do not depend on
-    the number of ranks, and a resumed training draws what it would have drawn.
+    Draws are hashes of the step, the sample's number in the whole step, and the names of table and
+    feature, so they do not depend on the number of ranks or the order of tables, and a resumed
+    training draws what it would have drawn.
 
     Args:
+        pairs: names of the table and the feature of each (table, feature).
         choices: for each (table, feature), the widths to draw from.
         weights: for each, the probability of each width up to a factor; equal when None.
         seed: of the draws.
@@ -69,6 +71,7 @@ class WidthDraws(LearnedBuffers):
 
     def __init__(
         self,
+        pairs: Sequence[tuple[str, str]],
         choices: Sequence[Sequence[int]],
         weights: Sequence[Sequence[float]] | None,
         seed: int,
@@ -79,7 +82,7 @@ class WidthDraws(LearnedBuffers):
         self._choices = Constant(
             [w for ws in choices for w in (*ws, *[ws[-1]] * (most - len(ws)))], shape
         )
-        self._salts = Constant([to_signed(salt(seed, pair, 0)) for pair in range(len(choices))])
+        self._salts = Constant([table_salt(seed, t, name64(feature)) for t, feature in pairs])
         self._counts = Constant([len(widths) for widths in choices])
         self._bounds = None
         if weights is not None:

@@ -113,7 +113,8 @@ class Matryoshka(SearchedSize):
         keys = [key for table in physical for key in table.keys]
         choices = [self.choices(table) for table in tables for _ in table.feature_names]
         weights = [[self.weights.get(width, 1.0) for width in widths] for widths in choices]
-        draws = WidthDraws(choices, weights if self.weights else None, self.seed)
+        pairs = [(table.name, feature) for table in tables for feature in table.feature_names]
+        draws = WidthDraws(pairs, choices, weights if self.weights else None, self.seed)
         return Backend(
             physical_tables=physical,
             keys=keys,

@@ -42,7 +42,7 @@ from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_nor
 from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import TensorFootprint
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name
 
 Prune = Literal["both", "rows", "widths"]
 Importance = Literal["norm_and_count", "norm"]
@@ -156,7 +156,8 @@ class OptEmbed(SearchedSize):
 
     def _draws(self, tables: Sequence[TableSpec]) -> WidthDraws:
         choices = [self.choices(table) for table in tables for _ in table.feature_names]
-        return WidthDraws(choices, None, self.seed)
+        pairs = [(table.name, feature) for table in tables for feature in table.feature_names]
+        return WidthDraws(pairs, choices, None, self.seed)
 
     def stages(self) -> tuple[Stage, ...]:
         return (
@@ -325,7 +326,7 @@ class OptEmbed(SearchedSize):
         return {
             table.name: relative_norms(row_norms(form.rows(table.name), self.norm), mean) - limit
             > 0
-            for table, mean, limit in zip(tables, means, thresholds)
+            for table, mean, limit in zip(by_name(tables), means, thresholds)
         }
 
 

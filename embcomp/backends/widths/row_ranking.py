@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embcomp.backends.low_dim import pruned_bytes
 from embcomp.tables.budget import largest_int
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name
 
 
 def counts_or_ranks(table: TableSpec, counts: Mapping[str, Tensor]) -> Tensor:
@@ -47,8 +47,9 @@ class RowRanking:
         Args:
             tables: the group.
             importance: for each table, (N,) what is lost with each row; rows of minus infinity are
-                never kept. Equals are kept in the order of tables and ids.
+                never kept. Equals are kept in the order of tables' names and ids.
         """
+        tables = by_name(tables)
         scores = torch.cat([importance[table.name].to(torch.float64) for table in tables])
         ranks = torch.empty(len(scores), dtype=torch.int64)
         ranks[torch.sort(scores, descending=True, stable=True).indices] = torch.arange(len(scores))

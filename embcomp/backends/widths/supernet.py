@@ -25,6 +25,9 @@ class Supernet(Penalised):
 
     In evaluation rows have their full width, unless a search has fixed other ones.
 
+    Attributes:
+        names: of the tables, in the order in which widths and masks are given.
+
     Args:
         tables: the group.
         draws: draws widths in training; None leaves embeddings whole.
@@ -49,8 +52,9 @@ class Supernet(Penalised):
         self._tables = Constant(owners)
         self._starts = Constant([sum(sizes[:owner]) for owner in owners])
         self._norm, self._alpha = norm, alpha
-        self.thresholds = Thresholds(len(tables)) if gates else None
-        self.norms = NormMeans(len(tables)) if gates else None
+        self.names = names = [table.name for table in tables]
+        self.thresholds = Thresholds(names) if gates else None
+        self.norms = NormMeans(names) if gates else None
         self.draws = draws
         self._fixed_rows: Tensor | None = None
         self._fixed_widths: Tensor | None = None
@@ -118,11 +122,12 @@ class Trial:
 
     def fix_rows(self, masks: Mapping[str, Tensor]) -> None:
         """From now on these rows pass: for each table, (N,) bool."""
-        self._supernet.fix_rows([masks[name] for name in self._names])
+        self._supernet.fix_rows([masks[name] for name in self._supernet.names])
 
     def score(self, widths: Widths, rows: int | None) -> float:
         """Of the tables at these widths, on so many search-validation rows or on all."""
-        self._supernet.fix_widths(widths)
+        named = dict(zip(self._names, widths))
+        self._supernet.fix_widths([named[name] for name in self._supernet.names])
         return self._context.evaluate(rows)
 
     def release(self) -> None:

@@ -8,6 +8,7 @@ unless width and initial weights happened to make norms of that size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.named_parts import NamedParts
 
 Norm = Literal[1, 2]
 
@@ -56,14 +58,15 @@ class NormMeans(LearnedBuffers):
     """The running mean of the norms of the rows that training looks up, table by table.
 
     Args:
-        num_tables: of the group.
+        tables: names of the group's tables.
     """
 
     means: Tensor
 
-    def __init__(self, num_tables: int) -> None:
+    def __init__(self, tables: Sequence[str]) -> None:
         super().__init__()
-        self.register_buffer("means", torch.zeros(num_tables))
+        self.store_in_parts("means", [(table, 1) for table in tables])
+        self.register_buffer("means", torch.zeros(len(tables)))
 
     def reset_buffers(self) -> None:
         self.means.zero_()
@@ -88,21 +91,22 @@ class NormMeans(LearnedBuffers):
         self.means.copy_(torch.where(total[1] > 0, moved, self.means))
 
     def forward(self) -> Tensor:
-        """(num_tables,) the means; 0 where nothing was looked up."""
+        """(tables,) the means; 0 where nothing was looked up."""
         self.ensure_filled()
         return self.means
 
 
-class Thresholds(nn.Module):
+class Thresholds(NamedParts):
     """One threshold a table, in units of the mean norm; all rows but those of zeros pass at first.
 
     Args:
-        num_tables: of the group.
+        tables: names of the group's tables.
     """
 
-    def __init__(self, num_tables: int) -> None:
+    def __init__(self, tables: Sequence[str]) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.empty(num_tables))
+        self.store_in_parts("values", [(table, 1) for table in tables])
+        self.values = nn.Parameter(torch.empty(len(tables)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,5 +114,5 @@ class Thresholds(nn.Module):
         nn.init.zeros_(self.values)
 
     def forward(self) -> Tensor:
-        """(num_tables,) the thresholds."""
+        """(tables,) the thresholds."""
         return self.values

@@ -26,7 +26,8 @@ from embcomp.collection.plan_document import plan_to_document
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError
+from embcomp.errors import CheckpointError, ConfigError
+from embcomp.io.yaml_reading import listed
 from embcomp.training.build import UnshardedModel, build_model, initial_model
 from embcomp.training.checkpoint import model_state
 from embcomp.training.distributed.quiet import quiet_libraries
@@ -112,6 +113,12 @@ def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
     if dist.get_rank() == 0:  # for all ranks, which stop when one does
         check_file(place.start)
     with safetensors.safe_open(place.start, framework="pt") as file, torch.no_grad():
+        odd = sorted(set(file.keys()) - set(state))
+        if odd:
+            raise CheckpointError(
+                f"{place.start} holds {odd[0]}, which the stage has not: another embcomp wrote it. "
+                "Go on with that one, or train again under another name"
+            )
         for name in file.keys():
             whole = file.get_slice(name)
             for piece, (row, column) in local_pieces(state[name]):
@@ -183,10 +190,36 @@ def check_other_run(config: TrainConfig, info: DatasetInfo, schedule: StageSched
             f"train.start_from: {source} trained another model ({other.model.name} with other "
             f"settings, or another than {config.model.name}); both need the same"
         )
+    _check_same_features(source, DatasetInfo.load(other.data.path), info)
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
     with quiet_libraries():
         _of_another_run(config, info, schedule)
+
+
+def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) -> None:
+    """Raises a ConfigError where features differ or come in another order.
+
+    Tables are known by their names, but a network takes features by their places.
+    """
+    for kind, there, here in (
+        ("categorical", theirs.categorical_names, ours.categorical_names),
+        ("numeric", theirs.numeric_names, ours.numeric_names),
+    ):
+        if there == here:
+            continue
+        odd = sorted(set(there) ^ set(here))
+        place = next((n for n, (a, b) in enumerate(zip(there, here)) if a != b), 0)
+        what = (
+            f"{listed(odd)} is in one of them only"
+            if odd
+            else f"{there[place]!r} is where this one has {here[place]!r}"
+        )
+        raise ConfigError(
+            f"train.start_from: {source} was trained on other {kind} features, or on the same in "
+            f"another order ({what}). Its network knows them by their places: prepare the dataset "
+            "with the same features in the same order"
+        )
 
 
 def _of_another_run(

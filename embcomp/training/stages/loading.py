@@ -84,6 +84,7 @@ def load_unsharded(
     path = checkpoint_folder(place.checkpoints, step)
     if not path.exists():
         raise EmbcompError(f"{path} does not exist")
+    read_state(path)  # refuses other formats
     with quiet_libraries():
         load_whole(path, state)
     unsharded.model.load_state_dict(state)

@@ -8,6 +8,7 @@ from typing import Any
 
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.stages import Stage
+from embcomp.collection.groups import group_labels
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document
 from embcomp.config.train_config import TrainConfig
@@ -82,9 +83,9 @@ class StageSchedule:
 
     @property
     def tables(self) -> list[TableSpec]:
-        """The tables of the method that is trained in stages."""
+        """The tables of the method that is trained in stages, in the order of their names."""
         assert self.plan is not None
-        return [table for table in self.plan.tables if self.plan.methods[table.name] == self.method]
+        return next(tables for method, tables in self.plan.groups if method == self.method)
 
     @property
     def trained(self) -> list[int]:
@@ -155,9 +156,9 @@ class StageSetup:
         if self.schedule.method is None or self.plan is None:
             return None
         own = self.schedule.tables[0].name
-        for index, (_, tables) in enumerate(self.plan.groups):
+        for label, (_, tables) in zip(group_labels(self.plan.groups), self.plan.groups):
             if own in [table.name for table in tables]:
-                return f"{collection_path}.combine.combines.{index}."
+                return f"{collection_path}.combine.combines.{label}."
         return None
 
 

@@ -113,9 +113,9 @@ class StageSearch:
         assert tables is not None
         assert isinstance(tables.combine, Combine)
         own = self._schedule.tables[0].name
-        for combine, (_, group) in zip(tables.combine.combines, tables.plan.groups):
-            if own in [table.name for table in group]:
-                return combine
+        for group in tables.groups:
+            if own in [table.name for table in group.tables]:
+                return tables.combine.combines[group.label]
         raise AssertionError("the method's tables are in no group")
 
     @property
