@@ -7,10 +7,9 @@ share all their rows cannot, and several narrow look-ups make that rare.
 
 Where we depart from the authors' layer: look-ups are concatenated in numeric order (theirs sorts
 names, so the tenth comes before the second); features of one logical table share its rows, as they do
-in TorchRec; and salts are drawn from (seed, name of the table, look-up), where theirs count look-ups
-over all features in the order in which they are given. So where an id's rows are does not depend on the
-tables around: they can be reordered, and one can be added to tables of a fixed size that are trained
-already, or taken away.
+in TorchRec; and salts are drawn from (seed, name of the table, look-up), where theirs count the
+features that were added before. So where an id's rows are does not depend on the tables around: they
+can be reordered, and one can be added to trained ones of a fixed size, or taken away.
 """
 
 from __future__ import annotations
