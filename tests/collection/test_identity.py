@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import embcomp
 from embcomp import CompressedEmbeddingBagCollection
-from embcomp.backends import Coded, Full, Hash, LowDim, Unified
+from embcomp.backends import PQ, Coded, Full, Hash, LowDim, LowRank, Unified
+from embcomp.backends.base import StageInputs
 from embcomp.errors import ArtefactError, CheckpointError, ConfigError
 from embcomp.serving.artefact_config import CONFIG_FILE
 from embcomp.testing.cases import embed_ids
@@ -267,3 +268,23 @@ def test_safetensors_take_a_state_dict_in_parts():
     assert {name for name in state if "codes@" in name} == {
         f"route.routes.coded.codes@{name}" for name in TRAINED
     }
+
+
+@pytest.mark.parametrize("method", [PQ(subvector_dim=5, num_codewords=8), LowRank(latent_dim=3)])
+def test_stages_begin_alike_whatever_order_their_tables_come_in(method):
+    full = collection_of("full", TRAINED, seed=1)
+    tables, past = full.plan.tables, StageInputs(before=full.states()[0].form, initial=lambda: None)
+    one, other = (method.start_stage(method.stages()[1], t, past) for t in (tables, tables[::-1]))
+    assert one.config == other.config
+    for name, tensor in one.tensors.items():
+        assert torch.equal(other.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("case", ["dnis_search", "dnis", "optembed", "matryoshka", "lr2vq_table"])
+def test_serving_forms_are_alike_whatever_order_their_tables_come_in(case):
+    collection, _ = trained(case)
+    tables, form = collection.plan.tables, collection.states()[0].form
+    one, other = (form.config.compact(given, form) for given in (tables, tables[::-1]))
+    assert one.config == other.config
+    for name, tensor in one.tensors.items():
+        assert torch.equal(other.tensors[name], tensor), name
