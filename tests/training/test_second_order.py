@@ -193,8 +193,14 @@ def test_selections_get_the_gradient_of_the_step_written_out(dataset, name):
 
 
 def weights_of(sharded: torch.nn.Module) -> dict[str, torch.Tensor]:
-    state = model_state(sharded).items()
-    return {f"model.{name}": whole(value).double().clone() for name, value in state}
+    """Weights by the names of parameters, whole where a state dict has them table by table."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, value in model_state(sharded).items():
+        parts.setdefault(name.partition("@")[0], []).append(whole(value).double())
+    return {
+        f"model.{name}": torch.cat(each) if len(each) > 1 else each[0].clone()
+        for name, each in parts.items()
+    }
 
 
 def as_double(value):
