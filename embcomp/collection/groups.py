@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from embcomp.backends.base import Backend, BackendConfig
-from embcomp.tables.specs import PhysicalTable, TableSpec, lookup_key
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,8 @@ class Group:
 
     def looked_up_in(self, physical: PhysicalTable) -> list[str]:
         """The tables whose ids are looked up in a physical one."""
-        keys = {key.rpartition("#")[0] for key in physical.keys}
-        return [
-            table.name
-            for table in self.tables
-            if any(
-                lookup_key(table.name, feature).rpartition("#")[0] in keys
-                for feature in table.feature_names
-            )
-        ]
+        there = {key.table for key in physical.lookups}
+        return [table.name for table in self.tables if table.name in there]
 
     def rows_name(self, physical: str) -> str:
         """What a physical table's rows are called in the collection's state dict."""

@@ -198,9 +198,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
     version = content.pop("format_version", 1)
     if version != _FORMAT_VERSION:
-        known = ", which knew a table by its place and not by its name" if version == 1 else ""
+        knew = ", which knew a table by its place and not by its name" if version == 1 else ""
         raise CheckpointError(
-            f"{folder} was written by another embcomp{known}: its checkpoints have format {version}, "
+            f"{folder} was written by another embcomp{knew}: its checkpoints have format {version}, "
             f"this one reads {_FORMAT_VERSION}. Go on with the embcomp that wrote it, or train again "
             "under another name"
         )
