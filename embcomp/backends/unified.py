@@ -25,11 +25,12 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import name64, table_salt
+from embcomp.layers.hashing import table_salt
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.name_hash import name64
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, shared_name
 
 

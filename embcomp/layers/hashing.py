@@ -10,10 +10,10 @@ An id's row is part of every saved model, so nothing here may ever change. All a
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from embcomp.tables.name_hash import name64
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -28,11 +28,6 @@ def splitmix64(x: int) -> int:
     z = ((z ^ (z >> 30)) * _MIX_1) & _MASK_64
     z = ((z ^ (z >> 27)) * _MIX_2) & _MASK_64
     return z ^ (z >> 31)
-
-
-def name64(name: str) -> int:
-    """What stands for a table's name: SHA-256 of its UTF-8 bytes, the first 8, little-endian."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "little")
 
 
 def salt(seed: int, table: int, chunk: int) -> int:

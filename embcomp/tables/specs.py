@@ -18,7 +18,7 @@ from torchrec.modules.embedding_configs import (
 )
 
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import name64
+from embcomp.tables.name_hash import name64
 
 InitFn = Callable[[Tensor], Tensor | None]
 

@@ -25,7 +25,8 @@ from embcomp.collection.collection import (
     CompressedEmbeddingCollection,
 )
 from embcomp.errors import ConfigError
-from embcomp.layers.hashing import name64, salt, splitmix64
+from embcomp.layers.hashing import salt, splitmix64
+from embcomp.tables.name_hash import name64
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from embcomp.layers.hashing import hash_rows, name64, salt, splitmix64, table_salt, to_signed
+from embcomp.layers.hashing import hash_rows, salt, splitmix64, table_salt, to_signed
+from embcomp.tables.name_hash import name64
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

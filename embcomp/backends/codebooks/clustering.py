@@ -10,7 +10,8 @@ from torch import Tensor
 
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans, nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
-from embcomp.layers.hashing import name64, salt
+from embcomp.layers.hashing import salt
+from embcomp.tables.name_hash import name64
 from embcomp.tables.specs import TableSpec
 
 FREQUENCY_EXPONENT = 0.5

@@ -17,9 +17,10 @@ from torch import Tensor
 from embcomp.backends.codebooks.kmeans import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.hashing import hash_rows, name64, salt, to_signed
+from embcomp.layers.hashing import hash_rows, salt, to_signed
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
 from embcomp.layers.lookup_context import LookupContext
+from embcomp.tables.name_hash import name64
 
 _DEAD = 1e-3  # share of the mean usage below which a codeword is moved
 _LEAST_MASS = 1e-9

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.hashing import hash_rows, name64, table_salt
+from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.footprint import TensorFootprint
+from embcomp.tables.name_hash import name64
 
 _FINENESS = 1 << 30  # of probabilities
 
