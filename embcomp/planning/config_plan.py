@@ -20,6 +20,7 @@ from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.table_row_types import FP32, RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import open_dataset
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed, read_yaml
 from embcomp.tables.footprint import Footprint, RowOptimizer, footprint_of
@@ -36,22 +37,36 @@ class TableSize:
         name: the feature, and its table.
         num_embeddings: ids run over ``[0, num_embeddings)``.
         mean_length: mean number of values in a row.
+        multi_valued: whether a row may have any number of values; by default where they are not
+            one on average.
     """
 
     name: str
     num_embeddings: int
     mean_length: float = 1.0
+    multi_valued: bool | None = None
+
+    @property
+    def has_bags(self) -> bool:
+        """Whether rows may have any number of values."""
+        return self.mean_length != 1 if self.multi_valued is None else self.multi_valued
 
 
 def sizes_of_dataset(folder: str | Path) -> list[TableSize]:
     """The categorical features of a prepared dataset."""
+    return sizes_of(open_dataset(folder))
+
+
+def sizes_of(info: DatasetInfo) -> list[TableSize]:
+    """The categorical features of a dataset whose description is read."""
     return [
         TableSize(
             name=feature.name,
             num_embeddings=feature.num_embeddings,
             mean_length=feature.mean_length,
+            multi_valued=feature.multi_valued,
         )
-        for feature in open_dataset(folder).categorical
+        for feature in info.categorical
     ]
 
 
@@ -202,7 +217,7 @@ def plan_config(
     Args:
         config: the run.
         sizes: the features.
-        states: how the embedding tables are stored, where training has found that already.
+        forms: how the embedding tables are stored, where training has found that already.
 
     Raises:
         ConfigError: for an override, or a row type, of a feature that does not exist.
@@ -210,18 +225,10 @@ def plan_config(
     """
     row_types = RowTypes.of(config.tables.row_types)
     row_types.check([size.name for size in sizes], "tables.row_types")
-    main = first_order = None
-    model = config.model.settings
-    if model.uses_embeddings:
-        main = forms or config_to_plan(config).resolve(table_specs(config, sizes))
-    if model.uses_first_order:
-        first_order = Plan(default=config.tables.first_order.settings).resolve(
-            table_specs(config, sizes, embedding_dim=1)
-        )
     rows = config.train.row_optimizer
     return ConfigPlan(
-        main=main,
-        first_order=first_order,
+        main=forms or main_plan(config, sizes),
+        first_order=first_order_plan(config, sizes),
         optimizer=rows.name,
         dense_rows=rows.mode == "dense" or config.train.sharding == "data_parallel",
         sizes=sizes,
@@ -238,23 +245,44 @@ def config_to_plan(config: TrainConfig) -> Plan:
     )
 
 
+def main_plan(config: TrainConfig, sizes: Sequence[TableSize]) -> ResolvedPlan | None:
+    """The method of every embedding table, all sizes fixed; None for a model without tables."""
+    if not config.model.settings.uses_embeddings:
+        return None
+    return config_to_plan(config).resolve(table_specs(config, sizes))
+
+
+def first_order_plan(config: TrainConfig, sizes: Sequence[TableSize]) -> ResolvedPlan | None:
+    """The method of the first-order weights, sizes fixed; None for a model without any."""
+    if not config.model.settings.uses_first_order:
+        return None
+    plan = Plan(default=config.tables.first_order.settings)
+    return plan.resolve(table_specs(config, sizes, embedding_dim=1))
+
+
+def table_configs(
+    config: TrainConfig, sizes: Sequence[TableSize], *, embedding_dim: int | None = None
+) -> list[EmbeddingBagConfig]:
+    """The tables of a config, one for each feature: what is planned, searched and trained alike."""
+    bags = PoolingType.MEAN if config.tables.pooling == "mean" else PoolingType.SUM
+    return [
+        EmbeddingBagConfig(
+            name=size.name,
+            feature_names=[size.name],
+            num_embeddings=size.num_embeddings,
+            embedding_dim=embedding_dim or config.tables.embedding_dim,
+            # A bag of one is its own sum, and a sum needs no division by lengths.
+            pooling=bags if size.has_bags else PoolingType.SUM,
+        )
+        for size in sizes
+    ]
+
+
 def table_specs(
     config: TrainConfig, sizes: Sequence[TableSize], *, embedding_dim: int | None = None
 ) -> list[TableSpec]:
-    """One table for each feature, as training builds them."""
-    bags = PoolingType.MEAN if config.tables.pooling == "mean" else PoolingType.SUM
-    return specs_from_configs(
-        [
-            EmbeddingBagConfig(
-                name=size.name,
-                feature_names=[size.name],
-                num_embeddings=size.num_embeddings,
-                embedding_dim=embedding_dim or config.tables.embedding_dim,
-                pooling=PoolingType.SUM if size.mean_length == 1 else bags,
-            )
-            for size in sizes
-        ]
-    )
+    """The tables of a config as methods are told of them."""
+    return specs_from_configs(table_configs(config, sizes, embedding_dim=embedding_dim))
 
 
 def plan_lines(

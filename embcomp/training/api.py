@@ -11,7 +11,7 @@ import torch.distributed as dist
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import check_vocabularies
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.training.build import build_model, check_precision, shard_model
+from embcomp.training.build import check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
 from embcomp.training.data import (
     check_dataset,
@@ -29,8 +29,8 @@ from embcomp.training.run import run_stages
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.served_rows import check_served_types, round_rows, served_types
 from embcomp.training.stages.handover import check_other_run
-from embcomp.training.stages.loading import best_step, latest_stage
-from embcomp.training.stages.schedule import StageSchedule
+from embcomp.training.stages.loading import best_step
+from embcomp.training.stages.run_context import RunContext
 
 
 def train(
@@ -63,10 +63,10 @@ def train(
     check_splits(info)
     check_vocabularies(info)
     check_monitor(config, info)
-    schedule = StageSchedule.of(config, info)
-    schedule.check_installed()
-    check_other_run(config, info, schedule)
-    check_served_types(config)
+    run = RunContext.of(config, info, folder)
+    run.schedule.check_installed()
+    check_other_run(run)
+    check_served_types(config, [run.schedule.plan, run.schedule.first_order])
     if not folder.is_new:
         folder.check_same(config)
     check_dataset(info, sorted(info.splits), verify=verify, show=not quiet)
@@ -81,7 +81,7 @@ def train(
         if folder.report.exists():
             console.say(f"{folder.path} is finished; remove it or choose another name to retrain")
             return Report.load(folder.path)
-        return run_stages(config, folder, process, console)
+        return run_stages(run, process, console)
 
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
@@ -118,9 +118,8 @@ def evaluate(
         data: Where the run's dataset lies now; where its config says by default.
         verify: Whether every byte of the dataset is compared with its checksum first.
     """
-    folder = RunFolder(Path(run))
-    config = folder.config(data)
-    info = folder.dataset(config)
+    opened = RunContext.opened(run, data)
+    config, info = opened.config, opened.info
     labelled = [split] if split in info.splits else []
     check_dataset(info, labelled, verify=verify, show=not quiet)
     with (
@@ -129,16 +128,15 @@ def evaluate(
         watch_ranks(process, config.train.rank_timeout),
         RunConsole(enabled=process.is_main and not quiet, name=config.name) as console,
     ):
-        schedule = StageSchedule.of(config, info)
-        index = latest_stage(schedule, folder)
-        place = folder.stage(index, schedule.names)
+        index = opened.latest_stage()
+        place = opened.place(index)
         batches = evaluation_batches(config, info, split, process)
         precision = check_precision(config, process)
-        unsharded = build_model(config, info, torch.device("meta"), schedule.plan_of(index, place))
+        unsharded = opened.build(torch.device("meta"), opened.plan_of(index))
         sharded = shard_model(unsharded, config, process)
-        step = best_step(folder, place)
+        step = best_step(opened.folder, place)
         load_weights(checkpoint_folder(place.checkpoints, step), sharded)
-        if index == schedule.trained[-1]:
+        if index == opened.schedule.trained[-1]:
             round_rows(sharded.state_dict(), unsharded, served_types(config, info))
         with precision():
             evaluation = evaluate_batches(sharded, batches, process)

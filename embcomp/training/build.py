@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchrec import EmbeddingBagConfig, PoolingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.collection.plan import Plan, ResolvedPlan
-from embcomp.config.train_config import TablesConfig, TrainConfig
+from embcomp.collection.plan import ResolvedPlan
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import AddPenalty
 from embcomp.models.base import ModelInputs
-from embcomp.planning.config_plan import config_to_plan
-from embcomp.tables.specs import specs_from_configs
+from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of, table_configs
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.sharding_plan import make_sharder, plan_sharding
 from embcomp.training.optim.initial_rows import fill_function, initialize_rows
@@ -107,21 +105,12 @@ class UnshardedModel:
                 yield collection
 
 
-def main_plan(config: TrainConfig, info: DatasetInfo) -> ResolvedPlan | None:
-    """The method of every embedding table, all sizes fixed; None for a model without tables."""
-    if not config.model.settings.uses_embeddings:
-        return None
-    tables = config.tables
-    return config_to_plan(config).resolve(
-        specs_from_configs(_table_configs(info, tables, tables.embedding_dim))
-    )
-
-
 def build_model(
     config: TrainConfig,
     info: DatasetInfo,
     table_device: torch.device,
     plan: ResolvedPlan | None = None,
+    first_order: ResolvedPlan | None = None,
 ) -> UnshardedModel:
     """The network around its tables; dense weights follow the seed.
 
@@ -130,26 +119,26 @@ def build_model(
         info: The dataset's features.
         table_device: Where rows are allocated; `meta` allocates none.
         plan: The forms of the embedding tables in a stage of the run; as in the config by default.
+        first_order: The form of the first-order weights; as in the config by default.
     """
     if not info.categorical:
         raise ConfigError(f"dataset {info.name!r} has no categorical feature, so nothing to embed")
-    settings, tables = config.model.settings, config.tables
-    main = first_order = None
+    settings, sizes = config.model.settings, sizes_of(info)
+    main = linear = None
     if settings.uses_embeddings:
-        plan = plan or main_plan(config, info)
+        plan = plan or main_plan(config, sizes)
         main = CompressedEmbeddingBagCollection(
-            _table_configs(info, tables, tables.embedding_dim), plan, device=table_device
+            table_configs(config, sizes), plan, device=table_device
         )
     if settings.uses_first_order:
-        first_order = CompressedEmbeddingBagCollection(
-            _table_configs(info, tables, 1),
-            Plan(default=tables.first_order.settings),
-            device=table_device,
+        first_order = first_order or first_order_plan(config, sizes)
+        linear = CompressedEmbeddingBagCollection(
+            table_configs(config, sizes, embedding_dim=1), first_order, device=table_device
         )
     torch.manual_seed(config.seed)
-    model = settings.build(model_inputs(config, info), main, first_order)
+    model = settings.build(model_inputs(config, info), main, linear)
     lengths = {feature.name: feature.mean_length for feature in info.categorical}
-    return UnshardedModel(model, main, first_order, lengths)
+    return UnshardedModel(model, main, linear, lengths)
 
 
 def model_inputs(config: TrainConfig, info: DatasetInfo) -> ModelInputs:
@@ -160,21 +149,6 @@ def model_inputs(config: TrainConfig, info: DatasetInfo) -> ModelInputs:
         num_dense=len(info.numeric),
         pooling=config.tables.pooling,
     )
-
-
-def _table_configs(info: DatasetInfo, tables: TablesConfig, dim: int) -> list[EmbeddingBagConfig]:
-    pooling = PoolingType.MEAN if tables.pooling == "mean" else PoolingType.SUM
-    return [
-        EmbeddingBagConfig(
-            name=feature.name,
-            feature_names=[feature.name],
-            num_embeddings=feature.num_embeddings,
-            embedding_dim=dim,
-            # A bag of one is its own sum, and a sum needs no division by lengths.
-            pooling=pooling if feature.multi_valued else PoolingType.SUM,
-        )
-        for feature in info.categorical
-    ]
 
 
 def shard_model(
@@ -247,9 +221,14 @@ def draw_rows(state: Mapping[str, Any], unsharded: UnshardedModel, config: Train
     assert 2 * drawn == len(physical), "every physical table is found in the state"
 
 
-def initial_model(config: TrainConfig, info: DatasetInfo, plan: ResolvedPlan) -> UnshardedModel:
+def initial_model(
+    config: TrainConfig,
+    info: DatasetInfo,
+    plan: ResolvedPlan | None,
+    first_order: ResolvedPlan | None = None,
+) -> UnshardedModel:
     """A model before its first step, whole and on the CPU."""
-    unsharded = build_model(config, info, torch.device("cpu"), plan)
+    unsharded = build_model(config, info, torch.device("cpu"), plan, first_order)
     state = unsharded.model.state_dict()
     draw_rows({TASK_PREFIX + name: tensor for name, tensor in state.items()}, unsharded, config)
     return unsharded

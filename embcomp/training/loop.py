@@ -14,13 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION
-from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import (
     TASK_PREFIX,
-    build_model,
     check_precision,
     loss_of,
     shard_model,
@@ -55,11 +52,10 @@ from embcomp.training.reporting.logs import RunLogs
 from embcomp.training.reporting.loss_record import LossRecord
 from embcomp.training.reporting.report import Report, as_record
 from embcomp.training.reporting.stage_result import StageResult, write_outcome
-from embcomp.training.run_folder import RunFolder
 from embcomp.training.second_order import UnrolledSteps
 from embcomp.training.served_rows import round_rows, served_types
 from embcomp.training.stages.handover import load_start, path_of
-from embcomp.training.stages.schedule import StageSchedule, StageSetup
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 
 
@@ -67,27 +63,20 @@ class Training:
     """One stage of a run, from its first, or its next, step to its end.
 
     Args:
-        config: The run.
-        folder: Its folder.
+        run: The run.
+        index: The place of the stage among its stages.
         process: The process group.
-        setup: The stage; the only one of its run by default.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        process: Process,
-        setup: StageSetup | None = None,
-    ) -> None:
-        self.config, self.folder, self.process = config, folder, process
-        self.info = DatasetInfo.load(config.data.path)
-        self.setup = setup or StageSetup.of(StageSchedule.of(config, self.info), 0, folder)
+    def __init__(self, run: RunContext, index: int, process: Process) -> None:
+        config = self.config = run.config
+        self.info, self.folder, self.process = run.info, run.folder, process
+        self.setup = run.setup(index)
         stage = self.stage = self.setup.stage
         self.checkpoints = self.setup.folder.checkpoints
         self.precision = check_precision(config, process)
         self.batches = training_batches(config, self.info, process, holds_out=stage.holds_out)
-        self.unsharded = build_model(config, self.info, torch.device("meta"), self.setup.plan)
+        self.unsharded = run.build(torch.device("meta"), self.setup.plan)
         check_last_batch(self.unsharded.model, self.batches, process.world_size)
         self.sharded = shard_model(self.unsharded, config, process)
         self.optimizers = Optimizers(self.sharded, config.train, self._learners())

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.groups import Group
+from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.table_row_types import RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.row_types import RowType, pack, served_footprint, unpack
 from embcomp.tables.specs import PhysicalTable, TableSpec
@@ -40,8 +40,12 @@ def served_types(config: TrainConfig, info: DatasetInfo) -> RowTypes:
     return wanted
 
 
-def check_served_types(config: TrainConfig) -> None:
+def check_served_types(config: TrainConfig, plans: Sequence[ResolvedPlan | None]) -> None:
     """Refuses row types that a run's tables could not be rounded to when they are trained.
+
+    Args:
+        config: the run.
+        plans: of its embedding tables and its first-order weights.
 
     Raises:
         ConfigError: for tables that do not exist, share rows in several types, or are served in
@@ -50,8 +54,7 @@ def check_served_types(config: TrainConfig) -> None:
     wanted = RowTypes.of(config.tables.row_types)
     if wanted.are_fp32:
         return
-    found = plan_config(config, sizes_of_dataset(config.data.path))
-    groups = [group for plan in (found.main, found.first_order) if plan for group in plan.groups]
+    groups = [group for plan in plans if plan for group in plan.groups]
     for method, tables in groups:
         if len(method.stages()) > 1 or not _narrow(wanted, tables):
             continue  # a last stage trains what is served

@@ -33,7 +33,7 @@ from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.schedule import StageSchedule
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.search_stage import StageSearch
 
 NAME = "supernet"
@@ -173,10 +173,9 @@ class SupernetEvaluator(Evaluator):
         process = self._open.enter_context(process_group(config.train.device))
         self._process = process
         console = self._open.enter_context(RunConsole(enabled=False, name=NAME))
-        info = DatasetInfo.load(config.data.path)
-        schedule = StageSchedule.of(config, info)
-        self._tables = schedule.tables
-        context = StageSearch(config, info, schedule, _SEARCH, run, process, console)
+        opened = RunContext.of(config, DatasetInfo.load(config.data.path), run)
+        self._tables = opened.schedule.tables
+        context = StageSearch(opened, _SEARCH, process, console)
         self._trial = Trial(self._tables, context)
 
     @property

@@ -21,6 +21,7 @@ from embcomp.training import load_model, train
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.loading import load_unsharded
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule
 from tests.helpers.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
 from tests.helpers.joined_batches import batches_of_ranks
@@ -189,7 +190,7 @@ def test_rare_ids_get_fewer_columns_than_frequent_ones(tmp_path):
     schedule = StageSchedule.of(config, info)
     place = folder.stage(1, schedule.names)
     step = saved_steps(place.checkpoints)[-1]
-    tables = load_unsharded(config, info, schedule, folder, 1, step).tables
+    tables = load_unsharded(RunContext.opened(folder.path), 1, step).tables
     form = tables.states()[0].form
     selections = form.config.selections(schedule.tables, form)["C1"]
     assert 0 <= selections.min() <= selections.max() <= 1

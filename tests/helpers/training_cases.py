@@ -19,6 +19,7 @@ from embcomp.training.distributed.process import process_group
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.loop import Training
 from embcomp.training.run_folder import RunFolder
+from embcomp.training.stages.run_context import RunContext
 
 
 def write_dataset(folder: Path) -> Path:
@@ -47,10 +48,15 @@ def toy_config(dataset: Path, *overrides: str) -> TrainConfig:
     return parse_config(document, overrides)
 
 
+def unstarted(config: TrainConfig) -> RunContext:
+    """A run that has no folder yet."""
+    return RunContext.of(config, DatasetInfo.load(config.data.path), RunFolder(Path("unused")))
+
+
 def first_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Whole weights before the first step; for one process."""
     with quiet_libraries(), process_group("cpu") as process:
-        state = model_state(Training(config, RunFolder(Path("unused")), process).sharded)
+        state = model_state(Training(unstarted(config), 0, process).sharded)
         return {key: whole(value).clone() for key, value in state.items()}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from embcomp.training import train
@@ -12,8 +10,7 @@ from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.loop import Training
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.loss_record import LossRecord
-from embcomp.training.run_folder import RunFolder
-from tests.helpers.training_cases import toy_config, write_dataset
+from tests.helpers.training_cases import toy_config, unstarted, write_dataset
 from tests.training.test_stages import staged_config
 
 OPTIMIZERS = (
@@ -66,7 +63,7 @@ def shapes(state: dict) -> dict:
 def test_a_first_step_makes_no_state_that_was_not_there(dataset, dense, rows):
     config = toy_config(dataset, dense, rows)
     with quiet_libraries(), process_group("cpu") as process:
-        training = Training(config, RunFolder(Path("unused")), process)
+        training = Training(unstarted(config), 0, process)
         before = shapes(training.optimizers.combined.state_dict()["state"])
         training.console, training._losses = (
             RunConsole(enabled=False, name=""),

@@ -27,6 +27,7 @@ from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.handover import path_of
 from embcomp.training.stages.loading import forms_of_run, load_unsharded
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule, StageSetup
 from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.staged_methods import STAGED
@@ -88,8 +89,7 @@ def life_of(run: Path) -> tuple[TrainConfig, DatasetInfo, StageSchedule, RunFold
 
 
 def weights_at(run: Path, index: int, step: int) -> dict[str, torch.Tensor]:
-    config, info, schedule, folder = life_of(run)
-    return load_unsharded(config, info, schedule, folder, index, step).model.state_dict()
+    return load_unsharded(RunContext.opened(run), index, step).model.state_dict()
 
 
 def test_every_method_in_stages_is_under_test():
@@ -142,14 +142,14 @@ def test_a_finished_run_becomes_an_artefact_of_the_reported_bytes(finished, meth
 @pytest.mark.parametrize("method", STAGED)
 def test_a_stage_moves_what_it_says_and_nothing_else(finished, method):
     run = finished(method)
-    config, info, schedule, folder = life_of(run)
+    _, _, schedule, folder = life_of(run)
     for index in schedule.trained:
         setup = StageSetup.of(schedule, index, folder)
         stage, steps = setup.stage, saved_steps(setup.folder.checkpoints)
         if len(steps) < 2:
             continue
         first, last = (weights_at(run, index, step) for step in (steps[0], steps[-1]))
-        model = load_unsharded(config, info, schedule, folder, index, steps[0])
+        model = load_unsharded(RunContext.opened(run), index, steps[0])
         prefix = setup.structure_prefix(path_of(model.model, model.tables))
         learnt = stored_tensors(model.model, dict(model.model.named_parameters()))
         own = {name for name in learnt if name.startswith(prefix)}

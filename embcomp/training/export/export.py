@@ -37,8 +37,8 @@ from embcomp.training.build import model_inputs
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.export.vocabulary_rewrite import Rewrite, rewrite_vocabulary
 from embcomp.training.reporting.metrics import Metrics, compute_metrics
-from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.loading import load_model
+from embcomp.training.stages.loading import load_trained
+from embcomp.training.stages.run_context import RunContext
 
 Format = Literal["safetensors", "pt2"]
 
@@ -134,17 +134,16 @@ def export_run(
         BudgetError: the tables are over the budget.
         ParityError: the artefact does not answer as the trained model does.
     """
-    folder = RunFolder(Path(run))
-    config = folder.config(data)
+    opened = RunContext.opened(run, data)
+    config, info, folder = opened.config, opened.info, opened.folder
     if not folder.report.exists():
         raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
-    info = folder.dataset(config)
     check_quickly(info)
     wanted = RowTypes.of(config.tables.row_types if row_type is None else row_type)
     wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
     found = Export()
     with quiet_libraries():
-        model = load_model(run, data=data)
+        model = load_trained(opened)
         allowed = _allowed(model, _budget_of(config) if budget is None else budget)
         if dims:
             model = sliced_model(model, dims)

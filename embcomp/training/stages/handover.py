@@ -23,12 +23,11 @@ from embcomp.backends.base import MethodState, StageInputs
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan_document import plan_to_document
-from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError
 from embcomp.io.yaml_reading import listed
-from embcomp.training.build import UnshardedModel, build_model, initial_model
+from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import model_state
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.files.run_checksums import announce_file, check_file, write_checked
@@ -36,17 +35,16 @@ from embcomp.training.optim.initial_rows import local_pieces
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.loading import load_model, load_unsharded
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule
 
 
-def left_by(
-    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule, folder: RunFolder, index: int
-) -> UnshardedModel:
+def left_by(run: RunContext, index: int) -> UnshardedModel:
     """What a finished stage hands on; for the first one perhaps another run's best weights."""
-    if config.train.start_from is not None and index == schedule.trained[0]:
-        return _of_another_run(config, info, schedule)
-    outcome, _ = read_stage_result(folder.stage(index, schedule.names))
-    return load_unsharded(config, info, schedule, folder, index, outcome.keeps_step)
+    if run.config.train.start_from is not None and index == run.schedule.trained[0]:
+        return _of_another_run(run)
+    outcome, _ = read_stage_result(run.place(index))
+    return load_unsharded(run, index, outcome.keeps_step)
 
 
 def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
@@ -54,28 +52,26 @@ def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
     return {name: torch.from_numpy(counts) for name, counts in id_counts(info).items()}
 
 
-def prepare_start(
-    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule, folder: RunFolder, index: int
-) -> None:
+def prepare_start(run: RunContext, index: int) -> None:
     """Writes the form in which a stage after the first begins; for one rank."""
+    schedule, place = run.schedule, run.place(index)
     assert schedule.method is not None
-    place = folder.stage(index, schedule.names)
     if place.forms.exists():
         return
-    model = left_by(config, info, schedule, folder, schedule.last_trained_before(index))
+    model = left_by(run, schedule.last_trained_before(index))
     form = schedule.method.start_stage(
         schedule.stages[index],
         schedule.tables,
         StageInputs(
             before=state_of_method(model, schedule),
-            initial=lambda: _initial_form(config, info, schedule),
-            counts=counts_of(info),
-            results=search_results(schedule, folder, index),
-            seed=config.seed,
+            initial=lambda: state_of_method(run.initial(), schedule),
+            counts=counts_of(run.info),
+            results=search_results(run, index),
+            seed=run.config.seed,
         ),
     )
     plan = schedule.with_method(form.config)
-    begun = build_model(config, info, torch.device("meta"), plan)
+    begun = run.build(torch.device("meta"), plan)
     tensors = _tables_start(model, begun, schedule, form)
     if not schedule.stages[index].reinit_network:
         tensors |= _network_start(model, begun)
@@ -87,13 +83,11 @@ def prepare_start(
     write_checked(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
 
 
-def search_results(
-    schedule: StageSchedule, folder: RunFolder, before: int
-) -> dict[str, Mapping[str, Any]]:
+def search_results(run: RunContext, before: int) -> dict[str, Mapping[str, Any]]:
     """What earlier search stages found, by their names."""
     return {
-        stage.name: read_stage_result(folder.stage(index, schedule.names))[0].result
-        for index, stage in enumerate(schedule.stages[:before])
+        stage.name: read_stage_result(run.place(index))[0].result
+        for index, stage in enumerate(run.schedule.stages[:before])
         if stage.kind == "search"
     }
 
@@ -144,12 +138,6 @@ def _fill(piece: Tensor, whole: Any, shape: tuple[int, ...], row: int, column: i
         piece[:, :columns] = whole[row : row + len(piece), column : column + columns]
 
 
-def _initial_form(config: TrainConfig, info: DatasetInfo, schedule: StageSchedule) -> MethodState:
-    plan = schedule.first_plan()
-    assert plan is not None
-    return state_of_method(initial_model(config, info, plan), schedule)
-
-
 def _tables_start(
     model: UnshardedModel, begun: UnshardedModel, schedule: StageSchedule, form: MethodState
 ) -> dict[str, Tensor]:
@@ -179,9 +167,9 @@ def path_of(model: torch.nn.Module, collection: CompressedEmbeddingBagCollection
     return next(path for path, module in model.named_modules() if module is collection)
 
 
-def check_other_run(config: TrainConfig, info: DatasetInfo, schedule: StageSchedule) -> None:
+def check_other_run(run: RunContext) -> None:
     """Raises before any training what `train.start_from` cannot start."""
-    source = config.train.start_from
+    config, source = run.config, run.config.train.start_from
     if source is None:
         return
     other = RunFolder(Path(source)).config()
@@ -190,11 +178,11 @@ def check_other_run(config: TrainConfig, info: DatasetInfo, schedule: StageSched
             f"train.start_from: {source} trained another model ({other.model.name} with other "
             f"settings, or another than {config.model.name}); both need the same"
         )
-    _check_same_features(source, DatasetInfo.load(other.data.path), info)
+    _check_same_features(source, DatasetInfo.load(other.data.path), run.info)
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
     with quiet_libraries():
-        _of_another_run(config, info, schedule)
+        _of_another_run(run)
 
 
 def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) -> None:
@@ -222,22 +210,20 @@ def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) ->
         )
 
 
-def _of_another_run(
-    config: TrainConfig, info: DatasetInfo, schedule: StageSchedule
-) -> UnshardedModel:
-    source = config.train.start_from
+def _of_another_run(run: RunContext) -> UnshardedModel:
+    source = run.config.train.start_from
     assert source is not None
-    plan = schedule.first_plan()
-    unsharded = build_model(config, info, torch.device("cpu"), plan)
+    unsharded = run.build(torch.device("cpu"), run.schedule.first_plan())
     # Both may have moved together; what counts is that it is the dataset of both.
-    moved = config.data.path if RunFolder(Path(source)).has_dataset(config.data.path) else None
+    here = run.config.data.path
+    moved = here if RunFolder(Path(source)).has_dataset(here) else None
     came: Mapping[str, Tensor] = load_model(Path(source), data=moved).state_dict()
     wanted = unsharded.model.state_dict()
     odd = [n for n in sorted({*came, *wanted}) if _shape(came, n) != _shape(wanted, n)]
     if odd:
         raise ConfigError(
             f"train.start_from: {source} has another model or other tables than the stage "
-            f"{schedule.names[0]!r}: they differ in {', '.join(odd[:3])}"
+            f"{run.schedule.names[0]!r}: they differ in {', '.join(odd[:3])}"
             f"{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}. Use the same dataset, model "
             "and embedding_dim"
         )

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from embcomp.collection.plan import ResolvedPlan
-from embcomp.config.train_config import TrainConfig
-from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
-from embcomp.training.build import UnshardedModel, build_model
+from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import (
     checkpoint_folder,
     load_whole,
@@ -21,7 +19,7 @@ from embcomp.training.checkpoint import (
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.reporting.report import Report
 from embcomp.training.run_folder import RunFolder, StageFolder
-from embcomp.training.stages.schedule import StageSchedule
+from embcomp.training.stages.run_context import RunContext
 
 
 def load_model(
@@ -36,52 +34,39 @@ def load_model(
         step: A step that has a checkpoint; None takes the best.
         data: Where the run's dataset lies now; where its config says by default.
     """
-    folder = RunFolder(Path(run))
-    config = folder.config(data)
-    info = folder.dataset(config)
-    schedule = StageSchedule.of(config, info)
-    index = latest_stage(schedule, folder)
-    place = folder.stage(index, schedule.names)
-    chosen = best_step(folder, place) if step is None else step
+    return load_trained(RunContext.opened(run, data), step)
+
+
+def load_trained(run: RunContext, step: int | None = None) -> nn.Module:
+    """The network of a run that is open already; see `load_model`."""
+    index = run.latest_stage()
+    place = run.place(index)
+    chosen = best_step(run.folder, place) if step is None else step
     if not checkpoint_folder(place.checkpoints, chosen).exists():
         raise EmbcompError(
             f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
             f"checkpoint: {_listed(place)}"
         )
-    return load_unsharded(config, info, schedule, folder, index, chosen).model.eval()
+    return load_unsharded(run, index, chosen).model.eval()
 
 
 def forms_of_run(run: str | Path, data: str | Path | None = None) -> ResolvedPlan | None:
     """How a run's tables are stored in its last stage so far; None for a model without any."""
-    folder = RunFolder(Path(run))
-    config = folder.config(data)
-    schedule = StageSchedule.of(config, folder.dataset(config))
-    index = latest_stage(schedule, folder)
-    return schedule.plan_of(index, folder.stage(index, schedule.names))
+    opened = RunContext.opened(run, data)
+    return opened.plan_of(opened.latest_stage())
 
 
-def load_unsharded(
-    config: TrainConfig,
-    info: DatasetInfo,
-    schedule: StageSchedule,
-    folder: RunFolder,
-    index: int,
-    step: int,
-) -> UnshardedModel:
+def load_unsharded(run: RunContext, index: int, step: int) -> UnshardedModel:
     """A stage's weights.
 
     Args:
-        config: The run.
-        info: Its dataset.
-        schedule: Its stages.
-        folder: Its folder.
+        run: The run.
         index: The place of a stage that trains.
         step: A step of that stage that has a checkpoint.
     """
-    place = folder.stage(index, schedule.names)
-    unsharded = build_model(config, info, torch.device("cpu"), schedule.plan_of(index, place))
+    unsharded = run.build(torch.device("cpu"), run.plan_of(index))
     state = unsharded.model.state_dict()
-    path = checkpoint_folder(place.checkpoints, step)
+    path = checkpoint_folder(run.place(index).checkpoints, step)
     if not path.exists():
         raise EmbcompError(f"{path} does not exist")
     read_state(path)  # refuses other formats
@@ -89,14 +74,6 @@ def load_unsharded(
         load_whole(path, state)
     unsharded.model.load_state_dict(state)
     return unsharded
-
-
-def latest_stage(schedule: StageSchedule, folder: RunFolder) -> int:
-    """The last stage that has a checkpoint; the first one where none has."""
-    begun = [
-        i for i in schedule.trained if saved_steps(folder.stage(i, schedule.names).checkpoints)
-    ]
-    return begun[-1] if begun else schedule.trained[0]
 
 
 def _listed(place: StageFolder) -> str:

@@ -15,8 +15,8 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError, EmbcompError
 from embcomp.io.yaml_reading import listed
+from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of
 from embcomp.tables.specs import TableSpec
-from embcomp.training.build import main_plan
 from embcomp.training.files.run_checksums import read_checked
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.second_order import check_unrolled
@@ -28,11 +28,13 @@ class StageSchedule:
 
     Attributes:
         plan: The methods as the config has them, sizes fixed; None for a model without tables.
+        first_order: The same of the first-order weights, which have no stages.
         method: The method that is trained in stages; None where each is trained once.
         stages: What is done, in order, with the config's own wishes for each.
     """
 
     plan: ResolvedPlan | None
+    first_order: ResolvedPlan | None
     method: BackendConfig | None
     stages: tuple[Stage, ...]
 
@@ -43,7 +45,8 @@ class StageSchedule:
         Raises:
             ConfigError: When two methods want stages of their own, or first-order weights do.
         """
-        plan = main_plan(config, info)
+        sizes = sizes_of(info)
+        plan = main_plan(config, sizes)
         groups = [] if plan is None else plan.groups
         staged = [method for method, _ in groups if len(method.stages()) > 1]
         if len(staged) > 1:
@@ -51,10 +54,10 @@ class StageSchedule:
                 f"tables: {listed(dict.fromkeys(m.name for m in staged))} with different settings "
                 "are each trained in stages of their own; one run has room for one of them"
             )
-        first_order = config.tables.first_order.settings
-        if config.model.settings.uses_first_order and len(first_order.stages()) > 1:
+        linear = config.tables.first_order.settings
+        if config.model.settings.uses_first_order and len(linear.stages()) > 1:
             raise ConfigError(
-                f"tables.first_order: {first_order.name} is trained in stages; first-order weights "
+                f"tables.first_order: {linear.name} is trained in stages; first-order weights "
                 "take a method that is trained once"
             )
         method = staged[0] if staged else None
@@ -66,7 +69,13 @@ class StageSchedule:
             )
         if method is not None and any(stage.second_order for stage in stages):
             check_unrolled(method.name, config)
-        return cls(plan=plan, method=method, stages=tuple(_wished(s, config) for s in stages))
+        first_order = first_order_plan(config, sizes)
+        return cls(
+            plan=plan,
+            first_order=first_order,
+            method=method,
+            stages=tuple(_wished(s, config) for s in stages),
+        )
 
     def check_installed(self) -> None:
         """Raises before any training what a later stage would miss."""

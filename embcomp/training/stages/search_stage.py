@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from embcomp.backends.base import MethodState
 from embcomp.collection.combine import Combine
-from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
-from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
-from embcomp.training.build import build_model, check_precision, shard_model
+from embcomp.training.build import check_precision, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
 from embcomp.training.files.run_checksums import read_sealed_json, sealed_json
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import evaluate_batches
 from embcomp.training.reporting.stage_result import StageResult
-from embcomp.training.run_folder import RunFolder, StageFolder
+from embcomp.training.run_folder import StageFolder
 from embcomp.training.stages.batch_norm import refit, running_norms
 from embcomp.training.stages.handover import counts_of, left_by, load_tensors_of, state_of_method
-from embcomp.training.stages.schedule import StageSchedule
+from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.shared_tensors import SharedTensors
 
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
@@ -42,40 +40,32 @@ class StageSearch:
     are fitted to each structure before it is scored.
 
     Args:
-        config: The run.
-        info: Its dataset.
-        schedule: Its stages.
-        index: The place of the search.
-        folder: The run's folder.
+        run: The run.
+        index: The place of the search among its stages.
         process: The process group.
         console: What a person sees.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        info: DatasetInfo,
-        schedule: StageSchedule,
+        run: RunContext,
         index: int,
-        folder: RunFolder,
         process: Process,
         console: RunConsole,
     ) -> None:
-        self._config, self._info, self._schedule = config, info, schedule
+        self._config, self._info, self._schedule = run.config, run.info, run.schedule
         self._index, self._process, self._console = index, process, console
-        self._place: StageFolder = folder.stage(index, schedule.names)
-        self._precision = check_precision(config, process)
-        before = schedule.last_trained_before(index)
-        plan = schedule.plan_of(before, folder.stage(before, schedule.names))
+        self._place: StageFolder = run.place(index)
+        self._precision = check_precision(run.config, process)
+        before = run.schedule.last_trained_before(index)
+        plan = run.plan_of(before)
         self._tensors = SharedTensors(self._place.path, process)
-        left = self._tensors.get(
-            "model", lambda: left_by(config, info, schedule, folder, before).model.state_dict()
-        )
-        whole = build_model(config, info, torch.device("meta"), plan)
+        left = self._tensors.get("model", lambda: left_by(run, before).model.state_dict())
+        whole = run.build(torch.device("meta"), plan)
         whole.model.load_state_dict(left, assign=True)
-        self._form = state_of_method(whole, schedule)
-        self._unsharded = build_model(config, info, torch.device("meta"), plan)
-        self._sharded = shard_model(self._unsharded, config, process)
+        self._form = state_of_method(whole, run.schedule)
+        self._unsharded = run.build(torch.device("meta"), plan)
+        self._sharded = shard_model(self._unsharded, run.config, process)
         load_tensors_of(left, self._sharded)
         self._norms = running_norms(self._sharded)
         self._batches: list[Batch] | None = None
