@@ -8,7 +8,7 @@ OUT ?= demo
 
 SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test check fix bench bench-quality docs install clean-venv
+.PHONY: demo test test-fast check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+## What starts no process and trains nothing: under two minutes on two cores.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(SOURCES)

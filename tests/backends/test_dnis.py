@@ -24,7 +24,6 @@ from embcomp.training.stages.loading import load_unsharded
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule
 from tests.helpers.dnis_cases import CUTS, collection_of, holding, mixed_tables, searched
-from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import train_on_ranks
 
@@ -208,9 +207,10 @@ def test_four_ranks_search_and_prune_as_one_process_does(workers, tmp_path):
         config.model_dump(mode="json"),
         ["tables.budget=60%", "tables.embedding_dim=4", "train.epochs=1", "data.drop_last=true"],
     )
-    with batches_of_ranks(4):
-        train(config, runs=tmp_path / "one", quiet=True)
+    train(config, runs=tmp_path / "one", quiet=True)
     workers.run(4, train_on_ranks, config, tmp_path / "many")
     one, many = (load_model(tmp_path / way / "planted").state_dict() for way in ("one", "many"))
     for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(
+            many[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )

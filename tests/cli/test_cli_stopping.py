@@ -67,6 +67,14 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell starts what runs in its background deaf to Ctrl-C, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(*arguments, **options):
     return CliRunner().invoke(app, list(arguments), **options)
 

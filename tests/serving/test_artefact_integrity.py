@@ -148,6 +148,7 @@ def test_tables_and_vocabularies_of_two_datasets_are_named(model, tmp_path, monk
     assert config.tables is not None
     info = DatasetInfo.load(model)
     size = info.categorical[1].num_embeddings
+    info.categorical[1].num_raw_values = size + 1
     info.categorical[1].num_embeddings = size + 3
     message = f"table 'C2' holds {size} ids, and the vocabulary of its feature 'C2' has {size + 3}"
     with pytest.raises(ArtefactError, match=message):

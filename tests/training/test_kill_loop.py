@@ -96,7 +96,7 @@ def test_kills_at_any_moment_change_nothing_and_leave_nothing(dataset, tmp_path,
 
     codes = []
     while len(codes) < KILLS and 0 not in codes:
-        codes.append(attempt(draw.uniform(0, 0.3)))
+        codes.append(attempt(draw.uniform(0, 0.1)))
     assert set(codes) <= {0, -signal.SIGKILL}
     assert codes.count(-signal.SIGKILL) >= 3
     assert attempt(None) == 0

@@ -23,6 +23,7 @@ from embcomp.tables.footprint import count_bytes
 from embcomp.training import Report, evaluate, load_model, train
 from embcomp.training.checkpoint import checkpoint_folder, saved_steps
 from embcomp.training.export.export import export_run
+from embcomp.training.files.checkpoint_files import CHECKSUMS_FILE, write_checksums
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.handover import path_of
@@ -311,6 +312,8 @@ def test_checkpoints_of_another_format_are_refused(dataset, finished, tmp_path):
     content = json.loads(state.read_text())
     assert content.pop("format_version") == 2
     state.write_text(json.dumps(content))
+    names = {file.name for file in state.parent.iterdir()}
+    write_checksums(state.parent, names - {CHECKSUMS_FILE})
     place.done.unlink(missing_ok=True)
     for act in (
         lambda: train(folder.config(), runs=tmp_path, quiet=True),

@@ -23,6 +23,7 @@ from embcomp.backends.base import MethodState, StageInputs
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan_document import plan_to_document
+from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError
@@ -178,7 +179,8 @@ def check_other_run(run: RunContext) -> None:
             f"train.start_from: {source} trained another model ({other.model.name} with other "
             f"settings, or another than {config.model.name}); both need the same"
         )
-    _check_same_features(source, DatasetInfo.load(other.data.path), run.info)
+    there = _moved_dataset(source, config) or other.data.path
+    _check_same_features(source, DatasetInfo.load(there), run.info)
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
     with quiet_libraries():
@@ -214,9 +216,7 @@ def _of_another_run(run: RunContext) -> UnshardedModel:
     source = run.config.train.start_from
     assert source is not None
     unsharded = run.build(torch.device("cpu"), run.schedule.first_plan())
-    # Both may have moved together; what counts is that it is the dataset of both.
-    here = run.config.data.path
-    moved = here if RunFolder(Path(source)).has_dataset(here) else None
+    moved = _moved_dataset(source, run.config)
     came: Mapping[str, Tensor] = load_model(Path(source), data=moved).state_dict()
     wanted = unsharded.model.state_dict()
     odd = [n for n in sorted({*came, *wanted}) if _shape(came, n) != _shape(wanted, n)]
@@ -229,6 +229,12 @@ def _of_another_run(run: RunContext) -> UnshardedModel:
         )
     unsharded.model.load_state_dict(came)
     return unsharded
+
+
+def _moved_dataset(source: str, config: TrainConfig) -> str | None:
+    """Where another run's dataset lies, if it is this run's: both may have moved together."""
+    here = config.data.path
+    return here if RunFolder(Path(source)).has_dataset(here) else None
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
