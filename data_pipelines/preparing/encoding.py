@@ -26,6 +26,7 @@ from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import clipped_expression, numeric_expression
+from embcomp.io.atomic_files import atomic_path
 from embcomp.io.digests import HashedFile
 
 
@@ -132,10 +133,13 @@ def store_ids(
     advance: Callable[[int], None],
 ) -> StoredIds:
     """Write the ids of an early round for one part: a stream of one list per feature and block."""
-    temporary = path.with_name(path.name + ".tmp")
     schema = pa.schema([("feature", pa.int32()), ("ids", pa.list_(pa.int32()))])
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with HashedFile(temporary) as file, pa.ipc.new_file(file, schema, options=options) as writer:
+    with (
+        atomic_path(path, durable=False) as temporary,
+        HashedFile(temporary) as file,
+        pa.ipc.new_file(file, schema, options=options) as writer,
+    ):
         for block, rows in ahead(table.read(blocks)):
             found = encoder.ids(features.columns(rows.frame))
             offsets = np.cumsum([0, *(len(ids) for ids in found.values())])
@@ -145,7 +149,6 @@ def store_ids(
             )
             writer.write_batch(pa.record_batch([pa.array(list(found), pa.int32()), lists], schema))
             advance(block.rows)
-    temporary.replace(path)
     return StoredIds(sha256=file.sha256)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from embcomp.io.atomic_files import write_atomically
 from embcomp.io.digests import sha256_of_file, sha256_of_json
 
 Content = TypeVar("Content", bound=BaseModel)
@@ -36,9 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
     It is not forced to disk, as there are many: what a power cut leaves breaks the seal.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text, durable=False)
 
 
 def read_piece(mark: Path, kind: type[Content], report: Callable[[str], None]) -> Content | None:

@@ -4,7 +4,7 @@ Pages carry checksums, which readers compare, and the writer knows the digest of
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from typing_extensions import Self
 
 from embcomp.data_pipelines.schema import FileRecord
+from embcomp.io.atomic_files import atomic_path
 from embcomp.io.digests import HashedFile, footer_sha256
 
 ROWS_PER_GROUP = 65_536
@@ -31,8 +32,8 @@ class RowGroupWriter:
         self._schema = schema
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file = HashedFile(self._temporary)
+        self._naming = ExitStack()
+        self._file = HashedFile(self._naming.enter_context(atomic_path(path, durable=False)))
         # Level 1 writes twice as fast as the default and reads as fast, for 3 % more bytes.
         self._writer = pq.ParquetWriter(
             self._file,
@@ -65,7 +66,7 @@ class RowGroupWriter:
             self._flush(self._pending_rows)
         self._writer.close()
         self._file.close()
-        self._temporary.replace(self.path)
+        self._naming.close()
 
     def record(self, positives: int | None = None) -> FileRecord:
         """Describe the closed file.
@@ -81,15 +82,6 @@ class RowGroupWriter:
             positives=positives,
         )
 
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        # Otherwise pyarrow would try to write the footer once more, and complain, when collected.
-        self._writer.is_open = False
-        # Closing flushes, which fails again on a full disk.
-        with suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
     def __enter__(self) -> Self:
         return self
 
@@ -99,11 +91,18 @@ class RowGroupWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self.abort()
-            return
-        try:
-            self.close()
-        except BaseException:
-            self.abort()
-            raise
+        with self._naming:  # which leaves nothing behind when something goes wrong
+            try:
+                if error is not None:
+                    raise error
+                self.close()
+            except BaseException:
+                self._give_up()
+                raise
+
+    def _give_up(self) -> None:
+        # Otherwise pyarrow would try to write the footer once more, and complain, when collected.
+        self._writer.is_open = False
+        # Closing flushes, which fails again on a full disk.
+        with suppress(OSError):
+            self._file.close()

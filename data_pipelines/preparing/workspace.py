@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from embcomp.data_pipelines.preparing.pieces import write_text
 from embcomp.data_pipelines.schema import FILE_NAME
 from embcomp.errors import DataError
+from embcomp.io.folder_lock import folder_lock
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -105,20 +105,14 @@ class Workspace:
             raise DataError(
                 f"output {self.shown} cannot be made in {self.root.parent}: {error.strerror}"
             ) from None
-        handle = os.open(self.root, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another process is preparing {self.shown}; wait for it") from None
+        busy = DataError(f"another process is preparing {self.shown}; wait for it")
+        with folder_lock(self.root, busy=busy):
             self.published = self._is_published(fingerprint)
             self.resumed = not self.published and self._left_by(fingerprint)
             if not self.published:
                 self._make_room(fingerprint)
             yield
             self._clear_up()
-        finally:
-            os.close(handle)
 
     def _make_room(self, fingerprint: Mapping[str, object]) -> None:
         try:

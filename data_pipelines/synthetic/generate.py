@@ -8,7 +8,6 @@ written beside the log: no model can be expected to do better.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from embcomp.data_pipelines.synthetic.click_model import ClickModel, RawRows
 from embcomp.data_pipelines.synthetic.criteo_text import to_lines
 from embcomp.data_pipelines.synthetic.synthetic_rows import CHUNK_ROWS, RowSource, SyntheticConfig
 from embcomp.errors import ConfigError
+from embcomp.io.atomic_files import atomic_path
 
 TRUTH_SUFFIX = ".truth.json"
 
@@ -57,24 +57,17 @@ def write_criteo_log(
         raise ConfigError("a generated log is one file: split_rule must be chronological or random")
     whole, by_split = BayesMeter(), [BayesMeter() for _ in SPLITS]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_errors(path), temporary.open("wb") as file:
-            done = 0
-            for rows, probability, label in draw(config):
-                to_lines(rows, label, file)
-                codes = rule.codes(done, len(label), config.rows, None)
-                whole.update(probability, label)
-                for code, meter in enumerate(by_split):
-                    meter.update(probability[codes == code], label[codes == code])
-                done += len(label)
-                if progress is not None:
-                    progress(done)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with disk_errors(path), atomic_path(path) as temporary, temporary.open("wb") as file:
+        done = 0
+        for rows, probability, label in draw(config):
+            to_lines(rows, label, file)
+            codes = rule.codes(done, len(label), config.rows, None)
+            whole.update(probability, label)
+            for code, meter in enumerate(by_split):
+                meter.update(probability[codes == code], label[codes == code])
+            done += len(label)
+            if progress is not None:
+                progress(done)
     results = {split: meter.result() for split, meter in zip(SPLITS, by_split)}
     truth = Truth(
         rows=whole.rows,
@@ -84,7 +77,6 @@ def write_criteo_log(
         by_split={split: result for split, result in results.items() if result is not None},
         generator=asdict(config),
     )
-    temporary.replace(path)
     truth.save(path.with_name(path.name + TRUTH_SUFFIX))
     return truth
 

@@ -7,7 +7,6 @@ never touched. On a file system without locks nothing is removed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from embcomp.io.folder_lock import is_at, try_lock
 
 _SUFFIX = ".unfinished"
 _NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_SUFFIX))
@@ -45,7 +46,7 @@ def remove_unfinished(parent: Path) -> None:
         except OSError:
             continue  # another process was faster, or it is not ours to open
         try:
-            if _lock(handle):
+            if try_lock(handle):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
@@ -62,24 +63,6 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
             handle = os.open(name, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        if _lock(handle) is not False and _is_at(handle, name):
+        if try_lock(handle) is not False and is_at(handle, name):
             return Path(name), handle
         os.close(handle)
-
-
-def _is_at(handle: int, name: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), Path(name).stat())
-    except FileNotFoundError:
-        return False
-
-
-def _lock(handle: int) -> bool | None:
-    """Whether the lock was free, and is held now; None on a file system without locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

@@ -7,8 +7,6 @@ stages has a folder for each of them, stages/<number>-<name>/, with the stage's 
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from embcomp.config.train_config import TrainConfig, load_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, DataError, EmbcompError
+from embcomp.io.folder_lock import folder_lock
 from embcomp.training.files.run_checksums import read_checked, rewrite_checked, write_checked
 
 REPORT_FILE = "report.json"
@@ -73,20 +72,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps other processes out, as two runs in one folder would mix their checkpoints."""
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another process is training in {self.path}; wait for it or choose another "
-                    "name"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        busy = f"another process is training in {self.path}; wait for it or choose another name"
+        with folder_lock(self.path, busy=ConfigError(busy)):
             yield
-        finally:
-            os.close(handle)
 
     def stage(self, index: int, names: Sequence[str]) -> StageFolder:
         """The folder of one of the run's stages.

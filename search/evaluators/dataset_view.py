@@ -5,8 +5,6 @@ The test split is not in it, so no candidate's score can depend on test data.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import uuid
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pyarrow.parquet as pq
 from embcomp.data_pipelines.integrity import record_of
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo, SplitInfo
 from embcomp.errors import DataError
+from embcomp.io.atomic_files import atomic_path
 
 _VALID_FILE = "valid.parquet"
 _SOURCE = "source"  # a link to the prepared dataset, so that the view's paths stay inside it
@@ -94,12 +93,11 @@ def _sample(info: DatasetInfo, rows: int, path: Path) -> SplitInfo:
                     table = parquet.read_row_group(group)
                     parts.append(table.take(pa.array(wanted[low:high] - first)))
                 first += size
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        pq.write_table(
-            pa.concat_tables(parts), temporary, row_group_size=_ROW_GROUP, write_page_checksum=True
-        )
-        Path(temporary).replace(path)
+        rows_of_view = pa.concat_tables(parts)
+        with atomic_path(path) as temporary:
+            pq.write_table(
+                rows_of_view, temporary, row_group_size=_ROW_GROUP, write_page_checksum=True
+            )
     labels = pq.read_table(path, columns=[info.label])[info.label]
     positives = int(np.asarray(labels).sum())
     return split.model_copy(update={"files": [path.name], "rows": rows, "positives": positives})

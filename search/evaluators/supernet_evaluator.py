@@ -8,7 +8,6 @@ tables cut to its widths, and its score one pass over those rows.
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.io.folder_lock import folder_lock
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
@@ -136,8 +136,7 @@ class SupernetEvaluator(Evaluator):
 
     def _train(self, config: TrainConfig, run: RunFolder) -> Report:
         """Trains it, goes on with it, or waits for the worker that does."""
-        with (self._folder / f"{NAME}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with folder_lock(self._folder / f"{NAME}.lock", busy=None):
             if not run.is_new:
                 run.check_same(config)
             if not run.report.exists():

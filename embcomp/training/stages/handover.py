@@ -27,6 +27,7 @@ from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError
+from embcomp.io.atomic_files import atomic_path
 from embcomp.io.yaml_reading import listed
 from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import model_state
@@ -77,10 +78,9 @@ def prepare_start(run: RunContext, index: int) -> None:
     if not schedule.stages[index].reinit_network:
         tensors |= _network_start(model, begun)
     place.path.mkdir(parents=True, exist_ok=True)
-    temporary = place.start.with_name(f".{place.start.name}.tmp")
-    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    announce_file(place.start, temporary)
-    temporary.replace(place.start)
+    with atomic_path(place.start) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        announce_file(place.start, temporary)
     write_checked(place.forms, json.dumps(plan_to_document(plan), indent=1) + "\n")
 
 
