@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -315,11 +314,11 @@ def _launcher(world_size: int) -> list[str]:
     module = ["-m", "embcomp.search.evaluators.trial_process"]
     if world_size == 1:
         return [sys.executable, *module]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    return [*torchrun, "--master-addr", "127.0.0.1", "--master-port", str(port), *module]
+    # The launcher holds the port on which ranks meet. Without an address, they would ask for this
+    # machine by its host name, which need not resolve.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    here = ["--local-addr", "127.0.0.1", "--nproc-per-node", str(world_size)]
+    return [*torchrun, *here, *module]
 
 
 def _environment(slot: Slot) -> dict[str, str]:

@@ -71,20 +71,22 @@ def _write(path: Path, content: object) -> None:
 
 
 def _die_with_worker() -> None:
-    """A worker that is killed cannot take its trials along, so they watch it."""
-    worker = os.environ.get(PARENT)
+    """A worker that is killed cannot take its trials along, nor torchrun its ranks: they watch."""
+    worker, parent = os.environ.get(PARENT), os.getppid()
     if worker is None:
         return
     pid, created = worker.split(":")
-    while True:
-        try:
-            if abs(psutil.Process(int(pid)).create_time() - float(created)) > 2:
-                break
-        except psutil.NoSuchProcess:
-            break
+    while _lives(int(pid), float(created)) and os.getppid() == parent:
         time.sleep(0.5)
     print("the worker that started this trial is gone; stopping", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _lives(pid: int, created: float) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - created) <= 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

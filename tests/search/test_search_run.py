@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.search.config.search_config import parse_search
 from embcomp.search.evaluators.base import TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
-from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, make_slots
+from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, _launcher, make_slots
 from embcomp.search.evaluators.trial_process import PARENT, describe
 from embcomp.search.reporting.results import SearchResult
 from embcomp.search.trials.storage import JournalLock
@@ -292,6 +293,32 @@ def test_a_trial_does_not_outlive_its_worker(recipe, tmp_path):
         env={**os.environ, PARENT: "999999:1"},
     )
     assert done.returncode == 1 and "is gone; stopping" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["the launcher is killed", "the trial is given up"])
+def test_ranks_of_a_trial_do_not_outlive_their_launcher(recipe, tmp_path, end):
+    trial = start_trial(recipe, tmp_path, world_size=2)
+    launcher = psutil.Process(trial._process.pid)
+    metrics = trial.folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size):  # the ranks train
+        assert trial.is_running and time.monotonic() < deadline, trial.log.read_text()
+        time.sleep(0.1)
+    ranks = [one for one in launcher.children() if "trial_process" in " ".join(one.cmdline())]
+    assert len(ranks) == 2
+    if end == "the launcher is killed":
+        launcher.kill()
+        assert outcome_of(trial).failure == "killed"
+    else:
+        trial.detach()
+    assert not psutil.wait_procs(ranks, timeout=20)[1]
+
+
+def test_trials_on_several_ranks_at_once_choose_no_port_of_their_own():
+    command = _launcher(2)
+    assert "--standalone" in command and "--master-port" not in command
+    assert command[command.index("--local-addr") + 1] == "127.0.0.1"
 
 
 def test_failures_are_told_apart():
