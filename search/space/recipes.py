@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from embcomp.backends.base import BackendConfig
+from embcomp.config.sections import MethodConfig
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.io.yaml_reading import plain
 from embcomp.search.config.search_config import SearchConfig
@@ -27,30 +28,45 @@ def config_of(
         name: the run's name.
         seed: None takes the recipe's.
     """
-    document = space.base.model_dump(mode="json", exclude_defaults=True)
-    document |= {"name": name, "seed": space.base.seed if seed is None else seed}
-    tables = dict(document["tables"])
-    tables.pop("budget", None)
-    tables.pop("row_types", None)
+    base = space.base
+    sections = {
+        "name": name,
+        "seed": base.seed if seed is None else seed,
+        "data": base.data,
+        "tables": _tables_of(space, candidate),
+        "model": base.model,
+        "train": base.train,
+    }
+    return parse_config(sections, source=name)
+
+
+def _tables_of(space: Space, candidate: Candidate) -> dict[str, Any]:
+    """The recipe's section `tables` with the candidate's methods and row types."""
+    tables = dict(space.base.tables)
+    del tables["budget"]
     row_types = space.row_types(candidate)
-    if not row_types.are_fp32:
-        tables["row_types"] = row_types.plain()
+    tables["row_types"] = {} if row_types.are_fp32 else row_types.plain()
     methods = space.methods(candidate)
     widths = _mixed_widths(space, methods)
-    if widths:
-        document["tables"] = {**tables, "method": widths, "overrides": {}}
-        return parse_config(document, source=name)
-    written = {table: written_method(method) for table, method in methods.items()}
+    if widths is not None:
+        return {**tables, "method": _choice(widths), "overrides": {}}
     # The commonest method is the default, so that the YAML stays short.
-    common = Counter(yaml.safe_dump(method) for method in written.values()).most_common()
-    default = yaml.safe_load(min(text for text, count in common if count == common[0][1]))
-    tables["method"] = default
-    tables["overrides"] = {t: method for t, method in written.items() if method != default}
-    document["tables"] = tables
-    return parse_config(document, source=name)
+    texts = {table: yaml.safe_dump(written_method(each)) for table, each in methods.items()}
+    common = Counter(texts.values()).most_common()
+    default = min(text for text, count in common if count == common[0][1])
+    own = {table: method for table, method in methods.items() if texts[table] != default}
+    return {
+        **tables,
+        "method": _choice(next(each for table, each in methods.items() if table not in own)),
+        "overrides": {table: _choice(method) for table, method in own.items()},
+    }
 
 
-def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> dict[str, Any] | None:
+def _choice(method: BackendConfig) -> MethodConfig:
+    return MethodConfig(name=method.name, settings=method)
+
+
+def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> BackendConfig | None:
     """One method for tables that differ in width alone; full ones are those that it does not name.
 
     None where a table has another method, or all are alike.
@@ -72,7 +88,7 @@ def _mixed_widths(space: Space, methods: Mapping[str, BackendConfig]) -> dict[st
     if len(narrow) > 1:
         return None
     (method,) = narrow.values()
-    return written_method(method.with_widths(widths))
+    return method.with_widths(widths)
 
 
 def written_method(config: BackendConfig) -> dict[str, Any]:
@@ -129,7 +145,6 @@ def for_search(search: SearchConfig, config: TrainConfig, view: str) -> TrainCon
         train["eval_every"] = fidelity.rungs.min_steps
     if search.trials.devices == "cpu":
         train["device"] = "cpu"
-    document = config.model_dump(mode="json")
-    document["train"] |= train
-    document["data"]["path"] = view
-    return parse_config(document, source=config.name)
+    # Values of settings that are checked already, and that no rule ties to the others.
+    shorter = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    return shorter.with_data(view)

@@ -14,7 +14,7 @@ from embcomp.errors import BudgetError, ConfigError
 from embcomp.planning.config_plan import sizes_of_dataset
 from embcomp.search.api import prepare_search
 from embcomp.search.config.search_config import load_search, parse_search
-from embcomp.search.space.recipes import config_of, point_yaml, written_method
+from embcomp.search.space.recipes import config_of, point_yaml, trial_config, written_method
 from embcomp.training import load_model, train
 from tests.helpers.search_cases import RECIPE, WIDTHS, prepare, search_document, write_recipe
 
@@ -271,6 +271,30 @@ def test_widths_are_one_method_in_a_point_and_other_methods_stay_overrides(recip
     }
     mixed = tables("hash ratio=0.2", "low_dim width=4", "full")
     assert mixed["overrides"]["C2"] == {"name": "low_dim", "width": 4}
+
+
+def test_a_candidate_is_tried_as_the_recipe_but_for_its_tables_and_the_fidelity(recipe, tmp_path):
+    choices = [*WIDTHS, {"method": "hash", "ratio": [0.1, 0.3], "row_type": "int8"}]
+    base = {
+        "train": {"epochs": 3, "max_steps": 40, "plateau": {"factor": 0.5}},
+        "tables": {"pooling": "sum", "budget": "50%", "method": "unified"},
+    }
+    prepared = prepare(
+        recipe, [3000, 600, 80], groups=[{"choices": choices}], overrides=base, budget="90%"
+    )
+    for proposal in [(0, 1, 2), (4, 3, 0), (2, 5, 0), (4, 4, 1)]:
+        candidate = prepared.repair(proposal)
+        config = trial_config(prepared.config, prepared.space, candidate, "trial", str(tmp_path))
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config
+        recipe_plain, tried = prepared.base.model_dump(), config.model_dump()
+        assert tried["data"] == recipe_plain["data"] | {"path": str(tmp_path)}
+        assert tried["seed"] == prepared.config.seed and tried["model"] == recipe_plain["model"]
+        changed = {
+            key for key, value in tried["train"].items() if recipe_plain["train"][key] != value
+        }
+        assert changed == {"max_steps", "plateau", "keep_checkpoints"}
+        changed = {k for k, value in tried["tables"].items() if recipe_plain["tables"][k] != value}
+        assert changed <= {"method", "overrides", "budget", "row_types"}
 
 
 def test_one_method_of_widths_trains_as_one_override_per_table_does(tmp_path):
