@@ -18,7 +18,7 @@ ORDER = {
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"
-    " < reporting < api",
+    " < prepared, reporting < search_run < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
     " < transforms, frequencies, bayes_metrics < importers, loader < preparing < prepare"
     " < synthetic, validate",
