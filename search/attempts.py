@@ -29,6 +29,9 @@ WORKER = "worker"
 PROPOSER = "proposer"
 """On a trial: who draws its parameters, until it has begun."""
 
+PLANNED = "planned"
+"""On a trial that was enqueued at the start: the parameters that it is for."""
+
 _LOOK_EVERY = 0.05  # seconds between two looks at what others propose
 _PATIENCE = 20.0  # seconds that a proposal waits for those before it
 

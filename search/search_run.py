@@ -21,8 +21,7 @@ from embcomp.search.samplers.derived_cma import has_pickled_state
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.trials.candidate_jobs import CandidateJobs
 from embcomp.search.trials.retraining import (
-    FinalJobs,
-    FinalsSampler,
+    RetrainingJobs,
     SelectedCandidate,
     finals_name,
     select_candidates,
@@ -30,7 +29,7 @@ from embcomp.search.trials.retraining import (
 )
 from embcomp.search.trials.storage import open_study
 from embcomp.search.trials.trial_progress import SearchConsole
-from embcomp.search.trials.trial_queue import TrialQueue
+from embcomp.search.trials.trial_queue import SigningSampler, TrialQueue
 from embcomp.search.trials.worker import Worker
 
 
@@ -183,21 +182,26 @@ class SearchRun:
         """
         if not points:
             return None
-        config, sampler = self._config, FinalsSampler(points)
+        config, space = self._config, self._prepared.space
+        evaluator = TrainingEvaluator(config, space, self._home, self._slots, in_full=True)
+        jobs = RetrainingJobs(config.quality, points, evaluator)
         name, direction = finals_name(config, points, what), directions_of(config)[:1]
         known = {"search": config.name}
-        study = open_study(self._storage, name, direction, sampler, NopPruner(), known)
-        count = len(sampler.pairs)
+        study = open_study(self._storage, name, direction, SigningSampler(), NopPruner(), known)
         queue = TrialQueue(
             study,
             self._storage,
-            sampler.distributions,
-            count=count,
+            jobs.distributions,
+            count=len(jobs.planned),
             retries=config.trials.retries,
+            planned=jobs.planned,
         )
-        jobs = FinalJobs(config, self._prepared.space, points, self._home, self._slots)
-        self._console.follow(study, f"{config.name}: {title}", count, len(self._slots))
-        Worker(queue, jobs, self._console, len(self._slots)).run()
+        self._console.follow(study, f"{config.name}: {title}", queue.count, evaluator.slots)
+        try:
+            evaluator.prepare()
+            Worker(queue, jobs, self._console, evaluator.slots).run()
+        finally:
+            evaluator.close()
         return study
 
 

@@ -22,11 +22,13 @@ class Task:
         number: its first attempt's number, which names its files.
         candidate: what to score.
         slot: which of the worker's slots it runs in.
+        seed: of its training; None takes the search's.
     """
 
     number: int
     candidate: Candidate
     slot: int
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, T
 from embcomp.search.evaluators.dataset_view import write_view
 from embcomp.search.evaluators.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
 from embcomp.search.evaluators.trial_pruning import rung_steps
-from embcomp.search.space.recipes import trial_config
+from embcomp.search.space.recipes import full_config, trial_config
 from embcomp.search.space.space import Space
 from embcomp.search.space.staged_methods import staged_methods
 from embcomp.training.reporting.report import Report
@@ -118,55 +118,76 @@ def _steps_per_epoch(base: TrainConfig, rows: int) -> int:
 
 
 class TrainingEvaluator(Evaluator):
-    """Trains each candidate on a part of the data, with the recipe's own settings.
+    """Trains each candidate, with the recipe's own settings.
+
+    In a search that is for as long as its fidelity says, on a view of the dataset without test data;
+    in full it is an ordinary run, whose folder stays whole, and whose test metrics are in the
+    outcome's details.
 
     Args:
         config: the search.
         space: its space.
         folder: the search's folder.
         slots: what running candidates may use.
+        in_full: whether candidates are retrained rather than tried.
     """
 
     def __init__(
-        self, config: SearchConfig, space: Space, folder: Path, slots: Sequence[Slot]
+        self,
+        config: SearchConfig,
+        space: Space,
+        folder: Path,
+        slots: Sequence[Slot],
+        *,
+        in_full: bool = False,
     ) -> None:
         self._config, self._space, self._slots = config, space, list(slots)
-        self._view, self._trials = folder / "data", folder / "trials"
+        self._in_full, self._view = in_full, folder / "data"
+        self._runs = folder / ("finals" if in_full else "trials")
         self._running: list[TrainingRun] = []
         self.slots = len(self._slots)
         info = DatasetInfo.load(space.base.data.path)
         self.full_steps = full_steps(space.base, info)
-        self.steps = search_steps(config, space.base, info)
+        self.steps = self.full_steps if in_full else search_steps(config, space.base, info)
         rows = info.split("valid").rows
-        scored = min(config.fidelity.valid_rows or rows, rows)
+        scored = rows if in_full else min(config.fidelity.valid_rows or rows, rows)
         each = " in each stage" if staged_methods(space) else ""
         self.fidelity = (
             f"{self.steps:,} of {self.full_steps:,} training steps{each}, scored on {scored:,} of "
             f"{rows:,} validation rows"
         )
-        self.rungs = rung_steps(config.fidelity.rungs, self.steps)
+        self.rungs = [] if in_full else rung_steps(config.fidelity.rungs, self.steps)
 
     def prepare(self) -> None:
-        write_view(self._space.base.data.path, self._view, self._config.fidelity.valid_rows)
-        self._trials.mkdir(parents=True, exist_ok=True)
+        if not self._in_full:
+            write_view(self._space.base.data.path, self._view, self._config.fidelity.valid_rows)
+        self._runs.mkdir(parents=True, exist_ok=True)
+
+    def run_config(self, task: Task) -> TrainConfig:
+        """A candidate's run."""
+        search, space, name = self._config, self._space, f"trial-{task.number:04d}"
+        if task.seed is not None:
+            name += f"_seed-{task.seed}"
+        if self._in_full:
+            return full_config(search, space, task.candidate, name, task.seed)
+        view = str(self._view.resolve())
+        return trial_config(search, space, task.candidate, name, view, task.seed)
 
     def start(self, task: Task) -> TrainingRun:
-        name = f"trial-{task.number:04d}"
-        config = trial_config(
-            self._config, self._space, task.candidate, name, str(self._view.resolve())
-        )
-        path = self._trials / f"{name}.yaml"
+        config, tried = self.run_config(task), not self._in_full
+        path = self._runs / f"{config.name}.yaml"
         write_atomically(path, config.to_yaml())
         run = TrainingRun(
             config_path=path,
-            name=name,
-            runs=self._trials,
+            name=config.name,
+            runs=self._runs,
             slot=self._slots[task.slot],
             quality=self._config.quality,
             rungs=self.rungs,
-            latency="latency" in self._config.objectives,
+            latency=tried and "latency" in self._config.objectives,
             world_size=self._config.trials.world_size,
-            timeout=self._config.trials.timeout,
+            timeout=self._config.trials.timeout if tried else None,
+            clean=tried,
         )
         self._running = [other for other in self._running if other.is_running] + [run]
         return run
@@ -246,12 +267,15 @@ class TrainingRun(TrialHandle):
             message = f"{self._quality} is undefined on the validation rows"
             return self._failed("no metric", message, seconds)
         self._clean_up()
+        details: dict[str, Any] = {"valid": _numbers(report.valid), "best_step": report.best_step}
+        if report.test is not None:
+            details |= {"test": _numbers(report.test), "full_bytes": report.full_bytes}
         return TrialResult(
             quality=float(value),
             latency=self._read_latency(),
             seconds=report.wall_seconds,
             steps=report.steps,
-            details={"valid": _numbers(report.valid), "best_step": report.best_step},
+            details=details,
         )
 
     def rungs(self) -> list[Rung]:

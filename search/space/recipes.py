@@ -119,13 +119,29 @@ def point_yaml(config: TrainConfig, comment: str) -> str:
 
 
 def trial_config(
-    search: SearchConfig, space: Space, candidate: Candidate, name: str, view: str
+    search: SearchConfig,
+    space: Space,
+    candidate: Candidate,
+    name: str,
+    view: str,
+    seed: int | None = None,
 ) -> TrainConfig:
     """The recipe as a candidate is tried: on the dataset's view, for as long as the fidelity says.
 
     Rules that count evaluations are off, as there are more of them here.
     """
-    return for_search(search, config_of(space, candidate, name, search.seed), view)
+    config = config_of(space, candidate, name, search.seed if seed is None else seed)
+    return for_search(search, config, view)
+
+
+def full_config(
+    search: SearchConfig, space: Space, candidate: Candidate, name: str, seed: int | None
+) -> TrainConfig:
+    """The recipe as a candidate is trained in full: on the whole dataset, with its own rules."""
+    config = config_of(space, candidate, name, search.seed if seed is None else seed)
+    if search.trials.devices != "cpu":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
 
 
 def for_search(search: SearchConfig, config: TrainConfig, view: str) -> TrainConfig:

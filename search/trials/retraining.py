@@ -11,34 +11,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler
+from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from embcomp.config.train_config import TrainConfig
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.attempts import (
     KIND,
-    RETRY_OF,
     latest_attempts,
-    next_of,
-    originals,
-    sign_proposal,
-    wait_for_earlier,
 )
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
-from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun
+from embcomp.search.evaluators.base import Evaluator, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.trial_pruning import front_of
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.recipes import config_of, point_yaml
 from embcomp.search.space.space import Candidate, Space
-from embcomp.search.trials.worker import RunningTrial, TrialRunner
+from embcomp.search.trials.worker import TrialRunner
 from embcomp.tables.budget import format_bytes
-from embcomp.training.reporting.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,151 +154,38 @@ def write_recipes(
     return paths
 
 
-class FinalsSampler(BaseSampler):
-    """Hands out every point with every seed, in order."""
-
-    def __init__(self, points: Sequence[SelectedCandidate]) -> None:
-        self.pairs = [(p, s) for s in range(len(points[0].seeds)) for p in range(len(points))]
-        self.distributions: dict[str, BaseDistribution] = {
-            "point": IntDistribution(0, len(points) - 1),
-            "seed": IntDistribution(0, len(points[0].seeds) - 1),
-        }
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return dict(self.distributions)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if RETRY_OF in trial.user_attrs:
-            return {}
-        wait_for_earlier(study, trial, self.distributions)
-        known = [one.params for one in originals(study) if one.number < trial.number]
-        pairs = [
-            (own["point"], own["seed"]) for own in known if set(self.distributions) <= set(own)
-        ]
-        place = next_of(self.pairs, pairs)
-        point, seed = self.pairs[-1 if place is None else place]
-        return {"point": point, "seed": seed}
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        sign_proposal(study, trial)
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        raise RuntimeError(f"{param_name} is not a parameter of the finals")
-
-
-class FinalJobs(TrialRunner):
-    """The trials of the finals: each is an ordinary run under `finals/`.
+class RetrainingJobs(TrialRunner):
+    """The trials of a retraining: each is a candidate and one of its seeds.
 
     Args:
-        config: the search.
-        space: its space.
+        quality: the metric.
         points: what was chosen.
-        folder: the search's folder.
-        slots: what runs may use.
+        evaluator: trains in full.
     """
 
     def __init__(
-        self,
-        config: SearchConfig,
-        space: Space,
-        points: Sequence[SelectedCandidate],
-        folder: Path,
-        slots: Sequence[Slot],
+        self, quality: str, points: Sequence[SelectedCandidate], evaluator: Evaluator
     ) -> None:
-        self._config, self._space, self._points = config, space, points
-        self._runs = folder / "finals"
-        self._slots = list(slots)
-        self._runs.mkdir(parents=True, exist_ok=True)
+        self._quality, self._points, self._evaluator = quality, points, evaluator
+        seeds = range(len(points[0].seeds))
+        self.planned = [{"point": p, "seed": s} for s in seeds for p in range(len(points))]
+        self.distributions = {
+            "point": IntDistribution(0, len(points) - 1),
+            "seed": IntDistribution(0, len(seeds) - 1),
+        }
 
-    def ready(self) -> bool:
-        return True
-
-    def run_config(self, point: SelectedCandidate, seed: int) -> TrainConfig:
-        """One of a point's runs: in full, with the recipe's own rules."""
-        name = f"trial-{point.number:04d}_seed-{seed}"
-        config = config_of(self._space, point.candidate, name, seed)
-        if self._config.trials.devices == "cpu":
-            config = config.model_copy(
-                update={"train": config.train.model_copy(update={"device": "cpu"})}
-            )
-        return config
-
-    def start(self, trial: Trial, slot: int) -> TrialHandle | None:
+    def start(self, trial: Trial, slot: int) -> TrialHandle:
         point, seed = self._pair(trial)
-        config = self.run_config(point, seed)
-        path = self._runs / f"{config.name}.yaml"
-        write_atomically(path, config.to_yaml())
-        return FinalRun(
-            TrainingRun(
-                config_path=path,
-                name=config.name,
-                runs=self._runs,
-                slot=self._slots[slot],
-                quality=self._config.quality,
-                world_size=self._config.trials.world_size,
-                clean=False,
-            )
+        return self._evaluator.start(
+            Task(number=point.number, candidate=point.candidate, slot=slot, seed=seed)
         )
+
+    def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
+        point, seed = self._pair(trial)
+        score = "" if outcome.quality is None else f"{self._quality} {outcome.quality:.6f}"
+        parts = [what, outcome.message, score, f"{outcome.seconds:.0f} s"]
+        return f"{point.name}, seed {seed}, in full: {', '.join(p for p in parts if p)}"
 
     def _pair(self, trial: Trial) -> tuple[SelectedCandidate, int]:
         point = self._points[trial.params["point"]]
         return point, point.seeds[trial.params["seed"]]
-
-    def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
-        return False
-
-    def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
-        assert outcome.quality is not None
-        return [outcome.quality]
-
-    def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
-        point, seed = self._pair(trial)
-        score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
-        parts = [what, outcome.message, score, f"{outcome.seconds:.0f} s"]
-        return f"{point.name}, seed {seed}, in full: {', '.join(p for p in parts if p)}"
-
-
-class FinalRun(TrialHandle):
-    """A run in full; its outcome holds the report's validation and test metrics.
-
-    Args:
-        run: the process.
-    """
-
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
-
-    def poll(self) -> TrialResult | None:
-        outcome = self._run.poll()
-        if outcome is None or outcome.quality is None:
-            return outcome
-        report = Report.load(self._run.folder)
-        details = {
-            "valid": numbers(report.valid),
-            "test": numbers(report.test or {}),
-            "full_bytes": report.full_bytes,
-        }
-        return TrialResult(
-            quality=outcome.quality, seconds=outcome.seconds, steps=outcome.steps, details=details
-        )
-
-    def stop(self) -> TrialResult:
-        return self._run.stop()
-
-    def detach(self) -> None:
-        self._run.detach()
-
-
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are single numbers."""
-    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -9,27 +9,37 @@ is; others when they have not been heard of for a while.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
+from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.search.attempts import (
     INTERRUPTED,
     KIND,
+    PLANNED,
     PROPOSER,
     RETRY_OF,
     STALE,
     SURPLUS,
     WORKER,
     originals,
+    sign_proposal,
 )
 from embcomp.search.liveness import is_alive, this_worker
 
 _HEARTBEAT_SECONDS = 30.0  # seconds between two
 _NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
+
+
+class SigningSampler(RandomSampler):
+    """For planned studies: says who begins a trial; what it draws is never trained."""
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        sign_proposal(study, trial)
 
 
 class TrialQueue:
@@ -41,6 +51,8 @@ class TrialQueue:
         distributions: the study's parameters.
         count: candidates to try; None when the source knows.
         retries: how often a candidate is tried again whose worker died.
+        planned: parameters of all candidates, none of them twice, where these are known at the start;
+            None leaves it to the study's sampler to propose them.
     """
 
     def __init__(
@@ -51,10 +63,12 @@ class TrialQueue:
         *,
         count: int,
         retries: int,
+        planned: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.study, self._storage = study, storage
         self._distributions = dict(distributions)
         self.count, self._retries = count, retries
+        self._planned = None if planned is None else [dict(each) for each in planned]
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self.worker = this_worker()
         self._last_heartbeat = 0.0
@@ -69,7 +83,20 @@ class TrialQueue:
 
     def has_next(self) -> bool:
         """Whether a candidate is left to start."""
-        return self.has_waiting() or len(originals(self.study)) < self.count
+        if self._planned is None:
+            return self.has_waiting() or len(originals(self.study)) < self.count
+        self._enqueue_planned(self._planned)
+        return self.has_waiting()
+
+    def _enqueue_planned(self, planned: list[dict[str, Any]]) -> None:
+        """Enqueues what no trial is for: at first everything, later what its worker died to begin.
+
+        Workers that do so at the same moment enqueue a candidate twice; the first trial stands.
+        """
+        there = [_plan_of(trial) for trial in originals(self.study)]
+        for params in planned:
+            if params not in there:
+                self.study.enqueue_trial(params, user_attrs={PLANNED: params})
 
     def has_waiting(self) -> bool:
         """Whether a candidate that was enqueued waits to be started."""
@@ -79,12 +106,19 @@ class TrialQueue:
     def next(self) -> Trial | None:
         """Starts the next candidate; None when others were quicker."""
         trial = self.study.ask(fixed_distributions=self._distributions)
-        rank = sum(1 for one in originals(self.study) if one.number < trial.number)
-        if RETRY_OF not in trial.user_attrs and rank >= self.count:
+        if RETRY_OF not in trial.user_attrs and self._is_surplus(trial):
             self.withdraw(trial)
             return None
         trial.set_user_attr(WORKER, self.worker)
         return trial
+
+    def _is_surplus(self, trial: Trial) -> bool:
+        """Whether others were quicker to start the last candidate, or to enqueue this one."""
+        earlier = [one for one in originals(self.study) if one.number < trial.number]
+        if self._planned is None:
+            return len(earlier) >= self.count
+        plan = trial.user_attrs.get(PLANNED)  # None where nothing waited any more
+        return plan is None or plan in [_plan_of(one) for one in earlier]
 
     def withdraw(self, trial: Trial) -> None:
         """Takes a trial that was started in vain off the books."""
@@ -174,3 +208,13 @@ class TrialQueue:
             if other.user_attrs.get(RETRY_OF) == first and other.number > trial.number
         ]
         return first, later
+
+
+def _plan_of(trial: FrozenTrial) -> dict[str, Any] | None:
+    """What a trial of a planned study is for; None for one that stands for nothing.
+
+    Before trials were enqueued, a sampler proposed them, and they were theirs once a worker signed.
+    """
+    if PLANNED in trial.user_attrs:
+        return dict(trial.user_attrs[PLANNED])
+    return dict(trial.params) if WORKER in trial.user_attrs else None

@@ -43,9 +43,9 @@ class RunningTrial:
 class TrialRunner(ABC):
     """What a worker does with a study's trials."""
 
-    @abstractmethod
     def ready(self) -> bool:
         """Whether a new trial can be started without waiting for others."""
+        return True
 
     @abstractmethod
     def start(self, trial: Trial, slot: int) -> TrialHandle | None:
@@ -55,13 +55,14 @@ class TrialRunner(ABC):
         """Why nothing is left to propose, for people."""
         return "nothing is left to try"
 
-    @abstractmethod
     def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         """Whether to stop a trial after a score on the way."""
+        return False
 
-    @abstractmethod
     def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
         """The study's values of an outcome with a score."""
+        assert outcome.quality is not None
+        return [outcome.quality]
 
     @abstractmethod
     def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:

@@ -17,6 +17,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from embcomp.search.attempts import (
+    PLANNED,
     PROPOSER,
     RETRY_OF,
     STALE,
@@ -30,7 +31,7 @@ from embcomp.search.attempts import (
 )
 from embcomp.search.evaluators.base import TrialHandle
 from embcomp.search.trials.storage import StorageError, explained, open_storage
-from embcomp.search.trials.trial_queue import TrialQueue
+from embcomp.search.trials.trial_queue import SigningSampler, TrialQueue
 from embcomp.search.trials.worker import TrialRunner, Worker
 
 SPACE = {"x": IntDistribution(0, 1000)}
@@ -43,15 +44,15 @@ def quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def make_queue(folder, *, count=3, retries=2, name="study"):
+def make_queue(folder, *, count=3, retries=2, name="study", planned=None):
     storage = open_storage(None, folder)
     study = optuna.create_study(
         storage=storage,
         study_name=name,
-        sampler=optuna.samplers.RandomSampler(seed=0),
+        sampler=optuna.samplers.RandomSampler(seed=0) if planned is None else SigningSampler(),
         load_if_exists=True,
     )
-    return TrialQueue(study, storage, SPACE, count=count, retries=retries)
+    return TrialQueue(study, storage, SPACE, count=count, retries=retries, planned=planned)
 
 
 def abandon(queue, worker=DEAD):
@@ -157,6 +158,72 @@ def test_the_count_is_kept_by_workers_that_start_at_once(tmp_path):
     assert len(originals(one.study)) == 3
 
 
+PLAN = [{"x": 7}, {"x": 5}, {"x": 9}]
+
+
+def finish_all(*queues):
+    """Ends whatever is left, the queues taking turns; returns what was trained, in order."""
+    trained = []
+    while any(queue.has_next() for queue in queues):
+        for queue in queues:
+            trial = queue.next() if queue.has_next() else None
+            if trial is not None:
+                trained.append(trial.params["x"])
+                queue.study.tell(trial, 0.5)
+    return trained
+
+
+def test_what_is_planned_is_done_in_order_and_no_more(tmp_path):
+    queue = make_queue(tmp_path, planned=PLAN)
+    assert finish_all(queue) == [7, 5, 9]
+    assert finish_all(make_queue(tmp_path, planned=PLAN)) == []
+    assert queue.next() is None  # a worker that came too late
+    assert len(latest_attempts(queue.study)) == 3
+
+
+def test_two_that_enqueue_a_plan_at_once_do_each_of_it_once(tmp_path):
+    one, two = (make_queue(tmp_path, planned=PLAN) for _ in range(2))
+    for params in PLAN:  # as both do when neither sees the other's
+        for queue in (one, two):
+            queue.study.enqueue_trial(params, user_attrs={PLANNED: params})
+    assert finish_all(one, two) == [7, 5, 9]
+    assert [t.params["x"] for t in latest_attempts(one.study)] == [7, 5, 9]
+    assert not one.others_run()
+
+
+def test_a_planned_candidate_whose_worker_dies_before_it_signs_is_enqueued_anew_at_once(tmp_path):
+    queue = make_queue(tmp_path, planned=PLAN)
+    assert queue.has_next()
+    left = queue.study.ask(fixed_distributions=SPACE)
+    queue._storage.set_trial_user_attr(left._trial_id, PROPOSER, DEAD)
+    queue.study.set_user_attr("worker elsewhere:1:1", time.time())  # another one lives
+    assert queue.retry_stale() == []
+    assert finish_all(queue) == [5, 9, 7]
+    assert sorted(t.params["x"] for t in latest_attempts(queue.study)) == [5, 7, 9]
+
+
+def test_a_planned_candidate_of_a_dead_worker_is_tried_as_often_as_any(tmp_path):
+    queue = make_queue(tmp_path, planned=PLAN[:1], retries=1)
+    assert queue.has_next()
+    abandon(queue)
+    assert queue.retry_stale() == [0] and queue.has_next()
+    abandon(queue)
+    assert queue.retry_stale() == [] and not queue.has_next()
+    (last,) = latest_attempts(queue.study)
+    assert last.state is TrialState.FAIL
+
+
+def test_a_study_whose_trials_a_sampler_proposed_goes_on_as_planned(tmp_path):
+    before = make_queue(tmp_path)
+    trial = before.study.ask(fixed_distributions={"x": IntDistribution(5, 5)})
+    trial.set_user_attr(WORKER, before.worker)
+    before.study.tell(trial, 0.5)
+    before.study.ask(fixed_distributions=SPACE)  # never signed, its worker is gone
+    queue = make_queue(tmp_path, planned=PLAN)
+    assert queue.retry_stale() == []
+    assert finish_all(queue) == [7, 9]
+
+
 class Endless(TrialHandle):
     """A candidate that runs until it is let go."""
 
@@ -250,21 +317,23 @@ class Silent:
     def update(self, running): pass
     def log(self, text): pass
 
-queue = make_queue(folder, count=16, retries=5)
+planned = [{"x": x} for x in range(16)] if "planned" in sys.argv else None
+queue = make_queue(folder, count=16, retries=5, planned=planned)
 Worker(queue, Sleeps(), Silent(), 2).run()
 """
 
 
-def start_worker(folder):
+def start_worker(folder, *how):
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER_SCRIPT, str(folder)],
+        [sys.executable, "-c", WORKER_SCRIPT, str(folder), *how],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
-def test_two_workers_and_kill_minus_nine_lose_and_double_nothing(tmp_path):
-    one, two = start_worker(tmp_path), start_worker(tmp_path)
+@pytest.mark.parametrize("how", ["proposed", "planned"])
+def test_two_workers_and_kill_minus_nine_lose_and_double_nothing(tmp_path, how):
+    one, two = start_worker(tmp_path, how), start_worker(tmp_path, how)
     told = tmp_path / "told.txt"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and len(lines(told)) < 6:
@@ -280,6 +349,8 @@ def test_two_workers_and_kill_minus_nine_lose_and_double_nothing(tmp_path):
     complete = [t for t in study.trials if t.state is TrialState.COMPLETE]
     assert len(complete) == 16
     assert 16 <= len(lines(told)) <= 18
+    if how == "planned":
+        assert sorted(trial.params["x"] for trial in complete) == list(range(16))
 
 
 def lines(path):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.search.config.search_config import parse_search
+from embcomp.search.config.search_config import load_search, parse_search
 from embcomp.search.evaluators.base import TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingRun, _launcher, make_slots
@@ -26,7 +26,7 @@ from embcomp.search.reporting.results import SearchResult
 from embcomp.search.trials.storage import JournalLock
 from embcomp.training.api import train
 from embcomp.training.reporting.report import Report
-from tests.helpers.search_cases import search_document, write_recipe
+from tests.helpers.search_cases import search_document, train_here, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,36 @@ def test_methods_in_stages_are_candidates_like_others(recipe, tmp_path):
         assert candidate.values["auc"] == report.valid["auc"]
         assert report.serve_bytes <= candidate.serve_bytes
         assert not (trial / "stages").exists()
+
+
+def test_every_point_is_retrained_with_every_seed_and_only_then_sees_test_data(
+    recipe, tmp_path, monkeypatch
+):
+    search = write_search(
+        tmp_path,
+        recipe,
+        sampler={"name": "random"},
+        finals={"points": 2, "seeds": 2, "baseline": False},
+    )
+    started = train_here(monkeypatch)
+    result = run(search, "--searches", tmp_path / "all", "--quiet")
+    assert result.exit_code == 0, result.output
+    home = tmp_path / "all" / "toy_search"
+    found = SearchResult.load(home)
+    first = load_search(search).seed + 1
+    numbers = [point.number for point in found.points]
+    names = [f"trial-{n:04d}_seed-{seed}" for seed in (first, first + 1) for n in numbers]
+    assert started[-4:] == names and len(started) == 3 + 4
+    for point in found.points:
+        assert [one.seed for one in point.runs] == [first, first + 1]
+        for one in point.runs:
+            folder = home / "finals" / f"trial-{point.number:04d}_seed-{one.seed}"
+            report = Report.load(folder)
+            assert report.test is not None and one.test["auc"] == report.test["auc"]
+            assert one.valid["auc"] == report.valid["auc"] and one.steps == report.steps == 16
+            assert (folder / "checkpoints").exists()  # they stay, to be exported
+    tried = [Report.load(home / "trials" / f"trial-{n:04d}") for n in numbers]
+    assert [report.test for report in tried] == [None, None]
 
 
 def start_trial(recipe, tmp_path, **changes) -> TrainingRun:
