@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 
 from embcomp.data_pipelines.importers.base import Importer
-from embcomp.data_pipelines.importers.registry import make_importer
+from embcomp.data_pipelines.importers.registry import describe_format, make_importer
 from embcomp.data_pipelines.importers.sources import Source, raw_files
 from embcomp.data_pipelines.preparing.feature_names import check_names
 from embcomp.data_pipelines.preparing.features import choose_features
@@ -133,6 +133,9 @@ def prepare(
         rows_per_group=rows_per_group,
         blocks_per_part=blocks_per_part,
         work=Workspace(output, overwrite=overwrite),
+        raw_format=describe_format(
+            reader, table, [each.name for each in features.categorical if each.bucketed]
+        ),
     )
     settings = {
         "importer": repr(reader),

@@ -156,6 +156,18 @@ class SourceFile(_Strict):
         return sha256_of_json([self.path, self.bytes, self.sha256])
 
 
+class RawFormat(_Strict):
+    """How the dataset's raw rows were read, so that further rows can be read alike.
+
+    `importer` is None where it was someone's own, `options` are what it was told or found out: a
+    table's schema, or what libFM tokens are. `bucketed` are the features that are numbers there.
+    """
+
+    importer: str | None
+    options: dict[str, Any] = Field(default_factory=dict)
+    bucketed: list[str] = Field(default_factory=list)
+
+
 class BayesMetrics(_Strict):
     """The best figures that any model can reach on the test split; known for generated data only."""
 
@@ -168,7 +180,7 @@ class DatasetInfo(_Strict):
 
     Of the `raw_rows` that were read, `bad_rows` were malformed and `dropped_rows` left out by the
     label rule. `checksums` has a record for each file, `digest` is the SHA-256 of all of this but
-    `sources`; datasets that were prepared before there were any have neither.
+    `sources`; datasets that were prepared before there were any have neither, nor a `raw_format`.
     """
 
     format_version: int = FORMAT_VERSION
@@ -183,6 +195,7 @@ class DatasetInfo(_Strict):
     bad_rows: int = Field(default=0, ge=0)
     dropped_rows: int = Field(default=0, ge=0)
     sources: list[SourceFile] = Field(default_factory=list)
+    raw_format: RawFormat | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     bayes: BayesMetrics | None = None
     checksums: dict[FilePath, FileRecord] = Field(default_factory=dict)

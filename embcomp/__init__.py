@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from embcomp.serving.artefact_loading import load as load
     from embcomp.serving.artefact_saving import save as save
     from embcomp.serving.exported_program import load_program as load_program
+    from embcomp.serving.raw_encoder import encoder as encoder
 
 _HOMES = {
     "ArtefactError": "embcomp.errors",
@@ -74,6 +75,7 @@ _HOMES = {
     "QR": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
+    "encoder": "embcomp.serving.raw_encoder",
     "load": "embcomp.serving.artefact_loading",
     "load_program": "embcomp.serving.exported_program",
     "save": "embcomp.serving.artefact_saving",

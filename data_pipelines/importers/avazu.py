@@ -12,7 +12,13 @@ from typing import ClassVar
 
 import polars as pl
 
-from embcomp.data_pipelines.importers.base import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.base import (
+    NO_LABEL,
+    CategoricalColumn,
+    Importer,
+    Layout,
+    RawFile,
+)
 from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
@@ -44,6 +50,7 @@ COLUMNS = [
     "C20",
     "C21",
 ]
+UNLABELLED = [name for name in COLUMNS if name != "click"]
 TIME_FEATURES = ("hour", "weekday")
 
 
@@ -68,51 +75,66 @@ class AvazuImporter(Importer):
         return [p for p in found if p.name.startswith("train")] or found
 
     def open(self, files: Sequence[RawFile]) -> AvazuTable:
-        for file in files:
-            head = read_head(file.path, 1)
-            names = head[0].decode("utf-8", "replace").split(",") if head else []
-            if names != COLUMNS:
-                raise DataError(
-                    f"{file.path} does not start with Avazu's header: expected {','.join(COLUMNS)}"
-                    f", got {','.join(names)[:200]!r}"
-                )
         return AvazuTable(files)
+
+    def open_to_score(self, files: Sequence[RawFile]) -> AvazuTable:
+        return AvazuTable(files, to_score=True)
 
 
 class AvazuTable(TextTable):
-    """Avazu lines."""
+    """Avazu lines; to be scored, files may lack `click`, as the challenge's `test` does."""
 
-    def __init__(self, files: Sequence[RawFile]) -> None:
+    def __init__(self, files: Sequence[RawFile], *, to_score: bool = False) -> None:
         names = (*TIME_FEATURES, *COLUMNS[3:])
         layout = Layout(categorical=tuple(CategoricalColumn(name=name) for name in names))
         super().__init__(files, layout, header_lines=1)
+        self.to_score = to_score
+        self.formats = [self._format(file) for file in self.files]
+        self.has_labels = any("click" in each.schema for each in self.formats)
+
+    def _format(self, file: RawFile) -> Delimited:
+        head = read_head(file.path, 1)
+        names = head[0].decode("utf-8", "replace").split(",") if head else []
+        if names != COLUMNS and not (self.to_score and names == UNLABELLED):
+            raise DataError(
+                f"{file.path} does not start with Avazu's header: expected {','.join(COLUMNS)}"
+                f", got {','.join(names)[:200]!r}"
+            )
         kinds: dict[str, ColumnType] = {"click": "int", "hour": "int"}
-        self.format = Delimited(
-            columns=tuple((name, kinds.get(name, "text")) for name in COLUMNS), separator=","
+        return Delimited(
+            columns=tuple((name, kinds.get(name, "text")) for name in names),
+            separator=",",
+            lenient=("click",) if self.to_score else (),
         )
 
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
-        parsed = self.format.parse(data, rows)
+        parsed = self.formats[file].parse(data, rows)
+        names = parsed.frame.columns
+        label = pl.col("click").cast(pl.Float32).alias("label") if "click" in names else NO_LABEL
         stamp = pl.col("hour").cast(pl.String)
         # Polars wants minutes where there are hours.
         time = pl.concat_str(pl.lit("20"), stamp, pl.lit("00")).str.strptime(
             pl.Datetime, "%Y%m%d%H%M", strict=False
         )
-        frame = parsed.frame.with_columns(time.alias("__time__"), pl.col("click").cast(pl.Float32))
+        frame = parsed.frame.with_columns(time.alias("__time__"), label)
         wrong = frame.get_column("__time__").is_null()
         if wrong.any():
             offsets = parsed.positions
             rest = wrong.arg_true().to_numpy()
             for at in rest.tolist():
                 offset = at if offsets is None else int(offsets[at])
-                text = split_lines(data)[offset].split(b",")[2].decode("utf-8", "replace")
+                text = (
+                    split_lines(data)[offset]
+                    .split(b",")[names.index("hour")]
+                    .decode("utf-8", "replace")
+                )
                 parsed.bad.append((offset, f"hour is {text!r}, expected YYMMDDHH"))
             parsed.bad.sort()
             keep = (~wrong).to_numpy()
             parsed.positions = keep.nonzero()[0] if offsets is None else offsets[keep]
             frame = frame.filter(~wrong)
         parsed.frame = frame.select(
-            pl.col("click").alias("label"),
+            "label",
             pl.col("__time__").dt.hour().cast(pl.String).alias("hour"),
             pl.col("__time__").dt.weekday().cast(pl.String).alias("weekday"),
             pl.col(COLUMNS[3:]),

@@ -14,19 +14,22 @@ Everything after that (splits, counting, encoding) is the same for all formats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
+from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.errors import DataError
 
+NO_LABEL = pl.lit(None, dtype=pl.Float32).alias("label")
+"""The label column of rows that came without one."""
 DROP = "__drop__"
 """A Boolean column by which `RawTable.shape` marks rows that the label rule leaves out."""
 TIME = "__time__"
@@ -142,10 +145,20 @@ class FileIndex:
 
 
 class RawTable(ABC):
-    """Opened raw files with one layout."""
+    """Opened raw files with one layout.
+
+    Attributes:
+        to_score: Rows are read to be scored: whatever their label is, they are kept, with a null
+            where it is none. Digests of the files are not taken.
+        has_labels: Whether some file has labels; can be False only of a table that is `to_score`.
+        row_limit: How many rows are wanted in all; the index of a text need not go further.
+    """
 
     files: list[RawFile]
     layout: Layout
+    to_score: bool = False
+    has_labels: bool = True
+    row_limit: int | None = None
 
     @abstractmethod
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
@@ -185,15 +198,16 @@ class RawTable(ABC):
         keep: np.ndarray | None = None
         if DROP in frame.columns:
             drop = frame.get_column(DROP).to_numpy()
-            dropped = int(drop.sum())
             frame = frame.drop(DROP)
-            keep = ~drop if dropped else None
-        checks: list[tuple[pl.Expr, str]] = [
-            (
-                ((pl.col("label") == 0) | (pl.col("label") == 1)).fill_null(False).not_(),
-                "the label is not 0 or 1",
-            )
-        ]
+            if not self.to_score:
+                dropped = int(drop.sum())
+                keep = ~drop if dropped else None
+        is_label = ((pl.col("label") == 0) | (pl.col("label") == 1)).fill_null(False)
+        checks: list[tuple[pl.Expr, str]] = []
+        if self.to_score:
+            frame = frame.with_columns(pl.when(is_label).then(pl.col("label")).alias("label"))
+        else:
+            checks.append((is_label.not_(), "the label is not 0 or 1"))
         checks += [
             (pl.col(c.name).is_infinite().fill_null(False), f"{c.name} is infinite")
             for c in self.layout.numeric
@@ -201,7 +215,7 @@ class RawTable(ABC):
         if self.layout.time is not None:
             checks.append((pl.col(TIME).is_null(), f"{self.layout.time} is no time"))
         wrong = frame.select(expr.alias(str(i)) for i, (expr, _) in enumerate(checks))
-        if wrong.select(pl.any_horizontal(pl.all().any())).item():
+        if checks and wrong.select(pl.any_horizontal(pl.all().any())).item():
             for i, (_, reason) in enumerate(checks):
                 mask = wrong.get_column(str(i)).to_numpy()
                 keep = np.ones(frame.height, dtype=bool) if keep is None else keep
@@ -237,6 +251,21 @@ class Importer(ABC):
     @abstractmethod
     def open(self, files: Sequence[RawFile]) -> RawTable:
         """Check the files' shape (headers, columns) and describe their rows."""
+
+    def open_to_score(self, files: Sequence[RawFile]) -> RawTable:
+        """Open files whose labels may be absent; formats that can tell override it."""
+        table = self.open(files)
+        table.to_score = True
+        return table
+
+    def options(self, table: RawTable) -> dict[str, Any]:
+        """Return what `with_options` needs to read more rows as those of a table, in JSON values."""
+        return {}
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, Any]) -> Self:
+        """Return the importer that reads rows as another one did."""
+        return cls()
 
     @property
     def default_min_count(self) -> int:

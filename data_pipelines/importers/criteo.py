@@ -13,6 +13,7 @@ from typing import ClassVar
 import polars as pl
 
 from embcomp.data_pipelines.importers.base import (
+    NO_LABEL,
     CategoricalColumn,
     Importer,
     Layout,
@@ -20,7 +21,7 @@ from embcomp.data_pipelines.importers.base import (
     RawFile,
 )
 from embcomp.data_pipelines.importers.compressed import SUFFIXES
-from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited, without_absent
 from embcomp.data_pipelines.importers.text import Parsed, TextTable
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
 from embcomp.errors import DataError
@@ -57,11 +58,14 @@ class CriteoImporter(Importer):
     def open(self, files: Sequence[RawFile]) -> CriteoTable:
         return CriteoTable(files)
 
+    def open_to_score(self, files: Sequence[RawFile]) -> CriteoTable:
+        return CriteoTable(files, to_score=True)
+
 
 class CriteoTable(TextTable):
-    """Criteo lines."""
+    """Criteo lines; to be scored, files may lack the label, as the challenge's `test.txt` does."""
 
-    def __init__(self, files: Sequence[RawFile]) -> None:
+    def __init__(self, files: Sequence[RawFile], *, to_score: bool = False) -> None:
         layout = Layout(
             numeric=tuple(NumericColumn(name=name) for name in NUMERIC),
             categorical=tuple(CategoricalColumn(name=name) for name in CATEGORICAL),
@@ -70,11 +74,15 @@ class CriteoTable(TextTable):
         columns: list[tuple[str, ColumnType]] = [("label", "int")]
         columns += [(name, "int") for name in NUMERIC]
         columns += [(name, "text") for name in CATEGORICAL]
-        self.format = Delimited(columns=tuple(columns), separator="\t")
+        whole = Delimited(columns=tuple(columns), separator="\t")
+        self.formats = [whole] * len(self.files)
+        if to_score:
+            self.to_score = True
+            self.formats = without_absent(whole, "label", self.files)
+            self.has_labels = any("label" in each.schema for each in self.formats)
 
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
-        parsed = self.format.parse(data, rows)
-        parsed.frame = parsed.frame.with_columns(
-            pl.col("label").cast(pl.Float32), pl.col(NUMERIC).cast(pl.Float64)
-        )
+        parsed = self.formats[file].parse(data, rows)
+        label = pl.col("label").cast(pl.Float32) if "label" in parsed.frame.columns else NO_LABEL
+        parsed.frame = parsed.frame.with_columns(label, pl.col(NUMERIC).cast(pl.Float64))
         return parsed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from embcomp.data_pipelines.importers.text import LineError, Parsed, split_lines
+from embcomp.data_pipelines.importers.base import RawFile
+from embcomp.data_pipelines.importers.text import LineError, Parsed, read_head, split_lines
 
 ColumnType = Literal["int", "float", "label", "text"]
 _DTYPES: dict[str, type[pl.DataType]] = {
@@ -27,6 +28,7 @@ _NOUNS = {
 _TRUTH = {"true": 1.0, "false": 0.0}
 _LONGEST_FIELD = 1000  # lines
 _TRIED_ENDS = 20
+_HEAD = 100  # lines that tell whether a file has labels
 _OPEN = "a quote is not closed or not escaped"
 
 
@@ -45,6 +47,19 @@ class Delimited:
     separator: str = ","
     quote: str | None = None
     null_values: tuple[str, ...] = ()
+    lenient: tuple[str, ...] = ()
+    """Columns of numbers in which what is no number is missing, and no fault of its line."""
+
+    def without(self, name: str) -> Delimited:
+        """Return the same text without a column."""
+        return replace(self, columns=tuple(c for c in self.columns if c[0] != name))
+
+    def lacks_a_column(self, lines: Sequence[bytes], columns: int = 1) -> bool:
+        """Whether most of some lines have exactly so many fields less than there are columns."""
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        fields = [split_fields(text, self.separator, self.quote) for text in texts]
+        short = [isinstance(f, list) and len(f) + columns == len(self.columns) for f in fields]
+        return 2 * sum(short) > len(lines)
 
     @property
     def schema(self) -> dict[str, type[pl.DataType]]:
@@ -144,7 +159,7 @@ class Delimited:
             value = text.to_frame().select(_number(name, kind)).to_series()
             # A blank number is a missing one, as in polars' own reader.
             given = text.str.strip_chars(" \t").fill_null("") != ""
-            wrong = (value.is_null() & given).to_numpy()
+            wrong = (value.is_null() & given & (name not in self.lenient)).to_numpy()
             for at in np.flatnonzero(wrong & keep).tolist():
                 fault = f"{name} is {text[at]!r}, expected {_NOUNS[kind]}"
                 bad.append((int(positions[at]), fault))
@@ -180,6 +195,19 @@ class Delimited:
                     f"and lines are rows here: write the table without newlines in its fields, or "
                     f"as Parquet",
                 )
+
+
+def without_absent(whole: Delimited, label: str, files: Sequence[RawFile]) -> list[Delimited]:
+    """Return the format of each of the files to score, some of which may lack the label's column.
+
+    Args:
+        whole: the format of lines with all columns, which names the label.
+    """
+    whole = replace(whole, lenient=(label,))
+    return [
+        whole.without(label) if whole.lacks_a_column(read_head(file.path, _HEAD)) else whole
+        for file in files
+    ]
 
 
 def split_fields(line: str, separator: str, quote: str | None) -> list[str] | str:

@@ -15,21 +15,29 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
+from typing_extensions import Self
 
-from embcomp.data_pipelines.importers.base import CategoricalColumn, Importer, Layout, RawFile
+from embcomp.data_pipelines.importers.base import (
+    CategoricalColumn,
+    Importer,
+    Layout,
+    RawFile,
+    RawTable,
+)
 from embcomp.data_pipelines.importers.compressed import compression, unpacked, unpacking
 from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, split_lines
 from embcomp.errors import DataError
 
 Form = Literal["auto", "indices", "bag", "pairs", "ffm"]
 _SAMPLE_LINES = 10_000
+_HEAD = 100  # lines that tell whether a file has labels
 _SCANNED_BYTES = 4 << 20
 _MOST_FIELDS = 10_000
 _ONE = r":1(\.0*)?$"
@@ -52,14 +60,60 @@ class _Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownFields:
+    """What the tokens of a dataset are.
+
+    Attributes:
+        form: Never `auto`.
+        fields: Their fields, as the tokens name them.
+        bags: For each, whether a row may have several.
+        whole_values: Whether a value with a point in it is a weight, and malformed.
+    """
+
+    form: Form
+    fields: tuple[str, ...]
+    bags: tuple[bool, ...]
+    whole_values: bool = False
+
+    @property
+    def pattern(self) -> str:
+        return _WHOLE_PAIRS if self.whole_values else _PATTERNS[self.form]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LibFMImporter(Importer):
     """libFM, libSVM or libFFM lines; labels -1 and 0 both mean 0."""
 
     name: ClassVar[str] = "libfm"
     title: ClassVar[str] = "libFM text: label index:1 ..., label field:value ... or libFFM"
     form: Form = "auto"
+    known: KnownFields | None = None
+    """The fields of a dataset whose further rows are to be scored."""
 
-    def open(self, files: Sequence[RawFile]) -> TextTable:
+    def options(self, table: RawTable) -> dict[str, Any]:
+        assert isinstance(table, IndexTable | PairTable)
+        return asdict(table.known)
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, Any]) -> Self:
+        names, bags = tuple(options["fields"]), tuple(options["bags"])
+        form, whole = options["form"], options["whole_values"]
+        return cls(
+            form=form, known=KnownFields(form=form, fields=names, bags=bags, whole_values=whole)
+        )
+
+    def open_to_score(self, files: Sequence[RawFile]) -> TextTable:
+        if self.known is None:
+            table = self.open(files)
+            table.to_score = True
+        elif self.known.form == "indices":
+            table = IndexTable(files, fields=len(self.known.fields), to_score=True)
+        else:
+            table = PairTable(files, known=self.known, to_score=True)
+        table.has_labels = any(_has_labels(file.path) for file in files)
+        return table
+
+    def open(self, files: Sequence[RawFile]) -> IndexTable | PairTable:
         sample = [line for file in files for line in _sample(file.path)]
         if not sample:
             raise DataError(f"{files[0].path} is empty; expected {self.title}")
@@ -68,11 +122,13 @@ class LibFMImporter(Importer):
         if form == "indices":
             lengths = Counter(len(line.tokens) for line in sample)
             return IndexTable(files, fields=lengths.most_common(1)[0][0])
-        pattern = _PATTERNS[form]
-        if self.form == "auto" and form == "pairs" and _has_numbered_fields(sample):
-            # A fraction behind a number is a weight at an index, wherever it turns up.
-            pattern = _WHOLE_PAIRS
-        return PairTable(files, form=form, pattern=pattern)
+        # A fraction behind a number is a weight at an index, wherever it turns up.
+        whole = self.form == "auto" and form == "pairs" and _has_numbered_fields(sample)
+        return PairTable(files, known=_scan(files, form, whole_values=whole))
+
+
+def _has_labels(path: Path) -> bool:
+    return any(b":" not in line.split()[0] for line in read_head(path, _HEAD) if line.split())
 
 
 def _sample(path: Path) -> Iterator[_Line]:
@@ -174,16 +230,17 @@ class _Lines(TextTable):
     """The split of a line into label and tokens, which all forms share."""
 
     def tokens(self, data: bytes) -> tuple[pl.DataFrame, list[tuple[int, str]]]:
-        """Return columns row (offset), label, tokens (list of strings), and the bad rows."""
-        bad: list[tuple[int, str]] = []
-        lines = split_lines(data)
-        texts: list[str | None] = []
-        for at, line in enumerate(lines):
-            try:
-                texts.append(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                texts.append(None)
-                bad.append((at, f"byte {error.start + 1} is not UTF-8"))
+        """Return columns row (offset), label, tokens (list of strings), and the bad rows.
+
+        A line to score may start with its first token, and has no label then.
+        """
+        texts, bad = _decoded(data)
+        if self.to_score:
+            empty = [at for at, text in enumerate(texts) if text is not None and not text.strip()]
+            bad += [(at, "the line is empty") for at in empty]
+            texts = [text if text is None or text.strip() else None for text in texts]
+        first = pl.col("tokens").list.first()
+        bare = first.str.contains(":", literal=True) & self.to_score
         spaced = pl.Series("tokens", texts, dtype=pl.String).str.replace_all(
             "\t", " ", literal=True
         )
@@ -194,24 +251,40 @@ class _Lines(TextTable):
             .drop_nulls("tokens")
             .select(
                 pl.col("row").cast(pl.Int64),
-                pl.col("tokens")
-                .list.first()
-                .replace_strict(_LABELS, default=None, return_dtype=pl.Float32)
-                .alias("label"),
-                pl.col("tokens").list.slice(1).list.eval(pl.element().filter(pl.element() != "")),
+                first.replace_strict(_LABELS, default=None, return_dtype=pl.Float32).alias("label"),
+                pl.when(bare)
+                .then(pl.col("tokens"))
+                .otherwise(pl.col("tokens").list.slice(1))
+                .list.eval(pl.element().filter(pl.element() != ""))
+                .alias("tokens"),
             )
         )
         return frame, bad
 
 
+def _decoded(data: bytes) -> tuple[list[str | None], list[tuple[int, str]]]:
+    """Return the text of each line, None where it is none, and the bad rows."""
+    bad: list[tuple[int, str]] = []
+    texts: list[str | None] = []
+    for at, line in enumerate(split_lines(data)):
+        try:
+            texts.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            texts.append(None)
+            bad.append((at, f"byte {error.start + 1} is not UTF-8"))
+    return texts, bad
+
+
 class IndexTable(_Lines):
     """Rows of a fixed number of `index:1` tokens: field k is the k-th of them."""
 
-    def __init__(self, files: Sequence[RawFile], *, fields: int) -> None:
-        names = [f"field_{k}" for k in range(fields)]
+    def __init__(self, files: Sequence[RawFile], *, fields: int, to_score: bool = False) -> None:
+        names = tuple(f"field_{k}" for k in range(fields))
         super().__init__(
             files, Layout(categorical=tuple(CategoricalColumn(name=name) for name in names))
         )
+        self.known = KnownFields(form="indices", fields=names, bags=(False,) * fields)
+        self.to_score = to_score
 
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
@@ -237,49 +310,18 @@ class IndexTable(_Lines):
 class PairTable(_Lines):
     """Rows of tokens that name their field, in any number and order."""
 
-    def __init__(self, files: Sequence[RawFile], *, form: Form, pattern: str) -> None:
-        self.form = form
-        self.pattern = pattern
-        repeated = {"index": True} if form == "bag" else self._scan(files)
-        order = sorted(repeated, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
-        self.fields = order
-        prefix = "field_" if all(name.isdigit() for name in order) else ""
-        super().__init__(
-            files,
-            Layout(
-                categorical=tuple(
-                    CategoricalColumn(
-                        name=prefix + name, multi_valued=repeated[name] or form == "bag"
-                    )
-                    for name in order
-                )
-            ),
+    def __init__(
+        self, files: Sequence[RawFile], *, known: KnownFields, to_score: bool = False
+    ) -> None:
+        prefix = "field_" if all(name.isdigit() for name in known.fields) else ""
+        columns = tuple(
+            CategoricalColumn(name=prefix + name, multi_valued=bag)
+            for name, bag in zip(known.fields, known.bags)
         )
-
-    def _scan(self, files: Sequence[RawFile]) -> dict[str, bool]:
-        """Return all fields of all lines, and whether a row has one of them twice.
-
-        A sample would miss the fields that appear late.
-        """
-        found: dict[str, bool] = {}
-        for file in files:
-            for data in _pieces(file.path):
-                frame, _ = self.tokens(data)
-                fields = (
-                    frame.select("row", "tokens")
-                    .explode("tokens", empty_as_null=True, keep_nulls=True)
-                    .select("row", pl.col("tokens").str.extract(self.pattern).alias("field"))
-                    .drop_nulls("field")
-                )
-                twice = set(fields.filter(fields.is_duplicated()).get_column("field").unique())
-                for name in fields.get_column("field").unique():
-                    found[name] = found.get(name, False) or name in twice
-                if len(found) > _MOST_FIELDS:
-                    raise DataError(
-                        f"{file.path} names more than {_MOST_FIELDS} fields; each becomes a "
-                        f"feature. Are its tokens {self.form}?"
-                    )
-        return found
+        super().__init__(files, Layout(categorical=columns))
+        self.known = known
+        self.form, self.pattern, self.fields = known.form, known.pattern, list(known.fields)
+        self.to_score = to_score
 
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
@@ -334,6 +376,38 @@ class PairTable(_Lines):
         if self.form == "ffm" and token.count(":") == 2 and not re.fullmatch(_ONE, f":{weight}"):
             return f": its weight is {weight}, not 1, and categories have no weights here"
         return ": a weight is no category" if _REAL.fullmatch(weight) else ""
+
+
+def _scan(files: Sequence[RawFile], form: Form, *, whole_values: bool) -> KnownFields:
+    """Return all fields of all lines, and whether a row has one of them twice.
+
+    A sample would miss the fields that appear late.
+    """
+    if form == "bag":
+        return KnownFields(form=form, fields=("index",), bags=(True,))
+    unknown = KnownFields(form=form, fields=(), bags=(), whole_values=whole_values)
+    reader = PairTable(files, known=unknown)
+    found: dict[str, bool] = {}
+    for file in files:
+        for data in _pieces(file.path):
+            frame, _ = reader.tokens(data)
+            fields = (
+                frame.select("row", "tokens")
+                .explode("tokens", empty_as_null=True, keep_nulls=True)
+                .select("row", pl.col("tokens").str.extract(unknown.pattern).alias("field"))
+                .drop_nulls("field")
+            )
+            twice = set(fields.filter(fields.is_duplicated()).get_column("field").unique())
+            for name in fields.get_column("field").unique():
+                found[name] = found.get(name, False) or name in twice
+            if len(found) > _MOST_FIELDS:
+                raise DataError(
+                    f"{file.path} names more than {_MOST_FIELDS} fields; each becomes a "
+                    f"feature. Are its tokens {form}?"
+                )
+    order = sorted(found, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+    bags = tuple(found[name] for name in order)
+    return KnownFields(form=form, fields=tuple(order), bags=bags, whole_values=whole_values)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

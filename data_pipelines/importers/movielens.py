@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from embcomp.data_pipelines.importers.text import Parsed, TextTable, read_head, 
 from embcomp.errors import DataError
 
 FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")
+_HEAD = 100  # lines that tell which fields a file has
 _TABLE_WAY = (
     "Other MovieLens sets are read as a table: `embcomp prepare table --schema ratings.yaml "
     "RATINGS OUTPUT`"
@@ -57,6 +58,12 @@ class MovieLensImporter(Importer):
         return [path]
 
     def open(self, files: Sequence[RawFile]) -> MovieLensTable:
+        return MovieLensTable(self._checked(files))
+
+    def open_to_score(self, files: Sequence[RawFile]) -> MovieLensTable:
+        return MovieLensTable(self._checked(files), to_score=True)
+
+    def _checked(self, files: Sequence[RawFile]) -> Sequence[RawFile]:
         for file in files:
             if file.path.name in OTHERS:
                 raise DataError(f"{file.path} is {OTHERS[file.path.name]}")
@@ -66,13 +73,16 @@ class MovieLensImporter(Importer):
                     f"{file.path}, line 1: fields are not parted by '::'; expected {self.title}. "
                     f"{_TABLE_WAY}"
                 )
-        return MovieLensTable(files)
+        return files
 
 
 class MovieLensTable(TextTable):
-    """Ratings in file order, joined with what is known of the user and the movie."""
+    """Ratings in file order, joined with what is known of the user and the movie.
 
-    def __init__(self, files: Sequence[RawFile]) -> None:
+    To be scored, lines may lack the rating (`user::movie::time`), and the time with it.
+    """
+
+    def __init__(self, files: Sequence[RawFile], *, to_score: bool = False) -> None:
         layout = Layout(
             categorical=tuple(
                 CategoricalColumn(name=name, multi_valued=name == "genres") for name in FEATURES
@@ -87,16 +97,23 @@ class MovieLensTable(TextTable):
         self.movies = pl.concat([_movies(folder) for folder in sorted(folders)]).unique(
             "movie", keep="first", maintain_order=True
         )
-        self.format = Delimited(
+        whole = Delimited(
             columns=(("user", "int"), ("movie", "int"), ("rating", "int"), ("time", "int")),
             separator="\t",
         )
+        self.formats = [whole] * len(self.files)
+        if to_score:
+            self.to_score = True
+            self.formats = [_found(whole, file.path) for file in self.files]
+            self.has_labels = any("rating" in each.schema for each in self.formats)
 
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         if b"\t" in data:
             raise DataError(f"{self.files[0].path} has tabs; expected user::movie::rating::time")
-        parsed = self.format.parse(data.replace(b"::", b"\t"), rows)
+        parsed = self.formats[file].parse(data.replace(b"::", b"\t"), rows)
         frame = parsed.frame
+        if "rating" not in frame.columns:
+            frame = frame.with_columns(pl.lit(None, dtype=pl.Int64).alias("rating"))
         rating = pl.col("rating")
         parsed.frame = (
             frame.with_columns(pl.col("user", "movie").cast(pl.String))
@@ -115,6 +132,17 @@ class MovieLensTable(TextTable):
             )
         )
         return parsed
+
+
+def _found(whole: Delimited, path: Path) -> Delimited:
+    """The format of a file whose lines may lack the rating, and the time with it."""
+    head = [line.replace(b"::", b"\t") for line in read_head(path, _HEAD)]
+    bare = whole.without("rating")
+    if whole.lacks_a_column(head):
+        return bare
+    if whole.lacks_a_column(head, 2):
+        return bare.without("time")
+    return replace(whole, lenient=("rating",))
 
 
 def _fields(path: Path, count: int) -> list[list[str]]:

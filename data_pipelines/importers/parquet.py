@@ -85,7 +85,8 @@ class ParquetTable(RawTable):
             at += here.num_rows
         on_disk = path.stat().st_size
         advance(on_disk)
-        return FileIndex(blocks=blocks, bytes=on_disk, sha256=file_sha256(path), text_bytes=size)
+        sha256 = "" if self.to_score else file_sha256(path)
+        return FileIndex(blocks=blocks, bytes=on_disk, sha256=sha256, text_bytes=size)
 
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         for block in blocks:

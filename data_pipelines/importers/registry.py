@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+
 from embcomp.data_pipelines.importers.avazu import AvazuImporter
-from embcomp.data_pipelines.importers.base import Importer
+from embcomp.data_pipelines.importers.base import Importer, RawTable
 from embcomp.data_pipelines.importers.criteo import CriteoImporter
 from embcomp.data_pipelines.importers.libfm import Form, LibFMImporter
 from embcomp.data_pipelines.importers.movielens import MovieLensImporter
 from embcomp.data_pipelines.importers.table import TableImporter
+from embcomp.data_pipelines.schema import RawFormat
 from embcomp.errors import DataError
 
 IMPORTERS: dict[str, type[Importer]] = {
@@ -48,3 +52,36 @@ def make_importer(name: str, schema: str | Path | None = None, form: str | None 
             f"form {form!r} is for the importer `libfm`, which knows {', '.join(get_args(Form))}"
         )
     return LibFMImporter(form=form)  # type: ignore[arg-type]
+
+
+def describe_format(importer: Importer, table: RawTable, bucketed: Sequence[str]) -> RawFormat:
+    """Describe how a table is read.
+
+    Args:
+        bucketed: the features that are numbers in the table, and categories in the dataset.
+    """
+    if IMPORTERS.get(importer.name) is not type(importer):
+        return RawFormat(importer=None, bucketed=list(bucketed))
+    options = importer.options(table)
+    return RawFormat(importer=importer.name, options=options, bucketed=list(bucketed))
+
+
+def importer_of(described: RawFormat, place: str) -> Importer | None:
+    """Return the importer that reads rows as those of a dataset were; None if it was someone's own.
+
+    Args:
+        place: where the description stands, for the error.
+    """
+    if described.importer is None:
+        return None
+    if described.importer not in IMPORTERS:
+        raise DataError(
+            f"{place}: its raw rows were read by {described.importer!r}, which this embcomp does "
+            f"not have; there are {', '.join(IMPORTERS)}"
+        )
+    try:
+        return IMPORTERS[described.importer].with_options(described.options)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{place}: raw_format does not describe {described.importer!r} rows: {error}"
+        ) from None

@@ -42,13 +42,17 @@ def raw_files(source: Source, importer: Importer) -> list[RawFile]:
     return files
 
 
+def given_paths(source: Paths) -> list[Path]:
+    """List what was named, whether it is there or not."""
+    return [Path(item) for item in ([source] if isinstance(source, str | Path) else source)]
+
+
 def _paths(source: Paths, importer: Importer) -> list[Path]:
-    given = [source] if isinstance(source, str | Path) else list(source)
+    given = given_paths(source)
     if not given:
         raise DataError(f"no source is given; expected {importer.title}")
     paths: list[Path] = []
-    for item in given:
-        path = Path(item)
+    for path in given:
         with reading(path):
             if path.is_dir():
                 paths += importer.find(path)

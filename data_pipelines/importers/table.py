@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import polars as pl
+from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.base import (
     CategoricalColumn,
@@ -20,7 +21,12 @@ from embcomp.data_pipelines.importers.base import (
     listed,
 )
 from embcomp.data_pipelines.importers.compressed import SUFFIXES
-from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited, split_fields
+from embcomp.data_pipelines.importers.delimited import (
+    ColumnType,
+    Delimited,
+    split_fields,
+    without_absent,
+)
 from embcomp.data_pipelines.importers.parquet import ParquetTable
 from embcomp.data_pipelines.importers.table_columns import (
     as_number,
@@ -71,7 +77,21 @@ class TableImporter(Importer):
             )
         return found
 
+    def options(self, table: RawTable) -> dict[str, Any]:
+        return {"schema": self.schema.model_dump(mode="json")}
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, Any]) -> Self:
+        return cls(schema=TableSchema.model_validate(options["schema"]))
+
+    def open_to_score(self, files: Sequence[RawFile]) -> RawTable:
+        # Rows are not split, so that their time is not asked for.
+        return self._open(files, self.schema.model_copy(update={"split": None}), to_score=True)
+
     def open(self, files: Sequence[RawFile]) -> RawTable:
+        return self._open(files, self.schema, to_score=False)
+
+    def _open(self, files: Sequence[RawFile], schema: TableSchema, *, to_score: bool) -> RawTable:
         form = self.schema.format or _format(files[0].path)
         if form is None:
             raise DataError(
@@ -80,45 +100,66 @@ class TableImporter(Importer):
             )
         layout = Layout(
             numeric=tuple(
-                NumericColumn(name=c.name, transform=c.transform) for c in self.schema.numeric
+                NumericColumn(name=c.name, transform=c.transform) for c in schema.numeric
             ),
             categorical=tuple(
                 CategoricalColumn(name=c.name, multi_valued=c.is_bag, min_count=c.min_count)
-                for c in self.schema.categorical
+                for c in schema.categorical
             ),
-            group=self.schema.group,
-            time=self.schema.time,
+            group=schema.group,
+            time=schema.time,
         )
         if form == "parquet":
-            return SchemaParquet(files, layout, self.schema)
-        return SchemaText(files, layout, self.schema, "\t" if form == "tsv" else ",")
+            return SchemaParquet(files, layout, schema, to_score=to_score)
+        separator = "\t" if form == "tsv" else ","
+        return SchemaText(files, layout, schema, separator, to_score=to_score)
 
 
 class SchemaText(TextTable):
     """CSV or TSV rows; each file's own header says where its columns are."""
 
     def __init__(
-        self, files: Sequence[RawFile], layout: Layout, schema: TableSchema, separator: str
+        self,
+        files: Sequence[RawFile],
+        layout: Layout,
+        schema: TableSchema,
+        separator: str,
+        *,
+        to_score: bool = False,
     ) -> None:
         super().__init__(files, layout, header_lines=int(schema.columns is None))
         self.schema = schema
         self.separator = schema.separator or separator
+        self.to_score = to_score
         self.formats = [self._format(file) for file in self.files]
+        label = schema.label.column
+        self.has_labels = any(
+            label in each.schema or label in file.partitions
+            for each, file in zip(self.formats, self.files)
+        )
 
     def _format(self, file: RawFile) -> Delimited:
         names = list(self.schema.columns or ()) or self._header(file)
-        check_columns(self.schema, [*names, *file.partitions], str(file.path))
+        check_columns(
+            self.schema, [*names, *file.partitions], str(file.path), to_score=self.to_score
+        )
         check_partitions(self.schema, file, names)
         kinds: dict[str, ColumnType] = dict.fromkeys(self.schema.number_sources, "float")
         if not self.schema.label.has_rule:
             kinds[self.schema.label.column] = "label"
         columns = [(name, kinds.get(name, "text")) for name in names]
-        return Delimited(
+        whole = Delimited(
             columns=tuple(columns),
             separator=self.separator,
             quote=self.schema.quote,
             null_values=self.schema.null_values,
         )
+        if not self.to_score:
+            return whole
+        label = self.schema.label.column
+        if self.schema.columns is not None and label in names:
+            return without_absent(whole, label, [file])[0]
+        return replace(whole, lenient=(label,))
 
     def _header(self, file: RawFile) -> list[str]:
         head = read_head(file.path, 1)
@@ -152,13 +193,23 @@ class SchemaText(TextTable):
 class SchemaParquet(ParquetTable):
     """Parquet rows."""
 
-    def __init__(self, files: Sequence[RawFile], layout: Layout, schema: TableSchema) -> None:
+    def __init__(
+        self,
+        files: Sequence[RawFile],
+        layout: Layout,
+        schema: TableSchema,
+        *,
+        to_score: bool = False,
+    ) -> None:
         super().__init__(files, layout)
         self.schema = schema
         self.columns = schema.sources
+        self.to_score = to_score
+        self.has_labels = False
         for file in self.files:
             names = self.names(file)
-            check_columns(schema, [*names, *file.partitions], str(file.path))
+            check_columns(schema, [*names, *file.partitions], str(file.path), to_score=to_score)
+            self.has_labels |= schema.label.column in (*names, *file.partitions)
             check_partitions(schema, file, names)
             types: dict[str, pl.DataType] = {
                 name: pl.String() for name in schema.sources if name not in names
@@ -184,10 +235,13 @@ def check_partitions(schema: TableSchema, file: RawFile, names: Sequence[str]) -
 
 
 def with_partitions(frame: pl.DataFrame, file: RawFile, schema: TableSchema) -> pl.DataFrame:
-    """Add the columns that only the names of a file's folders hold, as text."""
+    """Add the columns that only the names of a file's folders hold, as text.
+
+    The label of rows to score may be nowhere, and is null then.
+    """
     absent = [name for name in schema.sources if name not in frame.columns]
     return frame.with_columns(
-        pl.lit(file.partitions[name], dtype=pl.String).alias(name) for name in absent
+        pl.lit(file.partitions.get(name), dtype=pl.String).alias(name) for name in absent
     )
 
 

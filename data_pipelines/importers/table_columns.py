@@ -93,9 +93,15 @@ def _category(column: pl.Series, feature: CategoricalSchema) -> pl.Series:
     return canonical_lists(column).alias(feature.name)
 
 
-def check_columns(schema: TableSchema, names: list[str], place: str) -> None:
-    """Raise a DataError when the schema names a column that the data lacks."""
-    wanted = schema.sources
+def check_columns(
+    schema: TableSchema, names: list[str], place: str, *, to_score: bool = False
+) -> None:
+    """Raise a DataError when the schema names a column that the data lacks.
+
+    Args:
+        to_score: whether the label may be absent.
+    """
+    wanted = [n for n in schema.sources if not (to_score and n == schema.label.column)]
     absent = [name for name in wanted if name not in names]
     if absent:
         near = difflib.get_close_matches(absent[0], names, n=1)

@@ -83,9 +83,12 @@ class TextTable(RawTable):
                 )
                 blocks.append(block)
                 start, line, row = start + length, line + count, row + count
+                if self.row_limit is not None and row >= self.row_limit:
+                    break
         if not blocks:
             raise DataError(f"{path} has a header but no rows")
-        return FileIndex(blocks=blocks, bytes=size, sha256=file_sha256(path), text_bytes=start)
+        sha256 = "" if self.to_score else file_sha256(path)
+        return FileIndex(blocks=blocks, bytes=size, sha256=sha256, text_bytes=start)
 
     def _cuts(
         self,

@@ -39,6 +39,7 @@ from embcomp.data_pipelines.schema import (
     CategoricalFeature,
     DatasetInfo,
     FileRecord,
+    RawFormat,
     SourceFile,
     SplitInfo,
 )
@@ -90,6 +91,7 @@ class PreparePasses:
     rows_per_group: int
     blocks_per_part: int
     work: Workspace
+    raw_format: RawFormat | None = None
 
     def run(self) -> DatasetInfo:
         """Make the dataset and move it into place."""
@@ -440,6 +442,7 @@ class PreparePasses:
             bad_rows=len(counts.bad),
             dropped_rows=counts.dropped,
             sources=index.sources,
+            raw_format=self.raw_format,
             versions=versions(),
             bayes=BayesMetrics(**bayes) if bayes else None,
             checksums=self._checksums(ranked, parts),

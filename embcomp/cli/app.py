@@ -21,6 +21,7 @@ from embcomp.cli import (
     inspect,
     plan,
     prepare,
+    score,
     search,
     stopping,
     train,
@@ -122,6 +123,7 @@ app.command("train")(train.train)
 app.command("search")(search.search)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("score")(score.score)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
