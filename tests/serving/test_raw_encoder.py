@@ -264,6 +264,24 @@ def test_a_label_never_decides_whether_a_row_is_read(tmp_path):
     assert batch.labels.isnan().tolist() == [True, True, True, False]
 
 
+def test_a_rating_that_training_leaves_out_is_read_without_a_label(tmp_path):
+    written = write(CASES["movielens"], tmp_path)
+    raw = written.unlabelled  # the users and movies are beside it
+    raw.write_text("1::10::3::5\n2::11::5::6\n1::12::::7\n9::99::1::8\n")
+    (batch,) = encoder_of(written.info).batches(raw)
+    assert batch.labels.isnan().tolist() == [True, False, True, False]
+    assert batch.sparse["movie"].values().tolist()[-1] == 1
+    assert batch.sparse["gender"].values().tolist()[-1] == 0
+    assert batch.sparse["genres"].lengths().tolist() == [2, 1, 0, 0]
+
+
+def test_one_file_of_several_may_have_labels(tmp_path):
+    written = write(CASES["avazu"], tmp_path)
+    found = joined(encoder_of(written.info).batches([written.unlabelled, written.labelled], 16))
+    assert found["labels"].isnan().tolist() == [True] * ROWS + [False] * ROWS
+    assert torch.equal(found["C1"][:ROWS], found["C1"][ROWS:])
+
+
 def test_malformed_rows_are_left_out_up_to_a_share_and_named_above_it(tmp_path):
     info = small(tmp_path)
     new = tmp_path / "new.csv"
