@@ -23,6 +23,8 @@ from tests.helpers import toy_method
 from tests.helpers.source_tree import ROOT, modules
 from tests.helpers.toy_method import Neighbours
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def toy_package(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ from tests.helpers.dnis_cases import CUTS, collection_of, holding, mixed_tables,
 from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import train_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_blocks_end_where_their_share_of_the_traffic_is_reached():
     counts = torch.tensor([50, 20, 10, 10, 5, 3, 1, 1])

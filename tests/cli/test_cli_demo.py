@@ -16,6 +16,8 @@ from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

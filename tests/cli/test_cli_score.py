@@ -26,6 +26,8 @@ from embcomp.serving.raw_scoring import score as score_rows
 from embcomp.training import train
 from tests.helpers.training_cases import toy_config
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = """
 name: shop
 label: {column: stars, positive: "> 3", negative: "< 3"}

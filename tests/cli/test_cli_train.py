@@ -20,6 +20,8 @@ from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training.run_folder import RunFolder
 from tests.helpers.resealed import reseal
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 name: toy_run
 data: {path: toy, batch_size: 64, eval_batch_size: 128}

@@ -26,6 +26,8 @@ from embcomp.testing.sharded import (
 )
 from tests.helpers.backends_under_test import CASES
 
+pytestmark = pytest.mark.slow
+
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel", "mixed")
 POOLED = pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "unpooled"])
 ALL_METHODS = {

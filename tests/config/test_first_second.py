@@ -16,6 +16,8 @@ from embcomp.training import train
 from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 DENSE_MODE = """
 import sys
 from embcomp.config.train_config import load_config

@@ -16,6 +16,8 @@ from embcomp.search.config.search_config import is_search, load_search
 from embcomp.training.api import train
 from tests.helpers.training_cases import write_recipe_dataset
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SCHEMAS = sorted((CONFIGS / "datasets").glob("*.yaml"))
 SEARCHES = sorted(path for path in CONFIGS.glob("*.yaml") if is_search(path))

@@ -12,6 +12,8 @@ import pytest
 
 from tests.helpers.raw_logs import folder_bytes, write_criteo
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 SCRIPT = textwrap.dedent(

@@ -17,6 +17,8 @@ from embcomp.serving.artefact_folder import new_folder
 from embcomp.training import train
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 WRITER = """
 import sys, time
 from pathlib import Path

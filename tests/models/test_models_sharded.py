@@ -20,6 +20,8 @@ from embcomp.models import AutoIntConfig, ModelConfig
 from embcomp.testing.workers import WorkerPool
 from tests.helpers.model_cases import CONFIGS, NAMES, Batch, build, make_batch
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 LEARNING_RATE = 0.05
 # Not in the order of the tables: the sharded collection returns user, tag, item.

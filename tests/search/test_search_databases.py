@@ -20,6 +20,8 @@ from embcomp.search.trials import database
 from embcomp.search.trials.storage import StorageError, open_storage
 from tests.helpers.postgres import cluster
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, WORKERS = 16, 5
 WORKER = """

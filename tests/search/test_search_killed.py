@@ -20,6 +20,8 @@ from embcomp.search.config.search_config import load_search
 from embcomp.search.trials.storage import JOURNAL, open_storage
 from tests.helpers.search_cases import search_document, train_here, write_recipe
 
+pytestmark = pytest.mark.slow
+
 COUNT = 40
 PATIENCE = 240  # seconds, of a machine that is busy
 

@@ -24,6 +24,8 @@ from embcomp.training import load_model, train
 from embcomp.training.reporting.report import Report
 from tests.helpers.search_cases import search_document, train_here
 
+pytestmark = pytest.mark.slow
+
 # C9 is left out, which has three values whatever the settings.
 RANKS = (7, 5, 3, 2, 0, 1, 1)
 PLANTED = {(f"C{2 * p + 1}", f"C{2 * p + 2}"): rank for p, rank in enumerate(RANKS) if rank}

@@ -19,6 +19,8 @@ from embcomp.training import Report, train
 from embcomp.training.export.export import export_run
 from tests.helpers.search_cases import prepare, search_document, write_recipe
 
+pytestmark = pytest.mark.slow
+
 TYPED = [
     {"method": "low_dim", "width": [4, 6], "row_type": ["fp32", "int8"]},
     {"method": "full", "row_type": ["fp16", "int4"]},

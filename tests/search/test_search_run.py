@@ -28,6 +28,8 @@ from embcomp.training.api import train
 from embcomp.training.reporting.report import Report
 from tests.helpers.search_cases import search_document, train_here, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):

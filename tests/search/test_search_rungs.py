@@ -10,6 +10,8 @@ from embcomp.search.config.search_sections import RungsConfig
 from embcomp.search.evaluators.trial_pruning import falls_behind, front_of, make_pruner, rung_steps
 from embcomp.search.reporting.importance import importances
 
+pytestmark = pytest.mark.slow
+
 
 def test_rungs_grow_by_the_reduction_and_end_below_the_last_step():
     assert rung_steps(RungsConfig(min_steps=10, reduction=3), 100) == [10, 30, 90]

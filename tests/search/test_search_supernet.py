@@ -27,6 +27,8 @@ from embcomp.training.stages import search_stage
 from embcomp.training.stages.batch_norm import refit, running_norms
 from tests.helpers.search_cases import search_document, train_here, write_recipe
 
+pytestmark = pytest.mark.slow
+
 SUPERNET = {"name": "supernet", "method": "matryoshka"}
 
 

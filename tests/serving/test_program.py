@@ -18,6 +18,8 @@ from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
 
+pytestmark = pytest.mark.slow
+
 ALONE = """
 import sys
 from importlib.abc import MetaPathFinder

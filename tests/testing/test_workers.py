@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from embcomp.testing import RanksFailed, WorkerPool
 
+pytestmark = pytest.mark.slow
+
 
 def rank_and_size(extra):
     return dist.get_rank(), dist.get_world_size(), extra

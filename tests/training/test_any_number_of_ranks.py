@@ -14,6 +14,8 @@ from embcomp.training.loop import Training
 from tests.helpers.training_cases import toy_config, write_dataset
 from tests.training.test_stages import staged_config
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "rowwise adagrad": ("train.row_optimizer={name: rowwise_adagrad}",),
     "adagrad, decay, by rows": (

@@ -22,6 +22,8 @@ from embcomp.training.files.checkpoint_files import write_checksums
 from embcomp.training.files.random_state import random_state, restore_random_state
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 FILES = (".metadata", "__0_0.distcp", "checksums.json", "random-0.pt", "state.json")
 
 

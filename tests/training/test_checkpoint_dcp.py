@@ -20,6 +20,8 @@ from embcomp.testing.sharded import (
 from tests.collection.test_sharding import ALL_METHODS
 from tests.helpers.backends_under_test import CASES
 
+pytestmark = pytest.mark.slow
+
 BEFORE, AFTER = 2, 2
 ROWS = 20  # in a step, over all ranks
 

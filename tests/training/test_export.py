@@ -21,6 +21,8 @@ from embcomp.serving.artefact_folder import header_bytes
 from embcomp.training import load_model, train
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

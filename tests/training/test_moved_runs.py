@@ -17,6 +17,8 @@ from embcomp.training.stages.loading import forms_of_run
 from tests.helpers.training_cases import toy_config, write_dataset
 from tests.training.test_stages import staged_config
 
+pytestmark = pytest.mark.slow
+
 VERBS = (["evaluate"], ["export"], ["plan"])
 
 

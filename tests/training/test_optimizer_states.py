@@ -13,6 +13,8 @@ from embcomp.training.reporting.loss_record import LossRecord
 from tests.helpers.training_cases import toy_config, unstarted, write_dataset
 from tests.training.test_stages import staged_config
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZERS = (
     "train.dense_optimizer={name: adam, weight_decay: 0.1}",
     "train.dense_optimizer={name: adamw, weight_decay: 0.1}",

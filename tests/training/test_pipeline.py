@@ -22,6 +22,8 @@ from embcomp.testing.sharded import (
 from tests.collection.test_sharding import ALL_METHODS
 from tests.helpers.backends_under_test import CASES
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 
 

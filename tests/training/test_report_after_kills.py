@@ -16,6 +16,8 @@ from embcomp.training.stages.search_stage import StageSearch
 from tests.helpers.training_cases import toy_config, write_dataset
 from tests.training.test_stages import staged_config
 
+pytestmark = pytest.mark.slow
+
 # Each stands for a measured time; all else of a report is the same to the last digit.
 TIMED = {"samples_per_second", "train_seconds", "wall_seconds"}
 TICK = 1000.0  # far above all that the toy runs really take

@@ -12,6 +12,8 @@ from embcomp.training.export.export import export_run
 from embcomp.training.stages.run_context import RunContext
 from tests.helpers.training_cases import toy_config, unstarted, write_dataset
 
+pytestmark = pytest.mark.slow
+
 STAGED = "tables.method={name: optembed, budget: 40%, generations: 1, population: 2}"
 
 

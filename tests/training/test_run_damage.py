@@ -19,6 +19,8 @@ from embcomp.training.files.run_checksums import (
 )
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 METHOD = (
     "tables.method={name: optembed, budget: 60%, generations: 1, population: 2, mutants: 1, "
     "crossovers: 1}"

@@ -10,6 +10,8 @@ from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training import train
 from tests.helpers.training_cases import toy_config
 
+pytestmark = pytest.mark.slow
+
 NUM_VALUES = (900, 300, 9)
 ROWS = sum(NUM_VALUES) + 2 * len(NUM_VALUES)
 

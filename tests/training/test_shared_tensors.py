@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from embcomp.training.distributed.process import Process, process_group
 from embcomp.training.stages.shared_tensors import SharedTensors
+
+pytestmark = pytest.mark.slow
 
 
 def share(folder: Path) -> tuple[dict[str, torch.Tensor], bool, int]:

@@ -15,6 +15,8 @@ from tests.helpers.training_cases import (
     write_dataset,
 )
 
+pytestmark = pytest.mark.slow
+
 SGD = "train.row_optimizer={name: sgd, learning_rate: 0.5, weight_decay: 0.02}"
 ADAGRAD = "train.row_optimizer={name: adagrad, learning_rate: 0.1}"
 ROWWISE = "train.row_optimizer={name: rowwise_adagrad, learning_rate: 0.1, weight_decay: 0.05}"

@@ -31,6 +31,8 @@ from tests.helpers.training_cases import (
     write_dataset,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):

@@ -18,6 +18,8 @@ from embcomp.training import Evaluation, Report, evaluate, load_model, train
 from embcomp.training.checkpoint import checkpoint_folder, saved_steps
 from tests.helpers.training_cases import toy_config, train_on_ranks, write_dataset
 
+pytestmark = pytest.mark.slow
+
 # Dropout draws random numbers, decay and plateau have a memory, evaluations fall inside epochs.
 OVERRIDES = (
     "data.batch_size=16",

@@ -12,6 +12,8 @@ import pytest
 
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 # One process imports everything and forks the ranks of all cases, which then run side by side.
 RANKS = """
 import json, os, signal, sys, time

@@ -30,6 +30,8 @@ from embcomp.training import load_model, train
 from embcomp.training.export.vocabulary_rewrite import Renumbering, renumbered
 from tests.helpers.training_cases import toy_config
 
+pytestmark = pytest.mark.slow
+
 KEPT = {"C1": 20, "C3": 5}
 
 
