@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcomp.data_pipelines.loader.batch import Batch
-from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION
+from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION, ParquetLoader
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import (
     TASK_PREFIX,
     check_precision,
@@ -62,16 +63,27 @@ from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 class Training:
     """One stage of a run, from its first, or its next, step to its end.
 
+    What is made goes on from the stage's latest checkpoint, or begins with what was handed to it.
+
     Args:
-        run: The run.
+        run: The run, whose folder has been created.
         index: The place of the stage among its stages.
         process: The process group.
+        console: What a person sees.
+        log_sizes: Bytes of the run's logs when the stage began.
     """
 
-    def __init__(self, run: RunContext, index: int, process: Process) -> None:
+    def __init__(
+        self,
+        run: RunContext,
+        index: int,
+        process: Process,
+        console: RunConsole,
+        log_sizes: Mapping[str, int],
+    ) -> None:
         config = self.config = run.config
         self.info, self.folder, self.process = run.info, run.folder, process
-        self.setup = run.setup(index)
+        self.setup, self.console = run.setup(index), console
         stage = self.stage = self.setup.stage
         self.checkpoints = self.setup.folder.checkpoints
         self.precision = check_precision(config, process)
@@ -86,11 +98,29 @@ class Training:
         self.decay = LazyDecay(self.sharded, rows.weight_decay) if lazy else None
         self.updates = Updates(self.optimizers, self.decay)
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
-        self.state = LoopState(row_order=STATE_VERSION)
         self.total_steps = self._planned_steps()
-        self._resumed = False
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
+        self.state = LoopState(row_order=STATE_VERSION, log_sizes=dict(log_sizes))
+        self._resumed = self._begin()
+        self.started = time.perf_counter() - self.state.wall_seconds
+        self._losses = LossRecord(
+            self.state,
+            process,
+            lambda: far_column(self.batches, self.state.step_in_epoch),
+        )
+        self.logs = RunLogs(
+            folder,
+            enabled=process.is_main,
+            step=self.state.step,
+            sizes=self.state.log_sizes,
+            stage=setup.label,
+        )
+        self._search_loader: ParquetLoader | None = None
+        self._search_batches: Iterator[Batch] = iter(())
+        if stage.alternate:
+            self._search_loader = search_batches(config, self.info, process)
+            self._search_batches = endless(self._search_loader, self.state.step)
 
     def _learners(self) -> Learners:
         method, tables = self.setup.schedule.method, self.unsharded.tables
@@ -111,36 +141,9 @@ class Training:
             epochs * len(self.batches), *(bound for bound in bounds if bound is not None), 2**62
         )
 
-    def train(self, console: RunConsole, log_sizes: Mapping[str, int]) -> LoopState:
-        """Trains the stage to its end.
-
-        Args:
-            console: What a person sees.
-            log_sizes: Bytes of the run's logs when the stage began.
-
-        Returns:
-            The loop's variables at the end; `finish` or `hand_on` go on from there.
-        """
-        self.console = console
-        self.state.log_sizes = dict(log_sizes)
-        self._begin()
-        self._losses = LossRecord(
-            self.state,
-            self.process,
-            lambda: far_column(self.batches, self.state.step_in_epoch),
-        )
-        self.started = time.perf_counter() - self.state.wall_seconds
-        self.logs = RunLogs(
-            self.folder,
-            enabled=self.process.is_main,
-            step=self.state.step,
-            sizes=self.state.log_sizes,
-            stage=self.setup.label,
-        )
-        console.start(self.total_steps, self.state.step, stage=self.setup.label)
-        if self.stage.alternate:
-            loader = search_batches(self.config, self.info, self.process)
-            self._search_loader, self._search_batches = loader, endless(loader, self.state.step)
+    def train(self) -> None:
+        """Trains the stage to its end; `finish` or `hand_on` go on from there."""
+        self.console.start(self.total_steps, self.state.step, stage=self.setup.label)
         nothing_to_train = self.total_steps == 0 and not self.state.stopped
         if nothing_to_train:
             self.state.stopped = "nothing to train"
@@ -149,7 +152,6 @@ class Training:
             self._save()
         while not self.state.stopped:
             self._train_epoch()
-        return self.state
 
     def _train_epoch(self) -> None:
         """The rest of the current epoch, or less where the stage ends."""
@@ -182,7 +184,7 @@ class Training:
         scale = loss_scale(self.batches, state.step_in_epoch, self.process.world_size)
         self.sharded.train()
         self._losses.add(self._phase("train", scale, batches))
-        if self.stage.alternate:
+        if self._search_loader is not None:
             step = state.step % len(self._search_loader)
             scale = loss_scale(self._search_loader, step, self.process.world_size)
             self._phase("search", scale, batches)
@@ -269,17 +271,21 @@ class Training:
             keep = self.config.train.keep_checkpoints
             remove_old(self.checkpoints, keep, self.state.best_step)
 
-    def _begin(self) -> None:
-        """Goes on from the stage's latest checkpoint, or begins with what was handed to it."""
+    def _begin(self) -> bool:
+        """Goes on from the stage's latest checkpoint, or begins with what was handed to it.
+
+        Returns:
+            Whether there was a checkpoint.
+        """
         steps = saved_steps(self.checkpoints)
         if not steps:
             if self.setup.index > self.setup.schedule.trained[0]:
                 load_start(self.setup.folder, self.sharded)
-            return
+            return False
         folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)
         ranks = saved.pop("world_size")
-        self.state, self._resumed = LoopState(**saved), True
+        self.state = LoopState(**saved)
         self.optimizers.prepare_to_load(self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
@@ -298,6 +304,7 @@ class Training:
                     "rows twice and others not at all"
                 )
             self.state.row_order = STATE_VERSION
+        return True
 
     @property
     def _place(self) -> str:

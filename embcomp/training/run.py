@@ -44,8 +44,8 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
             if index > schedule.trained[0] and process.is_main:
                 prepare_start(run, index)
             dist.barrier()
-            training = Training(run, index, process)
-            training.train(console, log_sizes)
+            training = Training(run, index, process, console, log_sizes)
+            training.train()
             if index == schedule.trained[-1]:
                 return training.finish(outcomes)
             training.hand_on()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training import load_model, train
 from embcomp.training.build import build_model
 from embcomp.training.checkpoint import model_state
-from embcomp.training.distributed.process import process_group
+from embcomp.training.distributed.process import Process, process_group
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.loop import Training
+from embcomp.training.reporting.console import RunConsole
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.run_context import RunContext
 
@@ -48,16 +50,25 @@ def toy_config(dataset: Path, *overrides: str) -> TrainConfig:
     return parse_config(document, overrides)
 
 
-def unstarted(config: TrainConfig) -> RunContext:
-    """A run that has no folder yet."""
-    return RunContext.of(config, DatasetInfo.load(config.data.path), RunFolder(Path("unused")))
+def unstarted(config: TrainConfig, folder: Path = Path("unused")) -> RunContext:
+    """A run before its first step."""
+    return RunContext.of(config, DatasetInfo.load(config.data.path), RunFolder(folder))
 
 
 def first_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Whole weights before the first step; for one process."""
     with quiet_libraries(), process_group("cpu") as process:
-        state = model_state(Training(unstarted(config), 0, process).sharded)
+        state = model_state(first_stage(config, process).sharded)
         return {key: whole(value).clone() for key, value in state.items()}
+
+
+def first_stage(config: TrainConfig, process: Process) -> Training:
+    """A run's first stage before its first step; its folder is gone when this returns."""
+    console = RunConsole(enabled=False, name=config.name)
+    with tempfile.TemporaryDirectory() as path:
+        training = Training(unstarted(config, Path(path)), 0, process, console, log_sizes={})
+        training.logs.close()
+        return training
 
 
 def whole(value) -> torch.Tensor:

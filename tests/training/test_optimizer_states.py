@@ -8,9 +8,7 @@ from embcomp.training import train
 from embcomp.training.distributed.process import process_group
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.loop import Training
-from embcomp.training.reporting.console import RunConsole
-from embcomp.training.reporting.loss_record import LossRecord
-from tests.helpers.training_cases import toy_config, unstarted, write_dataset
+from tests.helpers.training_cases import first_stage, toy_config, write_dataset
 from tests.training.test_stages import staged_config
 
 pytestmark = pytest.mark.slow
@@ -65,12 +63,8 @@ def shapes(state: dict) -> dict:
 def test_a_first_step_makes_no_state_that_was_not_there(dataset, dense, rows):
     config = toy_config(dataset, dense, rows)
     with quiet_libraries(), process_group("cpu") as process:
-        training = Training(unstarted(config), 0, process)
+        training = first_stage(config, process)
         before = shapes(training.optimizers.combined.state_dict()["state"])
-        training.console, training._losses = (
-            RunConsole(enabled=False, name=""),
-            LossRecord(training.state, process),
-        )
         training._train_step(iter(training.batches))
         assert shapes(training.optimizers.combined.state_dict()["state"]) == before
         assert before or dense == OPTIMIZERS[-1]
