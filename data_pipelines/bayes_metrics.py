@@ -48,6 +48,7 @@ class Truth(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Truth:
+        """Read a truth file, or raise a DataError that says what is wrong with it."""
         path = Path(path)
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
@@ -78,10 +79,12 @@ class BayesMeter:
 
     @property
     def rows(self) -> int:
+        """Rows counted so far."""
         return int(self._counts.sum())
 
     @property
     def positives(self) -> int:
+        """Rows counted so far whose label is 1."""
         return int(self._counts[1].sum())
 
     def result(self) -> BayesMetrics | None:

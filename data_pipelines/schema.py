@@ -123,6 +123,7 @@ class SplitInfo(_Strict):
 
     @property
     def label_rate(self) -> float:
+        """The share of labels that are 1; NaN where there is no row."""
         return self.positives / self.rows if self.rows else float("nan")
 
 
@@ -227,14 +228,17 @@ class DatasetInfo(_Strict):
 
     @property
     def numeric_names(self) -> list[str]:
+        """Names of the numeric features, in the dataset's order."""
         return [feature.name for feature in self.numeric]
 
     @property
     def categorical_names(self) -> list[str]:
+        """Names of the categorical features, in the dataset's order."""
         return [feature.name for feature in self.categorical]
 
     @property
     def feature_names(self) -> list[str]:
+        """Names of all features, numeric ones first."""
         return self.numeric_names + self.categorical_names
 
     def split(self, name: str) -> SplitInfo:

@@ -51,6 +51,7 @@ class RandomSplit(_Shares):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        """Return the split of each row, drawn by its position; see `SplitRule`."""
         drawn = uniform(self.seed, first, rows)
         bounds = [float(bound) for bound in self.bounds()]
         return np.searchsorted(bounds, drawn, side="right").astype(np.int8)
@@ -62,6 +63,7 @@ class ChronologicalSplit(_Shares):
     kind: Literal["chronological"] = "chronological"
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        """Return the split of each row by its share of `total`; see `SplitRule`."""
         limits = self.limits(total)
         return np.searchsorted(limits, np.arange(first, first + rows), side="right").astype(np.int8)
 
@@ -76,6 +78,7 @@ class TimeSplit(_Shares):
     column: str
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        """Raise a DataError: times tell the split, and `codes_of` asks for them."""
         raise DataError("rows are split by a column, so their positions do not tell their split")
 
     def codes_of(self, times: np.ndarray, last: Sequence[float]) -> np.ndarray:
@@ -89,6 +92,7 @@ class FileSplit(_Rule):
     kind: Literal["files"] = "files"
 
     def codes(self, first: int, rows: int, total: int, file_split: str | None) -> np.ndarray:
+        """Return the split that the caller gave the file; see `SplitRule`."""
         if file_split not in SPLITS:
             raise DataError(f"a file has split {file_split!r}; expected one of {list(SPLITS)}")
         return np.full(rows, SPLITS.index(file_split), dtype=np.int8)

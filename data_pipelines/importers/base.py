@@ -68,6 +68,7 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
+        """Names of all features, numeric ones first."""
         return [c.name for c in self.numeric] + [c.name for c in self.categorical]
 
 
@@ -269,10 +270,12 @@ class Importer(ABC):
 
     @property
     def default_min_count(self) -> int:
+        """What `min_count` is where the caller gives none."""
         return 1
 
     @property
     def default_split(self) -> SplitRule | None:
+        """The split rule where the caller gives none; None leaves it to `prepare`."""
         return None
 
     def find(self, folder: Path) -> list[Path]:

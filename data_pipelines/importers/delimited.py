@@ -63,6 +63,7 @@ class Delimited:
 
     @property
     def schema(self) -> dict[str, type[pl.DataType]]:
+        """The type that each column is read as."""
         return {name: _DTYPES[kind] for name, kind in self.columns}
 
     def parse(self, data: bytes, rows: int) -> Parsed:

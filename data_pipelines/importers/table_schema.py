@@ -57,6 +57,7 @@ class LabelSchema(_Strict):
 
     @property
     def has_rule(self) -> bool:
+        """Whether a rule makes the label, rather than a column that holds 0 and 1."""
         return self.positive is not None
 
     @property
@@ -97,6 +98,7 @@ class NumericSchema(_Strict):
 
     @property
     def source(self) -> str:
+        """The column of the raw table."""
         return self.column or self.name
 
 
@@ -114,10 +116,12 @@ class CategoricalSchema(_Strict):
 
     @property
     def is_bag(self) -> bool:
+        """Whether the schema says that a row may hold several values."""
         return self.multi_valued or self.separator is not None
 
     @property
     def source(self) -> str:
+        """The column of the raw table."""
         return self.column or self.name
 
 
@@ -188,6 +192,7 @@ class TableSchema(_Strict):
 
     @property
     def feature_names(self) -> list[str]:
+        """Names of all features, numeric ones first."""
         return [c.name for c in self.numeric] + [c.name for c in self.categorical]
 
     @model_validator(mode="after")

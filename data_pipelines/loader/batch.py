@@ -48,6 +48,7 @@ class Batch(Pipelineable):
             self.groups.record_stream(stream)
 
     def pin_memory(self) -> Batch:
+        """Return a copy in page-locked memory, from which copies to a GPU overlap with its work."""
         return Batch(
             dense=self.dense.pin_memory(),
             sparse=self.sparse.pin_memory(),

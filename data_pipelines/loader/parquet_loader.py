@@ -128,10 +128,12 @@ class ParquetLoader:
 
     @property
     def batch_size(self) -> int:
+        """Rows of this rank's batches."""
         return self._order.batch_size
 
     @property
     def epoch(self) -> int:
+        """The epoch whose order the next iteration takes."""
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:

@@ -25,6 +25,7 @@ class Bags:
     values: NDArray[np.int32]
 
     def slice(self, start: int, stop: int) -> Bags:
+        """Return rows `start` to `stop`, the last one excluded."""
         offsets = self.offsets[start : stop + 1]
         return Bags(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
@@ -46,6 +47,7 @@ class Columns:
     bags: list[Bags]
 
     def slice(self, start: int, stop: int) -> Columns:
+        """Return rows `start` to `stop`, the last one excluded."""
         return Columns(
             labels=self.labels[start:stop],
             dense=[column[start:stop] for column in self.dense],
@@ -115,6 +117,7 @@ class RowGroups:
 
     @property
     def num_rows(self) -> int:
+        """Rows of all groups together."""
         return int(self.sizes.sum())
 
     def read(self, number: int) -> Columns:

@@ -62,14 +62,17 @@ class RowSampler:
 
     @property
     def num_steps(self) -> int:
+        """Steps of an epoch, a short last one included."""
         return -(-self.rows // self.step_rows)
 
     @property
     def steps_per_window(self) -> int:
+        """Steps of every window but the last."""
         return self.window // self.step_rows
 
     @property
     def num_windows(self) -> int:
+        """Windows of an epoch, a short last one included."""
         return -(-self.rows // self.window)
 
     def window_size(self, window: int) -> int:

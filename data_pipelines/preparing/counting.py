@@ -38,9 +38,11 @@ class BadLine(BaseModel):
 
     @classmethod
     def of(cls, bad: BadRow) -> BadLine:
+        """Make the JSON form of a malformed row."""
         return cls(path=bad.path, line=bad.line, reason=bad.reason, raw=bad.raw.decode("latin-1"))
 
     def row(self) -> BadRow:
+        """Return the malformed row, byte for byte."""
         return BadRow(
             path=self.path, line=self.line, reason=self.reason, raw=self.raw.encode("latin-1")
         )

@@ -32,6 +32,7 @@ class RowSharing:
 
     @classmethod
     def of(cls, group: Group) -> RowSharing:
+        """Look up every id of a group's tables and count who shares its rows."""
         placed = {table.name: rows_of_ids(group, table) for table in group.tables}
         reached = {name: _distinct(parts) for name, parts in placed.items()}
         users = {

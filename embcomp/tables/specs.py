@@ -158,6 +158,7 @@ class UniformInit:
     high: float
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """Fill the weight in place."""
         with torch.no_grad():
             return weight.uniform_(self.low, self.high)
 
@@ -174,6 +175,7 @@ class SkipEmptyShards:
     init_fn: InitFn
 
     def __call__(self, weight: Tensor) -> Tensor | None:
+        """Fill the weight in place, unless there is nothing to fill."""
         return self.init_fn(weight) if weight.numel() else weight
 
 

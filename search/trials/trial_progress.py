@@ -74,12 +74,14 @@ class SearchConsole:
         self._study, self._title, self._count, self._slots = study, title, count, slots
 
     def update(self, running: Sequence[int]) -> None:
+        """Draw the running candidates anew, unless that was done a moment ago."""
         if self._live is None or self._study is None or time.monotonic() - self._drawn < _REFRESH:
             return
         self._drawn = time.monotonic()
         self._live.update(self._draw(running), refresh=True)
 
     def log(self, text: str) -> None:
+        """Print a line above the table."""
         if self._enabled:
             self._console.print(escape(text))
 
