@@ -20,14 +20,14 @@ import pyarrow as pa
 from embcomp.data_pipelines.importers.base import Importer
 from embcomp.data_pipelines.importers.registry import describe_format, make_importer
 from embcomp.data_pipelines.importers.sources import Source, raw_files
+from embcomp.data_pipelines.preparing.describing import versions
 from embcomp.data_pipelines.preparing.feature_names import check_names
 from embcomp.data_pipelines.preparing.features import choose_features
-from embcomp.data_pipelines.preparing.passes import PreparePasses, versions
+from embcomp.data_pipelines.preparing.passes import PreparePasses
+from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
 from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib, parse_bytes
-from embcomp.data_pipelines.schema import (
-    DatasetInfo,
-)
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, TimeSplit, parse_split
 from embcomp.errors import DataError
 
@@ -119,46 +119,51 @@ def prepare(
     if group is not None and group not in names:
         raise DataError(f"group {group!r} is no categorical feature; there are {', '.join(names)}")
     output = Path(output)
-    memory_budget = _memory_budget(parse_bytes(max_memory))
-    run = PreparePasses(
+    settings = PrepareSettings(
         table=table,
         features=features,
         rule=rule,
         name=name or output.resolve().name,
         group=group,
-        memory_budget=memory_budget,
+        memory_budget=_memory_budget(parse_bytes(max_memory)),
         max_bad_rows=max_bad_rows,
         progress=progress,
         report=report or (lambda line: None),
         rows_per_group=rows_per_group,
         blocks_per_part=blocks_per_part,
-        work=Workspace(output, overwrite=overwrite),
         raw_format=describe_format(
             reader, table, [each.name for each in features.categorical if each.bucketed]
         ),
     )
-    settings = {
+    work = Workspace(output, overwrite=overwrite, report=settings.report)
+    fingerprint = _fingerprint(reader, settings)
+    work.check_output(fingerprint)
+    with disk_errors(work.output), _frugal_arrow(), work.open(fingerprint):
+        try:
+            return PreparePasses(settings=settings, work=work).run()
+        except Exception:
+            # Nothing half-made stays behind an error; after a kill the pieces do stay.
+            work.discard()
+            raise
+        finally:
+            table.close()
+
+
+def _fingerprint(reader: Importer, settings: PrepareSettings) -> dict[str, object]:
+    """What a run must have in common with a killed one to go on from its pieces."""
+    return {
         "importer": repr(reader),
-        "features": repr(features),
-        "split": rule.model_dump(),
-        "sizes": [rows_per_group, blocks_per_part, max_bad_rows],
-        "name": [run.name, group],
+        "features": repr(settings.features),
+        "split": settings.rule.model_dump(),
+        "sizes": [settings.rows_per_group, settings.blocks_per_part, settings.max_bad_rows],
+        "name": [settings.name, settings.group],
         "files": [
-            [str(f.path), f.split, f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in files
+            [str(f.path), f.split, f.path.stat().st_size, f.path.stat().st_mtime_ns]
+            for f in settings.table.files
         ],
         # Pieces of an interrupted run are in the libraries' own formats.
         "versions": {**versions(), "polars": pl.__version__, "python": platform.python_version()},
     }
-    run.work.check_output(settings)
-    with disk_errors(run.work.output), _frugal_arrow(), run.work.open(settings):
-        try:
-            return run.run()
-        except Exception:
-            # Nothing half-made stays behind an error; after a kill the pieces do stay.
-            run.work.discard()
-            raise
-        finally:
-            table.close()
 
 
 @contextmanager

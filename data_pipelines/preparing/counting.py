@@ -6,7 +6,7 @@ hash partition can later be merged on their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,7 @@ def count_part(
     features: Features,
     split_of: SplitOf,
     runs: RunWriter,
-    check_bad: Callable[[int, Iterable[BadRow]], None],
+    check_bad: Callable[[Sequence[BadRow]], None],
     advance: Callable[[int], None],
 ) -> PartCounts:
     """Count one part of the input.
@@ -195,7 +195,7 @@ def count_part(
         frame = features.columns(rows.frame)
         bad += rows.bad
         if rows.bad:
-            check_bad(len(bad), bad)
+            check_bad(bad)
         part.dropped += rows.dropped
         _count_rows(part, frame, codes)
         is_train = codes == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
@@ -27,10 +27,17 @@ class Ranked(BaseModel):
     """What ranking found: distinct raw values, those kept, the quantiles of `dataset.json`, and
     what the vocabulary file is."""
 
-    raw_values: int = 0
-    kept: int = 0
-    quantiles: dict[str, int] = Field(default_factory=dict)
-    record: FileRecord | None = None
+    raw_values: int
+    kept: int
+    quantiles: dict[str, int]
+    record: FileRecord
+
+
+def vocabulary_file(name: str, position: int) -> str:
+    """Return the relative path of a feature's vocabulary; odd characters are replaced."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    # The position keeps names apart that differ in odd characters or in case only.
+    return f"vocabulary/{position:03d}-{plain[:80]}.parquet"
 
 
 def build_vocabulary(
@@ -54,25 +61,23 @@ def build_vocabulary(
         total: how many values the train split has, `missing` among them.
         limit: bytes that merging and sorting may hold at once.
     """
-    ranked = Ranked()
-    kept: list[Path] = []
-    size = 0
-    rare = 0
+    files: list[Path] = []
+    raw_values = kept = size = rare = 0
     for partition in range(partitions):
         batch = feature * partitions + partition
         merged = merge_counts([read_run(run, batch) for run in runs])
-        ranked.raw_values += merged.height
+        raw_values += merged.height
         frequent = merged.filter(pl.col("count") >= min_count)
         rare += int(merged["count"].sum()) - int(frequent["count"].sum())
         if not frequent.height:
             continue
-        ranked.kept += frequent.height
+        kept += frequent.height
         size += held_bytes(frequent)
         file = scratch / f"merged-{partition:05d}.arrow"
         _by_rank(frequent).write_ipc(file)
-        kept.append(file)
-    if ranked.kept + FIRST_ID > LARGEST_ID:
-        raise DataError(f"{name} has {ranked.kept} values; ids go up to {LARGEST_ID}")
+        files.append(file)
+    if kept + FIRST_ID > LARGEST_ID:
+        raise DataError(f"{name} has {kept} values; ids go up to {LARGEST_ID}")
     pieces = max(1, -(-size * _WORKING_FACTOR // limit))
     before = missing + rare
     edges = [math.ceil(exact(share) * total) for share in SHARES]
@@ -81,7 +86,7 @@ def build_vocabulary(
     done = [total == 0 or before >= edge for edge in edges]
     first = FIRST_ID
     with RowGroupWriter(path, _SCHEMA) as writer:
-        for piece in _ranges(kept, ranked.kept, pieces):
+        for piece in _ranges(files, kept, pieces):
             cumulated = before + piece["count"].to_numpy().cumsum()
             for i, edge in enumerate(edges):
                 if not done[i] and len(cumulated) and cumulated[-1] >= edge:
@@ -93,11 +98,14 @@ def build_vocabulary(
             writer.write(table.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_SCHEMA))
             first += piece.height
             before = int(cumulated[-1]) if len(cumulated) else before
-    ranked.record = writer.record()
-    for file in kept:
+    for file in files:
         file.unlink()
-    ranked.quantiles = {str(share): at for share, at in zip(SHARES, ids)}
-    return ranked
+    return Ranked(
+        raw_values=raw_values,
+        kept=kept,
+        quantiles={str(share): at for share, at in zip(SHARES, ids)},
+        record=writer.record(),
+    )
 
 
 def _by_rank(counts: pl.DataFrame) -> pl.DataFrame:

@@ -7,11 +7,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embcomp.data_pipelines.preparing.pieces import write_text
+from embcomp.data_pipelines.preparing.pieces import Content, read_piece, write_piece, write_text
 from embcomp.data_pipelines.schema import FILE_NAME
 from embcomp.errors import DataError
 from embcomp.io.folder_lock import folder_lock
@@ -41,14 +41,18 @@ class Workspace:
 
     Attributes:
         shown: the output as the caller names it.
+        report: called with lines of news.
         resumed: whether pieces of an earlier run are there to go on from.
         published: whether an earlier run moved its dataset into place, and died only then.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool) -> None:
+    def __init__(
+        self, output: Path, *, overwrite: bool, report: Callable[[str], None] = lambda line: None
+    ) -> None:
         self.shown = output
         self.output = _target(output)
         self.overwrite = overwrite
+        self.report = report
         self.root = self.output.parent / f".{self.output.name}.partial"
         self.path = self.root / "dataset"
         self.scratch = self.root / "scratch"
@@ -113,6 +117,39 @@ class Workspace:
                 self._make_room(fingerprint)
             yield
             self._clear_up()
+
+    def once(
+        self,
+        name: str,
+        kind: type[Content],
+        make: Callable[[], Content],
+        *,
+        files: Callable[[Content], Mapping[Path, str]] = lambda found: {},
+        skip: Callable[[], object] = lambda: None,
+    ) -> Content:
+        """Make a piece, unless an earlier run sealed it.
+
+        Args:
+            name: the seal's path in the scratch folder.
+            kind: the piece's type.
+            make: makes the piece and the files that it names.
+            files: gives the SHA-256 of these files.
+            skip: called when there is nothing to make.
+        """
+        found = self.earlier(name, kind)
+        if found is not None:
+            skip()
+            return found
+        made, mark = make(), self.scratch / name
+        sealed = {
+            os.path.relpath(path, mark.parent): sha256 for path, sha256 in files(made).items()
+        }
+        write_piece(mark, made, sealed)
+        return made
+
+    def earlier(self, name: str, kind: type[Content]) -> Content | None:
+        """Read a piece that an earlier run sealed; None where there is none, or a damaged one."""
+        return read_piece(self.scratch / name, kind, self.report)
 
     def _make_room(self, fingerprint: Mapping[str, object]) -> None:
         try:

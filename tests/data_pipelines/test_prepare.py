@@ -15,7 +15,7 @@ from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.importers.table_schema import TableSchema
 from embcomp.data_pipelines.prepare import prepare
-from embcomp.data_pipelines.preparing import encoding, passes, vocabulary as vocabulary_module
+from embcomp.data_pipelines.preparing import encode_pass, encoding, vocabulary as vocabulary_module
 from embcomp.data_pipelines.preparing.counting import RunWriter
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import uniform
@@ -142,7 +142,7 @@ def test_the_spilling_paths_give_the_same_bytes(tmp_path, small_blocks, monkeypa
         lambda f, r, p: (pieces.append((len(f), p)), ranges(f, r, p))[1],
     )
     monkeypatch.setattr(
-        passes, "plan_rounds", lambda s, r: (rounds.append(plan(s, r)), rounds[-1])[1]
+        encode_pass, "plan_rounds", lambda s, r: (rounds.append(plan(s, r)), rounds[-1])[1]
     )
     # So little room forces run files, hash partitions, sorting by ranges and rounds of encoding.
     monkeypatch.setattr(prepare_module, "_memory_budget", lambda size: 25_000)

@@ -12,7 +12,7 @@ import pytest
 from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.prepare import prepare
 from embcomp.data_pipelines.preparing import row_writer, workspace
-from embcomp.data_pipelines.preparing.passes import BAD_ROWS_FILE
+from embcomp.data_pipelines.preparing.bad_rows import BAD_ROWS_FILE
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.validate import validate_dataset
 from embcomp.errors import DataError

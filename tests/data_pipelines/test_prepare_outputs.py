@@ -10,10 +10,10 @@ import pytest
 
 from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.prepare import prepare
-from embcomp.data_pipelines.preparing import passes, workspace as workspace_module
+from embcomp.data_pipelines.preparing import encode_pass, passes, workspace as workspace_module
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import DataError
-from tests.data_pipelines.test_prepare_resume import KilledError, die_after
+from tests.data_pipelines.test_prepare_resume import CALLED_IN, KilledError, die_after
 from tests.helpers.raw_logs import folder_bytes, write_criteo
 
 OPTIONS = {"importer": "criteo", "min_count": 2, "blocks_per_part": 2, "name": "clicks"}
@@ -109,8 +109,8 @@ def test_a_death_at_the_last_moves_is_made_good(
     if again:
         with monkeypatch.context() as patch:
             # All passes were done: none is made again.
-            for name in ("count_part", "build_vocabulary", "encode_part"):
-                die_after(patch, passes, name, 0)
+            for name, module in CALLED_IN.items():
+                die_after(patch, module, name, 0)
             # Once the new dataset is in place, the same call needs no leave to overwrite.
             prepare(raw, out, overwrite=(number, after) != (2, True), **OPTIONS)
         assert folder_bytes(out) == whole
@@ -156,7 +156,7 @@ def test_a_damaged_piece_of_an_interrupted_run_is_made_again(
 ):
     out = tmp_path / "home" / "out"
     with monkeypatch.context() as patch:
-        die_after(patch, passes, "encode_part", 3)
+        die_after(patch, encode_pass, "encode_part", 3)
         with pytest.raises(KilledError):
             prepare(raw, out, **OPTIONS)
     scratch = tmp_path / "home" / ".out.partial" / "scratch"

@@ -9,7 +9,7 @@ import pytest
 
 from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.prepare import prepare
-from embcomp.data_pipelines.preparing import passes
+from embcomp.data_pipelines.preparing import count_pass, encode_pass, rank_pass
 from embcomp.data_pipelines.preparing.encoding import plan_rounds
 from embcomp.errors import DataError
 from tests.helpers.raw_logs import folder_bytes, write_criteo
@@ -18,6 +18,8 @@ OPTIONS = {"importer": "criteo", "min_count": 2, "blocks_per_part": 2}
 
 
 PARTS = 9
+CALLED_IN = {"count_part": count_pass, "build_vocabulary": rank_pass, "encode_part": encode_pass}
+"""The module in which a pass calls what does the work."""
 
 
 class KilledError(BaseException):
@@ -69,12 +71,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     raw, whole, tmp_path, monkeypatch, name, calls
 ):
     with monkeypatch.context() as patch:
-        die_after(patch, passes, name, calls)
+        die_after(patch, CALLED_IN[name], name, calls)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        seen = die_after(patch, passes, name, 10**6)
+        seen = die_after(patch, CALLED_IN[name], name, 10**6)
         news: list[str] = []
         prepare(raw, tmp_path / "out", report=news.append, **OPTIONS)
     assert news == ["going on with what an earlier, interrupted run left"]
@@ -86,7 +88,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
 def test_other_settings_or_a_changed_source_start_afresh(raw, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        die_after(patch, passes, "encode_part", 2)
+        die_after(patch, encode_pass, "encode_part", 2)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     news: list[str] = []
@@ -101,7 +103,7 @@ def test_a_run_that_is_killed_for_good_leaves_no_dataset_and_resumes(raw, whole,
     script = textwrap.dedent(
         """
         import os, signal, sys
-        from embcomp.data_pipelines.preparing import passes as module
+        from embcomp.data_pipelines.preparing import encode_pass as module
         from embcomp.data_pipelines.importers import text
         from embcomp.data_pipelines.prepare import prepare
         text.BLOCK_BYTES = 4000
@@ -157,9 +159,9 @@ def test_two_processes_do_not_prepare_the_same_folder(raw, tmp_path):
 
 def test_interrupted_rounds_of_encoding_go_on(raw, whole, tmp_path, monkeypatch):
     # So little room that the ids are found in several rounds.
-    monkeypatch.setattr(passes, "plan_rounds", lambda sizes, room: plan_rounds(sizes, 9000))
+    monkeypatch.setattr(encode_pass, "plan_rounds", lambda sizes, room: plan_rounds(sizes, 9000))
     with monkeypatch.context() as patch:
-        die_after(patch, passes, "store_ids", 3)
+        die_after(patch, encode_pass, "store_ids", 3)
         with pytest.raises(KilledError):
             prepare(raw, tmp_path / "out", **OPTIONS)
     prepare(raw, tmp_path / "out", **OPTIONS)

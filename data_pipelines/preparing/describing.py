@@ -1,0 +1,130 @@
+"""The description of a prepared dataset, from what its passes found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import pyarrow as pa
+
+from embcomp.data_pipelines.bayes_metrics import read_bayes
+from embcomp.data_pipelines.preparing.counting import PartCounts
+from embcomp.data_pipelines.preparing.encode_pass import numeric_features
+from embcomp.data_pipelines.preparing.encoding import PartRows, unseen_rates
+from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.index_pass import InputIndex
+from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
+from embcomp.data_pipelines.preparing.vocabulary import Ranked, vocabulary_file
+from embcomp.data_pipelines.schema import (
+    FIRST_ID,
+    BayesMetrics,
+    CategoricalFeature,
+    DatasetInfo,
+    FileRecord,
+    NumericFeature,
+    SplitInfo,
+)
+from embcomp.data_pipelines.splits import SPLITS
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the bytes of a dataset depend on: Arrow's writer names itself."""
+    return {"embcomp": version("embcomp"), "pyarrow": pa.__version__}
+
+
+def describe(
+    settings: PrepareSettings,
+    index: InputIndex,
+    counts: PartCounts,
+    ranked: Sequence[Ranked],
+    parts: Sequence[PartRows],
+) -> DatasetInfo:
+    """Return what `dataset.json` says.
+
+    Args:
+        settings: what the call was asked for.
+        index: what the index pass found.
+        counts: what the count pass found.
+        ranked: for each categorical feature, its vocabulary.
+        parts: for each part, the rows that were written.
+    """
+    bayes = read_bayes([file.path for file in settings.table.files], settings.rule)
+    return DatasetInfo(
+        name=settings.name,
+        group=settings.group,
+        numeric=_numeric(settings.features, counts, parts),
+        categorical=_categorical(settings.features, counts, ranked),
+        splits=_splits(counts, parts),
+        split_rule=settings.rule.model_dump(),
+        raw_rows=index.rows,
+        bad_rows=len(counts.bad),
+        dropped_rows=counts.dropped,
+        sources=index.sources,
+        versions=versions(),
+        raw_format=settings.raw_format,
+        bayes=BayesMetrics(**bayes) if bayes else None,
+        checksums=_checksums(settings.features, ranked, parts),
+    )
+
+
+def _numeric(
+    features: Features, counts: PartCounts, parts: Sequence[PartRows]
+) -> list[NumericFeature]:
+    return [
+        feature.model_copy(
+            update={"clipped": sum(part.clipped.get(feature.name, 0) for part in parts)}
+        )
+        for feature in numeric_features(features, counts)
+    ]
+
+
+def _categorical(
+    features: Features, counts: PartCounts, ranked: Sequence[Ranked]
+) -> list[CategoricalFeature]:
+    described = []
+    for place, (feature, found) in enumerate(zip(features.categorical, ranked)):
+        figures = counts.categorical[feature.name]
+        length = figures.train_values / counts.rows[0] if feature.multi_valued else 1.0
+        described.append(
+            CategoricalFeature(
+                name=feature.name,
+                num_embeddings=found.kept + FIRST_ID,
+                multi_valued=feature.multi_valued,
+                min_count=feature.min_count,
+                max_length=figures.max_length,
+                mean_length=length,
+                num_raw_values=found.raw_values,
+                frequency_quantiles=found.quantiles,
+                vocabulary=vocabulary_file(feature.name, place),
+                missing=figures.missing,
+            )
+        )
+    return described
+
+
+def _splits(counts: PartCounts, parts: Sequence[PartRows]) -> dict[str, SplitInfo]:
+    return {
+        split: SplitInfo(
+            files=[part.files[split] for part in parts if split in part.files],
+            rows=counts.rows[code],
+            positives=counts.positives[code],
+            unseen_rate=dict(unseen_rates(parts, split)),
+        )
+        for code, split in enumerate(SPLITS)
+    }
+
+
+def _checksums(
+    features: Features, ranked: Sequence[Ranked], parts: Sequence[PartRows]
+) -> dict[str, FileRecord]:
+    rows = {
+        part.files[split]: part.records[split]
+        for split in SPLITS
+        for part in parts
+        if split in part.files
+    }
+    vocabularies = {
+        vocabulary_file(feature.name, place): found.record
+        for place, (feature, found) in enumerate(zip(features.categorical, ranked))
+    }
+    return rows | vocabularies

@@ -1,0 +1,44 @@
+"""What one call of `prepare` was asked for, all its choices made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from embcomp.data_pipelines.importers.base import RawTable
+from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.schema import RawFormat
+from embcomp.data_pipelines.splits import SplitRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """The arguments of `prepare`, and what followed from them.
+
+    Attributes:
+        table: the raw input.
+        features: the columns to prepare, with their transforms and least counts.
+        rule: which split a row is in.
+        name: the dataset's name.
+        group: the categorical feature that GAUC groups by, if any.
+        memory_budget: bytes for counts, vocabularies and indices, beside the blocks.
+        max_bad_rows: the share of malformed rows above which the call fails.
+        progress: whether to show bars on stderr.
+        report: called with lines of news.
+        rows_per_group: rows of a row group.
+        blocks_per_part: blocks of a part, which is what a killed run loses at most.
+        raw_format: how rows of the same format are read again, to be scored.
+    """
+
+    table: RawTable
+    features: Features
+    rule: SplitRule
+    name: str
+    group: str | None
+    memory_budget: int
+    max_bad_rows: float
+    progress: bool
+    report: Callable[[str], None]
+    rows_per_group: int
+    blocks_per_part: int
+    raw_format: RawFormat | None = None
