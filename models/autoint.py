@@ -19,10 +19,12 @@ from embcomp.errors import ConfigError
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.checks import (
     MOST_LAYERS,
-    check_dropout,
+    Depth,
+    Dropout,
+    HiddenUnits,
+    Width,
     check_heads,
     check_positive,
-    check_units,
 )
 from embcomp.models.fields import FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import MLP, InteractingLayer, XavierLinear
@@ -125,25 +127,21 @@ class AutoIntConfig(ModelConfig):
         use_wide: Whether a linear part with tables of first-order weights is added.
     """
 
-    attention_dim: int = 64
-    attention_layers: int = 3
-    num_heads: int = 2
+    attention_dim: Width = 64
+    attention_layers: Depth = 3
+    num_heads: Depth = 2
     use_residual: bool = True
     use_scale: bool = False
     layer_norm: bool = False
-    attention_dropout: float = 0.0
-    dnn_hidden_units: tuple[int, ...] = ()
+    attention_dropout: Dropout = 0.0
+    dnn_hidden_units: HiddenUnits = ()
     batch_norm: bool = False
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
     use_wide: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self.attention_dim, self.num_heads)
-        check_positive("attention_layers", self.attention_layers, MOST_LAYERS)
-        check_dropout("attention_dropout", self.attention_dropout)
-        check_units("dnn_hidden_units", self.dnn_hidden_units)
-        check_dropout("dropout", self.dropout)
 
     @property
     def uses_first_order(self) -> bool:
@@ -178,10 +176,10 @@ class AutoIntPlusConfig(AutoIntConfig):
     """Settings of AutoInt+: AutoInt with an MLP, by default the one of the BARS benchmark."""
 
     layer_norm: bool = True
-    attention_dropout: float = 0.1
-    dnn_hidden_units: tuple[int, ...] = (400, 400, 400)
+    attention_dropout: Dropout = 0.1
+    dnn_hidden_units: HiddenUnits = (400, 400, 400)
     batch_norm: bool = True
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

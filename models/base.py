@@ -14,12 +14,13 @@ from torchrec.modules.embedding_modules import (
 )
 
 from embcomp.errors import ConfigError
-from embcomp.io.numeric_settings import check_numbers
+from embcomp.io.constraints import Broken, Constrained
 from embcomp.models.checks import (
     check_choice,
     check_feature_names,
     check_not_negative,
     check_positive,
+    not_expected,
 )
 from embcomp.models.fields import POOLINGS, Pooling
 
@@ -49,8 +50,11 @@ class ModelInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(ABC):
-    """Hyper-parameters of one model; subclasses add fields and check them in `__post_init__`.
+class ModelConfig(Constrained, ABC):
+    """Hyper-parameters of one model.
+
+    Subclasses add fields, whose annotations say what they may be; what relates two fields they check
+    in `__post_init__`.
 
     `uses_embeddings` and `uses_first_order` say which tables `build` wants, so that nobody
     allocates tables that the model would not look up.
@@ -58,8 +62,10 @@ class ModelConfig(ABC):
 
     uses_embeddings: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_numbers(self)
+    @classmethod
+    def refusal(cls, broken: Broken) -> str:
+        """The text of an error: the field with its value, and what would do."""
+        return not_expected(broken)
 
     @property
     def uses_first_order(self) -> bool:

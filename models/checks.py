@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Broken, Count, Le, Rule
+from embcomp.io.numeric_settings import shown
 
 MOST_LAYERS = 1000
 """No network is deeper, nor has more heads or experts."""
@@ -12,44 +16,84 @@ WIDEST = 2**20
 """No layer is wider."""
 
 
+@dataclass(frozen=True)
+class Probability(Rule):
+    """A number in [0, 1)."""
+
+    def expected(self, value: Any) -> str:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        return "" if fits else "a number in [0, 1)"
+
+
+@dataclass(frozen=True)
+class LayerWidths(Rule):
+    """Widths of layers, of which there may be none."""
+
+    whole = True
+
+    def expected(self, value: Any) -> str:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return "a list of layer widths, such as [400, 400]"
+        if len(value) > MOST_LAYERS:
+            return f"at most {MOST_LAYERS} layers, got {len(value)}"
+        for width in value:
+            if Count(1).expected(width):
+                return f"layer widths of at least 1, got {width!r}"
+            if expected := Le(WIDEST).expected(width):
+                return f"layer widths of {expected}, got {width!r}"
+        return ""
+
+
+Dropout = Annotated[float, Probability()]
+"""A share of activations that are dropped; at 1 nothing would pass."""
+HiddenUnits = Annotated[tuple[int, ...], LayerWidths()]
+"""Widths of hidden layers; there may be none."""
+Width = Annotated[int, Count(1), Le(WIDEST)]
+"""Of a layer, a row or an attention."""
+Depth = Annotated[int, Count(1), Le(MOST_LAYERS)]
+"""How many layers, heads or experts."""
+
+
+def not_expected(broken: Broken) -> str:
+    """The text of an error: a setting with its value, and what would do."""
+    value = list(broken.value) if isinstance(broken.value, tuple) else broken.value
+    expected = broken.expected
+    if broken.choices:
+        expected = f"one of {', '.join(map(repr, broken.choices))}"
+    return f"{broken.field}={shown(value)}: expected {expected}"
+
+
+def check_setting(name: str, value: Any, *rules: Rule) -> None:
+    """Raise unless `value` keeps the rules."""
+    for rule in rules:
+        if expected := rule.expected(value):
+            raise ConfigError(not_expected(Broken(name, "", value, value, expected)))
+
+
 def check_positive(name: str, value: int, at_most: int = WIDEST) -> None:
     """Raise unless `value` is an integer from 1 to `at_most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
-    if value > at_most:
-        raise ConfigError(f"{name}={value!r}: expected at most {at_most:,}")
+    check_setting(name, value, Count(1), Le(at_most))
 
 
 def check_not_negative(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name}={value!r}: expected an integer of at least 0")
+    check_setting(name, value, Count(0))
 
 
 def check_dropout(name: str, value: float) -> None:
     """Raise unless `value` is a probability below 1 (at 1 nothing would pass)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ConfigError(f"{name}={value!r}: expected a number in [0, 1)")
+    check_setting(name, value, Probability())
 
 
 def check_units(name: str, value: Sequence[int]) -> None:
     """Raise unless `value` is a sequence of layer widths of at least 1; it may be empty."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(f"{name}={value!r}: expected a list of layer widths, such as [400, 400]")
-    if len(value) > MOST_LAYERS:
-        raise ConfigError(f"{name}: expected at most {MOST_LAYERS} layers, got {len(value)}")
-    for width in value:
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ConfigError(
-                f"{name}={list(value)!r}: expected layer widths of at least 1, got {width!r}"
-            )
-        check_positive(name, width)
+    check_setting(name, value, LayerWidths())
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        raise ConfigError(not_expected(Broken(name, "", value, value, "", tuple(choices))))
 
 
 def check_heads(attention_dim: int, num_heads: int) -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Count, Le
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.checks import (
-    MOST_LAYERS,
+    WIDEST,
+    Depth,
+    Dropout,
+    HiddenUnits,
     check_choice,
-    check_dropout,
-    check_positive,
     check_units,
 )
 from embcomp.models.fields import FieldEmbeddings, Pooling
@@ -100,21 +102,16 @@ class DCNv2Config(ModelConfig):
     """Settings of DCN v2; see `DCNv2`."""
 
     structure: Structure = "parallel"
-    num_cross_layers: int = 3
-    low_rank: int | None = None
-    num_experts: int = 4
-    hidden_units: tuple[int, ...] = (400, 400, 400)
+    num_cross_layers: Depth = 3
+    low_rank: Annotated[int | None, Count(1), Le(WIDEST)] = None
+    num_experts: Depth = 4
+    hidden_units: HiddenUnits = (400, 400, 400)
     batch_norm: bool = False
-    dropout: float = 0.0
+    dropout: Dropout = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_structure(self.structure, self.hidden_units)
-        check_positive("num_cross_layers", self.num_cross_layers, MOST_LAYERS)
-        if self.low_rank is not None:
-            check_positive("low_rank", self.low_rank)
-        check_positive("num_experts", self.num_experts, MOST_LAYERS)
-        check_dropout("dropout", self.dropout)
 
     def _build(
         self, inputs: ModelInputs, tables: nn.Module | None, first_order: nn.Module | None

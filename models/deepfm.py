@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.checks import check_dropout, check_units
+from embcomp.models.checks import Dropout, HiddenUnits
 from embcomp.models.fields import SMALL_STD, FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import MLP, FactorizationMachine
 
@@ -73,14 +73,9 @@ class DeepFM(nn.Module):
 class DeepFMConfig(ModelConfig):
     """Settings of DeepFM; see `DeepFM`."""
 
-    hidden_units: tuple[int, ...] = (400, 400, 400)
+    hidden_units: HiddenUnits = (400, 400, 400)
     batch_norm: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_units("hidden_units", self.hidden_units)
-        check_dropout("dropout", self.dropout)
+    dropout: Dropout = 0.0
 
     @property
     def uses_first_order(self) -> bool:

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ConfigError
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.checks import check_choice, check_dropout, check_units
+from embcomp.models.checks import Dropout, HiddenUnits, check_choice
 from embcomp.models.fields import FeatureStack, Pooling, check_dense
 from embcomp.models.layers import MLP, PairwiseDots
 
@@ -150,19 +150,11 @@ class DLRMConfig(ModelConfig):
     """Settings of DLRM; see `DLRM`."""
 
     interaction: Interaction = "dot"
-    bottom_hidden_units: tuple[int, ...] = (128, 64)
-    top_hidden_units: tuple[int, ...] = (400, 400, 400)
+    bottom_hidden_units: HiddenUnits = (128, 64)
+    top_hidden_units: HiddenUnits = (400, 400, 400)
     batch_norm: bool = False
-    bottom_dropout: float = 0.0
-    top_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("interaction", self.interaction, INTERACTIONS)
-        check_units("bottom_hidden_units", self.bottom_hidden_units)
-        check_units("top_hidden_units", self.top_hidden_units)
-        check_dropout("bottom_dropout", self.bottom_dropout)
-        check_dropout("top_dropout", self.top_dropout)
+    bottom_dropout: Dropout = 0.0
+    top_dropout: Dropout = 0.0
 
     def _build(
         self, inputs: ModelInputs, tables: nn.Module | None, first_order: nn.Module | None

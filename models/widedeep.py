@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.models.base import ModelConfig, ModelInputs
-from embcomp.models.checks import check_dropout, check_units
+from embcomp.models.checks import Dropout, HiddenUnits
 from embcomp.models.fields import FieldEmbeddings, FirstOrder, Pooling
 from embcomp.models.layers import MLP
 
@@ -71,14 +71,9 @@ class WideDeep(nn.Module):
 class WideDeepConfig(ModelConfig):
     """Settings of Wide & Deep; see `WideDeep`."""
 
-    hidden_units: tuple[int, ...] = (400, 400, 400)
+    hidden_units: HiddenUnits = (400, 400, 400)
     batch_norm: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_units("hidden_units", self.hidden_units)
-        check_dropout("dropout", self.dropout)
+    dropout: Dropout = 0.0
 
     @property
     def uses_first_order(self) -> bool:

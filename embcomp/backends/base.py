@@ -18,8 +18,8 @@ from typing_extensions import Self
 
 from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.io.constraints import Constrained
 from embcomp.io.lazy_names import warn_renamed
-from embcomp.io.numeric_settings import check_numbers
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -59,8 +59,10 @@ class Backend:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackendConfig(ABC):
+class BackendConfig(Constrained, ABC):
     """What a method needs to know about a group of tables that share it.
+
+    What a setting may be is said in its annotation (``embcomp.io.constraints``).
 
     Args:
         budget: serving bytes for the group, as ``"64MiB"``, a number of bytes, or a share of the
@@ -80,11 +82,8 @@ class BackendConfig(ABC):
     hashes_small: ClassVar[bool] = False
     """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
 
-    at_most: ClassVar[Mapping[str, float]] = {}
-    """The largest value of single settings, where all integers up to 2^53 would be too many."""
-
     def __post_init__(self) -> None:
-        check_numbers(self, self.at_most, owner=self.name)
+        super().__post_init__()
         if self.budget is not None:
             parse_budget(self.budget)
         given = [key for key in (*self.size_fields, "budget") if self.__dict__[key] is not None]
@@ -92,6 +91,11 @@ class BackendConfig(ABC):
             raise ConfigError(
                 f"{self.name}: expected one of {self._size_choices}; got {' and '.join(given)}"
             )
+
+    @classmethod
+    def owner(cls) -> str:
+        """What errors begin with: the method's name."""
+        return f"{cls.name}: "
 
     @property
     def _size_choices(self) -> str:

@@ -72,9 +72,6 @@ class Blocks(BackendConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, given in (("widths", self.widths), ("cuts", self.cuts)):
-            lists = {table: tuple(values) for table, values in given.items()}
-            object.__setattr__(self, key, lists)  # JSON and YAML know lists only
         for table, widths in self.widths.items():
             cuts = self.cuts.get(table, ())
             check_cuts(self.name, table, cuts, None)

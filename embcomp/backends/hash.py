@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Between, Ge
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
@@ -37,23 +37,14 @@ class Hash(BackendConfig):
         seed: salts the hash.
     """
 
-    num_buckets: int | None = None
-    ratio: float | None = None
-    collisionless: int = 100
+    num_buckets: Annotated[int | None, Ge(1)] = None
+    ratio: Annotated[float | None, Between(0, 1, "(]")] = None
+    collisionless: Annotated[int, Ge(0)] = 100
     seed: int = 2021
 
     name: ClassVar[str] = "hash"
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.ratio, float | int) and not 0 < self.ratio <= 1:
-            raise ConfigError(f"hash: ratio must be in (0, 1], got {self.ratio}")
-        super().__post_init__()
-        if self.num_buckets is not None and self.num_buckets < 1:
-            raise ConfigError(f"hash: num_buckets must be at least 1, got {self.num_buckets}")
-        if self.collisionless < 0:
-            raise ConfigError(f"hash: collisionless must be at least 0, got {self.collisionless}")
 
     def rows(self, table: TableSpec) -> int:
         """Rows of the hashed table that stands for ``table``."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from typing_extensions import Self
 from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Count, Le
 from embcomp.layers.pruned_route import (
     PrunedRoute,
     directory_bytes,
@@ -50,29 +51,15 @@ class LowDim(BackendConfig):
             multiples of 4 anyway.
     """
 
-    width: int | None = None
-    widths: Mapping[str, int] = field(default_factory=dict)
-    kept: Mapping[str, int] = field(default_factory=dict)
-    multiple_of: int = 1
+    width: Annotated[int | None, Count(1), Le(2**16)] = None
+    widths: Annotated[Mapping[str, int], Count(1, of="table"), Le(2**16)] = field(
+        default_factory=dict
+    )
+    kept: Annotated[Mapping[str, int], Count(0, of="table")] = field(default_factory=dict)
+    multiple_of: Annotated[int, Count(1), Le(2**16)] = 1
 
     name: ClassVar[str] = "low_dim"
-    at_most: ClassVar[Mapping[str, float]] = {"width": 2**16, "widths": 2**16, "multiple_of": 2**16}
     size_fields: ClassVar[tuple[str, ...]] = ("width",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, least, values in (
-            ("width", 1, {} if self.width is None else {"": self.width}),
-            ("widths", 1, self.widths),
-            ("kept", 0, self.kept),
-            ("multiple_of", 1, {"": self.multiple_of}),
-        ):
-            for table, value in values.items():
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    where = f"{key} of table {table!r}" if table else key
-                    raise ConfigError(
-                        f"low_dim: {where} must be an integer of at least {least}, got {value!r}"
-                    )
 
     def require_size(self) -> None:
         if not self.widths and not self.kept:

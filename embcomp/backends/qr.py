@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.budget import largest_int
@@ -49,21 +49,11 @@ class QR(BackendConfig):
             half of the width.
     """
 
-    divisor: int | None = None
+    divisor: Annotated[int | None, Ge(1)] = None
     combine: Combination = "mult"
 
     name: ClassVar[str] = "qr"
     size_fields: ClassVar[tuple[str, ...]] = ("divisor",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.divisor is not None and self.divisor < 1:
-            raise ConfigError(f"qr: divisor must be at least 1, got {self.divisor}")
-        if self.combine not in get_args(Combination):
-            raise ConfigError(
-                f"qr: combine must be one of {', '.join(get_args(Combination))}, "
-                f"got {self.combine!r}"
-            )
 
     def _width(self, table: TableSpec) -> int:
         return -(-table.embedding_dim // 2) if self.combine == "concat" else table.embedding_dim

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Count
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, per_value, renamed
@@ -42,18 +43,9 @@ class Sparse(BackendConfig):
             all. A table of 0 gives zeros and stores nothing.
     """
 
-    nonzeros: Mapping[str, int] = field(default_factory=dict)
+    nonzeros: Annotated[Mapping[str, int], Count(0, of="table")] = field(default_factory=dict)
 
     name: ClassVar[str] = "sparse"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for table, count in self.nonzeros.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ConfigError(
-                    f"sparse: nonzeros of table {table!r} must be a number of elements, at least "
-                    f"0, got {count!r}"
-                )
 
     def keeps_full(self, table: TableSpec) -> bool:
         return False

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
@@ -52,39 +53,17 @@ class Unified(BackendConfig):
         seed: salts the hash.
     """
 
-    num_buckets: int | None = None
-    num_chunks: int = 2
-    chunks: Mapping[str, int] = field(default_factory=dict)
-    num_tables: int = 1
-    collisionless: int = 0
-    init_range: float = 0.05
+    num_buckets: Annotated[int | None, Ge(1)] = None
+    num_chunks: Annotated[int, Ge(1), Le(1024)] = 2
+    chunks: Annotated[Mapping[str, int], Ge(1), Le(1024)] = field(default_factory=dict)
+    num_tables: Annotated[int, Ge(1), Le(1024)] = 1
+    collisionless: Annotated[int, Ge(0)] = 0
+    init_range: Annotated[float, Positive(), Le(10**6)] = 0.05
     seed: int = 2021
 
     name: ClassVar[str] = "unified"
-    at_most: ClassVar[Mapping[str, float]] = {
-        "num_chunks": 1024,
-        "chunks": 1024,
-        "num_tables": 1024,
-        "init_range": 1e6,
-    }
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, value, least in (
-            ("num_buckets", self.num_buckets, 1),
-            ("num_chunks", self.num_chunks, 1),
-            ("num_tables", self.num_tables, 1),
-            ("collisionless", self.collisionless, 0),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"unified: {key} must be at least {least}, got {value}")
-        for table, count in self.chunks.items():
-            if count < 1:
-                raise ConfigError(f"unified: chunks of {table!r} must be at least 1, got {count}")
-        if not self.init_range > 0:
-            raise ConfigError(f"unified: init_range must be positive, got {self.init_range}")
 
     def keeps_full(self, table: TableSpec) -> bool:
         return table.num_embeddings <= self.collisionless

@@ -1,47 +1,20 @@
 """Numbers that no setting can mean, refused for every method, model and section alike.
 
 A type says too little: `True` passes for 1, 1e309 for a rate, and a network of 10^8 layers for one that
-can be built. Each setting's own check says what it needs; these are the rules that all share.
+can be built. A setting's constraints say what it needs; these are the rules that all share.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from embcomp.errors import ConfigError
-
 MOST = 2**53
 """No integer is larger: JSON readers and floats hold them exactly up to here."""
 SEEDS = 2**32
 """Seeds are below this: numpy's generators take no larger ones."""
-
-
-def check_numbers(
-    settings: Any, at_most: Mapping[str, float] | None = None, *, owner: str = ""
-) -> None:
-    """Raises a ConfigError for the first number of a dataclass that it cannot mean.
-
-    Args:
-        settings: An instance, of a dataclass with resolvable annotations.
-        at_most: The largest value of single fields, of each number where one holds several.
-        owner: What an error begins with.
-    """
-    hints = hints_of(type(settings))
-    for field in dataclasses.fields(settings):
-        if not field.init:
-            continue
-        problem = why_no_number(
-            field.name,
-            getattr(settings, field.name),
-            hints[field.name],
-            (at_most or {}).get(field.name),
-        )
-        if problem:
-            raise ConfigError(f"{owner}{': ' if owner else ''}{problem}")
 
 
 def hints_of(cls: type) -> Mapping[str, Any]:
@@ -54,14 +27,13 @@ def hints_of(cls: type) -> Mapping[str, Any]:
 _HINTS: dict[type, Mapping[str, Any]] = {}  # a search makes settings by the thousand
 
 
-def why_no_number(name: str, value: Any, hint: Any, most: float | None = None) -> str:
+def why_no_number(name: str, value: Any, hint: Any) -> str:
     """What is wrong with the numbers in a field's value; empty if nothing is.
 
     Args:
         name: The field.
         value: What it was given, of any type.
         hint: Its annotation.
-        most: The largest number that it takes.
     """
     wanted = set(_leaves(hint))
     if not wanted & {int, float} or Any in wanted:
@@ -78,21 +50,15 @@ def why_no_number(name: str, value: Any, hint: Any, most: float | None = None) -
             expected = "an integer"
         elif isinstance(number, int) and name == "seed" and not 0 <= number < SEEDS:
             expected = f"a seed from 0 to {SEEDS - 1}"
-        elif _too_large(number, most):
-            expected = f"at most {MOST if most is None else most:,}"
+        elif isinstance(number, int) and abs(number) > MOST:
+            expected = f"at most {MOST:,}"  # rates and penalties have bounds of their own
         if expected:
-            return f"{name}={_shown(value)}: expected {expected}, got {_shown(number)}"
+            return f"{name}={shown(value)}: expected {expected}, got {shown(number)}"
     return ""
 
 
 def _is_broken(number: Any) -> bool:
     return isinstance(number, float) and not number.is_integer()
-
-
-def _too_large(number: Any, most: float | None) -> bool:
-    if most is None:  # rates and penalties have bounds of their own, where they have any
-        return isinstance(number, int) and abs(number) > MOST
-    return isinstance(number, int | float) and abs(number) > most
 
 
 def _scalars(value: Any) -> Iterator[Any]:
@@ -126,6 +92,7 @@ def _leaves(hint: Any) -> Iterator[Any]:
             yield from _leaves(each)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Constrained, broken_rule, choices_of
 from embcomp.io.numeric_settings import hints_of, why_no_number
 from embcomp.io.yaml_documents import MOST_LEVELS, UnreadableYamlError, parse_yaml
 
@@ -100,6 +101,10 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
     for key, value in options.items():  # before pydantic makes 1 of True
         if not isinstance(value, str) and (problem := why_no_number(key, value, hints[key])):
             raise config_error(f"{key}: {problem.partition(': ')[2]}")
+        if issubclass(cls, Constrained) and choices_of(hints[key]):  # in our words, not pydantic's
+            broken = broken_rule(cls, key, value)
+            if broken is not None:
+                raise config_error(cls.refusal(broken))
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:

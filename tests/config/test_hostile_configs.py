@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -120,7 +120,8 @@ def test_a_hostile_value_in_a_search_is_read_or_refused_in_one_line(data, name, 
 )
 def test_a_hostile_number_from_python_is_taken_or_refused_in_one_line(data, registry, value):
     cls = registry[data.draw(st.sampled_from(sorted(registry)))]
-    numbers = [key for key, kind in cls.__annotations__.items() if kind in NUMBERS]
+    hints = get_type_hints(cls)
+    numbers = [key for key in cls.__annotations__ if hints[key] in NUMBERS]
     if not numbers or not isinstance(value, int | float | str | None):
         return
     try:
@@ -129,7 +130,7 @@ def test_a_hostile_number_from_python_is_taken_or_refused_in_one_line(data, regi
         check_refusal(error)
 
 
-NUMBERS = ("int", "float", "int | None", "float | None")
+NUMBERS = (int, float, int | None, float | None)
 
 NONSENSE = (
     ("model.attention_layers=100000000", "attention_layers"),

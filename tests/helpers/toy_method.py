@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge
 from embcomp.layers.routing import renamed
 from embcomp.tables import LookupKey, PhysicalTable, TableSpec, UniformInit
 from embcomp.tables.budget import largest_int
@@ -26,15 +26,10 @@ class Neighbours(BackendConfig):
         share: how many ids have one row.
     """
 
-    share: int | None = None
+    share: Annotated[int | None, Ge(1)] = None
 
     name: ClassVar[str] = "neighbours"
     size_fields: ClassVar[tuple[str, ...]] = ("share",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.share is not None and self.share < 1:
-            raise ConfigError(f"neighbours: share must be at least 1, got {self.share}")
 
     def rows(self, table: TableSpec) -> int:
         """Rows for a table's ids."""

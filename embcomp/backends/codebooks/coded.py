@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from embcomp.backends.codebooks.vector_quantized import (
 )
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
@@ -57,14 +57,9 @@ class Coded(VectorQuantized):
             codewords as they are used.
     """
 
-    latent_dim: int | None = None
+    latent_dim: Annotated[int | None, Ge(1), Le(2**16)] = None
 
     name: ClassVar[str] = "coded"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent_dim is not None and self.latent_dim < 1:
-            raise ConfigError(f"{self.name}: latent_dim must be at least 1, got {self.latent_dim}")
 
     @property
     def stored_latent(self) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,11 @@ from embcomp.backends.codebooks.subvectors import (
     SharingGroups,
     SubvectorLayout,
     check_sharing,
-    settled_groups,
 )
 from embcomp.backends.codebooks.vector_quantized import projection_footprint
 from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
@@ -66,24 +65,19 @@ class LowRank(BackendConfig):
             rather than from random latents.
     """
 
-    latent_dim: int | None = None
-    subvector_dim: int | None = None
+    latent_dim: Annotated[int | None, Ge(1), Le(2**16)] = None
+    subvector_dim: Annotated[int | None, Ge(1), Le(2**16)] = None
     projections: Sharing = "table"
     sharing_groups: SharingGroups = ()
     bias: bool = False
     from_dense: bool = True
 
     name: ClassVar[str] = "low_rank"
-    at_most: ClassVar[Mapping[str, float]] = {"latent_dim": 2**16, "subvector_dim": 2**16}
     size_fields: ClassVar[tuple[str, ...]] = ("latent_dim",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "sharing_groups", settled_groups(self.sharing_groups))
         check_sharing(self.name, "projections", self.projections, self.sharing_groups)
-        for key, value in (("latent_dim", self.latent_dim), ("subvector_dim", self.subvector_dim)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{self.name}: {key} must be at least 1, got {value}")
 
     def layout(self, tables: Sequence[TableSpec]) -> SubvectorLayout:
         """The sub-vectors of a group of tables."""

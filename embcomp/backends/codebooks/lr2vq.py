@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ from embcomp.backends.codebooks.vector_quantized import (
 from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Between, Ge, Le
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
@@ -80,11 +81,11 @@ class LR2VQ(VectorQuantized):
     """
 
     codebooks: Sharing = "table"
-    latent_dim: int | Literal["auto"] | None = None
+    latent_dim: Annotated[int | Literal["auto"] | None, Ge(1), Le(2**16)] = None
     factored: bool = True
-    commitment: float = 0.25
-    decay: float = 0.99
-    revive_every: int = 100
+    commitment: Annotated[float, Ge(0), Le(10**6)] = 0.25
+    decay: Annotated[float, Between(0, 1, "[)")] = 0.99
+    revive_every: Annotated[int, Ge(1)] = 100
     clustering: Clustering = "torch"
     from_dense: bool = True
 
@@ -92,20 +93,7 @@ class LR2VQ(VectorQuantized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        latent = self.latent_dim
-        if isinstance(latent, str) and latent != _AUTO or isinstance(latent, int) and latent < 1:
-            raise ConfigError(
-                f"{self.name}: latent_dim must be at least 1, or {_AUTO!r}, got {latent!r}"
-            )
-        if not self.commitment >= 0:
-            raise ConfigError(f"{self.name}: commitment must be at least 0, got {self.commitment}")
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"{self.name}: decay must be in [0, 1), got {self.decay}")
-        if self.revive_every < 1:
-            raise ConfigError(
-                f"{self.name}: revive_every must be at least 1, got {self.revive_every}"
-            )
-        if latent == _AUTO and not self.from_dense:
+        if self.latent_dim == _AUTO and not self.from_dense:
             raise ConfigError(
                 f"{self.name}: latent_dim: auto looks at trained full tables, which from_dense: "
                 "false never has; give a number"

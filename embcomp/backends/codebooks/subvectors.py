@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,7 @@ SharingGroups = tuple[tuple[str, ...], ...]
 
 
 def check_sharing(method: str, field: str, sharing: str, groups: SharingGroups) -> None:
-    """Raise a ConfigError for what is no ``Sharing``, or groups that cannot be."""
-    if sharing not in get_args(Sharing):
-        raise ConfigError(
-            f"{method}: {field} must be one of {', '.join(get_args(Sharing))}, got {sharing!r}"
-        )
+    """Raise a ConfigError for groups of tables that cannot be."""
     if groups and sharing == "table":
         raise ConfigError(
             f"{method}: with {field}: table no tables share, so there is nothing for sharing_groups "
@@ -41,11 +37,6 @@ def check_sharing(method: str, field: str, sharing: str, groups: SharingGroups) 
     twice = [name for name, count in Counter(chain.from_iterable(groups)).items() if count > 1]
     if twice:
         raise ConfigError(f"{method}: sharing_groups name {', '.join(twice)} more than once")
-
-
-def settled_groups(groups: Sequence[Sequence[str]]) -> SharingGroups:
-    """Groups as tuples, where JSON and YAML know lists only."""
-    return tuple(tuple(names) for names in groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from typing_extensions import Self
 
@@ -19,9 +19,9 @@ from embcomp.backends.codebooks.subvectors import (
     SharingGroups,
     SubvectorLayout,
     check_sharing,
-    settled_groups,
 )
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Between, Ge, Le
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, shared_name
 
@@ -45,33 +45,18 @@ class VectorQuantized(BackendConfig):
         seed: of clustering, and of the codes of tables that nobody has clustered.
     """
 
-    subvector_dim: int | None = None
-    num_codewords: int | None = None
+    subvector_dim: Annotated[int | None, Ge(1), Le(2**16)] = None
+    num_codewords: Annotated[int | None, Between(2, 1 << MAX_BITS)] = None
     codebooks: Sharing = "position"
     sharing_groups: SharingGroups = ()
     scale: bool = True
     seed: int = 2021
 
     size_fields: ClassVar[tuple[str, ...]] = ("subvector_dim",)
-    at_most: ClassVar[Mapping[str, float]] = {
-        "subvector_dim": 2**16,
-        "latent_dim": 2**16,
-        "commitment": 1e6,
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "sharing_groups", settled_groups(self.sharing_groups))
         check_sharing(self.name, "codebooks", self.codebooks, self.sharing_groups)
-        if self.subvector_dim is not None and self.subvector_dim < 1:
-            raise ConfigError(
-                f"{self.name}: subvector_dim must be at least 1, got {self.subvector_dim}"
-            )
-        if self.num_codewords is not None and not 2 <= self.num_codewords <= 1 << MAX_BITS:
-            raise ConfigError(
-                f"{self.name}: num_codewords must be in [2, {1 << MAX_BITS}], "
-                f"got {self.num_codewords}"
-            )
 
     @property
     def width(self) -> int:

@@ -39,7 +39,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from embcomp.backends.dnis.search import DNISSearch, Selection
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
@@ -88,61 +89,37 @@ class DNIS(BackendConfig):
             ones, network included. Where a second epoch over-fits, it should not.
     """
 
-    serve_bytes: int | None = None
+    serve_bytes: Annotated[int | None, Positive()] = None
     quantiles: tuple[float, ...] = TRAFFIC_QUANTILES
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selection: Selection = "free"
     structure: Structure = "block"
-    l1: float = 1e-3
-    search_epochs: int = 1
-    learning_rate: float = 0.01
-    decay: float = 0.0
+    l1: Annotated[float, Ge(0)] = 1e-3
+    search_epochs: Annotated[int, Positive(), Le(10**6)] = 1
+    learning_rate: Annotated[float, Positive(), Le(10**6)] = 0.01
+    decay: Annotated[float, Ge(0), Le(10**6)] = 0.0
     second_order: bool = False
     freezes_network: bool = True
     inherit: bool = True
 
     name: ClassVar[str] = "dnis"
-    at_most: ClassVar[Mapping[str, float]] = {
-        "search_epochs": 10**6,
-        "learning_rate": 1e6,
-        "decay": 1e6,
-    }
     size_fields: ClassVar[tuple[str, ...]] = ("serve_bytes",)
     learns_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "quantiles", tuple(self.quantiles))
-        cuts = {table: tuple(values) for table, values in self.cuts.items()}
-        object.__setattr__(self, "cuts", cuts)  # JSON and YAML know lists only
-        for table, values in cuts.items():
+        for table, values in self.cuts.items():
             check_cuts(self.name, table, values, None)
         shares = (0.0, *self.quantiles, 1.0)
         if not all(low < high for low, high in itertools.pairwise(shares)):
             raise ConfigError(
                 f"dnis: quantiles must rise strictly within (0, 1), got {list(self.quantiles)}"
             )
-        for key, value, known in (
-            ("selection", self.selection, get_args(Selection)),
-            ("structure", self.structure, get_args(Structure)),
-        ):
-            if value not in known:
-                raise ConfigError(f"dnis: {key} must be one of {', '.join(known)}, got {value!r}")
         if self.second_order and not self.freezes_network:
             raise ConfigError(
                 "dnis: second_order looks through steps of the rows alone; it needs "
                 "freezes_network: true"
             )
-        for key, number, fits in (
-            ("serve_bytes", self.serve_bytes, self.serve_bytes is None or self.serve_bytes > 0),
-            ("l1", self.l1, self.l1 >= 0),
-            ("search_epochs", self.search_epochs, self.search_epochs > 0),
-            ("learning_rate", self.learning_rate, self.learning_rate > 0),
-            ("decay", self.decay, self.decay >= 0),
-        ):
-            if not fits:
-                least = "at least 0" if key in ("l1", "decay") else "positive"
-                raise ConfigError(f"dnis: {key} must be {least}, got {number}")
 
     def keeps_full(self, table: TableSpec) -> bool:
         return False  # what a table is worth is learnt

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from embcomp.backends.blocks import column_dtype
 from embcomp.backends.dnis.pruning import blocks_form
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Positive
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts, traffic_cuts
 from embcomp.layers.learned_buffers import Penalised
@@ -49,25 +50,11 @@ class DNISSearch(BackendConfig):
 
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selection: Selection = "free"
-    l1: float = 1e-3
-    serve_bytes: int | None = None
+    l1: Annotated[float, Ge(0)] = 1e-3
+    serve_bytes: Annotated[int | None, Positive()] = None
 
     name: ClassVar[str] = "dnis_search"
     learns_size: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cuts = {table: tuple(values) for table, values in self.cuts.items()}
-        object.__setattr__(self, "cuts", cuts)  # JSON and YAML know lists only
-        if self.selection not in get_args(Selection):
-            raise ConfigError(
-                f"{self.name}: selection must be one of {', '.join(get_args(Selection))}, "
-                f"got {self.selection!r}"
-            )
-        if not self.l1 >= 0:
-            raise ConfigError(f"{self.name}: l1 must be at least 0, got {self.l1}")
-        if self.serve_bytes is not None and self.serve_bytes < 1:
-            raise ConfigError(f"{self.name}: serve_bytes must be positive, got {self.serve_bytes}")
 
     def keeps_full(self, table: TableSpec) -> bool:
         return False

@@ -16,10 +16,11 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Between, Constrained, Ge
 
 Score = Callable[[Widths], float]
 
@@ -28,7 +29,7 @@ _ATTEMPTS = 50  # at a child that is new, before the generation goes on without 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evolution:
+class Evolution(Constrained):
     """How long and how widely to search.
 
     Args:
@@ -41,24 +42,18 @@ class Evolution:
         finalists: the best, to be scored again on all rows; 0 trusts the first scores.
     """
 
-    generations: int = 30
-    population: int = 20
-    parents: int = 15
-    mutants: int = 10
-    crossovers: int = 10
-    mutation_probability: float = 0.1
-    finalists: int = 5
+    generations: Annotated[int, Ge(0)] = 30
+    population: Annotated[int, Ge(1)] = 20
+    parents: Annotated[int, Ge(1)] = 15
+    mutants: Annotated[int, Ge(0)] = 10
+    crossovers: Annotated[int, Ge(0)] = 10
+    mutation_probability: Annotated[float, Between(0, 1, "(]")] = 0.1
+    finalists: Annotated[int, Ge(0)] = 5
 
-    def __post_init__(self) -> None:
-        least = {"generations": 0, "population": 1, "parents": 1, "mutants": 0, "crossovers": 0}
-        for key, low in (least | {"finalists": 0}).items():
-            if self.__dict__[key] < low:
-                raise ConfigError(f"evolution: {key} must be at least {low}, got {vars(self)[key]}")
-        if not 0 < self.mutation_probability <= 1:
-            raise ConfigError(
-                "evolution: mutation_probability must be in (0, 1], "
-                f"got {self.mutation_probability}"
-            )
+    @classmethod
+    def owner(cls) -> str:
+        """What errors begin with."""
+        return "evolution: "
 
 
 @dataclass(frozen=True, kw_only=True)

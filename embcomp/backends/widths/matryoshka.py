@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -21,10 +21,17 @@ from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.greedy_widths import allocate_greedily
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
-from embcomp.backends.widths.searched_size import SEARCHED, SearchedSize
+from embcomp.backends.widths.searched_size import (
+    Candidates,
+    FirstCandidates,
+    Rounds,
+    SearchedSize,
+    WidthGrid,
+)
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
 
@@ -56,43 +63,26 @@ class Matryoshka(SearchedSize):
         seed: of the widths that are drawn.
     """
 
-    width_grid: int | tuple[int, ...] = 2
-    weights: Mapping[int, float] = field(default_factory=dict)
+    width_grid: WidthGrid = 2
+    weights: Annotated[Mapping[int, float], Le(10**9)] = field(default_factory=dict)
     choose: Choose = "greedy"
-    finetune_epochs: int = 1
-    search_rows: int = 200_000
-    generations: int = 30
-    population: int = 20
-    mutants: int = 10
-    crossovers: int = 10
+    finetune_epochs: Rounds = 1
+    search_rows: Annotated[int, Ge(1)] = 200_000
+    generations: Rounds = 30
+    population: FirstCandidates = 20
+    mutants: Candidates = 10
+    crossovers: Candidates = 10
     seed: int = 2021
 
     name: ClassVar[str] = "matryoshka"
-    at_most: ClassVar[Mapping[str, float]] = {
-        "width_grid": 2**16,
-        "weights": 1e9,
-        "finetune_epochs": 10**6,
-        **SEARCHED,
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.choose not in get_args(Choose):
-            raise ConfigError(
-                f"matryoshka: choose must be one of {', '.join(get_args(Choose))}, "
-                f"got {self.choose!r}"
-            )
         for width, weight in self.weights.items():
             if not weight > 0:
                 raise ConfigError(
                     f"matryoshka: the weight of width {width} must be positive, got {weight}"
                 )
-        if self.finetune_epochs < 0 or self.search_rows < 1:
-            raise ConfigError(
-                "matryoshka: finetune_epochs must be at least 0 and search_rows at least 1, got "
-                f"{self.finetune_epochs} and {self.search_rows}"
-            )
-        self._evolution()
 
     def _evolution(self) -> Evolution:
         return Evolution(

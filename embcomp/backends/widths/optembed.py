@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,16 @@ from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
 from embcomp.backends.widths.row_ranking import RowRanking, counts_or_ranks
-from embcomp.backends.widths.searched_size import SEARCHED, SearchedSize
+from embcomp.backends.widths.searched_size import (
+    Candidates,
+    FirstCandidates,
+    Rounds,
+    SearchedSize,
+)
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_norms
 from embcomp.backends.widths.width_space import WidthSpace
-from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec, by_name
 
@@ -79,39 +84,18 @@ class OptEmbed(SearchedSize):
 
     prune: Prune = "both"
     norm: Norm = 1
-    alpha: float = 1e-3
-    threshold_learning_rate: float = 0.1
+    alpha: Annotated[float, Ge(0), Le(10**6)] = 1e-3
+    threshold_learning_rate: Annotated[float, Ge(0), Le(10**6)] = 0.1
     importance: Importance = "norm_and_count"
     inherit: bool = False
-    search_rows: int = 200_000
-    generations: int = 30
-    population: int = 20
-    mutants: int = 10
-    crossovers: int = 10
+    search_rows: Annotated[int, Ge(1)] = 200_000
+    generations: Rounds = 30
+    population: FirstCandidates = 20
+    mutants: Candidates = 10
+    crossovers: Candidates = 10
     seed: int = 2021
 
     name: ClassVar[str] = "optembed"
-    at_most: ClassVar[Mapping[str, float]] = {
-        "width_grid": 2**16,
-        "alpha": 1e6,
-        "threshold_learning_rate": 1e6,
-        **SEARCHED,
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, choices in (("prune", Prune), ("norm", Norm), ("importance", Importance)):
-            if self.__dict__[key] not in get_args(choices):
-                raise ConfigError(
-                    f"optembed: {key} must be one of {', '.join(map(str, get_args(choices)))}, "
-                    f"got {self.__dict__[key]!r}"
-                )
-        for key, least in (("alpha", 0), ("threshold_learning_rate", 0), ("search_rows", 1)):
-            if self.__dict__[key] < least:
-                raise ConfigError(
-                    f"optembed: {key} must be at least {least}, got {self.__dict__[key]}"
-                )
-        self._evolution()
 
     def _evolution(self) -> Evolution:
         return Evolution(

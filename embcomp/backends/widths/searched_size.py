@@ -5,23 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from typing_extensions import Self
 
 from embcomp.backends.base import BackendConfig, full_table
 from embcomp.backends.widths.width_space import width_choices
 from embcomp.errors import ConfigError
+from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
-SEARCHED = {
-    "generations": 10**6,
-    "population": 10**6,
-    "mutants": 10**6,
-    "crossovers": 10**6,
-}
-"""The largest settings of an evolution over sizes."""
+WidthGrid = Annotated[int | tuple[int, ...], Le(2**16)]
+Rounds = Annotated[int, Ge(0), Le(10**6)]
+"""Generations and epochs."""
+Candidates = Annotated[int, Ge(0), Le(10**6)]
+"""Of a generation of an evolution over sizes."""
+FirstCandidates = Annotated[int, Ge(1), Le(10**6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,15 @@ class SearchedSize(BackendConfig):
             always among them.
     """
 
-    target_bytes: int | None = None
-    width_grid: int | tuple[int, ...] = 1
+    target_bytes: Annotated[int | None, Positive()] = None
+    width_grid: WidthGrid = 1
 
     size_fields: ClassVar[tuple[str, ...]] = ("target_bytes",)
     learns_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.width_grid, list):
-            object.__setattr__(self, "width_grid", tuple(self.width_grid))
         width_choices(self.width_grid, 1)
-        if self.target_bytes is not None and self.target_bytes < 1:
-            raise ConfigError(
-                f"{self.name}: target_bytes must be positive, got {self.target_bytes}"
-            )
 
     def require_size(self) -> None:
         """Without a size, what is learnt decides."""
