@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING
 from embcomp.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from embcomp.collection.assembled import build_groups as build_groups
     from embcomp.collection.collection import (
         AnyPlan as AnyPlan,
         CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection as CompressedEmbeddingCollection,
-        build_groups as build_groups,
     )
 
-_HOMES = dict.fromkeys(
-    (
-        "AnyPlan",
-        "CompressedEmbeddingBagCollection",
-        "CompressedEmbeddingCollection",
-        "build_groups",
-    ),
-    "embcomp.collection.collection",
-)
+_HOMES = {
+    "AnyPlan": "embcomp.collection.collection",
+    "CompressedEmbeddingBagCollection": "embcomp.collection.collection",
+    "CompressedEmbeddingCollection": "embcomp.collection.collection",
+    "build_groups": "embcomp.collection.assembled",
+}
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollection,
-    EmbeddingBagCollectionInterface,
-    EmbeddingCollectionInterface,
-)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import Self
 
 from embcomp.backends.base import BackendConfig
-from embcomp.collection.combine import Combine, PooledCombine, UnpooledCombine
+from embcomp.collection.assembled import (
+    AssembledTables,
+    PooledTables,
+    UnpooledTables,
+    build_groups,
+)
+from embcomp.collection.combine import Combine
 from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
-from embcomp.collection.groups import Group, group_labels, table_features
+from embcomp.collection.groups import Group
 from embcomp.collection.plan import Plan, ResolvedPlan
-from embcomp.collection.route import CompositeRoute
 from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
@@ -41,42 +43,11 @@ _NO_TABLES = nn.ModuleDict()
 AnyPlan = Plan | ResolvedPlan | BackendConfig | Mapping[str, BackendConfig] | None
 
 
-def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
-    """The methods of a plan, built for their tables.
-
-    Args:
-        plan: the method of every table.
-        unpooled: whether all methods' rows are looked up one by one, not only those that need it.
-    """
-    instances = table_features(plan.tables)
-    groups = [
-        Group(
-            label=label,
-            config=config,
-            tables=tables,
-            backend=(backend := config.build(tables)),
-            instances=[i for table in tables for i in instances if i.table == table],
-            unpooled=unpooled or backend.needs_unpooled_rows,
-        )
-        for label, (config, tables) in zip(group_labels(plan.groups), plan.groups)
-    ]
-    names = [table.name for group in groups for table in group.backend.physical_tables]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"physical tables {', '.join(twice)} clash; rename the logical ones, or give methods "
-            "that share rows among their tables another seed"
-        )
-    return groups
-
-
 def _inner(
     groups: Sequence[Group], *, is_weighted: bool, device: torch.device | None
-) -> EmbeddingBagCollection | None:
-    """The TorchRec collection that holds the groups' rows; None when there is nothing to hold."""
+) -> EmbeddingBagCollection:
+    """The TorchRec collection that holds the groups' rows."""
     tables = [table.config() for group in groups for table in group.backend.physical_tables]
-    if not tables:
-        return None
     taken = [table.name for table in tables if hasattr(_NO_TABLES, table.name)]
     if taken:
         raise ConfigError(
@@ -86,49 +57,32 @@ def _inner(
     return EmbeddingBagCollection(tables=tables, is_weighted=is_weighted, device=device)
 
 
-class _Compressed(nn.Module):
-    """What both collections share: the plan, the physical rows and their bytes."""
-
-    route: CompositeRoute
-    rows: Any  # EmbeddingBagCollection of pooled look-ups, sharded or not; None without any
-    unpooled_rows: Any  # the same for look-ups in bags of one
-    combine: nn.Module
+class _Compressed(AssembledTables):
+    """What both collections share: the rows that TorchRec holds, and their bytes."""
 
     def _set_up(
         self,
         specs: list[TableSpec],
         plan: AnyPlan,
         *,
-        unpooled: bool,
-        is_weighted: bool,
         device: torch.device | None,
-    ) -> list[Group]:
-        self._device = device or torch.device("cpu")
-        self._plan = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
-        with self._device:  # learnt buffers, as long as a vocabulary, are made where they belong
-            groups = build_groups(self._plan, unpooled=unpooled)
-        self._groups = groups
+        is_weighted: bool = False,
+        need_indices: bool = False,
+    ) -> None:
+        place = device or torch.device("cpu")
+        resolved = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
+        with place:  # learnt buffers, as long as a vocabulary, are made where they belong
+            groups = build_groups(resolved, unpooled=self.unpooled)
         self._physical = [t for group in groups for t in group.backend.physical_tables]
-        self.route = CompositeRoute(groups, is_weighted=is_weighted)
-        self.rows = _inner(
-            [group for group in groups if not group.unpooled],
+        self._assemble(
+            specs,
+            resolved,
+            groups,
+            partial(_inner, is_weighted=is_weighted, device=device),
+            device=place,
             is_weighted=is_weighted,
-            device=device,
+            need_indices=need_indices,
         )
-        self.unpooled_rows = _inner(
-            [group for group in groups if group.unpooled], is_weighted=is_weighted, device=device
-        )
-        return groups
-
-    @property
-    def device(self) -> torch.device:
-        """Where the collection was built."""
-        return self._device
-
-    @property
-    def plan(self) -> ResolvedPlan:
-        """The method of every table, all sizes fixed."""
-        return self._plan
 
     @property
     def footprint(self) -> Footprint:
@@ -139,11 +93,6 @@ class _Compressed(nn.Module):
     def physical_tables(self) -> list[PhysicalTable]:
         """The tables that TorchRec holds."""
         return list(self._physical)
-
-    @property
-    def groups(self) -> list[Group]:
-        """The methods as built, each with its tables."""
-        return list(self._groups)
 
     def inner_collections(self) -> Iterator[nn.Module]:
         """The TorchRec collections that hold the rows, sharded or not."""
@@ -282,7 +231,7 @@ class _Compressed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):
+class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
     """Pooled embeddings from compressed tables, in place of TorchRec's EmbeddingBagCollection.
 
     Args:
@@ -313,9 +262,7 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
         super().__init__()
         specs = specs_from_configs(tables)
         self._configs = _logical_configs(tables, specs)
-        self._is_weighted = is_weighted
-        groups = self._set_up(specs, plan, unpooled=False, is_weighted=is_weighted, device=device)
-        self.combine = PooledCombine(groups, table_features(specs))
+        self._set_up(specs, plan, device=device, is_weighted=is_weighted)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._is_weighted, self._device)
@@ -338,16 +285,8 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
             return self.combine(None, self.unpooled_rows(x[1]), x[2])
         return self.combine(self.rows(x[0]), self.unpooled_rows(x[1]), x[2])
 
-    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The logical tables, as declared."""
-        return self._configs
 
-    def is_weighted(self) -> bool:
-        """Whether ids carry weights."""
-        return self._is_weighted
-
-
-class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
+class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
     """One embedding per id from compressed tables, in place of TorchRec's EmbeddingCollection.
 
     Args:
@@ -374,12 +313,7 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
         if len(dims) > 1:
             raise ConfigError(f"tables of one collection must have one embedding_dim, got {dims}")
         self._configs = _logical_configs(tables, specs)
-        self._need_indices = need_indices
-        groups = self._set_up(specs, plan, unpooled=True, is_weighted=False, device=device)
-        self._names_by_table = [
-            [i.key for i in table_features(specs) if i.table is table] for table in specs
-        ]
-        self.combine = UnpooledCombine(groups, table_features(specs), need_indices=need_indices)
+        self._set_up(specs, plan, device=device, need_indices=need_indices)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._device, self._need_indices)
@@ -396,22 +330,6 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
         """
         x = self.route(features)
         return self.combine(None, self.unpooled_rows(x[1]), x[2])
-
-    def embedding_configs(self) -> list[EmbeddingConfig]:
-        """The logical tables, as declared."""
-        return self._configs
-
-    def need_indices(self) -> bool:
-        """Whether the ids go along."""
-        return self._need_indices
-
-    def embedding_dim(self) -> int:
-        """Width of every embedding."""
-        return self._configs[0].embedding_dim
-
-    def embedding_names_by_table(self) -> list[list[str]]:
-        """Output keys of each table."""
-        return self._names_by_table
 
 
 def _logical_configs(tables: Sequence, specs: Sequence[TableSpec]) -> list:

@@ -11,19 +11,16 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollectionInterface,
-    EmbeddingCollectionInterface,
-)
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from embcomp.backends.base import MethodState
-from embcomp.collection.collection import build_groups
-from embcomp.collection.combine import PooledCombine, UnpooledCombine
-from embcomp.collection.groups import Group, table_features
-from embcomp.collection.plan import ResolvedPlan
-from embcomp.collection.route import CompositeRoute
+from embcomp.collection.assembled import (
+    AssembledTables,
+    PooledTables,
+    UnpooledTables,
+    build_groups,
+)
+from embcomp.collection.groups import Group
 from embcomp.errors import ArtefactError, DataError
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
@@ -49,36 +46,38 @@ def rows_class(rows: str, device: torch.device) -> MakeRows:
     return TorchRows if rows == "torch" or device.type != "cpu" else KernelRows
 
 
-class _Serving(nn.Module):
-    """What both collections share."""
+class _Serving(AssembledTables):
+    """What both collections share.
 
-    route: CompositeRoute
-    rows: nn.Module | None
-    unpooled_rows: nn.Module | None
-    combine: nn.Module
+    Args:
+        record: the collection's description.
+        tensors: its tensors, named as ``rows.<table>``, ``route.<method>.<name>`` and
+            ``combine.<method>.<name>``.
+        make_rows: what reads the rows.
+        device: where to serve.
+        source: where the description stands, for errors.
+    """
 
-    def _set_up(
+    def __init__(
         self,
         record: TablesRecord,
         tensors: Mapping[str, Tensor],
+        *,
         make_rows: MakeRows,
         device: torch.device,
         source: str,
     ) -> None:
+        super().__init__()
         self._record = record
-        self._device = device
         self._configs = record.configs()
-        self._plan = record.resolved_plan(source)
-        unpooled = record.kind == "unpooled"
+        plan = record.resolved_plan(source)
         with torch.random.fork_rng(devices=[]):  # parts are drawn, then loaded
-            self._groups = build_groups(self._plan, unpooled=unpooled)
+            groups = build_groups(plan, unpooled=self.unpooled)
         self._features = list(
-            dict.fromkeys(name for table in self._plan.tables for name in table.feature_names)
+            dict.fromkeys(name for table in plan.tables for name in table.feature_names)
         )
-        _check_tensors(self._groups, record, tensors, source)
-        self.route = CompositeRoute(self._groups, is_weighted=record.is_weighted)
-        self.combine = self._make_combine()
-        for group in self._groups:
+        _check_tensors(groups, record, tensors, source)
+        for group in groups:
             for part, module in group.modules():
                 _load(module, tensors, f"{part}.{group.label}.")
         stored = {
@@ -88,24 +87,21 @@ class _Serving(nn.Module):
                 row_type=record.row_types[table.name],
                 rows=tensors[f"rows.{table.name}"],
             )
-            for group in self._groups
+            for group in groups
             for table in group.backend.physical_tables
         }
-        self.rows = self._make_rows(make_rows, stored, unpooled=False)
-        self.unpooled_rows = self._make_rows(make_rows, stored, unpooled=True)
+        self._assemble(
+            plan.tables,
+            plan,
+            groups,
+            lambda own: make_rows(own, stored),
+            device=device,
+            is_weighted=record.is_weighted,
+            need_indices=record.need_indices,
+        )
         self.requires_grad_(False)
         self.eval()
         self.to(device)
-
-    def _make_rows(
-        self, make_rows: MakeRows, stored: Mapping[str, StoredTable], *, unpooled: bool
-    ) -> nn.Module | None:
-        groups = [group for group in self._groups if group.unpooled == unpooled]
-        has_tables = any(group.backend.physical_tables for group in groups)
-        return make_rows(groups, stored) if has_tables else None
-
-    def _make_combine(self) -> nn.Module:
-        raise NotImplementedError
 
     def _lookup(self, features: Features) -> Any:
         batch = as_features(
@@ -120,21 +116,6 @@ class _Serving(nn.Module):
             None if self.unpooled_rows is None else self.unpooled_rows(unpooled),
             selected,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tables are."""
-        return self._device
-
-    @property
-    def plan(self) -> ResolvedPlan:
-        """The method of every table, in its serving form."""
-        return self._plan
-
-    @property
-    def groups(self) -> list[Group]:
-        """The methods as built."""
-        return list(self._groups)
 
     @property
     def record(self) -> TablesRecord:
@@ -160,32 +141,8 @@ class _Serving(nn.Module):
         return MethodState(config=group.config, tensors=tensors)
 
 
-class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
-    """Pooled embeddings from an artefact, where TorchRec's EmbeddingBagCollection is used.
-
-    Args:
-        record: the collection's description.
-        tensors: its tensors, named as ``rows.<table>``, ``route.<method>.<name>`` and
-            ``combine.<method>.<name>``.
-        make_rows: what reads the rows.
-        device: where to serve.
-        source: where the description stands, for errors.
-    """
-
-    def __init__(
-        self,
-        record: TablesRecord,
-        tensors: Mapping[str, Tensor],
-        *,
-        make_rows: MakeRows,
-        device: torch.device,
-        source: str,
-    ) -> None:
-        super().__init__()
-        self._set_up(record, tensors, make_rows, device, source)
-
-    def _make_combine(self) -> nn.Module:
-        return PooledCombine(self._groups, table_features(self._plan.tables))
+class ServingEmbeddingBagCollection(_Serving, PooledTables):
+    """Pooled embeddings from an artefact, where TorchRec's EmbeddingBagCollection is used."""
 
     def forward(self, features: Features) -> KeyedTensor:
         """Look up and pool.
@@ -199,39 +156,9 @@ class ServingEmbeddingBagCollection(_Serving, EmbeddingBagCollectionInterface):
         """
         return self._lookup(features)
 
-    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The logical tables, as declared."""
-        return self._configs
 
-    def is_weighted(self) -> bool:
-        """Whether ids carry weights."""
-        return self._record.is_weighted
-
-
-class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
-    """One embedding per id from an artefact, where TorchRec's EmbeddingCollection is used.
-
-    The arguments are those of ServingEmbeddingBagCollection.
-    """
-
-    def __init__(
-        self,
-        record: TablesRecord,
-        tensors: Mapping[str, Tensor],
-        *,
-        make_rows: MakeRows,
-        device: torch.device,
-        source: str,
-    ) -> None:
-        super().__init__()
-        self._set_up(record, tensors, make_rows, device, source)
-
-    def _make_combine(self) -> nn.Module:
-        return UnpooledCombine(
-            self._groups,
-            table_features(self._plan.tables),
-            need_indices=self._record.need_indices,
-        )
+class ServingEmbeddingCollection(_Serving, UnpooledTables):
+    """One embedding per id from an artefact, where TorchRec's EmbeddingCollection is used."""
 
     def forward(self, features: Features) -> dict[str, JaggedTensor]:
         """Look up.
@@ -244,23 +171,6 @@ class ServingEmbeddingCollection(_Serving, EmbeddingCollectionInterface):
             (number of the feature's ids, embedding_dim) float32 values in B bags.
         """
         return self._lookup(features)
-
-    def embedding_configs(self) -> list[EmbeddingConfig]:
-        """The logical tables, as declared."""
-        return self._configs
-
-    def need_indices(self) -> bool:
-        """Whether the ids go along."""
-        return self._record.need_indices
-
-    def embedding_dim(self) -> int:
-        """Width of every embedding."""
-        return self._configs[0].embedding_dim
-
-    def embedding_names_by_table(self) -> list[list[str]]:
-        """Output keys of each table."""
-        instances = table_features(self._plan.tables)
-        return [[i.key for i in instances if i.table is t] for t in self._plan.tables]
 
 
 @final
