@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION, ParquetLoader
-from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.build import (
     TASK_PREFIX,
     check_precision,
@@ -110,11 +109,11 @@ class Training:
             lambda: far_column(self.batches, self.state.step_in_epoch),
         )
         self.logs = RunLogs(
-            folder,
+            self.folder,
             enabled=process.is_main,
             step=self.state.step,
             sizes=self.state.log_sizes,
-            stage=setup.label,
+            stage=self.setup.label,
         )
         self._search_loader: ParquetLoader | None = None
         self._search_batches: Iterator[Batch] = iter(())
