@@ -11,6 +11,7 @@ import torch
 from embcomp import DNIS, ConfigError, DNISSearch, Full
 from embcomp.backends.base import StageInputs
 from embcomp.backends.dnis.optimizer import SelectionSGD, normalized
+from embcomp.backends.dnis.search import multipliers
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
@@ -89,6 +90,29 @@ def test_a_prefix_selects_whole_columns_a_part_and_nothing():
     found = embed_ids(collection, tables)["f0"]
     assert torch.equal(found[:10], rows[:10])
     assert torch.equal(found[10:], rows[10:] * torch.tensor([1, 1, 0.5, 0]))
+
+
+@pytest.mark.parametrize(
+    ("share", "gradient"),
+    [(1.0, [0, 0, 0, 1]), (0.625, [0, 0, 1, 0]), (0.5, [0, 1, 1, 0]), (0.0, [1, 0, 0, 0])],
+)
+def test_a_length_learns_from_the_columns_at_its_end_wherever_it_stands(share, gradient):
+    alpha = torch.tensor([[share]], requires_grad=True)
+    found = multipliers(alpha, 4)
+    assert torch.equal(found, (4 * alpha - torch.arange(4)).clamp(0, 1))
+    by_column = [torch.autograd.grad(found[0, n], alpha, retain_graph=True)[0] for n in range(4)]
+    assert torch.equal(torch.cat(by_column)[:, 0], 4 * torch.tensor(gradient, dtype=torch.float32))
+
+
+def test_a_search_of_prefixes_leaves_the_whole_rows_with_which_it_begins():
+    tables = plain_tables(4, rows=(60,))
+    collection = collection_of(tables, DNISSearch(cuts={"t0": (10,)}, selection="prefix", l1=1.0))
+    (alpha,) = collection.combine.parameters()
+    collection.train()(random_batch(tables, seed=0))
+    optimizer = SelectionSGD([alpha], lr=0.25)
+    collection.penalty().backward()
+    optimizer.step()
+    torch.testing.assert_close(alpha.detach(), torch.full((2, 1), 0.75))
 
 
 def test_the_penalty_is_the_sum_of_what_rows_are_multiplied_by():

@@ -207,7 +207,17 @@ def multipliers(alpha: Tensor, width: int) -> Tensor:
     if alpha.shape[1] == width:
         return alpha
     columns = torch.arange(width, device=alpha.device)
-    return (width * alpha - columns).clamp(0, 1)  # the last column but k is whole at length k + 1
+    return _between_0_and_1(width * alpha - columns)  # column k is whole at length k + 1
+
+
+def _between_0_and_1(values: Tensor) -> Tensor:
+    """Values cut at 0 and 1, with a gradient of 1 at both.
+
+    A search begins at 1 and must be able to leave it. The gradient of ``clamp`` there is 1 up to torch
+    2.13 and 0 since 2.14.
+    """
+    one, zero = torch.ones_like(values), torch.zeros_like(values)
+    return torch.where(values > 1, one, torch.where(values < 0, zero, values))
 
 
 class BlockSelections(NamedParts):
