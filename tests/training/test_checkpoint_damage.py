@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
 import shutil
+from enum import Enum
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from typer.testing import CliRunner
 
 from embcomp.cli import app
@@ -18,7 +22,7 @@ from embcomp.training import evaluate, load_model, train
 from embcomp.training.checkpoint import checkpoint_folder, saved_steps
 from embcomp.training.distributed.process import Process
 from embcomp.training.export.export import export_run
-from embcomp.training.files.checkpoint_files import write_checksums
+from embcomp.training.files.checkpoint_files import CheckpointReader, write_checksums
 from embcomp.training.files.random_state import random_state, restore_random_state
 from tests.helpers.training_cases import toy_config, write_dataset
 
@@ -153,6 +157,34 @@ def test_reading_a_checkpoint_runs_nothing_that_is_in_it(copy, file):
     with pytest.raises(CheckpointError, match="step-0000000002"):
         train(config, runs=runs, quiet=True)
     assert not hasattr(builtins, "sprung")
+
+
+def test_enums_of_an_index_may_be_pickled_as_any_python_does(copy):
+    _, _, checkpoint = copy
+    index = FileSystemReader(checkpoint).read_metadata()
+
+    class AsPython311(pickle._Pickler):
+        def reducer_override(self, found):
+            return (
+                (getattr, (type(found), found.name)) if isinstance(found, Enum) else NotImplemented
+            )
+
+    content = io.BytesIO()
+    AsPython311(content).dump(index)
+    assert b"getattr" in content.getvalue()
+    (checkpoint / ".metadata").write_bytes(content.getvalue())
+    assert CheckpointReader(checkpoint).read_metadata().state_dict_metadata == (
+        index.state_dict_metadata
+    )
+
+
+def test_an_index_gets_nothing_but_enums_by_name(copy):
+    _, _, checkpoint = copy
+    for owner, name in ((Metadata, "__init__"), (torch.Size, "numel")):
+        got = type("Got", (), {"__reduce__": lambda self, to=(owner, name): (getattr, to)})
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(got()))
+        with pytest.raises(pickle.UnpicklingError, match=f"{name} of .* has no place"):
+            CheckpointReader(checkpoint).read_metadata()
 
 
 def test_random_numbers_go_on_where_they_were():
