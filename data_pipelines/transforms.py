@@ -17,6 +17,8 @@ TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LOWEST = -(2.0**62)
+_DIGITS = 12
+"""Significant digits of stored figures: sums may differ behind them from one library to the next."""
 
 
 class NumericStats(BaseModel):
@@ -33,15 +35,17 @@ class NumericStats(BaseModel):
     def update(self, values: pl.Series) -> None:
         """Take in a block of Float64 values; nulls are skipped.
 
-        Numpy sums one contiguous array the same way on any number of threads; polars may not.
+        The logarithms are polars', as those of the transform are: numpy's differ in their last bits
+        from version to version.
         """
-        x = values.drop_nulls().rechunk().to_numpy()
-        if not len(x):
+        numbers = values.drop_nulls().rechunk()
+        if not len(numbers):
             return
-        logs = np.log1p(np.maximum(x, 0.0))
+        x = numbers.to_numpy()
+        logs = numbers.clip(lower_bound=0.0).log1p().to_numpy()
         self.count += len(x)
-        self.log_sum += float(logs.sum())
-        self.log_squares += float((logs * logs).sum())
+        self.log_sum += _sum(logs)
+        self.log_squares += _sum(logs * logs)
         self.min = min(self.min, float(x.min()))
         self.max = max(self.max, float(x.max()))
 
@@ -60,12 +64,25 @@ class NumericStats(BaseModel):
             mean = self.log_sum / self.count if self.count else 0.0
             spread = self.log_squares / self.count - mean * mean if self.count else 0.0
             # A constant column becomes 0 instead of a division by zero.
-            feature |= {"mean": mean, "std": math.sqrt(spread) if spread > 1e-12 else 1.0}
+            std = math.sqrt(spread) if spread > 1e-12 else 1.0
+            feature |= {"mean": _rounded(mean), "std": _rounded(std)}
         elif transform == "min_max":
             low, high = (self.min, self.max) if self.count else (0.0, 1.0)
             above = max(low + 1.0, math.nextafter(low, math.inf))
             feature |= {"min": low, "max": high if high > low else above}
         return NumericFeature.model_validate(feature)
+
+
+def _sum(values: np.ndarray) -> float:
+    """Add pairs until one number is left: the same bits from any library, on any number of threads."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = np.append(values[:half] + values[half : 2 * half], values[2 * half :])
+    return float(values[0])
+
+
+def _rounded(figure: float) -> float:
+    return float(f"{figure:.{_DIGITS}g}")
 
 
 def numeric_expression(feature: NumericFeature) -> pl.Expr:

@@ -58,9 +58,10 @@ def canonical_lists(column: pl.Series) -> pl.Series:
     ends = np.append(0, np.cumsum(lengths, dtype=np.int64))
     offsets = pa.array(kept[ends], pa.int64())
     values = texts.drop_nulls().to_arrow().cast(pa.large_string())
-    lists = pl.from_arrow(pa.LargeListArray.from_arrays(offsets, values))
-    assert isinstance(lists, pl.Series)
-    return lists.alias(column.name)
+    # As a table: before 1.44 polars takes the texts of a bare array of lists unconverted, and panics later.
+    lists = pl.from_arrow(pa.table({column.name: pa.LargeListArray.from_arrays(offsets, values)}))
+    assert isinstance(lists, pl.DataFrame)
+    return lists.to_series()
 
 
 def _floats(column: pl.Series) -> pl.Series:

@@ -47,7 +47,7 @@ def flat_values(bags: pl.Series) -> pl.Series:
 
     Versions of polars disagree on what an empty bag explodes to, so none is left to explode.
     """
-    return bags.filter(bags.list.len() > 0).explode()
+    return bags.filter(bags.list.len() > 0).explode(empty_as_null=False, keep_nulls=False)
 
 
 def choose_features(

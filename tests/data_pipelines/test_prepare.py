@@ -6,11 +6,12 @@ import math
 from collections import Counter
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from embcomp.data_pipelines import prepare as prepare_module
+from embcomp.data_pipelines import prepare as prepare_module, transforms
 from embcomp.data_pipelines.importers import text
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.importers.table_schema import TableSchema
@@ -19,6 +20,7 @@ from embcomp.data_pipelines.preparing import encode_pass, encoding, vocabulary a
 from embcomp.data_pipelines.preparing.counting import RunWriter
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import uniform
+from embcomp.data_pipelines.transforms import NumericStats
 from embcomp.data_pipelines.validate import validate_dataset
 from tests.helpers.raw_logs import (
     CRITEO_COLUMNS,
@@ -236,6 +238,25 @@ def test_numeric_transforms_follow_their_formula(tmp_path, transform):
     )
     np.testing.assert_allclose(found, np.nan_to_num(wanted), rtol=2e-6, atol=1e-6)
     assert (info.numeric[0].mean is not None) == (transform == "standard_log")
+
+
+def test_figures_of_numeric_columns_are_independent_of_the_last_bits_of_libraries(monkeypatch):
+    values = pl.Series(np.random.default_rng(0).lognormal(5, 3, 100_001))
+    logs = np.array([math.log1p(value) for value in values])
+    mean = math.fsum(logs) / len(logs)
+    std = math.sqrt(math.fsum((logs - mean) ** 2) / len(logs))
+
+    def figures():
+        stats = NumericStats()
+        stats.update(values)
+        feature = stats.feature("x", "standard_log", 0)
+        return feature.mean, feature.std
+
+    found = figures()
+    assert found == (float(f"{mean:.12g}"), float(f"{std:.12g}"))
+    # Logarithms of another library, added in another order.
+    monkeypatch.setattr(transforms, "_sum", lambda x: math.fsum(np.nextafter(x, np.inf)))
+    assert figures() == found
 
 
 def test_buckets_follow_the_rule_of_the_criteo_winners(tmp_path):
