@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+TESTS ?=
 OUT ?= demo
 
 SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test test-fast check fix bench bench-quality docs install clean-venv
+.PHONY: demo test test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
@@ -20,6 +21,14 @@ test: $(VENV)/.installed
 ## What starts no process and trains nothing: under two minutes on two cores.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
+
+## The suite on torch 2.14, torchrec 1.9 and fbgemm 1.9; `TESTS` picks a part of it.
+test-second-set: $(VENV)-2.14/.installed-second
+	$(VENV)-2.14/bin/python -m pytest $(TESTS)
+
+## Data, configs and the command on the lowest versions that pyproject.toml admits.
+test-lowest: $(VENV)-lowest/.installed-lowest
+	$(VENV)-lowest/bin/python -m pytest $(or $(TESTS),tests/data_pipelines tests/config tests/cli)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(SOURCES)
@@ -61,9 +70,21 @@ $(VENV)/.installed: requirements-cpu.txt pyproject.toml packaging/fbgemm-gpu-shi
 	$(BIN)/python -m pip check
 	touch $@
 
+$(VENV)-2.14/.installed-second: requirements-cpu-2.14.txt pyproject.toml packaging/fbgemm-gpu-shim-1.9/pyproject.toml
+	test -x $(VENV)-2.14/bin/python || $(PYTHON) -m venv $(VENV)-2.14
+	$(VENV)-2.14/bin/python -m pip install --quiet -r requirements-cpu-2.14.txt
+	$(VENV)-2.14/bin/python -m pip check
+	touch $@
+
+$(VENV)-lowest/.installed-lowest: requirements-cpu.txt .ci/lowest.txt pyproject.toml
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet -c .ci/lowest.txt -r requirements-cpu.txt
+	$(VENV)-lowest/bin/python -m pip check
+	touch $@
+
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch $@
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-2.14 $(VENV)-lowest

@@ -42,16 +42,30 @@ OPTIONAL = {"tensorboard": "training writes no TensorBoard logs; metrics.jsonl h
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """Versions (their first two numbers) that belong together."""
+    """Versions (their first two numbers) that belong together.
+
+    Attributes:
+        requirements: the file of the checkout that installs the CPU builds of a tested set.
+    """
 
     torch: str
     torchrec: str
     fbgemm: str
     tested: bool
+    requirements: str = ""
 
 
 PAIRINGS = (
-    Pairing(torch="2.13", torchrec="1.8", fbgemm="1.8", tested=True),
+    Pairing(
+        torch="2.13", torchrec="1.8", fbgemm="1.8", tested=True, requirements="requirements-cpu.txt"
+    ),
+    Pairing(
+        torch="2.14",
+        torchrec="1.9",
+        fbgemm="1.9",
+        tested=True,
+        requirements="requirements-cpu-2.14.txt",
+    ),
     Pairing(torch="2.11", torchrec="1.6", fbgemm="1.6", tested=False),
 )
 
@@ -110,6 +124,29 @@ def find_pairing(torch: str | None, torchrec: str | None, fbgemm: str | None) ->
         if (pairing.torch, pairing.torchrec, pairing.fbgemm) == wanted:
             return pairing
     return None
+
+
+def set_for(torch: str | None) -> Pairing:
+    """The tested set of the torch that is installed; the first one where there is no such set."""
+    tested = [pairing for pairing in PAIRINGS if pairing.tested]
+    return next((pairing for pairing in tested if pairing.torch == series(torch)), tested[0])
+
+
+def wrong_pairs(torch: str | None, torchrec: str | None, fbgemm: str | None) -> str:
+    """What does not belong to this torch: `fbgemm 1.9 belongs to torch 2.14, torch 2.13 ...`; or ""."""
+    wanted = next((known for known in PAIRINGS if known.torch == series(torch)), None)
+    if wanted is None:
+        return ""
+    found = []
+    for name, version, right in (
+        ("torchrec", series(torchrec), wanted.torchrec),
+        ("fbgemm", series(fbgemm), wanted.fbgemm),
+    ):
+        if version and version != right:
+            owner = next((p.torch for p in PAIRINGS if getattr(p, name) == version), None)
+            belongs = f"belongs to torch {owner}, " if owner else ""
+            found.append(f"{name} {version} {belongs}torch {wanted.torch} takes {name} {right}")
+    return "; ".join(found)
 
 
 def fbgemm_distribution() -> tuple[str, str | None, str]:
@@ -173,15 +210,15 @@ def mend_line(findings: list[Finding], probe: dict[str, Any]) -> str:
         return ""
     if set(failed) == {"packages"}:
         return f"{sys.executable} -m {failed['packages'].note}"
-    tested = next(pairing for pairing in PAIRINGS if pairing.tested)
+    tested = set_for(installed("torch"))
     pins = f"torch=={tested.torch}.* torchrec=={tested.torchrec}.*"
     python = f"{sys.executable} -m pip"
     clean = f"{python} uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
     if probe.get("cuda_driver"):
         return f'{clean}; {python} install {_quote(pins)} "fbgemm-gpu=={tested.fbgemm}.*"'
     checkout = checkout_root()
-    if (checkout / "requirements-cpu.txt").is_file():
-        return f"{clean}; cd {checkout} && {python} install -r requirements-cpu.txt"
+    if (checkout / tested.requirements).is_file():
+        return f"{clean}; cd {checkout} && {python} install -r {tested.requirements}"
     # Without the checkout there is no stand-in: torchrec must not pull the CUDA build in.
     cpu = f'"torch=={tested.torch}.*" "fbgemm-gpu-cpu=={tested.fbgemm}.*"'
     extra = "tensordict torchmetrics pyre-extensions tqdm"
@@ -222,7 +259,9 @@ def _pairing() -> Finding:
     pairing = find_pairing(torch, torchrec, fbgemm)
     if pairing is None:
         known = "; ".join(f"{p.torch} + {p.torchrec} + {p.fbgemm}" for p in PAIRINGS)
+        wrong = wrong_pairs(torch, torchrec, fbgemm)
         note = f"not a known set (torch + torchrec + fbgemm: {known})"
+        note = f"{wrong}: {note}" if wrong else note
         return Finding(name="pairing", value=value, level="warn", note=note)
     if not pairing.tested:
         note = "these versions belong together, but embcomp's tests run on another set"
@@ -233,7 +272,8 @@ def _pairing() -> Finding:
 def _fbgemm_provider() -> Finding:
     name, version, kind = fbgemm_distribution()
     bad = {
-        "conflict": "both builds own the same files: uninstall both, then install one",
+        "conflict": "both builds own the same files (torchrec requires fbgemm-gpu, the CUDA build, and "
+        "pip put it over the CPU build): uninstall both, then install one",
         "stand-in alone": "the stand-in has no code: install fbgemm-gpu-cpu too",
         "missing": "nothing provides the module fbgemm_gpu",
     }
@@ -248,9 +288,25 @@ def _imports(probe: dict[str, Any]) -> Iterator[Finding]:
         if step in probe:
             yield Finding(name=step, value=probe[step])
             continue
-        why = probe.get("error") or probe.get("died") or "no answer"
-        yield Finding(name=step, value="fails", level="fail", note=str(why))
+        why = str(probe.get("error") or probe.get("died") or "no answer")
+        if step == "import fbgemm_gpu":
+            why += _why_fbgemm_fails(probe)
+        yield Finding(name=step, value="fails", level="fail", note=why)
         return
+
+
+def _why_fbgemm_fails(probe: dict[str, Any]) -> str:
+    """What is known about the set beside the library's own words, which name neither."""
+    _, version, kind = fbgemm_distribution()
+    reasons = []
+    if wrong := wrong_pairs(installed("torch"), None, version):
+        reasons.append(wrong)
+    if kind == "CUDA build" and not probe.get("cuda_driver"):
+        reasons.append(
+            "the CUDA build of fbgemm-gpu does not import without the driver's NVML "
+            "(libnvidia-ml.so.1), and no driver was found: this machine takes fbgemm-gpu-cpu"
+        )
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def _devices(probe: dict[str, Any]) -> Iterator[Finding]:

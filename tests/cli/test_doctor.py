@@ -60,9 +60,84 @@ def test_known_and_unknown_pairings_are_told_apart():
     assert find_pairing("2.13.0", "1.8.0", "1.9.0") is None
 
 
+def test_both_tested_sets_are_known():
+    tested = [pairing for pairing in doctor.PAIRINGS if pairing.tested]
+    assert [(p.torch, p.torchrec, p.fbgemm) for p in tested] == [
+        ("2.13", "1.8", "1.8"),
+        ("2.14", "1.9", "1.9"),
+    ]
+    assert find_pairing("2.14.1+cu130", "1.9.2", "1.9.0+cpu") is tested[1]
+
+
+@pytest.mark.parametrize(
+    ("versions", "wrong"),
+    [
+        (
+            ("2.13.0", "1.8.0", "1.9.0"),
+            ["fbgemm 1.9 belongs to torch 2.14, torch 2.13 takes fbgemm 1.8"],
+        ),
+        (
+            ("2.14.1", "1.9.2", "1.8.0"),
+            ["fbgemm 1.8 belongs to torch 2.13, torch 2.14 takes fbgemm 1.9"],
+        ),
+        (("2.13.0", "1.9.2", "1.8.0"), ["torchrec 1.9 belongs to torch 2.14"]),
+        (("2.14.1", "1.8.0", "1.8.0"), ["torchrec 1.8 belongs to", "fbgemm 1.8 belongs to"]),
+        (("2.14.1", "2.0.0", "1.9.0"), ["torchrec 2.0 torch 2.14 takes torchrec 1.9"]),
+    ],
+)
+def test_every_wrong_pair_is_named(monkeypatch, versions, wrong):
+    torch, torchrec, fbgemm = versions
+    use_probe(monkeypatch, GOOD_PROBE)
+    use_versions(monkeypatch, torch=torch, torchrec=torchrec)
+    monkeypatch.setattr(doctor, "fbgemm_distribution", lambda: ("fbgemm-gpu", fbgemm, "CUDA build"))
+    note = by_name(check())["pairing"].note
+    assert all(text in note for text in wrong)
+
+
+def failing_fbgemm(monkeypatch, torch, provider, error="OSError: cannot open shared object"):
+    probe = {key: GOOD_PROBE[key] for key in GOOD_PROBE if "import" not in key and key != "look-up"}
+    use_probe(monkeypatch, probe | {"import torch": torch, "error": error})
+    use_versions(monkeypatch, torch=torch)
+    monkeypatch.setattr(doctor, "fbgemm_distribution", lambda: provider)
+    return check()
+
+
+def test_fbgemm_of_another_torch_is_named_where_its_import_fails(monkeypatch):
+    provider = ("fbgemm-gpu-cpu", "1.9.0", "CPU build")
+    report = failing_fbgemm(monkeypatch, "2.13.0", provider)
+    assert not report.works
+    assert "torch 2.13 takes fbgemm 1.8" in by_name(report)["import fbgemm_gpu"].note
+
+
+def test_the_cuda_build_without_a_driver_is_named(monkeypatch):
+    report = failing_fbgemm(monkeypatch, "2.14.1", ("fbgemm-gpu", "1.9.0", "CUDA build"))
+    assert "NVML (libnvidia-ml.so.1)" in by_name(report)["import fbgemm_gpu"].note
+    assert report.mend.endswith("-m pip install -r requirements-cpu-2.14.txt")
+
+
+@pytest.mark.parametrize(
+    ("torch", "set_of"),
+    [
+        ("2.14.1", ("2.14", "1.9", "1.9")),
+        ("2.13.0", ("2.13", "1.8", "1.8")),
+        (None, ("2.13", "1.8", "1.8")),
+    ],
+)
+def test_the_mending_line_keeps_the_set_of_the_torch_that_is_there(
+    monkeypatch, tmp_path, torch, set_of
+):
+    use_versions(monkeypatch, torch=torch)
+    monkeypatch.setattr(doctor, "checkout_root", lambda: tmp_path)
+    broken = [Finding(name="import fbgemm_gpu", value="fails", level="fail")]
+    cpu, cuda = (mend_line(broken, {"cuda_driver": driver}) for driver in (False, True))
+    assert f'"torch=={set_of[0]}.*" "fbgemm-gpu-cpu=={set_of[2]}.*"' in cpu
+    assert cpu.endswith(f'install --no-deps "torchrec=={set_of[1]}.*"')
+    assert f'"torch=={set_of[0]}.*"' in cuda and f'"fbgemm-gpu=={set_of[2]}.*"' in cuda
+
+
 def test_mismatched_set_that_still_imports_is_a_warning(monkeypatch):
     use_probe(monkeypatch, GOOD_PROBE)
-    use_versions(monkeypatch, torchrec="1.9.2")
+    use_versions(monkeypatch, torch="2.13.0", torchrec="1.9.2")
     report = check()
     assert report.works
     assert by_name(report)["pairing"].level == "warn"
@@ -72,6 +147,7 @@ def test_import_error_fails_with_the_mending_line(monkeypatch):
     probe = {key: value for key, value in GOOD_PROBE.items() if "torchrec" not in key}
     del probe["import fbgemm_gpu"], probe["look-up"]
     use_probe(monkeypatch, probe | {"error": "OSError: libtorch_cuda.so: cannot open"})
+    use_versions(monkeypatch, torch="2.13.0")
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "libtorch_cuda.so" in result.output
@@ -79,7 +155,8 @@ def test_import_error_fails_with_the_mending_line(monkeypatch):
     assert "Traceback" not in result.output
 
 
-def test_cuda_machine_gets_the_cuda_line():
+def test_cuda_machine_gets_the_cuda_line(monkeypatch):
+    use_versions(monkeypatch, torch="2.13.0")
     broken = [Finding(name="import fbgemm_gpu", value="fails", level="fail")]
     line = mend_line(broken, {"cuda_driver": True})
     assert '"fbgemm-gpu==1.8.*"' in line and '"torch==2.13.*"' in line

@@ -10,8 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from embcomp.backends import BACKENDS
+from embcomp.cli.doctor_checks import PAIRINGS
 
 pytestmark = pytest.mark.slow
 
@@ -115,16 +118,53 @@ def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
     assert methods.split() == list(BACKENDS)
 
 
-def test_dependency_pins_are_the_pairing_that_doctor_calls_tested():
-    from embcomp.cli.doctor_checks import PAIRINGS
+def requirements() -> dict[str, Requirement]:
+    found = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+    return {requirement.name: requirement for requirement in found}
 
-    tested = next(pairing for pairing in PAIRINGS if pairing.tested)
-    wanted = {
-        f"torch=={tested.torch}.*",
-        f"torchrec=={tested.torchrec}.*",
-        f"fbgemm-gpu=={tested.fbgemm}.*",
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def test_pins_admit_the_sets_that_doctor_calls_tested_and_nothing_beside_them():
+    admitted = requirements()
+    tested = [pairing for pairing in PAIRINGS if pairing.tested]
+    for name, own in (("torch", "torch"), ("torchrec", "torchrec"), ("fbgemm-gpu", "fbgemm")):
+        series = [getattr(pairing, own) for pairing in tested]
+        major, last = (int(number) for number in series[-1].split("."))
+        first = int(series[0].split(".")[1])
+        for minor in range(first - 1, last + 2):
+            allowed = admitted[name].specifier.contains(f"{major}.{minor}.1")
+            assert allowed is (f"{major}.{minor}" in series), (name, minor)
+
+
+@pytest.mark.parametrize("pairing", [pairing for pairing in PAIRINGS if pairing.tested])
+def test_each_tested_set_has_requirements_with_its_own_stand_in(pairing):
+    pinned = pins(pairing.requirements)
+    assert pinned["torch"].startswith(f"{pairing.torch}.")
+    assert pinned["torchrec"].startswith(f"{pairing.torchrec}.")
+    assert pinned["fbgemm-gpu-cpu"].startswith(f"{pairing.fbgemm}.")
+    text = (ROOT / pairing.requirements).read_text()
+    (folder,) = [line for line in text.splitlines() if line.startswith("./packaging/")]
+    stand_in = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+    assert stand_in["version"] == f"{pinned['fbgemm-gpu-cpu']}+cpu"
+    assert stand_in["dependencies"] == [f"fbgemm-gpu-cpu=={pinned['fbgemm-gpu-cpu']}"]
+
+
+def test_the_lowest_versions_that_are_tested_are_the_floors():
+    lowest = pins(".ci/lowest.txt")
+    floors = {
+        name: requirement
+        for name, requirement in requirements().items()
+        if name not in ("torch", "torchrec", "fbgemm-gpu")
     }
-    assert wanted <= set(PROJECT["project"]["dependencies"])
+    assert set(lowest) == set(floors)
+    for name, requirement in floors.items():
+        (floor,) = requirement.specifier
+        assert floor.operator == ">="
+        assert Version(floor.version) == Version(lowest[name])
 
 
 def test_doctor_names_every_runtime_dependency():

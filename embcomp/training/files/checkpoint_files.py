@@ -218,7 +218,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _enum_member(found: Any, name: str) -> Enum:
-    """How Python 3.11 up to 3.11.3 pickles members of enums; nothing else is got this way."""
+    """How early releases of Python 3.11 (3.11.2) pickle enums; nothing else is got this way."""
     if isinstance(found, type) and issubclass(found, Enum) and name in found.__members__:
         return found.__members__[name]
     raise pickle.UnpicklingError(f"{name} of {found} has no place in a checkpoint's index")
