@@ -126,6 +126,12 @@ def test_lists_keep_their_values_in_order_and_lose_what_is_missing(bags):
 
 def test_lists_of_a_fixed_size_are_bags(tmp_path):
     pairs = pa.array([["a", "b"], None, ["b", None]], pa.list_(pa.string(), 2))
+    try:
+        pq.write_table(pa.table({"tags": pairs}), tmp_path / "probe.parquet")
+    except (
+        pa.ArrowNotImplementedError
+    ) as error:  # pyarrow 17 writes no missing list of a fixed size
+        pytest.skip(str(error))
     info = prepared(tmp_path, {"tags": pairs}, categorical=[{"name": "tags", "multi_valued": True}])
     values = decode(info, "tags")
     bags = read_split(info, "train")["tags"].to_list()
