@@ -3,7 +3,7 @@
     python benchmarks/quality.py configs/movielens_autoint_full.yaml \\
         --methods hash,unified --budgets 50%,10% --seeds 3 [key=value ...]
 
-Every run is an ordinary training run under ``--runs``, so a benchmark that is stopped goes on where
+Every run is an ordinary training run under `--runs`, so a benchmark that is stopped goes on where
 it was. The recipe's method is replaced; everything else stays as it says. A method whose first stage
 trains full tables on all rows begins with the full run of its seed. Every table is exported, and the
 bytes are those of its tensors on disk. Prints one row for each method and budget: bytes, mean and

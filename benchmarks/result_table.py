@@ -17,9 +17,9 @@ class ResultTable:
     """Rows of text under a title.
 
     Args:
-        title: What the rows are results of.
-        columns: Headings; those in ``names`` are set to the left, figures to the right.
-        names: Columns that name what was measured.
+        title: what the rows are results of.
+        columns: headings; those in `names` are set to the left, figures to the right.
+        names: columns that name what was measured.
     """
 
     def __init__(self, title: str, columns: Sequence[str], names: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ class ResultTable:
         self._rows.append(cells)
 
     def show(self, markdown: Path | None = None) -> None:
-        """Prints the table and, where a path is given, writes it there as Markdown."""
+        """Print the table and, where a path is given, write it there as Markdown."""
         table = Table(title=self._title)
         for column in self._columns:
             table.add_column(column, justify="left" if column in self._names else "right")
@@ -48,7 +48,7 @@ class ResultTable:
 
 
 def check_folder(path: Path | None) -> None:
-    """Refuses a file that could not be written, before hours of measuring.
+    """Refuse a file that could not be written, before hours of measuring.
 
     Raises:
         EmbcompError: Its folder is missing.

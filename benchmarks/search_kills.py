@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def kill_and_compare(folder: Path, args: argparse.Namespace) -> None:
-    """Runs both searches, and prints what was compared."""
+    """Run both searches, and print what was compared."""
     path = write_search(folder, args.candidates)
     alone, killed = folder / "alone", folder / "killed"
     start(path, alone, args.storage).wait()
@@ -120,7 +120,7 @@ def start(path: Path, folder: Path, storage: str) -> subprocess.Popen[bytes]:
 
 
 def kill_once(path: Path, folder: Path, storage: str, draw: random.Random) -> bool:
-    """Starts the search and kills it; False when it ended before."""
+    """Start the search and kills it; False when it ended before."""
     process = start(path, folder, storage)
     own = psutil.Process(process.pid)
     begun, grown = time.monotonic(), size_of(folder, storage)

@@ -5,8 +5,8 @@
 
 Every searcher chooses one width for each table (DNIS: columns for each block of frequencies) of the
 same recipe, and its best candidate by validation AUC is retrained in full on seeds that no search
-used. Searches are ordinary ones of `embcomp search` under ``--searches``, so a benchmark that is
-stopped goes on where it was. Searchers that train candidates do so for ``--search-epochs``,
+used. Searches are ordinary ones of `embcomp search` under `--searches`, so a benchmark that is
+stopped goes on where it was. Searchers that train candidates do so for `--search-epochs`,
 supernets and DNIS as long as the recipe says. The cost is in trainings of the recipe: candidates and
 supernets, retraining left out.
 """

@@ -114,7 +114,7 @@ def measure(subjects: list[Subject], ids: str, repeats: int) -> list[list[tuple[
 
 
 def make_subject(method: str, rows: int, args: argparse.Namespace, process: Process) -> Subject:
-    """Builds and shards a model with so many rows in all."""
+    """Build and shards a model with so many rows in all."""
     info = DatasetInfo(
         name=f"rows-{rows}",
         numeric=[NumericFeature(name=f"I{i}") for i in range(NUMERIC)],

@@ -122,7 +122,7 @@ def print_passes(args: argparse.Namespace, config: SearchConfig, folder: Path) -
 
 
 def bare_pass(evaluator: SupernetEvaluator) -> Callable[[], Any]:
-    """Scores the recipe's model with full tables on the rows that candidates are scored on."""
+    """Score the recipe's model with full tables on the rows that candidates are scored on."""
     config = evaluator.supernet_config()
     document = config.model_dump(mode="json")
     document["tables"]["method"] = "full"

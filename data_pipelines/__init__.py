@@ -1,0 +1,1 @@
+"""From raw logs to training batches: importers, `prepare`, the loader, generated logs."""

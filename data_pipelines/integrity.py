@@ -3,7 +3,8 @@
 Sizes, footers, vocabulary sizes and the description itself are compared whenever a dataset is opened
 to work on it. Labels take a read of one column, digests a read of everything; both can be shared
 out over ranks. Datasets without checksums, which older versions prepared, are compared as far as
-their description goes."""
+their description goes.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Polars' streaming engine has no memory limit, keeps no line numbers and gives up
 row, so the input is cut into blocks of whole lines here and polars works on a block at a time.
 Memory is then a sum of known terms: one block, the counts or indices that `max_memory` leaves room
 for, and a row group per split. Blocks do not depend on `max_memory`, and neither does any byte of
-the result."""
+the result.
+"""
 
 from __future__ import annotations
 

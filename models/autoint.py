@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.errors import ConfigError
 from embcomp.models.base import ModelConfig, ModelInputs
@@ -34,24 +35,24 @@ class AutoInt(nn.Module):
     """Interacting layers on the fields, flattened and read out by one linear layer.
 
     Args:
-        tables: Collection of the embeddings (width D).
-        first_order: Collection of the ids' weights (embedding_dim 1) for a linear part beside the
+        tables: collection of the embeddings (width D).
+        first_order: collection of the ids' weights (embedding_dim 1) for a linear part beside the
             attention, without a constant of its own; None for no linear part.
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D.
-        num_dense: Number I of numeric features, 0 for none; each is a field, value times vector.
-        attention_dim: Width of the fields after each layer, over all heads.
-        attention_layers: Number of interacting layers.
-        num_heads: Number of heads; divides `attention_dim`.
-        use_residual: Whether the layers add a residual.
-        use_scale: Whether scores are divided by the square root of a head's width.
-        layer_norm: Whether each layer normalises before its ReLU.
-        attention_dropout: Probability of dropping an attention weight.
-        dnn_hidden_units: Widths of the hidden layers of an MLP on the flattened embeddings, whose
+        feature_names: names of the F categorical features.
+        embedding_dim: width D.
+        num_dense: number I of numeric features, 0 for none; each is a field, value times vector.
+        attention_dim: width of the fields after each layer, over all heads.
+        attention_layers: number of interacting layers.
+        num_heads: number of heads; divides `attention_dim`.
+        use_residual: whether the layers add a residual.
+        use_scale: whether scores are divided by the square root of a head's width.
+        layer_norm: whether each layer normalises before its ReLU.
+        attention_dropout: probability of dropping an attention weight.
+        dnn_hidden_units: widths of the hidden layers of an MLP on the flattened embeddings, whose
             logit is added (AutoInt+); empty for none.
-        batch_norm: Whether the MLP normalises over the batch.
-        dropout: Probability of dropping a hidden activation of the MLP.
-        pooling: How to pool unpooled rows.
+        batch_norm: whether the MLP normalises over the batch.
+        dropout: probability of dropping a hidden activation of the MLP.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class AutoIntConfig(ModelConfig):
     """Settings of AutoInt; see `AutoInt`.
 
     Attributes:
-        use_wide: Whether a linear part with tables of first-order weights is added.
+        use_wide: whether a linear part with tables of first-order weights is added.
     """
 
     attention_dim: Width = 64
@@ -144,6 +145,7 @@ class AutoIntConfig(ModelConfig):
         check_heads(self.attention_dim, self.num_heads)
 
     @property
+    @override
     def uses_first_order(self) -> bool:
         return self.use_wide
 

@@ -30,10 +30,10 @@ class ModelInputs:
     """What a model needs to know of the data and the tables.
 
     Attributes:
-        feature_names: Names of the F categorical features, in the order the model stacks them.
-        embedding_dim: Width D of every embedding that the tables return.
-        num_dense: Number I of numeric features; 0 when there are none.
-        pooling: How bags are pooled when the tables return unpooled rows (a dict of JaggedTensor);
+        feature_names: names of the F categorical features, in the order the model stacks them.
+        embedding_dim: width D of every embedding that the tables return.
+        num_dense: number I of numeric features; 0 when there are none.
+        pooling: how bags are pooled when the tables return unpooled rows (a dict of JaggedTensor);
             tables that return a KeyedTensor have pooled already.
     """
 
@@ -78,10 +78,10 @@ class ModelConfig(Constrained, ABC):
         """Build the network around the given tables.
 
         Args:
-            inputs: The features, the embedding width and the number of numeric features.
-            tables: A collection with an embedding of width D for each feature, or None if
+            inputs: the features, the embedding width and the number of numeric features.
+            tables: a collection with an embedding of width D for each feature, or None if
                 `uses_embeddings` is False. It returns a KeyedTensor or a dict of JaggedTensor.
-            first_order: The same with embedding_dim 1, or None if `uses_first_order` is False.
+            first_order: the same with embedding_dim 1, or None if `uses_first_order` is False.
 
         Returns:
             A module whose `forward(dense (B, I) float, sparse KeyedJaggedTensor)` returns the

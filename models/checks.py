@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from typing_extensions import override
+
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Broken, Count, Le, Rule
 from embcomp.io.numeric_settings import shown
@@ -20,6 +22,7 @@ WIDEST = 2**20
 class Probability(Rule):
     """A number in [0, 1)."""
 
+    @override
     def expected(self, value: Any) -> str:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
         return "" if fits else "a number in [0, 1)"
@@ -31,6 +34,7 @@ class LayerWidths(Rule):
 
     whole = True
 
+    @override
     def expected(self, value: Any) -> str:
         if isinstance(value, str) or not isinstance(value, Sequence):
             return "a list of layer widths, such as [400, 400]"

@@ -36,19 +36,19 @@ class DCNv2(nn.Module):
     """Cross layers and an MLP on the flattened fields, read out by one linear layer.
 
     Args:
-        tables: Collection of the embeddings (width D).
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D.
-        num_dense: Number I of numeric features, 0 for none.
+        tables: collection of the embeddings (width D).
+        feature_names: names of the F categorical features.
+        embedding_dim: width D.
+        num_dense: number I of numeric features, 0 for none.
         structure: "parallel": cross layers beside the MLP; "stacked": the MLP on top of the cross
             layers; "cross": no MLP.
-        num_cross_layers: Number of cross layers.
+        num_cross_layers: number of cross layers.
         low_rank: None for full matrices, else the rank of a mixture of low-rank experts.
-        num_experts: Number of experts; with full matrices there are none.
-        hidden_units: Widths of the MLP's hidden layers; not used by structure "cross".
-        batch_norm: Whether the MLP normalises over the batch.
-        dropout: Probability of dropping a hidden activation.
-        pooling: How to pool unpooled rows.
+        num_experts: number of experts; with full matrices there are none.
+        hidden_units: widths of the MLP's hidden layers; not used by structure "cross".
+        batch_norm: whether the MLP normalises over the batch.
+        dropout: probability of dropping a hidden activation.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(

@@ -28,18 +28,18 @@ class DLRM(nn.Module):
     """The numeric features become one more field; fields meet in inner products.
 
     Args:
-        tables: Collection of the embeddings (width D).
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D, also that of the bottom MLP's output.
-        num_dense: Number I of numeric features; with 0 there is no bottom MLP.
+        tables: collection of the embeddings (width D).
+        feature_names: names of the F categorical features.
+        embedding_dim: width D, also that of the bottom MLP's output.
+        num_dense: number I of numeric features; with 0 there is no bottom MLP.
         interaction: "dot": inner products of all pairs of fields, beside the numeric field; "cat":
             all fields, concatenated.
-        bottom_hidden_units: Widths of the bottom MLP's hidden layers; its output is ReLU'd too.
-        top_hidden_units: Widths of the top MLP's hidden layers.
-        batch_norm: Whether the hidden layers normalise over the batch.
-        bottom_dropout: Probability of dropping a hidden activation of the bottom MLP.
-        top_dropout: Probability of dropping a hidden activation of the top MLP.
-        pooling: How to pool unpooled rows.
+        bottom_hidden_units: widths of the bottom MLP's hidden layers; its output is ReLU'd too.
+        top_hidden_units: widths of the top MLP's hidden layers.
+        batch_norm: whether the hidden layers normalise over the batch.
+        bottom_dropout: probability of dropping a hidden activation of the bottom MLP.
+        top_dropout: probability of dropping a hidden activation of the top MLP.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class DLRMInteraction(nn.Module):
     """Bottom MLP and interaction: values (B, I) and a collection's output to (B, output_dim).
 
     Args:
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D.
-        num_dense: Number I of numeric features, 0 for none.
+        feature_names: names of the F categorical features.
+        embedding_dim: width D.
+        num_dense: number I of numeric features, 0 for none.
         interaction: "dot" or "cat", see `DLRM`.
-        hidden_units: Widths of the bottom MLP's hidden layers.
-        batch_norm: Whether they normalise over the batch.
-        dropout: Probability of dropping a hidden activation.
-        pooling: How to pool unpooled rows.
+        hidden_units: widths of the bottom MLP's hidden layers.
+        batch_norm: whether they normalise over the batch.
+        dropout: probability of dropping a hidden activation.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(

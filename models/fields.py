@@ -32,9 +32,9 @@ class FeatureStack(nn.Module):
     It has no parameters. The order of a KeyedTensor's keys is looked up once and kept.
 
     Args:
-        feature_names: Names of the F features wanted; the collection may return more.
-        embedding_dim: Width D of each of them.
-        pooling: How to pool the bags of unpooled rows; an empty bag is a zero vector.
+        feature_names: names of the F features wanted; the collection may return more.
+        embedding_dim: width D of each of them.
+        pooling: how to pool the bags of unpooled rows; an empty bag is a zero vector.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FeatureStack(nn.Module):
         """Stack one batch.
 
         Args:
-            embeddings: A KeyedTensor (values (B, sum of widths)), a dict from feature name to
+            embeddings: a KeyedTensor (values (B, sum of widths)), a dict from feature name to
                 JaggedTensor (values (N, D), lengths (B,)), or an awaitable of either.
 
         Returns:
@@ -133,9 +133,9 @@ class NumericVectors(nn.Module):
     """Numeric features as fields: value times a learnt vector per feature.
 
     Args:
-        num_dense: Number I of numeric features.
-        embedding_dim: Width D of the vectors.
-        std: Standard deviation that they start with; None for Xavier's, as those of a linear layer
+        num_dense: number I of numeric features.
+        embedding_dim: width D of the vectors.
+        std: standard deviation that they start with; None for Xavier's, as those of a linear layer
             from 1 to D.
     """
 
@@ -160,11 +160,11 @@ class FieldEmbeddings(nn.Module):
     """All fields of a model: the numeric ones as value times vector, then the categorical ones.
 
     Args:
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D of every field.
-        num_dense: Number I of numeric features, 0 for none.
-        pooling: How to pool unpooled rows.
-        numeric_std: Standard deviation of the numeric vectors at the start; None for Xavier's.
+        feature_names: names of the F categorical features.
+        embedding_dim: width D of every field.
+        num_dense: number I of numeric features, 0 for none.
+        pooling: how to pool unpooled rows.
+        numeric_std: standard deviation of the numeric vectors at the start; None for Xavier's.
     """
 
     def __init__(
@@ -201,10 +201,10 @@ class FirstOrder(nn.Module):
     features start at zero, as nothing is known yet and a logarithm of a count is a large value.
 
     Args:
-        feature_names: Names of the F categorical features.
-        num_dense: Number I of numeric features, 0 for none.
-        bias: Whether to add a learnt constant, which starts at zero.
-        pooling: How to pool unpooled weights.
+        feature_names: names of the F categorical features.
+        num_dense: number I of numeric features, 0 for none.
+        bias: whether to add a learnt constant, which starts at zero.
+        pooling: how to pool unpooled weights.
     """
 
     def __init__(

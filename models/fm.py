@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.fields import SMALL_STD, FieldEmbeddings, FirstOrder, Pooling
@@ -20,12 +21,12 @@ class FM(nn.Module):
     """First-order weights, second-order interactions and a constant.
 
     Args:
-        tables: Collection of the embeddings (width D).
-        first_order: Collection of the ids' weights (embedding_dim 1).
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D.
-        num_dense: Number I of numeric features, 0 for none.
-        pooling: How to pool unpooled rows.
+        tables: collection of the embeddings (width D).
+        first_order: collection of the ids' weights (embedding_dim 1).
+        feature_names: names of the F categorical features.
+        embedding_dim: width D.
+        num_dense: number I of numeric features, 0 for none.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FMConfig(ModelConfig):
     """Settings of FM: none."""
 
     @property
+    @override
     def uses_first_order(self) -> bool:
         return True
 

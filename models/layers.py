@@ -28,11 +28,11 @@ class MLP(nn.Sequential):
     """Hidden layers of linear, batch norm (optional), ReLU, dropout; then a linear output.
 
     Args:
-        input_dim: Width of the input.
-        hidden_units: Widths of the hidden layers; may be empty if there is an output.
-        output_dim: Width of the linear output layer, or None for the last hidden layer's output.
-        batch_norm: Whether to normalise over the batch before each ReLU.
-        dropout: Probability of dropping a hidden activation.
+        input_dim: width of the input.
+        hidden_units: widths of the hidden layers; may be empty if there is an output.
+        output_dim: width of the linear output layer, or None for the last hidden layer's output.
+        batch_norm: whether to normalise over the batch before each ReLU.
+        dropout: probability of dropping a hidden activation.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class InteractingLayer(nn.Module):
     identity where the widths agree and a linear map without bias otherwise.
 
     Args:
-        input_dim: Width C of the incoming fields.
-        attention_dim: Width A of the outgoing fields, over all heads.
-        num_heads: Number of heads; divides A.
-        use_residual: Whether to add the residual.
-        use_scale: Whether to divide the scores by the square root of a head's width.
-        layer_norm: Whether to normalise each field before the ReLU.
-        dropout: Probability of dropping an attention weight.
+        input_dim: width C of the incoming fields.
+        attention_dim: width A of the outgoing fields, over all heads.
+        num_heads: number of heads; divides A.
+        use_residual: whether to add the residual.
+        use_scale: whether to divide the scores by the square root of a head's width.
+        layer_norm: whether to normalise each field before the ReLU.
+        dropout: probability of dropping an attention weight.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class CrossNet(nn.Module):
     """Cross layers with full matrices: `x_{l+1} = x_l + x_0 * (W_l x_l + b_l)`.
 
     Args:
-        input_dim: Width C of the input and the output.
-        num_layers: Number of cross layers.
+        input_dim: width C of the input and the output.
+        num_layers: number of cross layers.
     """
 
     def __init__(self, input_dim: int, num_layers: int) -> None:
@@ -177,9 +177,9 @@ class LowRankCrossLayer(nn.Module):
     `x_{l+1} = x_l + x_0 * (sum_i g_i U_i tanh(C_i tanh(V_i' x_l)) + b)`, gates g given.
 
     Args:
-        input_dim: Width C of the input and the output.
-        low_rank: Rank R of each expert.
-        num_experts: Number of experts.
+        input_dim: width C of the input and the output.
+        low_rank: rank R of each expert.
+        num_experts: number of experts.
     """
 
     def __init__(self, input_dim: int, low_rank: int, num_experts: int) -> None:
@@ -212,10 +212,10 @@ class LowRankCrossNet(nn.Module):
     """Cross layers of low-rank experts; the experts' gates are shared by all layers.
 
     Args:
-        input_dim: Width C of the input and the output.
-        num_layers: Number of cross layers.
-        low_rank: Rank of each expert.
-        num_experts: Number of experts per layer.
+        input_dim: width C of the input and the output.
+        num_layers: number of cross layers.
+        low_rank: rank of each expert.
+        num_experts: number of experts per layer.
     """
 
     def __init__(self, input_dim: int, num_layers: int, low_rank: int, num_experts: int) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.fields import FirstOrder, Pooling
@@ -17,10 +18,10 @@ class LR(nn.Module):
     """One weight per id and per numeric feature, summed, plus a constant.
 
     Args:
-        first_order: Collection of the ids' weights (embedding_dim 1).
-        feature_names: Names of the F categorical features.
-        num_dense: Number I of numeric features, 0 for none.
-        pooling: How to pool unpooled weights.
+        first_order: collection of the ids' weights (embedding_dim 1).
+        feature_names: names of the F categorical features.
+        num_dense: number I of numeric features, 0 for none.
+        pooling: how to pool unpooled weights.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LRConfig(ModelConfig):
     uses_embeddings: ClassVar[bool] = False
 
     @property
+    @override
     def uses_first_order(self) -> bool:
         return True
 

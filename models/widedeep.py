@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.checks import Dropout, HiddenUnits
@@ -23,15 +24,15 @@ class WideDeep(nn.Module):
     """First-order weights and an MLP, summed.
 
     Args:
-        tables: Collection of the embeddings (width D).
-        first_order: Collection of the ids' weights (embedding_dim 1).
-        feature_names: Names of the F categorical features.
-        embedding_dim: Width D.
-        num_dense: Number I of numeric features, 0 for none.
-        hidden_units: Widths of the MLP's hidden layers.
-        batch_norm: Whether the MLP normalises over the batch.
-        dropout: Probability of dropping a hidden activation.
-        pooling: How to pool unpooled rows.
+        tables: collection of the embeddings (width D).
+        first_order: collection of the ids' weights (embedding_dim 1).
+        feature_names: names of the F categorical features.
+        embedding_dim: width D.
+        num_dense: number I of numeric features, 0 for none.
+        hidden_units: widths of the MLP's hidden layers.
+        batch_norm: whether the MLP normalises over the batch.
+        dropout: probability of dropping a hidden activation.
+        pooling: how to pool unpooled rows.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class WideDeepConfig(ModelConfig):
     dropout: Dropout = 0.0
 
     @property
+    @override
     def uses_first_order(self) -> bool:
         return True
 

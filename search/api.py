@@ -37,12 +37,12 @@ SEARCHES = "searches"
 def search(
     config: SearchConfig, *, folder: str | Path = SEARCHES, quiet: bool = False
 ) -> SearchResult:
-    """Searches, joins a search that goes on, or goes on with one that was interrupted.
+    """Search, join a search that goes on, or go on with one that was interrupted.
 
     Args:
-        config: The search, from `embcomp.search.load_search`.
-        folder: The folder of all searches; this one's is `<folder>/<config.name>`.
-        quiet: Whether to print nothing.
+        config: the search, from `embcomp.search.load_search`.
+        folder: the folder of all searches; this one's is `<folder>/<config.name>`.
+        quiet: whether to print nothing.
 
     Raises:
         EmbcompError: Bad input of any kind, before any candidate is trained.

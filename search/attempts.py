@@ -60,7 +60,7 @@ def sign_proposal(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def wait_for_earlier(study: optuna.Study, trial: FrozenTrial, parameters: Collection[str]) -> None:
-    """Waits until all proposals before this one are known, so that workers do not repeat each other.
+    """Wait until all proposals before this one are known, so that workers do not repeat each other.
 
     Args:
         study: the study.

@@ -30,10 +30,10 @@ class Prepared:
     """A search before its first candidate.
 
     Attributes:
-        config: The search.
-        base: The training recipe.
-        space: What may be chosen.
-        repair: Brings any candidate into the limits.
+        config: the search.
+        base: the training recipe.
+        space: what may be chosen.
+        repair: brings any candidate into the limits.
     """
 
     config: SearchConfig
@@ -48,11 +48,11 @@ class Prepared:
 
 
 def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = None) -> Prepared:
-    """Builds the space and checks that something in it is within the limits.
+    """Build the space and check that something in it is within the limits.
 
     Args:
-        config: The search.
-        sizes: The features; None takes those of the dataset that the recipe names.
+        config: the search.
+        sizes: the features; None takes those of the dataset that the recipe names.
 
     Raises:
         ConfigError: There is nothing to choose, or a name does not exist.

@@ -95,7 +95,7 @@ class SearchRun:
         )
 
     def propose(self) -> optuna.Study:
-        """Scores candidates until there are as many as wanted, or none are left."""
+        """Score candidates until there are as many as wanted, or none are left."""
         config, evaluator, sampler = self._config, self._evaluator, self._sampler
         study = open_study(
             self._storage,
@@ -134,7 +134,7 @@ class SearchRun:
             )
 
     def select(self, study: optuna.Study) -> Selected:
-        """Chooses what to train in full, by validation scores alone, and writes recipes of it."""
+        """Choose what to train in full, by validation scores alone, and write recipes of it."""
         config = self._config
         points = select_candidates(config, study, self._sampler)
         write_recipes(self._prepared.space, points, self._home / "points")
@@ -142,7 +142,7 @@ class SearchRun:
         return Selected(points=points, spread=spread)
 
     def retrain(self, selected: Selected) -> Retrained:
-        """Trains what was selected in full."""
+        """Train what was selected in full."""
         finals = self._in_full("finals", "chosen points in full", selected.points)
         if self._config.finals.correlation and not selected.spread:
             self._console.log(f"fewer than {LEAST_RANKED} candidates were scored: too few to rank")
@@ -150,7 +150,7 @@ class SearchRun:
         return Retrained(finals=finals, ranked=ranked)
 
     def report(self, study: optuna.Study, selected: Selected, retrained: Retrained) -> SearchResult:
-        """Puts the result together."""
+        """Put the result together."""
         points, correlation = selected.points, None
         if retrained.ranked is not None:
             correlation = correlate(
@@ -173,7 +173,7 @@ class SearchRun:
     def _in_full(
         self, what: str, title: str, points: Sequence[SelectedCandidate]
     ) -> optuna.Study | None:
-        """Trains points, or what is left of them, as a study of their own; None without points.
+        """Train points, or what is left of them, as a study of their own; None without points.
 
         Args:
             what: part of the study's name.
@@ -209,9 +209,9 @@ def make_evaluator(prepared: Prepared, home: Path, slots: Sequence[Slot]) -> Eva
     """What scores a search's candidates.
 
     Args:
-        prepared: The search.
-        home: Its folder.
-        slots: What trainings may use.
+        prepared: the search.
+        home: its folder.
+        slots: what trainings may use.
     """
     config = prepared.config
     if config.evaluator.name == "training":

@@ -1,7 +1,8 @@
 """Avazu click logs (Kaggle CTR challenge): a CSV with a header, whose `hour` is YYMMDDHH.
 
 `id` is unique per row and carries nothing; `hour` as it stands occurs in one split only under a
-chronological split, so it becomes hour of day and weekday."""
+chronological split, so it becomes hour of day and weekday.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import polars as pl
+from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import (
     NO_LABEL,
@@ -62,21 +64,26 @@ class AvazuImporter(Importer):
     title: ClassVar[str] = "Avazu CSV with the header id,click,hour,..."
 
     @property
+    @override
     def default_min_count(self) -> int:
         return 5
 
     @property
+    @override
     def default_split(self) -> SplitRule:
         # Rows are in the order of time, and a model in use has seen the past only.
         return ChronologicalSplit()
 
+    @override
     def find(self, folder: Path) -> list[Path]:
         found = super().find(folder)
         return [p for p in found if p.name.startswith("train")] or found
 
+    @override
     def open(self, files: Sequence[RawFile]) -> AvazuTable:
         return AvazuTable(files)
 
+    @override
     def open_to_score(self, files: Sequence[RawFile]) -> AvazuTable:
         return AvazuTable(files, to_score=True)
 
@@ -107,6 +114,7 @@ class AvazuTable(TextTable):
             lenient=("click",) if self.to_score else (),
         )
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         parsed = self.formats[file].parse(data, rows)
         names = parsed.frame.columns

@@ -149,10 +149,10 @@ class RawTable(ABC):
     """Opened raw files with one layout.
 
     Attributes:
-        to_score: Rows are read to be scored: whatever their label is, they are kept, with a null
+        to_score: rows are read to be scored: whatever their label is, they are kept, with a null
             where it is none. Digests of the files are not taken.
-        has_labels: Whether some file has labels; can be False only of a table that is `to_score`.
-        row_limit: How many rows are wanted in all; the index of a text need not go further.
+        has_labels: whether some file has labels; can be False only of a table that is `to_score`.
+        row_limit: how many rows are wanted in all; the index of a text need not go further.
     """
 
     files: list[RawFile]

@@ -8,7 +8,8 @@ into floats) and a decimal or a dictionary in a third. A value's text depends on
 - a timestamp at midnight is its date; zones are brought to UTC, trailing zeros are dropped;
 - bytes are the text that they encode, or `0x` and hexadecimal digits when they are not UTF-8.
 
-Null, NaN and the empty text are missing: null."""
+Null, NaN and the empty text are missing: null.
+"""
 
 from __future__ import annotations
 

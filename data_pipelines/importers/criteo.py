@@ -1,6 +1,8 @@
-"""Criteo click logs (Kaggle Display Advertising Challenge and the 1TB logs): tab-separated lines
-of a label, 13 integer counts and 26 hashed categories, without a header; any field but the label
-may be empty."""
+"""Criteo click logs: the Kaggle Display Advertising Challenge and the 1TB logs.
+
+Tab-separated lines of a label, 13 integer counts and 26 hashed categories, without a header; any field
+but the label may be empty.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import polars as pl
+from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import (
     NO_LABEL,
@@ -38,14 +41,17 @@ class CriteoImporter(Importer):
     title: ClassVar[str] = "Criteo TSV: label, 13 integers, 26 categories"
 
     @property
+    @override
     def default_min_count(self) -> int:
         return 10
 
     @property
+    @override
     def default_split(self) -> SplitRule:
         # Rows are in the order of time, and a model in use has seen the past only.
         return ChronologicalSplit()
 
+    @override
     def find(self, folder: Path) -> list[Path]:
         texts = [p for p in super().find(folder) if p.suffix in ("", ".txt", ".tsv", *SUFFIXES)]
         found = [p for p in texts if re.match(r"(train|day_)", p.name)] or texts
@@ -55,9 +61,11 @@ class CriteoImporter(Importer):
         found.sort(key=lambda p: [int(t) if t.isdigit() else 0 for t in re.split(r"(\d+)", p.name)])
         return found
 
+    @override
     def open(self, files: Sequence[RawFile]) -> CriteoTable:
         return CriteoTable(files)
 
+    @override
     def open_to_score(self, files: Sequence[RawFile]) -> CriteoTable:
         return CriteoTable(files, to_score=True)
 
@@ -81,6 +89,7 @@ class CriteoTable(TextTable):
             self.formats = without_absent(whole, "label", self.files)
             self.has_labels = any("label" in each.schema for each in self.formats)
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         parsed = self.formats[file].parse(data, rows)
         label = pl.col("label").cast(pl.Float32) if "label" in parsed.frame.columns else NO_LABEL

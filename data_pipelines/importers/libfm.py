@@ -9,7 +9,8 @@ The forms, told apart by the first lines unless the caller says:
 - `ffm` (`1 0:451:1 1:4149:1`): field, category and the weight 1.
 
 Tokens are parted by spaces or tabs. A weight other than 1 is malformed: categories have no weights
-here. What the sample shows of real values, query ids (`qid:3`) or comments is refused by name."""
+here. What the sample shows of real values, query ids (`qid:3`) or comments is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.data_pipelines.importers.base import (
     CategoricalColumn,
@@ -64,10 +65,10 @@ class KnownFields:
     """What the tokens of a dataset are.
 
     Attributes:
-        form: Never `auto`.
-        fields: Their fields, as the tokens name them.
-        bags: For each, whether a row may have several.
-        whole_values: Whether a value with a point in it is a weight, and malformed.
+        form: never `auto`.
+        fields: their fields, as the tokens name them.
+        bags: for each, whether a row may have several.
+        whole_values: whether a value with a point in it is a weight, and malformed.
     """
 
     form: Form
@@ -77,6 +78,7 @@ class KnownFields:
 
     @property
     def pattern(self) -> str:
+        """The regular expression that a line's tokens match."""
         return _WHOLE_PAIRS if self.whole_values else _PATTERNS[self.form]
 
 
@@ -90,11 +92,13 @@ class LibFMImporter(Importer):
     known: KnownFields | None = None
     """The fields of a dataset whose further rows are to be scored."""
 
+    @override
     def options(self, table: RawTable) -> dict[str, Any]:
         assert isinstance(table, IndexTable | PairTable)
         return asdict(table.known)
 
     @classmethod
+    @override
     def with_options(cls, options: Mapping[str, Any]) -> Self:
         names, bags = tuple(options["fields"]), tuple(options["bags"])
         form, whole = options["form"], options["whole_values"]
@@ -102,6 +106,7 @@ class LibFMImporter(Importer):
             form=form, known=KnownFields(form=form, fields=names, bags=bags, whole_values=whole)
         )
 
+    @override
     def open_to_score(self, files: Sequence[RawFile]) -> TextTable:
         if self.known is None:
             table = self.open(files)
@@ -113,6 +118,7 @@ class LibFMImporter(Importer):
         table.has_labels = any(_has_labels(file.path) for file in files)
         return table
 
+    @override
     def open(self, files: Sequence[RawFile]) -> IndexTable | PairTable:
         sample = [line for file in files for line in _sample(file.path)]
         if not sample:
@@ -286,6 +292,7 @@ class IndexTable(_Lines):
         self.known = KnownFields(form="indices", fields=names, bags=(False,) * fields)
         self.to_score = to_score
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
         names = self.layout.names
@@ -323,6 +330,7 @@ class PairTable(_Lines):
         self.form, self.pattern, self.fields = known.form, known.pattern, list(known.fields)
         self.to_score = to_score
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         frame, bad = self.tokens(data)
         pairs = (

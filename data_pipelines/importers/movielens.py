@@ -1,7 +1,8 @@
 """MovieLens-1M: `ratings.dat`, `users.dat` and `movies.dat`, fields parted by `::`.
 
 Labels follow AutoInt (Song et al., 2019, https://arxiv.org/abs/1810.11921): a rating above 3 is 1,
-below 3 is 0, and 3 is left out. Genres are real bags: a movie has one to six of them."""
+below 3 is 0, and 3 is left out. Genres are real bags: a movie has one to six of them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import polars as pl
+from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import DROP, CategoricalColumn, Importer, Layout, RawFile
 from embcomp.data_pipelines.importers.compressed import reading
@@ -48,6 +50,7 @@ class MovieLensImporter(Importer):
     name: ClassVar[str] = "movielens"
     title: ClassVar[str] = "MovieLens-1M: ratings.dat, users.dat, movies.dat"
 
+    @override
     def find(self, folder: Path) -> list[Path]:
         path = folder / "ratings.dat"
         for other, what in OTHERS.items():
@@ -57,9 +60,11 @@ class MovieLensImporter(Importer):
             raise DataError(f"{folder} lacks ratings.dat; expected {self.title}")
         return [path]
 
+    @override
     def open(self, files: Sequence[RawFile]) -> MovieLensTable:
         return MovieLensTable(self._checked(files))
 
+    @override
     def open_to_score(self, files: Sequence[RawFile]) -> MovieLensTable:
         return MovieLensTable(self._checked(files), to_score=True)
 
@@ -107,6 +112,7 @@ class MovieLensTable(TextTable):
             self.formats = [_found(whole, file.path) for file in self.files]
             self.has_labels = any("rating" in each.schema for each in self.formats)
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         if b"\t" in data:
             raise DataError(f"{self.files[0].path} has tabs; expected user::movie::rating::time")

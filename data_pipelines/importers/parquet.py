@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
 from embcomp.data_pipelines.importers.compressed import reading
@@ -61,6 +62,7 @@ class ParquetTable(RawTable):
         assert isinstance(empty, pl.DataFrame)
         return dict(empty.schema)
 
+    @override
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
         path = self.files[file].path
         metadata = _open(path).metadata
@@ -88,6 +90,7 @@ class ParquetTable(RawTable):
         sha256 = "" if self.to_score else file_sha256(path)
         return FileIndex(blocks=blocks, bytes=on_disk, sha256=sha256, text_bytes=size)
 
+    @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         for block in blocks:
             raw = self._block(block)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import polars as pl
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.data_pipelines.importers.base import (
     CategoricalColumn,
@@ -59,13 +59,16 @@ class TableImporter(Importer):
         return cls(schema=load_schema(Path(path)))
 
     @property
+    @override
     def default_min_count(self) -> int:
         return self.schema.min_count
 
     @property
+    @override
     def default_split(self) -> SplitRule | None:
         return self.schema.split
 
+    @override
     def find(self, folder: Path) -> list[Path]:
         found = [p for p in _files(folder) if _format(p) is not None]
         if self.schema.format is not None:
@@ -77,17 +80,21 @@ class TableImporter(Importer):
             )
         return found
 
+    @override
     def options(self, table: RawTable) -> dict[str, Any]:
         return {"schema": self.schema.model_dump(mode="json")}
 
     @classmethod
+    @override
     def with_options(cls, options: Mapping[str, Any]) -> Self:
         return cls(schema=TableSchema.model_validate(options["schema"]))
 
+    @override
     def open_to_score(self, files: Sequence[RawFile]) -> RawTable:
         # Rows are not split, so that their time is not asked for.
         return self._open(files, self.schema.model_copy(update={"split": None}), to_score=True)
 
+    @override
     def open(self, files: Sequence[RawFile]) -> RawTable:
         return self._open(files, self.schema, to_score=False)
 
@@ -183,6 +190,7 @@ class SchemaText(TextTable):
         # Columns that nobody asks for may have any name, or none.
         return [f"{name}__{at}" if name in double else name for at, name in enumerate(names)]
 
+    @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
         parsed = self.formats[file].parse(data, rows)
         frame = with_partitions(parsed.frame, self.files[file], self.schema)
@@ -218,6 +226,7 @@ class SchemaParquet(ParquetTable):
             types |= {n: pl.Float64() for n in schema.number_sources if n not in names}
             check_types(schema, types, str(file.path))
 
+    @override
     def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
         frame = with_partitions(frame, self.files[file], self.schema)
         return common_shape(without(frame, self.schema.null_values), self.schema)

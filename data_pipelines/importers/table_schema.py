@@ -1,6 +1,6 @@
 """The schema YAML: any CSV, TSV or Parquet file described in a few lines.
 
-```yaml
+``yaml
 name: shop
 format: csv                  # csv, tsv or parquet; by the first file's suffix when left out
 columns: [clicked, price]    # only for text without a header
@@ -9,7 +9,7 @@ numeric: [{name: price, transform: log1p}]
 categorical: [user, {name: tags, separator: "|"}, {name: item_id, column: item.id}]
 group: user
 split: {kind: random, seed: 7, train: 0.8, valid: 0.1, test: 0.1}   # or {kind: time, column: day}
-```
+``
 
 Conditions of a label compare numbers, or name words: `"== bought"`, `"!= bought"`, or a list such as
 `[bought, kept]`.

@@ -11,6 +11,7 @@ from typing import IO
 
 import numpy as np
 import polars as pl
+from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
 from embcomp.data_pipelines.importers.compressed import compression, reading, unpacked, unpacking
@@ -66,6 +67,7 @@ class TextTable(RawTable):
             LineError: the whole file cannot be read, as a line shows.
         """
 
+    @override
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:
         path = self.files[file].path
         size = path.stat().st_size
@@ -126,6 +128,7 @@ class TextTable(RawTable):
             yield cut, block.count(b"\n", 0, cut)
             carry = block[cut:]
 
+    @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         for block in blocks:
             data = self._bytes(block)
@@ -144,6 +147,7 @@ class TextTable(RawTable):
             bad = [self.bad_row(block, at, why, raw(at)) for at, why in parsed.bad]
             yield block, self.finish(parsed.frame, parsed.positions, bad, block, raw)
 
+    @override
     def close(self) -> None:
         for opened in (self._stream, self._disk):
             if opened is not None:
@@ -178,8 +182,10 @@ def _skip(stream: IO[bytes], count: int) -> None:
 
 
 class Parsed:
-    """A parsed block: its columns, its rows' offsets (None: all of them), and (offset, reason)
-    of the rows left out."""
+    """A parsed block.
+
+    Its columns, its rows' offsets (None: all of them), and (offset, reason) of the rows left out.
+    """
 
     __slots__ = ("bad", "frame", "positions")
 

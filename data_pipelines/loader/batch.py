@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+from typing_extensions import override
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Batch(Pipelineable):
     groups: Tensor | None = None
     num_valid: int | None = None
 
+    @override
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
             dense=self.dense.to(device, non_blocking=non_blocking),
@@ -40,6 +42,7 @@ class Batch(Pipelineable):
             num_valid=self.num_valid,
         )
 
+    @override
     def record_stream(self, stream: torch.Stream) -> None:
         self.dense.record_stream(stream)
         self.sparse.record_stream(stream)

@@ -35,13 +35,13 @@ class ParquetLoader:
     of a window. The stream is a function of the arguments and the epoch: `state_dict` holds no data,
     and a continued epoch is bit-identical to an uninterrupted one, on other ranks too.
 
-    ```python
+    ``python
     loader = ParquetLoader("data/criteo", "train", batch_size=4096, shuffle=True, seed=1)
     for epoch in range(2):
         loader.set_epoch(epoch)
         for batch in loader:
             ...
-    ```
+    ``
 
     Args:
         dataset: the folder that holds `dataset.json`, or what `DatasetInfo.load` made of it.

@@ -2,7 +2,8 @@
 
 Each part of the input leaves run files of partial counts on disk, cut by feature and by hash of
 the value; so a pass that was killed goes on with the next part, and the counts of one feature and
-hash partition can later be merged on their own."""
+hash partition can later be merged on their own.
+"""
 
 from __future__ import annotations
 

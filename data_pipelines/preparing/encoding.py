@@ -1,7 +1,8 @@
 """The second pass: values become ids, numbers go through their transforms, rows go to their split.
 
 When the indices of all features do not fit in memory at once, the input is read in several rounds;
-each but the last leaves the ids that it found on disk, and the last puts all of them together."""
+each but the last leaves the ids that it found on disk, and the last puts all of them together.
+"""
 
 from __future__ import annotations
 

@@ -156,10 +156,10 @@ class EncodedRows:
     """Rows of one block.
 
     Attributes:
-        start: The number of the block's first row in the input, from 0.
-        size: How many rows the block has.
+        start: the number of the block's first row in the input, from 0.
+        size: how many rows the block has.
         offsets: (n,) int64, where in the block the usable rows are.
-        columns: Those rows.
+        columns: those rows.
     """
 
     start: int
@@ -173,15 +173,15 @@ class RowStream:
     """The encoded rows of raw files, block after block, and what was found on the way.
 
     Attributes:
-        encoder: Encodes them.
-        table: The opened files.
-        features: The dataset's features in it.
-        blocks: What the files consist of.
-        total: How many rows there are, or are wanted.
-        max_bad_rows: The share of malformed rows above which reading ends with an error.
-        bad: How many rows were malformed.
-        first_bad: The first of them.
-        unseen: For each feature, how many values of usable rows had id 1, and how many there were.
+        encoder: encodes them.
+        table: the opened files.
+        features: the dataset's features in it.
+        blocks: what the files consist of.
+        total: how many rows there are, or are wanted.
+        max_bad_rows: the share of malformed rows above which reading ends with an error.
+        bad: how many rows were malformed.
+        first_bad: the first of them.
+        unseen: for each feature, how many values of usable rows had id 1, and how many there were.
     """
 
     encoder: RowEncoder

@@ -1,6 +1,7 @@
 """Write Parquet in row groups of a fixed size, whatever the sizes of the pieces that come.
 
-Pages carry checksums, which readers compare, and the writer knows the digest of the whole file."""
+Pages carry checksums, which readers compare, and the writer knows the digest of the whole file.
+"""
 
 from __future__ import annotations
 

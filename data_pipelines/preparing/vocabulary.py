@@ -24,8 +24,10 @@ _WORKING_FACTOR = 4
 
 
 class Ranked(BaseModel):
-    """What ranking found: distinct raw values, those kept, the quantiles of `dataset.json`, and
-    what the vocabulary file is."""
+    """What ranking found.
+
+    Distinct raw values, those kept, the quantiles of `dataset.json`, and what the vocabulary file is.
+    """
 
     raw_values: int
     kept: int

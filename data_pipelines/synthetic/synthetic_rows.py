@@ -55,7 +55,7 @@ class SyntheticConfig:
         renewal: share of the values of large fields (over 10,000 values in Criteo) that are
             replaced by new ones, at a moment of their own, by the end of the log.
         ranks: of the interactions of C1 with C2, C3 with C4, and so on, 0 for none; in place of
-            ``num_pairs`` drawn ones, if any are given. The variance of each goes with its rank, so
+            `num_pairs` drawn ones, if any are given. The variance of each goes with its rank, so
             how much these fields matter, and how wide their embeddings need to be, is known.
         seed: same settings and seed, same bytes.
     """

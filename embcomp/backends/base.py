@@ -31,21 +31,21 @@ class Backend:
 
     Args:
         physical_tables: what TorchRec holds. Bags are summed there.
-        keys: the physical look-ups, in the order in which ``combine`` wants their columns.
+        keys: the physical look-ups, in the order in which `combine` wants their columns.
         route: module from the group's features, one key for each (table, feature) in order, to
             the physical look-ups, always the same keys in the same order. It holds no parameters
-            and no buffers but learnt ones (``embcomp.layers.constant_tensors``,
-            ``embcomp.layers.learned_buffers``), and never touches the weights.
-        combine: module from looked-up rows ``(B, sum of physical dims)`` to embeddings
-            ``(B, sum of logical dims)``, one for each (table, feature) in order.
-        needs_unpooled_rows: True when ``combine`` is not linear in the rows, so that it must see them one by
+            and no buffers but learnt ones (`embcomp.layers.constant_tensors`,
+            `embcomp.layers.learned_buffers`), and never touches the weights.
+        combine: module from looked-up rows `(B, sum of physical dims)` to embeddings
+            `(B, sum of logical dims)`, one for each (table, feature) in order.
+        needs_unpooled_rows: True when `combine` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
-        ids_per_value: how many physical ids ``route`` makes of one id within one key.
-        needs_context: True when ``combine`` is called with the rows and a ``lookup_context.LookedUp``, which
+        ids_per_value: how many physical ids `route` makes of one id within one key.
+        needs_context: True when `combine` is called with the rows and a `lookup_context.LookedUp`, which
             knows the logical ids and the samples that they were looked up for. Only with
-            ``needs_unpooled_rows``.
-        skips_negative_ids: True when ``route`` gives a negative id where an id has no row under a key: nothing
-            is looked up there, and zeros stand for it. Only with one ``ids_per_value``.
+            `needs_unpooled_rows`.
+        skips_negative_ids: True when `route` gives a negative id where an id has no row under a key: nothing
+            is looked up there, and zeros stand for it. Only with one `ids_per_value`.
     """
 
     physical_tables: Sequence[PhysicalTable]
@@ -62,11 +62,11 @@ class Backend:
 class BackendConfig(Constrained, ABC):
     """What a method needs to know about a group of tables that share it.
 
-    What a setting may be is said in its annotation (``embcomp.io.constraints``).
+    What a setting may be is said in its annotation (`embcomp.io.constraints`).
 
     Args:
-        budget: serving bytes for the group, as ``"64MiB"``, a number of bytes, or a share of the
-            full tables as ``"10%"``. The method's size follows from it.
+        budget: serving bytes for the group, as `"64MiB"`, a number of bytes, or a share of the
+            full tables as `"10%"`. The method's size follows from it.
     """
 
     budget: str | int | None = None
@@ -80,7 +80,7 @@ class BackendConfig(Constrained, ABC):
     compresses: ClassVar[bool] = True
     """Whether it stores tables in another way than they are; only the full table does not."""
     hashes_small: ClassVar[bool] = False
-    """Whether the method could hash small tables too, where ``collisionless`` keeps them full."""
+    """Whether the method could hash small tables too, where `collisionless` keeps them full."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +157,7 @@ class BackendConfig(Constrained, ABC):
 
     @abstractmethod
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
-        """The largest configuration of at most ``budget`` serving bytes; None if there is none."""
+        """The largest configuration of at most `budget` serving bytes; None if there is none."""
 
     @abstractmethod
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
@@ -210,7 +210,7 @@ class BackendConfig(Constrained, ABC):
         """Codewords that a table's ids may name; None where rows are not made of codewords.
 
         Args:
-            table: one of ``tables``.
+            table: one of `tables`.
             tables: the group, without those that stay full.
         """
         return None
@@ -245,7 +245,7 @@ class BackendConfig(Constrained, ABC):
         """The form in which a stage after the first begins.
 
         Args:
-            stage: one of ``stages()``, not the first.
+            stage: one of `stages()`, not the first.
             tables: the group, without those that stay full.
             past: what earlier stages left.
         """
@@ -254,13 +254,13 @@ class BackendConfig(Constrained, ABC):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
-        """Run a stage of the kind ``search``; what it finds, as JSON values."""
+        """Run a stage of the kind `search`; what it finds, as JSON values."""
         raise NotImplementedError(f"{self.name} has no search stage")
 
     def structure_optimizer(
         self, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer | None:
-        """What updates the parameters of ``combine``; None leaves them to the dense optimizer."""
+        """What updates the parameters of `combine`; None leaves them to the dense optimizer."""
         return None
 
     def slice_columns(
@@ -298,7 +298,7 @@ class BackendConfig(Constrained, ABC):
         return {}
 
     def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
-        """For each table, (num_embeddings,) int64 the row of ``rows.<table>`` that an id looks up.
+        """For each table, (num_embeddings,) int64 the row of `rows.<table>` that an id looks up.
 
         It is asked where ids are to be numbered anew, which takes rows that can be moved.
 
@@ -384,8 +384,8 @@ class MethodState:
 
     Args:
         config: the method that holds the tables now.
-        tensors: ``rows.<physical table>`` (true width), and what is in the state dicts of the
-            method's own modules as ``route.<name>`` and ``combine.<name>``. An empty mapping
+        tensors: `rows.<physical table>` (true width), and what is in the state dicts of the
+            method's own modules as `route.<name>` and `combine.<name>`. An empty mapping
             stands for fresh weights. There may be more than the method asked for.
     """
 
@@ -406,7 +406,7 @@ class StageInputs:
         initial: the form of the first stage as it was before its first step.
         counts: for each table, (num_embeddings,) how often each id occurs in the training rows;
             empty where nobody counted.
-        results: what earlier ``search`` stages found, by stage.
+        results: what earlier `search` stages found, by stage.
         seed: the run's seed.
     """
 
@@ -418,7 +418,7 @@ class StageInputs:
 
 
 class SearchContext(Protocol):
-    """What a ``search`` stage works with; the same on every rank."""
+    """What a `search` stage works with; the same on every rank."""
 
     @property
     def form(self) -> MethodState:
@@ -426,7 +426,7 @@ class SearchContext(Protocol):
 
     @property
     def combine(self) -> nn.Module:
-        """The method's own ``combine`` inside the (sharded) model that ``evaluate`` runs."""
+        """The method's own `combine` inside the (sharded) model that `evaluate` runs."""
 
     @property
     def counts(self) -> Mapping[str, Tensor]:
@@ -452,7 +452,7 @@ class SearchContext(Protocol):
         """
 
     def load(self) -> dict[str, Any] | None:
-        """What ``save`` was last given, after an interruption; None at the beginning."""
+        """What `save` was last given, after an interruption; None at the beginning."""
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Keep JSON values that the search can go on from."""

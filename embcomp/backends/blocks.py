@@ -1,6 +1,6 @@
 """Columns by frequency block: frequent ids keep more of the embedding's columns than rare ones.
 
-The serving form of DNIS (``embcomp.backends.dnis``, which cites the papers). The reference stores a
+The serving form of DNIS (`embcomp.backends.dnis`, which cites the papers). The reference stores a
 pruned table as a sparse matrix, element by element; here the ids of a block share their columns, so
 that a block is a dense table as narrow as the columns it kept.
 
@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
@@ -59,7 +59,7 @@ class Blocks(BackendConfig):
 
     Args:
         widths: for each table by name, how many columns each of its blocks keeps, in the order of
-            ids. A block of 0 stores nothing and gives zeros; more than ``embedding_dim`` means
+            ids. A block of 0 stores nothing and gives zeros; more than `embedding_dim` means
             whole rows.
         cuts: for each table by name, the first ids of all its blocks but the first. A table that
             is not named is one block.
@@ -81,6 +81,7 @@ class Blocks(BackendConfig):
                     f"many numbers of columns, at least 0; got {list(widths)}"
                 )
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return False
 
@@ -100,6 +101,7 @@ class Blocks(BackendConfig):
             if width
         ]
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         physical = [
             PhysicalTable(
@@ -122,6 +124,7 @@ class Blocks(BackendConfig):
             )
         return physical
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         lookups = list(self._lookups(tables))
@@ -168,6 +171,7 @@ class Blocks(BackendConfig):
             widths, pairs, starts, tables=sizes, total=start, dtype=column_dtype(tables)
         )
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return Footprint(
             tuple(
@@ -185,9 +189,11 @@ class Blocks(BackendConfig):
             )
         )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self
 
@@ -227,6 +233,7 @@ class BlockRoute(nn.Module):
         self._lows = Constant([low for low, _ in ranges])
         self._sizes = Constant([high - low for low, high in ranges])
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         copies = self.copies(features)
@@ -254,7 +261,7 @@ class SpreadColumns(LearnedBuffers):
         starts: for each (table, feature), where its embedding begins in the output.
         tables: name of each table, and the columns that all its blocks keep.
         total: columns of the output.
-        dtype: of ``columns``.
+        dtype: of `columns`.
     """
 
     columns: Tensor
@@ -277,9 +284,11 @@ class SpreadColumns(LearnedBuffers):
         self.store_in_parts("columns", tables)
         self.register_buffer("columns", torch.zeros(len(self._first), dtype=dtype))
 
+    @override
     def reset_buffers(self) -> None:
         self.columns.copy_(torch.tensor(self._first))
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths) -> (B, sum of dims)
         self.ensure_filled()
         picked = self._picked.on(rows.device)

@@ -1,7 +1,7 @@
 """Which methods there are: those in the modules of this package, and those that other packages add.
 
 A method of the package is found by being there. One of another package is announced by an entry point
-in the group ``embcomp.backends``, so that every process knows it, ranks and trials included; or it
+in the group `embcomp.backends`, so that every process knows it, ranks and trials included; or it
 is registered in a process that needs nothing else.
 """
 

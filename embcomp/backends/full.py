@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.layers.constant_tensors import Constant
@@ -20,23 +20,28 @@ from embcomp.tables.specs import PhysicalTable, TableSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Full(BackendConfig):
-    """No compression. Ids must lie in ``[0, num_embeddings)``."""
+    """No compression. Ids must lie in `[0, num_embeddings)`."""
 
     name: ClassVar[str] = "full"
     compresses: ClassVar[bool] = False
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return False  # it is the full table that this builds
 
+    @override
     def columns(self, table: TableSpec) -> int:
         return table.embedding_dim
 
+    @override
     def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         return {table.name: torch.arange(table.num_embeddings) for table in tables}
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [full_table(table) for table in tables]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -47,10 +52,12 @@ class Full(BackendConfig):
             combine=nn.Identity(),
         )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         whole = self.smallest(tables)
         return whole if footprint_of(self.physical_tables(tables)).serve_bytes <= budget else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size()
 
@@ -63,13 +70,14 @@ class FullRoute(nn.Module):
         self._keys = list(keys)
         self.check = check
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         return renamed(features, self._keys)
 
 
 class RangeCheck(nn.Module):
-    """Refuses ids outside ``[0, num_embeddings)`` on every device, before any kernel sees them.
+    """Refuses ids outside `[0, num_embeddings)` on every device, before any kernel sees them.
 
     Kernels do not agree on such ids: on a CPU they raise without naming the feature, on CUDA they
     read row 0, and under row-wise sharding they may read another table's rows.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.io.constraints import Between, Ge
@@ -32,7 +32,7 @@ class Hash(BackendConfig):
 
     Args:
         num_buckets: rows of every compressed table.
-        ratio: rows as a share of ``num_embeddings``, rounded down, at least 1.
+        ratio: rows as a share of `num_embeddings`, rounded down, at least 1.
         collisionless: tables of at most this many rows stay full.
         seed: salts the hash.
     """
@@ -47,16 +47,18 @@ class Hash(BackendConfig):
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
 
     def rows(self, table: TableSpec) -> int:
-        """Rows of the hashed table that stands for ``table``."""
+        """Rows of the hashed table that stands for `table`."""
         if self.ratio is not None:
             return max(1, int(table.num_embeddings * self.ratio))
         return self.num_buckets or 1
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return (
             table.num_embeddings <= self.collisionless or self.rows(table) >= table.num_embeddings
         )
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [
             PhysicalTable(
@@ -70,6 +72,7 @@ class Hash(BackendConfig):
             for table in tables
         ]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -85,6 +88,7 @@ class Hash(BackendConfig):
     def _at(self, step: int) -> Self:
         return self.with_size(ratio=step / _RATIO_STEPS)
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         def fits(step: int) -> bool:
             return self._at(step).footprint(tables).serve_bytes <= budget
@@ -92,5 +96,6 @@ class Hash(BackendConfig):
         step = largest_int(fits, 1, _RATIO_STEPS)
         return None if step is None else self._at(step)
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self._at(1)

@@ -1,8 +1,8 @@
 """Rows narrower than the model sees them, and tables without the rows that pruning dropped.
 
-With one ``width`` it is the baseline that every method should beat: shrink the dimension. With
-``widths`` it holds mixed dimensions, and with ``kept`` rows it is what pruning methods leave behind
-to be retrained and served: nothing pruned is stored. Rows are padded by zeros to ``embedding_dim``
+With one `width` it is the baseline that every method should beat: shrink the dimension. With
+`widths` it holds mixed dimensions, and with `kept` rows it is what pruning methods leave behind
+to be retrained and served: nothing pruned is stored. Rows are padded by zeros to `embedding_dim`
 after pooling, so the model around them does not change (Naumov et al., "Mixed Dimension Embeddings
 with Application to Memory-Efficient Recommendation Systems", ISIT 2021,
 https://arxiv.org/abs/1909.11810 project instead; zeros keep products of embeddings meaningful).
@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -40,14 +40,14 @@ class LowDim(BackendConfig):
     """Narrow rows, padded by zeros, of all ids or of those that are kept.
 
     Args:
-        width: columns of the rows of every table that ``widths`` does not name. A table that is
+        width: columns of the rows of every table that `widths` does not name. A table that is
             no wider stays full.
-        widths: columns by table; at most ``embedding_dim`` of them are used. Where ``width`` is
-            not given, tables that are not named have ``embedding_dim`` columns.
+        widths: columns by table; at most `embedding_dim` of them are used. Where `width` is
+            not given, tables that are not named have `embedding_dim` columns.
         kept: by table, how many ids keep a row of their own. All others share one more row.
             Until a pruning method says which, the first ids are kept: the most frequent ones of
             our datasets.
-        multiple_of: a budget gives a ``width`` that is a multiple of this. Training pads rows to
+        multiple_of: a budget gives a `width` that is a multiple of this. Training pads rows to
             multiples of 4 anyway.
     """
 
@@ -61,10 +61,12 @@ class LowDim(BackendConfig):
     name: ClassVar[str] = "low_dim"
     size_fields: ClassVar[tuple[str, ...]] = ("width",)
 
+    @override
     def require_size(self) -> None:
         if not self.widths and not self.kept:
             super().require_size()
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         named = table.name in self.widths or table.name in self.kept
         return not named and self.columns(table) == table.embedding_dim
@@ -82,6 +84,7 @@ class LowDim(BackendConfig):
         """Stored rows, the shared one included."""
         return self.kept[table.name] + 1 if self.is_pruned(table) else table.num_embeddings
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         self._refuse_unknown_tables(tables)
         return [
@@ -96,6 +99,7 @@ class LowDim(BackendConfig):
             for table in tables
         ]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -114,6 +118,7 @@ class LowDim(BackendConfig):
             combine=nn.Identity() if exact else PadColumns(widths),
         )
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return Footprint(
             tuple(
@@ -124,6 +129,7 @@ class LowDim(BackendConfig):
             )
         )
 
+    @override
     def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         own = [table for table in by_name(tables) if self.is_pruned(table)]
         if not own:
@@ -132,6 +138,7 @@ class LowDim(BackendConfig):
         words = form.tensors["route.words"].split(blocks)
         return {t.name: ~unpack(part, t.num_embeddings) for t, part in zip(own, words)}
 
+    @override
     def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
         places = {table.name: torch.arange(table.num_embeddings) for table in tables}
         for name, pruned in self.pruned_ids(tables, form).items():
@@ -139,9 +146,11 @@ class LowDim(BackendConfig):
             places[name] = torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
         return places
 
+    @override
     def with_widths(self, widths: Mapping[str, int]) -> LowDim:
         return LowDim(widths=widths)
 
+    @override
     def without_pruning(self, tables: Sequence[TableSpec]) -> LowDim:
         return self.with_widths({table.name: self.columns(table) for table in tables})
 
@@ -155,6 +164,7 @@ class LowDim(BackendConfig):
                     f"it holds {', '.join(table.name for table in tables)}"
                 )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         def fits(step: int) -> bool:
             return self._at(step).footprint(tables).serve_bytes <= budget
@@ -163,6 +173,7 @@ class LowDim(BackendConfig):
         step = largest_int(fits, 1, -(-widest // self.multiple_of))
         return None if step is None else self._at(step)
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self._at(1)
 
@@ -183,6 +194,7 @@ class PadColumns(nn.Module):
         self._missing = [wanted - came for came, wanted in widths]
         self._is_uniform = len(set(widths)) == 1
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
         if self._is_uniform:
             parts = rows.view(rows.shape[0], len(self._came), self._came[0])
@@ -222,7 +234,7 @@ def low_dim_form(
         tables: the group.
         weights: for each table, (num_embeddings, at least its width) whole rows on the CPU.
         keep_masks: for each table, (num_embeddings,) bool; all ids are kept where there is none.
-        widths: columns to keep; ``embedding_dim`` where there are none.
+        widths: columns to keep; `embedding_dim` where there are none.
     """
     kept: dict[str, int] = {}
     columns: dict[str, int] = {}

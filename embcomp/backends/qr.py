@@ -1,8 +1,8 @@
-"""Quotient-remainder embeddings: two short tables, indexed by ``id // c`` and ``id % c``.
+"""Quotient-remainder embeddings: two short tables, indexed by `id // c` and `id % c`.
 
 Shi, Mudigere, Naumov, Yang, "Compositional Embeddings Using Complementary Partitions for
 Memory-Efficient Recommendation Systems", KDD 2020, https://arxiv.org/abs/1909.02107. Every id
-keeps an embedding of its own, of ``ceil(n / c) + c`` rows in all.
+keeps an embedding of its own, of `ceil(n / c) + c` rows in all.
 
 Where we depart from public code: quotients are integer divisions (a float division puts ids above
 2**24 in wrong rows); bags are multiplied row by row and then pooled, not pooled and multiplied;
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
@@ -43,9 +43,9 @@ class QR(BackendConfig):
     """Quotient and remainder rows, multiplied, added or concatenated.
 
     Args:
-        divisor: ``c``; of ``n`` rows ``ceil(n / c) + c`` remain, at best ``2 sqrt(n)`` of them. A
+        divisor: `c`; of `n` rows `ceil(n / c) + c` remain, at best `2 sqrt(n)` of them. A
             table that this does not shrink stays full.
-        combine: how a quotient's and a remainder's row make an embedding. ``concat`` gives each
+        combine: how a quotient's and a remainder's row make an embedding. `concat` gives each
             half of the width.
     """
 
@@ -61,10 +61,12 @@ class QR(BackendConfig):
     def _quotients(self, table: TableSpec) -> int:
         return -(-table.num_embeddings // (self.divisor or 1))
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         rows = self._quotients(table) + (self.divisor or 1)
         return rows * self._width(table) >= table.num_embeddings * table.embedding_dim
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [
             PhysicalTable(
@@ -90,6 +92,7 @@ class QR(BackendConfig):
         }[self.combine]
         return UniformInit.with_std(std)
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -125,6 +128,7 @@ class QR(BackendConfig):
             total += np.minimum(rows * row, table.full_bytes)
         return total
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         def size(divisor: int) -> int:
             return self.with_size(divisor=divisor).footprint(tables).serve_bytes
@@ -141,6 +145,7 @@ class QR(BackendConfig):
             best = above
         return self.with_size(divisor=best)
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(divisor=int(self._bytes_by_divisor(tables).argmin()) + 1)
 
@@ -158,6 +163,7 @@ class TwoKeysRoute(nn.Module):
         self._divisor = divisor
         self._quotients = Constant(quotients)
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         copies = self.copies(features)
@@ -193,6 +199,7 @@ class BagOfTwoRoute(nn.Module):
         self._divisor = divisor
         self._quotients = Constant(quotients)
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         ids = features.values().to(torch.int64)
@@ -227,6 +234,7 @@ class Product(nn.Module):
         super().__init__()
         self._splits = [width for width, _ in widths for _ in range(2)]
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, 2 * sum of widths) -> (B, sum of widths)
         if len(set(self._splits)) == 1:
             return PairProduct.apply(rows.view(rows.shape[0], -1, 2, self._splits[0])).flatten(1)
@@ -235,7 +243,7 @@ class Product(nn.Module):
 
 
 class PairProduct(torch.autograd.Function):
-    """``pairs[:, :, 0] * pairs[:, :, 1]``, whose gradient takes the place of the pairs.
+    """`pairs[:, :, 0] * pairs[:, :, 1]`, whose gradient takes the place of the pairs.
 
     Nothing else reads the looked-up rows, and a tensor of their size costs as much as the product.
     A second backward through the same graph is an error of autograd's, not a wrong gradient: the
@@ -243,12 +251,14 @@ class PairProduct(torch.autograd.Function):
     """
 
     @staticmethod
+    @override
     def forward(ctx: FunctionCtx, pairs: Tensor) -> Tensor:  # (B, F, 2, D) -> (B, F, D)
         ctx.save_for_backward(pairs)
         return pairs[:, :, 0] * pairs[:, :, 1]
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # (B, F, D) -> (B, F, 2, D)
         (pairs,) = ctx.saved_tensors
         for rows, rows_grad in zip(pairs.split(CHUNK), grad.split(CHUNK)):
@@ -271,6 +281,7 @@ class ConcatenatedHalves(nn.Module):
             start += 2 * half
         self._columns = None if len(kept) == start else Constant(kept)
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:
         if self._columns is None:
             return rows

@@ -1,12 +1,12 @@
 """Rows of which single elements are stored: compressed sparse rows that train and shard.
 
-The serving form of DNIS and AutoSrh (``embcomp.backends.dnis``, which cites the papers) as their
+The serving form of DNIS and AutoSrh (`embcomp.backends.dnis`, which cites the papers) as their
 authors prune: any element of any row. Column numbers take one byte where the reference takes four.
 
 The elements of a table are the rows, one column wide, of its physical table. Each column of each
 feature is a look-up key of its own, and skips the ids that store nothing there. So bags are pooled
 by TorchRec, and gradients reach the stored elements and nothing else. One look-up per element
-makes it slower than ``embcomp.backends.blocks``, and training pads an element to four.
+makes it slower than `embcomp.backends.blocks`, and training pads an element to four.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.blocks import column_dtype
@@ -47,6 +47,7 @@ class Sparse(BackendConfig):
 
     name: ClassVar[str] = "sparse"
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return False
 
@@ -68,6 +69,7 @@ class Sparse(BackendConfig):
             )
         return stored
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [
             PhysicalTable(
@@ -85,6 +87,7 @@ class Sparse(BackendConfig):
             for table in self._stored(tables)
         ]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -115,6 +118,7 @@ class Sparse(BackendConfig):
             skips_negative_ids=True,
         )
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         stored = self._stored(tables)
         itemsize = pointer_dtype([self.elements(table) for table in stored]).itemsize
@@ -137,9 +141,11 @@ class Sparse(BackendConfig):
             )
         )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self
 
@@ -171,9 +177,9 @@ class SparseRoute(LearnedBuffers):
         keys: names of the look-ups, one for each column of each (table, feature) that is stored.
         check: refuses ids that no table holds.
         tables: those that store anything.
-        owners: for each incoming (table, feature), its place in ``tables``; None where its table
+        owners: for each incoming (table, feature), its place in `tables`; None where its table
             stores nothing.
-        dtype: of ``columns``.
+        dtype: of `columns`.
     """
 
     pointers: Tensor
@@ -214,6 +220,7 @@ class SparseRoute(LearnedBuffers):
         self.register_buffer("pointers", torch.zeros(rows, dtype=pointer_dtype(elements)))
         self.register_buffer("columns", torch.zeros(sum(elements), dtype=dtype))
 
+    @override
     def reset_buffers(self) -> None:
         pointers, columns = [], []
         for table in self._tables:
@@ -224,6 +231,7 @@ class SparseRoute(LearnedBuffers):
         self.pointers.copy_(torch.cat(pointers))
         self.columns.copy_(torch.cat(columns))
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         self.ensure_filled()
@@ -241,7 +249,7 @@ class SparseRoute(LearnedBuffers):
         begins = self.pointers[rows].long().unsqueeze(1)
         counts = self.pointers[rows + 1].long().unsqueeze(1) - begins
         nth = torch.arange(self._width, device=ids.device)
-        elements = begins + nth  # of which the first ``counts`` are the row's own
+        elements = begins + nth  # of which the first `counts` are the row's own
         first = per_value(self._first_elements.on(ids.device), features).unsqueeze(1)
         columns = self.columns[(first + elements).clamp(max=self.columns.shape[0] - 1)].long()
         # One more column takes what is not the row's own.
@@ -261,6 +269,7 @@ class ZeroColumns(nn.Module):
         super().__init__()
         self._widths = list(widths)
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, widths that come) -> (B, all widths)
         came = iter(rows.split([width for width, comes in self._widths if comes], dim=1))
         parts = [

@@ -19,13 +19,13 @@ class Stage:
     Args:
         name: unique among the method's stages; what logs and overrides call it.
         purpose: one line for people.
-        kind: ``train`` runs the loop; ``search`` trains nothing and asks the method's ``search``.
-        epochs: passes over the stage's training rows; None takes the run's ``train.epochs``, 0
+        kind: `train` runs the loop; `search` trains nothing and asks the method's `search`.
+        epochs: passes over the stage's training rows; None takes the run's `train.epochs`, 0
             only hands over.
         max_steps: stop after this many steps, whatever the epochs say.
         rows: whether embedding rows learn.
         network: whether the model around the tables learns.
-        structure: whether the parameters of the method's ``combine`` learn.
+        structure: whether the parameters of the method's `combine` learn.
         alternate: whether each step on training rows, in which the structure rests, is followed by
             a step on search-validation rows in which it alone learns.
         second_order: whether the structure's gradient in those steps looks through the rows' step before

@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
@@ -42,14 +42,14 @@ class Unified(BackendConfig):
     Args:
         num_buckets: rows of each physical table.
         num_chunks: look-ups per feature. Each gives a chunk of the embedding; chunks are
-            ``ceil(widest embedding / num_chunks)`` wide.
-        chunks: look-ups of single tables, by name, where they differ from ``num_chunks``. Fewer
+            `ceil(widest embedding / num_chunks)` wide.
+        chunks: look-ups of single tables, by name, where they differ from `num_chunks`. Fewer
             leave the embedding's tail at zero; more are projected to its width by a learnt
             matrix.
         num_tables: physical tables; a table's look-ups are dealt to them in turn, from one on that
             its name chooses. For spreading load. One that no look-up falls to is not made.
         collisionless: tables of at most this many rows stay full.
-        init_range: rows start uniform in ``[-init_range, init_range]``.
+        init_range: rows start uniform in `[-init_range, init_range]`.
         seed: salts the hash.
     """
 
@@ -65,18 +65,20 @@ class Unified(BackendConfig):
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return table.num_embeddings <= self.collisionless
 
+    @override
     def stores_together(self, tables: Sequence[TableSpec]) -> bool:
         return sum(not self.keeps_full(table) for table in tables) > 1
 
     def chunk_dim(self, tables: Sequence[TableSpec]) -> int:
-        """Width of a look-up: the widest embedding in ``num_chunks`` parts, rounded up."""
+        """Width of a look-up: the widest embedding in `num_chunks` parts, rounded up."""
         return -(-max(table.embedding_dim for table in tables) // self.num_chunks)
 
     def lookups(self, table: TableSpec, chunk_dim: int) -> int:
-        """Look-ups of a table: as said in ``chunks``, else as many as its embedding needs."""
+        """Look-ups of a table: as said in `chunks`, else as many as its embedding needs."""
         return self.chunks.get(table.name, -(-table.embedding_dim // chunk_dim))
 
     def _lookups(self, tables: Sequence[TableSpec]) -> list[LookupKey]:
@@ -105,6 +107,7 @@ class Unified(BackendConfig):
                     dealt[(first + chunk) % self.num_tables].append(key)
         return [tuple(keys) for keys in dealt]
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         self._refuse_unknown_tables(tables)
         lookups = self._lookups(tables)
@@ -131,6 +134,7 @@ class Unified(BackendConfig):
             if own
         ]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         width = self.chunk_dim(tables)
         lookups = [
@@ -168,6 +172,7 @@ class Unified(BackendConfig):
         """Whether a whole chunk or more lies beyond the embedding's width."""
         return self.lookups(table, width) * width - table.embedding_dim >= width
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         width = self.chunk_dim(tables)
         return Footprint(
@@ -194,6 +199,7 @@ class Unified(BackendConfig):
                 f"it holds {', '.join(table.name for table in tables)}"
             )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         def fits(rows: int) -> bool:
             return self.with_size(num_buckets=rows).footprint(tables).serve_bytes <= budget
@@ -202,6 +208,7 @@ class Unified(BackendConfig):
         rows = largest_int(fits, 1, most)
         return None if rows is None else self.with_size(num_buckets=rows)
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(num_buckets=1)
 
@@ -227,6 +234,7 @@ class FitWidths(nn.Module):
             }
         )
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
         parts = rows.split([came for _, came, _ in self._widths], dim=1)
         fitted = []
@@ -243,7 +251,7 @@ class FitWidths(nn.Module):
 class Projection(nn.Module):
     """A learnt matrix from concatenated chunks to an embedding.
 
-    It is a module of its own because a ``meta`` build is filled module by module: only the direct
+    It is a module of its own because a `meta` build is filled module by module: only the direct
     owner of a parameter is asked to reset it.
 
     Args:
@@ -264,5 +272,6 @@ class Projection(nn.Module):
             self.weight.zero_()
             self.weight[rows, rows % wanted] = (wanted / came) ** 0.5
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, came) -> (B, wanted)
         return rows @ self.weight

@@ -35,7 +35,7 @@ def compare(
 
 
 def show(found: Comparison) -> None:
-    """Prints the table."""
+    """Print the table."""
     from embcomp.training.reporting.compared_run import HEADINGS
 
     table = Table(box=console.BOX, pad_edge=False)
@@ -49,7 +49,7 @@ def show(found: Comparison) -> None:
 
 
 def draw(found: Comparison, folder: Path) -> list[Path]:
-    """Writes the page and the picture; returns their paths."""
+    """Write the page and the picture; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     found.save_html(page)

@@ -19,7 +19,7 @@ class _Console(Console):
     """A console that leaves it to the command what happens when its reader has gone."""
 
     def on_broken_pipe(self) -> None:
-        """Goes on with the error in place of rich's exit code."""
+        """Go on with the error in place of rich's exit code."""
         raise  # noqa: PLE0704 - called while the error is handled
 
 
@@ -34,5 +34,5 @@ def stderr() -> Console:
 
 
 def fail(message: str) -> None:
-    """Prints one red error message on stderr."""
+    """Print one red error message on stderr."""
     stderr().print(f"[bold red]error:[/] [red]{escape(message)}[/]", highlight=False)

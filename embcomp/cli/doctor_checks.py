@@ -94,7 +94,7 @@ class DoctorReport:
 
 
 def check() -> DoctorReport:
-    """Looks at the interpreter, the packages, the pairing, the devices and the process groups."""
+    """Look at the interpreter, the packages, the pairing, the devices and the process groups."""
     probe = run_probe()
     findings = [_python(), _embcomp(), *_set_versions(), _pairing(), _fbgemm_provider()]
     findings += _imports(probe)
@@ -177,7 +177,7 @@ def fbgemm_distribution() -> tuple[str, str | None, str]:
 
 
 def run_probe() -> dict[str, Any]:
-    """Tries torch, fbgemm_gpu, torchrec and one look-up in a child process; see `doctor_probe`."""
+    """Try torch, fbgemm_gpu, torchrec and one look-up in a child process; see `doctor_probe`."""
     # As source text, away from here: run as a file, its neighbours would shadow other packages.
     command = [sys.executable, "-c", Path(__file__).with_name("doctor_probe.py").read_text()]
     try:

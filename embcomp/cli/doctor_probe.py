@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Prints what works; stops at the first step that raises, with the error in the last line."""
+    """Print what works; stops at the first step that raises, with the error in the last line."""
     warnings.simplefilter("ignore")
     driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
     _say(cuda_driver=driver, cores=os.cpu_count())

@@ -87,7 +87,7 @@ def _widths(text: str | None) -> dict[str, int]:
 
 
 def print_export(found: Export) -> None:
-    """Prints what was found, one line each."""
+    """Print what was found, one line each."""
     from embcomp.tables.budget import format_bytes
 
     assert found.saved is not None

@@ -106,7 +106,7 @@ def _news(found: ScoredRows) -> list[str]:
 
 
 def _record(found: ScoredRows) -> dict[str, Any]:
-    """Counts, and what `embcomp evaluate` says of the rows with a label."""
+    """Count, and what `embcomp evaluate` says of the rows with a label."""
     unseen = sum(count for count, _ in found.unseen.values())
     values = sum(count for _, count in found.unseen.values())
     record: dict[str, Any] = {

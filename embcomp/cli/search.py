@@ -68,7 +68,7 @@ def search(
 
 
 def show(result: SearchResult, folder: Path) -> None:
-    """Prints a search's result."""
+    """Print a search's result."""
     out = console.stdout()
     metric = result.objectives[0]
     table = Table(box=console.BOX, pad_edge=False)

@@ -56,7 +56,7 @@ def stoppable(standing: Callable[[], str]) -> Iterator[None]:
     """Says where the work of a verb stands when it is stopped, and exits as stopped programs do.
 
     Args:
-        standing: Where the work stands and how to go on.
+        standing: where the work stands and how to go on.
     """
     try:
         yield
@@ -71,7 +71,7 @@ def exit_code(stop: BaseException) -> int:
 
 
 def say_stopped(stop: BaseException, standing: str) -> None:
-    """Prints why the program ends and where its work stands; of several ranks the first does."""
+    """Print why the program ends and where its work stands; of several ranks the first does."""
     if os.environ.get("RANK", "0") != "0":
         return
     why = "stopped by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
@@ -80,7 +80,7 @@ def say_stopped(stop: BaseException, standing: str) -> None:
 
 
 def leave_stdout() -> None:
-    """Gives up a stdout that cannot be written, so that no later flush complains about it."""
+    """Give up a stdout that cannot be written, so that no later flush complains about it."""
     with suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, sys.stdout.fileno())

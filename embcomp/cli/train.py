@@ -58,7 +58,7 @@ def is_first_rank() -> bool:
 
 
 def print_report(report: Report, folder: Path) -> None:
-    """Prints a finished run's figures, one a line."""
+    """Print a finished run's figures, one a line."""
     from embcomp.tables.budget import format_bytes
 
     size = f"{format_bytes(report.serve_bytes)} ({report.compression:.1f}x smaller)"

@@ -1,6 +1,6 @@
 """What trained and serving collections share: a plan's methods as children of one module.
 
-``route``, ``rows`` and ``combine`` are called one after another. Their names, and those of the physical
+`route`, `rows` and `combine` are called one after another. Their names, and those of the physical
 tables, are the format of checkpoints; how rows are held is each collection's own affair.
 """
 
@@ -57,7 +57,7 @@ def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
 
 
 class AssembledTables(nn.Module):
-    """The methods of a plan as ``route``, rows and ``combine``."""
+    """The methods of a plan as `route`, rows and `combine`."""
 
     route: CompositeRoute
     rows: Any  # what holds the rows of pooled look-ups; None without any

@@ -1,7 +1,7 @@
 """Compressed tables where TorchRec's collections are used.
 
-``route``, ``rows`` and ``combine`` are children of the collection, called one after another: the
-only shape in which TorchRec shards the inner collection, pipelines it and moves ``route`` ahead of
+`route`, `rows` and `combine` are children of the collection, called one after another: the
+only shape in which TorchRec shards the inner collection, pipelines it and moves `route` ahead of
 it. Their names, and those of the physical tables, are the format of checkpoints.
 """
 
@@ -86,7 +86,7 @@ class _Compressed(AssembledTables):
 
     @property
     def footprint(self) -> Footprint:
-        """Predicted bytes; ``serving_tensors`` holds exactly ``footprint.serve_bytes``."""
+        """Predicted bytes; `serving_tensors` holds exactly `footprint.serve_bytes`."""
         return self._plan.footprint
 
     @property
@@ -237,9 +237,9 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
     Args:
         tables: TorchRec's table configs. They are read, never changed.
         plan: a method for all tables, methods by table name, or a Plan; all full by default.
-        is_weighted: whether ids carry weights. Averaged bags are then ``sum(w * e) / length``,
+        is_weighted: whether ids carry weights. Averaged bags are then `sum(w * e) / length`,
             as in FBGEMM's kernels.
-        device: where to build; ``meta`` to allocate nothing.
+        device: where to build; `meta` to allocate nothing.
 
     Raises:
         ConfigError: for tables or a plan that cannot be.
@@ -275,7 +275,7 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
 
         Returns:
             (B, sum of embedding_dims), keys and widths as declared: the feature's name, or
-            ``feature@table`` when a feature is in several tables. Empty bags give zeros.
+            `feature@table` when a feature is in several tables. Empty bags give zeros.
         """
         # Traced by the train pipeline: no look at the batch here, and no call but of children.
         x = self.route(features)
@@ -292,7 +292,7 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
     Args:
         tables: TorchRec's table configs. They are read, never changed.
         plan: a method for all tables, methods by table name, or a Plan; all full by default.
-        device: where to build; ``meta`` to allocate nothing.
+        device: where to build; `meta` to allocate nothing.
         need_indices: whether the ids go along, as the JaggedTensors' weights.
 
     Raises:
@@ -325,7 +325,7 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
             features: bags of int32 or int64 ids; B bags for each feature.
 
         Returns:
-            For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
+            For each feature (`feature@table` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) values in B bags.
         """
         x = self.route(features)

@@ -1,6 +1,6 @@
 """One combine for all methods of a collection: from looked-up rows to embeddings.
 
-Like ``embcomp.collection.route`` it is a leaf for TorchRec's train pipeline, and holds no buffers.
+Like `embcomp.collection.route` it is a leaf for TorchRec's train pipeline, and holds no buffers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from typing_extensions import override
 
 from embcomp.backends.base import Backend
 from embcomp.collection.groups import Group, TableFeature
@@ -40,7 +41,7 @@ class LookupSplitter(nn.Module):
         self.detach = False
 
     def forward(self, rows: KeyedTensor) -> list[Tensor]:
-        """Split ``(B, all physical columns)`` into one ``(B, width)`` tensor per method."""
+        """Split `(B, all physical columns)` into one `(B, width)` tensor per method."""
         keys = tuple(rows.keys())
         if keys not in self._columns:
             self._columns[keys] = self._pick(keys, rows.length_per_key())
@@ -66,7 +67,7 @@ class Combine(nn.Module):
     """Turns looked-up rows into each (table, feature)'s embeddings.
 
     Args:
-        groups: the methods, in the order in which ``CompositeRoute`` has them.
+        groups: the methods, in the order in which `CompositeRoute` has them.
         instances: all (table, feature) pairs in the order declared: the order of the output.
     """
 
@@ -126,6 +127,7 @@ class PooledCombine(Combine):
             [n for n, i in enumerate(self._came) for _ in range(i.table.embedding_dim)]
         )
 
+    @override
     def forward(
         self,
         pooled: KeyedTensor | None,
@@ -176,10 +178,10 @@ def sum_bags(
     """Pool combined rows into the bags that they came from.
 
     Args:
-        rows: (stride, sum of dims); value ``v`` of an instance in row ``v`` of its columns.
+        rows: (stride, sum of dims); value `v` of an instance in row `v` of its columns.
         instances: the method's (table, feature) pairs.
         features: the batch's bags, and their weights if any.
-        start: position of the first of the instances among the keys of ``features``.
+        start: position of the first of the instances among the keys of `features`.
 
     Returns:
         (B, sum of dims), the weighted sums of the bags.
@@ -220,6 +222,7 @@ class UnpooledCombine(Combine):
         super().__init__(groups, instances)
         self._need_indices = need_indices
 
+    @override
     def forward(
         self,
         pooled: KeyedTensor | None,

@@ -1,9 +1,9 @@
 """Forms of a collection's groups: their tensors under names that do not depend on the collection.
 
-In a state dict, a group's tensors stand under the collection's own modules: ``rows.embedding_bags``
-for physical tables (padded), ``route.routes.<method>`` and ``combine.combines.<method>`` for the rest,
-in parts for each table (``embcomp.layers.named_parts``). A form knows them as ``rows.<table>``,
-``route.<name>`` and ``combine.<name>``, each whole.
+In a state dict, a group's tensors stand under the collection's own modules: `rows.embedding_bags`
+for physical tables (padded), `route.routes.<method>` and `combine.combines.<method>` for the rest,
+in parts for each table (`embcomp.layers.named_parts`). A form knows them as `rows.<table>`,
+`route.<name>` and `combine.<name>`, each whole.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def state_tensors(group: Group, form: MethodState) -> dict[str, Tensor]:
 
 
 def pad_columns(tensor: Tensor, wanted: Tensor) -> Tensor:
-    """A tensor with zero columns added up to the shape of ``wanted``."""
+    """A tensor with zero columns added up to the shape of `wanted`."""
     if tensor.shape == wanted.shape:
         return tensor
     padded = wanted.new_zeros(wanted.shape)

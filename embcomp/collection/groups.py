@@ -24,7 +24,7 @@ class TableFeature:
 def table_features(tables: Sequence[TableSpec]) -> list[TableFeature]:
     """The (table, feature) pairs in order, keyed as TorchRec keys them.
 
-    The key is the feature, or ``feature@table`` when the feature is in several tables.
+    The key is the feature, or `feature@table` when the feature is in several tables.
     """
     features = [feature for table in tables for feature in table.feature_names]
     return [
@@ -60,12 +60,12 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Columns of the rows that ``combine`` takes."""
+        """Columns of the rows that `combine` takes."""
         dims = {key: t.embedding_dim for t in self.backend.physical_tables for key in t.keys}
         return sum(dims[key] for key in self.backend.keys)
 
     def modules(self) -> list[tuple[str, nn.Module]]:
-        """The method's own modules: ``route`` and ``combine``."""
+        """The method's own modules: `route` and `combine`."""
         return [("route", self.backend.route), ("combine", self.backend.combine)]
 
     def looked_up_in(self, physical: PhysicalTable) -> list[str]:
@@ -78,7 +78,7 @@ class Group:
         return f"{'unpooled_rows' if self.unpooled else 'rows'}.embedding_bags.{physical}.weight"
 
     def state_name(self, part: str, name: str) -> str:
-        """What a tensor of ``route`` or ``combine`` is called in the collection's state dict."""
+        """What a tensor of `route` or `combine` is called in the collection's state dict."""
         return f"{part}.{part}s.{self.label}.{name}"
 
 

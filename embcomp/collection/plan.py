@@ -21,10 +21,10 @@ class Plan:
     """Methods for tables, and the bytes that they may take together.
 
     Args:
-        default: method of every table that is not in ``overrides``.
+        default: method of every table that is not in `overrides`.
         overrides: method of single tables, by name. Tables with equal configs form one group:
             they share its physical tables and its budget.
-        budget: serving bytes of all tables together, as ``"64MiB"``, bytes, or ``"10%"`` of the
+        budget: serving bytes of all tables together, as `"64MiB"`, bytes, or `"10%"` of the
             full tables. The default method gets what the overrides leave, whatever budget it
             names itself; its size must be open.
     """

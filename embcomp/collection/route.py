@@ -1,8 +1,8 @@
 """One route for all methods of a collection.
 
-TorchRec's train pipeline traces a collection's ``forward`` and treats this module as a leaf, as it does
-``embcomp.collection.combine``, so everything that looks at keys happens inside them. They hold no
-buffers (``embcomp.layers.constant_tensors``).
+TorchRec's train pipeline traces a collection's `forward` and treats this module as a leaf, as it does
+`embcomp.collection.combine`, so everything that looks at keys happens inside them. They hold no
+buffers (`embcomp.layers.constant_tensors`).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _bags_of_one(
     Args:
         parts: look-ups, and how many physical ids stand for one value in them.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
-        skips_negative_ids: whether bags of negative ids are to be empty.
+        skips: whether bags of negative ids are to be empty.
     """
     if not parts:
         return None

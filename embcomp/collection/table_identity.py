@@ -1,7 +1,7 @@
 """Which tables a state dict holds, and whether a collection may take them over.
 
 Tables are known by their names. A state dict says which it has by an empty entry for each,
-``route.table@<name>``, first among the collection's, so that a loader that knows nothing of tables
+`route.table@<name>`, first among the collection's, so that a loader that knows nothing of tables
 stumbles over the name of the one that is missing. A table is loaded whole or not at all: one whose rows
 came without its codes, or whose codewords have another size because another table left, would answer
 wrongly without a word.
@@ -65,7 +65,7 @@ def stored_shapes(groups: Sequence[Group]) -> dict[str, dict[str, Shape]]:
 def check_tables(groups: Sequence[Group], state: Mapping[str, object], prefix: str) -> None:
     """Raise a CheckpointError where a table would be taken over in part, or wrongly.
 
-    Tables that only one side has are torch's to refuse, or with ``strict=False`` to pass over.
+    Tables that only one side has are torch's to refuse, or with `strict=False` to pass over.
 
     Args:
         groups: the methods of the collection that is filled.

@@ -1,6 +1,6 @@
 """Row types table by table: what a person asks for, and what a method's physical tables get of it.
 
-Asked for is one type, or a mapping from tables to types in which ``default`` stands for the others.
+Asked for is one type, or a mapping from tables to types in which `default` stands for the others.
 A physical table that holds rows of several tables has one type.
 """
 
@@ -53,7 +53,7 @@ class RowTypes:
 
     @classmethod
     def parse(cls, text: str) -> RowTypes:
-        """Read ``int8``, ``C1=int8,C2=fp16`` or ``int8,C3=fp32``.
+        """Read `int8`, `C1=int8,C2=fp16` or `int8,C3=fp32`.
 
         Raises:
             ConfigError: for anything else.

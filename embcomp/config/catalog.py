@@ -81,7 +81,7 @@ def model_classes() -> Mapping[str, type]:
 
 
 def recipe_folder() -> Path | None:
-    """``configs/`` here, else that of the checkout that this package was imported from.
+    """`configs/` here, else that of the checkout that this package was imported from.
 
     Recipes belong to a checkout; an installed wheel has none.
     """
@@ -110,7 +110,7 @@ def find_recipe(name: str) -> Path:
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
-    """Copies a recipe to a file, or into a folder under its own name; never over a file.
+    """Copy a recipe to a file, or into a folder under its own name; never over a file.
 
     A copy to another file name gets that name as its run's name too, so that its runs do not land
     in the original's folder.
@@ -163,7 +163,7 @@ def _default(field: dataclasses.Field[object]) -> str:
 
 
 def _documented(docstring: str) -> dict[str, str]:
-    """Name to text of an ``Args:`` or ``Attributes:`` section."""
+    """Name to text of an `Args:` or `Attributes:` section."""
     lines = inspect.cleandoc(docstring).splitlines()
     heads = [i for i, line in enumerate(lines) if line in ("Args:", "Attributes:")]
     if not heads:

@@ -21,7 +21,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.errors import ConfigError
 from embcomp.io.numeric_settings import MOST, SEEDS, why_no_number
@@ -86,7 +86,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses what pydantic would take for a number, such as `true`."""
+        """Refuse what pydantic would take for a number, such as `true`."""
         name = info.field_name or ""
         hint = cls.model_fields[name].annotation
         if isinstance(value, bool | list | tuple | Mapping) and (
@@ -116,8 +116,8 @@ class YamlConfig(Section):
     def parse(cls, raw: Mapping[str, Any], overrides: Iterable[str], *, source: str) -> Self:
         """Check what is a mapping already; `source` says in errors where it is from."""
         document = plain(raw)
-        for override in overrides:
-            apply_override(document, override)
+        for change in overrides:
+            apply_override(document, change)
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -177,6 +177,7 @@ class MethodConfig(Choice):
     kind: ClassVar[str] = "method"
 
     @classmethod
+    @override
     def registry(cls) -> Mapping[str, type[BackendConfig]]:
         # Imported on use: reading a YAML should not wait for torch before its first complaint.
         from embcomp.backends import BACKENDS
@@ -190,6 +191,7 @@ class ModelChoice(Choice):
     kind: ClassVar[str] = "model"
 
     @classmethod
+    @override
     def registry(cls) -> Mapping[str, type[ModelConfig]]:
         from embcomp.models import MODELS
 

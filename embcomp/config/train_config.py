@@ -51,13 +51,13 @@ class DataConfig(Section):
     """Which dataset, and how it is cut into batches.
 
     Attributes:
-        path: The folder that holds `dataset.json`.
-        batch_size: Rows per training step over all ranks together.
-        eval_batch_size: Rows per evaluation step over all ranks together.
-        shuffle: Whether the training rows are shuffled in each epoch.
-        shuffle_buffer: Rows of all ranks that are shuffled together; None leaves the loader's default.
-        drop_last: Whether an epoch's last, smaller training batch is left out.
-        search_share: Share of the training rows, the last ones, that methods which choose their
+        path: the folder that holds `dataset.json`.
+        batch_size: rows per training step over all ranks together.
+        eval_batch_size: rows per evaluation step over all ranks together.
+        shuffle: whether the training rows are shuffled in each epoch.
+        shuffle_buffer: rows of all ranks that are shuffled together; None leaves the loader's default.
+        drop_last: whether an epoch's last, smaller training batch is left out.
+        search_share: share of the training rows, the last ones, that methods which choose their
             structure on data they do not train on keep for it: the search-validation rows.
     """
 
@@ -75,7 +75,7 @@ class InitConfig(Section):
 
     Attributes:
         name: `default` (the method's rule), `normal` or `uniform` (around zero).
-        scale: Standard deviation of `normal`, bound of `uniform`.
+        scale: standard deviation of `normal`, bound of `uniform`.
     """
 
     name: Literal["default", "normal", "uniform"] = "default"
@@ -93,14 +93,14 @@ class TablesConfig(Section):
     """The embedding tables.
 
     Attributes:
-        embedding_dim: Width of an embedding as the model sees it.
-        method: How tables are stored unless `overrides` says otherwise.
-        budget: Serving bytes of all tables: a number, `64MiB`, or `10%` of the full tables.
-        overrides: Feature name to its own method.
-        first_order: How first-order weights are stored, for models that use them.
-        pooling: How the values of a multi-valued feature become one vector.
-        init: Initial rows.
-        row_types: What type rows are served in: `fp32`, `fp16`, `int8` or `int4`, or a mapping from
+        embedding_dim: width of an embedding as the model sees it.
+        method: how tables are stored unless `overrides` says otherwise.
+        budget: serving bytes of all tables: a number, `64MiB`, or `10%` of the full tables.
+        overrides: feature name to its own method.
+        first_order: how first-order weights are stored, for models that use them.
+        pooling: how the values of a multi-valued feature become one vector.
+        init: initial rows.
+        row_types: what type rows are served in: `fp32`, `fp16`, `int8` or `int4`, or a mapping from
             table to type with a `default`. Training is not changed by it; the final metrics, the
             reported bytes and `embcomp export` are those of such rows.
     """
@@ -134,7 +134,7 @@ class TablesConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _budget_sizes_the_method(cls, value: Any) -> Any:
-        """Hands the budget to the method, which must know where its size comes from."""
+        """Hand the budget to the method, which must know where its size comes from."""
         if not isinstance(value, Mapping) or value.get("budget") is None or "method" not in value:
             return value
         method = value["method"]
@@ -163,14 +163,14 @@ class RowOptimizerConfig(Section):
 
     Attributes:
         name: `adam` is fused on CUDA only; elsewhere it needs `mode: dense`.
-        learning_rate: Learning rate of the rows.
+        learning_rate: learning rate of the rows.
         mode: `fused` updates touched rows inside the backward pass; `dense` is an ordinary torch
             optimizer over whole tables (small tables only), as published baselines are trained.
-        eps: Added to the denominator of Adagrad and Adam.
+        eps: added to the denominator of Adagrad and Adam.
         betas: Adam's.
-        weight_decay: Decoupled decay, lazy for fused rows: equal to decaying every row in every step.
+        weight_decay: decoupled decay, lazy for fused rows: equal to decaying every row in every step.
         l2: `0.5 * l2 * ||E||^2` over whole tables is added to the loss (dense mode only).
-        max_gradient: Bound on each element of a row's gradient (fused mode only).
+        max_gradient: bound on each element of a row's gradient (fused mode only).
     """
 
     name: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
@@ -227,9 +227,9 @@ class StageConfig(Section):
     """What differs from a method's own idea of one of its stages.
 
     Attributes:
-        epochs: Passes over the stage's training rows; 0 only hands over.
-        max_steps: Stop after this many steps.
-        learning_rate: Factor on the learning rates of rows and network.
+        epochs: passes over the stage's training rows; 0 only hands over.
+        max_steps: stop after this many steps.
+        learning_rate: factor on the learning rates of rows and network.
     """
 
     epochs: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] | None = None
@@ -241,26 +241,26 @@ class RunConfig(Section):
     """The loop.
 
     Attributes:
-        epochs: Passes over the training split.
-        max_steps: Stop after this many steps, whatever the epochs say.
-        row_optimizer: What updates embedding rows.
-        dense_optimizer: What updates everything else.
-        clip_norm: Bound on the gradients' norm; rows take part in dense mode only.
-        warmup_steps: Steps over which both learning rates grow linearly from zero.
-        plateau: Reduce the learning rates when the monitored metric stalls.
-        early_stop: End the training when the monitored metric stalls.
-        monitor: The validation metric that decides what is best.
-        min_delta: By how much it must improve to count.
-        eval_every: Steps between evaluations; None evaluates at the end of each epoch.
-        checkpoint_every: Steps between checkpoints, besides the one after each evaluation.
-        keep_checkpoints: How many of the latest checkpoints stay, besides the best.
-        log_every: Steps between two records of the training loss.
+        epochs: passes over the training split.
+        max_steps: stop after this many steps, whatever the epochs say.
+        row_optimizer: what updates embedding rows.
+        dense_optimizer: what updates everything else.
+        clip_norm: bound on the gradients' norm; rows take part in dense mode only.
+        warmup_steps: steps over which both learning rates grow linearly from zero.
+        plateau: reduce the learning rates when the monitored metric stalls.
+        early_stop: end the training when the monitored metric stalls.
+        monitor: the validation metric that decides what is best.
+        min_delta: by how much it must improve to count.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        checkpoint_every: steps between checkpoints, besides the one after each evaluation.
+        keep_checkpoints: how many of the latest checkpoints stay, besides the best.
+        log_every: steps between two records of the training loss.
         device: `auto` takes CUDA when there is one.
         precision: `bf16` runs the dense part under autocast (CUDA only).
-        sharding: How tables are spread over ranks; `auto` asks TorchRec's planner.
-        rank_timeout: Seconds without a sign of life after which a rank counts as dead.
-        stages: For methods that are trained in stages: stage name to what differs in it.
-        start_from: Folder of a finished run whose best weights stand for the first stage, which is
+        sharding: how tables are spread over ranks; `auto` asks TorchRec's planner.
+        rank_timeout: seconds without a sign of life after which a rank counts as dead.
+        stages: for methods that are trained in stages: stage name to what differs in it.
+        start_from: folder of a finished run whose best weights stand for the first stage, which is
             then not trained. Its tables must be stored as that stage stores them.
     """
 
@@ -348,10 +348,10 @@ class TrainConfig(YamlConfig):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Reads and checks a training YAML.
+    """Read and check a training YAML.
 
     Args:
-        path: The YAML file.
+        path: the YAML file.
         overrides: `key.path=value` strings; a value is parsed as YAML.
 
     Raises:
@@ -363,5 +363,5 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 def parse_config(
     raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "config"
 ) -> TrainConfig:
-    """Checks a config that is already a mapping; see `load_config`."""
+    """Check a config that is already a mapping; see `load_config`."""
     return TrainConfig.parse(raw, overrides, source=source)

@@ -13,12 +13,12 @@ from embcomp.io.folder_lock import is_at, try_lock
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Writes a whole file or nothing; of several writers at once, one is the last.
+    """Write a whole file or nothing; of several writers at once, one is the last.
 
     Args:
-        path: The file.
-        text: What it is to hold.
-        durable: Whether it is forced to disk first.
+        path: the file.
+        text: what it is to hold.
+        durable: whether it is forced to disk first.
     """
     with _renamed(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -29,8 +29,8 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A file to write, which becomes `path` when the block ends, and is gone when it fails.
 
     Args:
-        path: What is written, in a folder that is there.
-        durable: Whether the bytes are forced to disk before the file takes its name, so that a
+        path: what is written, in a folder that is there.
+        durable: whether the bytes are forced to disk before the file takes its name, so that a
             power cut leaves the old file or the new one, and what killed writers left goes first.
             Not for the many files of a folder whose owner removes `*.tmp` and checks digests.
     """

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from typing_extensions import override
+
 from embcomp.errors import ConfigError
 from embcomp.io.numeric_settings import hints_of, shown, why_no_number
 
@@ -46,9 +48,11 @@ class Ge(Rule):
 
     least: float
 
+    @override
     def holds(self, number: float) -> bool:
         return number >= self.least
 
+    @override
     def words(self) -> str:
         return f"at least {self.least}"
 
@@ -57,9 +61,11 @@ class Ge(Rule):
 class Positive(Rule):
     """More than 0."""
 
+    @override
     def holds(self, number: float) -> bool:
         return number > 0
 
+    @override
     def words(self) -> str:
         return "positive"
 
@@ -70,9 +76,11 @@ class Le(Rule):
 
     most: int
 
+    @override
     def holds(self, number: float) -> bool:
         return abs(number) <= self.most
 
+    @override
     def words(self) -> str:
         return f"at most {self.most:,}"
 
@@ -85,11 +93,13 @@ class Between(Rule):
     high: float
     ends: Literal["[]", "[)", "(]", "()"] = "[]"
 
+    @override
     def holds(self, number: float) -> bool:
         above = number >= self.low if self.ends[0] == "[" else number > self.low
         below = number <= self.high if self.ends[1] == "]" else number < self.high
         return above and below
 
+    @override
     def words(self) -> str:
         return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
 
@@ -101,10 +111,12 @@ class Count(Rule):
     least: int
     of: str = ""
 
+    @override
     def expected(self, value: Any) -> str:
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= self.least
         return "" if fits else self.words()
 
+    @override
     def words(self) -> str:
         return f"an integer of at least {self.least}"
 
@@ -113,12 +125,12 @@ class Broken(NamedTuple):
     """A rule that a value does not keep.
 
     Attributes:
-        field: The setting.
-        key: The key in its mapping, quoted, with what such keys are; empty elsewhere.
-        value: The setting's value.
-        part: What of it breaks the rule.
-        expected: What was expected.
-        choices: The only values there are; empty where there are others.
+        field: the setting.
+        key: the key in its mapping, quoted, with what such keys are; empty elsewhere.
+        value: the setting's value.
+        part: what of it breaks the rule.
+        expected: what was expected.
+        choices: the only values there are; empty where there are others.
     """
 
     field: str
@@ -177,9 +189,9 @@ def broken_rule(cls: type, field: str, value: Any) -> Broken | None:
     """The first rule in a field's annotation that a value does not keep; None where it keeps all.
 
     Args:
-        cls: A dataclass.
-        field: One of its fields.
-        value: What the field is given.
+        cls: a dataclass.
+        field: one of its fields.
+        value: what the field is given.
     """
     hint = hints_of(cls)[field]
     if value is None and hint in (int, float):

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from typing_extensions import override
+
 _MAGIC = b"PAR1"
 # A Parquet file ends with its footer, the footer's length in 4 bytes, and the magic word.
 _TAIL = 8
@@ -60,22 +62,27 @@ class HashedFile(io.RawIOBase):
         """The SHA-256 of what was written so far."""
         return self._digest.hexdigest()
 
+    @override
     def writable(self) -> bool:
         return True
 
+    @override
     def write(self, data: Any) -> int:
         self._digest.update(data)
         written = self._file.write(data)
         self.bytes += written
         return written
 
+    @override
     def tell(self) -> int:
         return self.bytes
 
+    @override
     def flush(self) -> None:
         if not self._file.closed:
             self._file.flush()
 
+    @override
     def close(self) -> None:
         if not self.closed:
             try:

@@ -61,7 +61,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) 
         rows: cells, as HTML.
         left: how many columns stand to the left, up to 3; the others are numbers.
     """
-
     top = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     shown = f'<table class="left{left}"><tr>{top}</tr>\n{body}</table>'

@@ -15,7 +15,7 @@ def inner_path(path: str) -> str:
     written. Links inside a folder are its owner's own, and are followed.
 
     Raises:
-        ValueError: it is absolute, climbs out by ``..``, or names the folder itself.
+        ValueError: it is absolute, climbs out by `..`, or names the folder itself.
     """
     parsed = PurePosixPath(path)
     if parsed.is_absolute() or ".." in parsed.parts or not parsed.parts or "\0" in path:

@@ -31,9 +31,9 @@ def why_no_number(name: str, value: Any, hint: Any) -> str:
     """What is wrong with the numbers in a field's value; empty if nothing is.
 
     Args:
-        name: The field.
-        value: What it was given, of any type.
-        hint: Its annotation.
+        name: the field.
+        value: what it was given, of any type.
+        hint: its annotation.
     """
     wanted = set(_leaves(hint))
     if not wanted & {int, float} or Any in wanted:

@@ -46,7 +46,7 @@ class Checksums:
         return self._joined([_submit(self._pool, data, start) for start in pieces])
 
     def of_file(self, path: Path, *, start: int = 0, stop: int | None = None) -> Callable[[], str]:
-        """Begin with a file's bytes, or those from ``start`` to ``stop``."""
+        """Begin with a file's bytes, or those from `start` to `stop`."""
         end = path.stat().st_size if stop is None else stop
         pieces = [(at, min(end, at + _PIECE)) for at in range(start, end, _PIECE)]
         return self._joined([self._pool.submit(_crc_of_file, path, *piece) for piece in pieces])

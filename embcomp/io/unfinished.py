@@ -23,7 +23,7 @@ _NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(_SUFFIX))
 
 @contextmanager
 def unfinished_folder(path: Path) -> Iterator[Path]:
-    """A locked hidden folder beside ``path``, gone afterwards unless it was renamed.
+    """A locked hidden folder beside `path`, gone afterwards unless it was renamed.
 
     Args:
         path: what it is to become.
@@ -37,7 +37,7 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove the unfinished folders in ``parent`` whose writers are gone."""
+    """Remove the unfinished folders in `parent` whose writers are gone."""
     for folder in parent.glob(f".*{_SUFFIX}"):
         if _NAME.fullmatch(folder.name) is None or folder.is_symlink() or not folder.is_dir():
             continue

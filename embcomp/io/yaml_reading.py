@@ -68,6 +68,7 @@ def _plain(item: ErrorDetails) -> str:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
+    """Put one `key.path=value` into a document; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -160,6 +161,7 @@ def plain(value: Any, _level: int = 0) -> Any:
 
 
 def config_error(text: str) -> PydanticCustomError:
+    """An error of ours inside a pydantic validator, its text kept word for word."""
     # Braces would be read as placeholders of pydantic's message template.
     return PydanticCustomError("embcomp", "{text}", {"text": text})
 
@@ -175,9 +177,11 @@ def _shortened(text: str, most: int) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """What was likely meant, in brackets after a blank; empty where nothing is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def listed(words: Iterable[str]) -> str:
+    """Words for a sentence, with commas."""
     return ", ".join(words)

@@ -1,6 +1,6 @@
-"""Constant tensors that survive ``meta`` builds and sharding.
+"""Constant tensors that survive `meta` builds and sharding.
 
-Buffers do not: DistributedModelParallel materialises those of a ``meta`` module as zeros and never
+Buffers do not: DistributedModelParallel materialises those of a `meta` module as zeros and never
 broadcasts them, so a hash whose salts were buffers would send every id to one row, in silence.
 """
 
@@ -17,7 +17,7 @@ class Constant:
 
     Args:
         values: the integers, in order.
-        shape: shape of the tensor; ``(len(values),)`` when not given.
+        shape: shape of the tensor; `(len(values),)` when not given.
     """
 
     def __init__(self, values: Sequence[int], shape: tuple[int, ...] | None = None) -> None:
@@ -26,7 +26,7 @@ class Constant:
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """The constant as an int64 tensor on ``device``, made once per device."""
+        """The constant as an int64 tensor on `device`, made once per device."""
         found = self._on.get(device)
         if found is None:
             found = torch.tensor(self._values, dtype=torch.int64, device=device).view(self._shape)

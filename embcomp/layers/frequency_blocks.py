@@ -25,13 +25,13 @@ def traffic_cuts(
     """The first ids of all blocks but the first.
 
     Args:
-        num_embeddings: ids run over ``[0, num_embeddings)``, the most frequent first.
+        num_embeddings: ids run over `[0, num_embeddings)`, the most frequent first.
         counts: (num_embeddings,) how often each occurs. Where nobody counted (None, empty, or all
             zero) the id of rank r is taken to occur in proportion to 1 / r, as Zipf has it.
         quantiles: shares of all occurrences, rising, in (0, 1).
 
     Returns:
-        Rising ids in ``[1, num_embeddings)``, at most one for each quantile.
+        Rising ids in `[1, num_embeddings)`, at most one for each quantile.
     """
     if counts is None or not counts.numel() or not bool(counts.any()):
         harmonic = math.log(num_embeddings) + _EULER_GAMMA

@@ -1,4 +1,4 @@
-"""The hash that places ids in rows: the SplitMix64 finaliser over ``id XOR salt``.
+"""The hash that places ids in rows: the SplitMix64 finaliser over `id XOR salt`.
 
 Salts follow from tables' names, by the first 8 bytes of a name's SHA-256: it is in every language's
 library, no likeness of names shows in it, and it will mean the same in twenty years. It is taken once
@@ -35,7 +35,7 @@ def salt(seed: int, table: int, chunk: int) -> int:
 
     Args:
         seed: the method's.
-        table: ``name64`` of the table's name.
+        table: `name64` of the table's name.
         chunk: which of a table's look-ups it is.
     """
     return splitmix64(splitmix64(splitmix64(seed) ^ table) ^ chunk)
@@ -52,7 +52,7 @@ def to_signed(x: int) -> int:
 
 
 def _xor_shift_(z: Tensor, bits: int) -> Tensor:
-    """``z ^= z >> bits`` in place, the shift logical."""
+    """`z ^= z >> bits` in place, the shift logical."""
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
@@ -61,11 +61,11 @@ def hash_rows(ids: Tensor, salts: Tensor, num_rows: Tensor) -> Tensor:
 
     Args:
         ids: int32 or int64 of any sign.
-        salts: int64, broadcastable to ``ids``; as ``table_salt`` makes them.
-        num_rows: int64, broadcastable to ``ids``; how many rows there are to choose from.
+        salts: int64, broadcastable to `ids`; as `table_salt` makes them.
+        num_rows: int64, broadcastable to `ids`; how many rows there are to choose from.
 
     Returns:
-        int64 rows in ``[0, num_rows)``, of the shape to which the arguments broadcast.
+        int64 rows in `[0, num_rows)`, of the shape to which the arguments broadcast.
     """
     z = torch.bitwise_xor(ids.to(torch.int64), salts)  # a new tensor: the rest may work in place
     z.add_(to_signed(_GAMMA))

@@ -1,6 +1,6 @@
 """State that a method learns beside its rows: codes, maps and masks as buffers, and losses.
 
-DistributedModelParallel turns the buffers of a ``meta`` build into zeros and says nothing. Codes of
+DistributedModelParallel turns the buffers of a `meta` build into zeros and says nothing. Codes of
 zeros would send every id to one row, so learnt buffers know whether anyone has filled them, and fill
 themselves with a pure function of the config where nobody has.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from embcomp.layers.named_parts import NamedParts
 
@@ -19,8 +20,8 @@ class LearnedBuffers(NamedParts):
     """A module whose persistent buffers hold what was learnt.
 
     A subclass registers its buffers (their shapes fixed by the config), says which of them hold
-    parts of single tables (``store_in_parts``), fills them in ``reset_buffers``, and calls
-    ``ensure_filled`` first thing in its ``forward``.
+    parts of single tables (`store_in_parts`), fills them in `reset_buffers`, and calls
+    `ensure_filled` first thing in its `forward`.
     """
 
     filled: Tensor
@@ -103,6 +104,7 @@ class AddPenalty(nn.Module):
         super().__init__()
         self._parts = tuple(part for part in model.modules() if isinstance(part, Penalised))
 
+    @override
     def forward(self, loss: Tensor) -> Tensor:
         for part in self._parts:
             if part.penalty is not None:

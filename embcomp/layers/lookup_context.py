@@ -14,7 +14,7 @@ from embcomp.layers.routing import key_offsets
 
 @dataclass(frozen=True)
 class LookupContext:
-    """What the rows that a ``combine`` gets were looked up for.
+    """What the rows that a `combine` gets were looked up for.
 
     Args:
         features: the batch's bags, one key for each (table, feature) of all methods.

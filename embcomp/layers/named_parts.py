@@ -2,7 +2,7 @@
 
 One kernel answers for all tables of a method, so what it learns of them stands in one tensor, table
 after table. Where a table stands in it depends on the others. In a state dict each table's part has a
-name of its own, ``<tensor>@<table>``, so that tables can be reordered, added and removed.
+name of its own, `<tensor>@<table>`, so that tables can be reordered, added and removed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class NamedParts(nn.Module):
         missing: list[str],
         error_msgs: list[str],
     ) -> Tensor | None:
-        """The tensor from the parts that came, which leave ``own``; None when none can be used."""
+        """The tensor from the parts that came, which leave `own`; None when none can be used."""
         current = getattr(self, tensor).detach()
         pieces, came = [], 0
         for name, part in self.parts_of(tensor, current).items():
@@ -134,7 +134,7 @@ def stored_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
     Args:
         module: the module.
-        tensors: any of its ``persistent_tensors``, or others in their place.
+        tensors: any of its `persistent_tensors`, or others in their place.
     """
     return dict(_stored(module, tensors))
 

@@ -1,8 +1,8 @@
 """From ids to the rows that pruning left: a bit per id, and a count per 256 of them.
 
 The row of a kept id is the number of kept ids before it: the count at the head of its block, and
-the set bits of the block before its own. That takes ``N / 8 + N / 64`` bytes for ``N`` ids, where a
-list of rows would take ``4 N``. All arithmetic is on int64, so ids above 2**24 stay exact.
+the set bits of the block before its own. That takes `N / 8 + N / 64` bytes for `N` ids, where a
+list of rows would take `4 N`. All arithmetic is on int64, so ids above 2**24 stay exact.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import LearnedBuffers
@@ -77,7 +78,7 @@ def unpack(words: Tensor, num_embeddings: int) -> Tensor:
 
 
 def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The buffers of a ``PrunedRoute`` for its pruned tables, in order."""
+    """The buffers of a `PrunedRoute` for its pruned tables, in order."""
     parts = [pack(mask) for mask in kept]
     return {
         "words": torch.cat([words for words, _ in parts]),
@@ -131,6 +132,7 @@ class PrunedRoute(LearnedBuffers):
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
         self._derived: tuple[Tensor, int, Tensor] | None = None
 
+    @override
     def reset_buffers(self) -> None:
         packed = pack_all([torch.arange(n) < kept for n, kept in self._sizes])
         self.words.copy_(packed["words"])
@@ -142,6 +144,7 @@ class PrunedRoute(LearnedBuffers):
         blocks = [num_blocks(n) for n, _ in self._sizes]
         return [unpack(w, n) for w, (n, _) in zip(self.words.split(blocks), self._sizes)]
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.check(features)
         self.ensure_filled()

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows
@@ -16,7 +17,7 @@ from embcomp.layers.hashing import hash_rows
 def common_count(features: KeyedJaggedTensor) -> int | None:
     """The number of values that every key has, or None when they differ.
 
-    Where it exists, the values are a rectangle ``(keys, count)`` and constants of the keys
+    Where it exists, the values are a rectangle `(keys, count)` and constants of the keys
     broadcast over it. This is so whenever every feature is single-valued.
     """
     counts = features.length_per_key()
@@ -26,13 +27,13 @@ def common_count(features: KeyedJaggedTensor) -> int | None:
 def key_offsets(features: KeyedJaggedTensor) -> list[int]:
     """Where each key's values begin, and where the last one's end; also in exported programs.
 
-    TorchRec's ``offset_per_key`` calls an operator of FBGEMM there.
+    TorchRec's `offset_per_key` calls an operator of FBGEMM there.
     """
     return [0, *accumulate(features.length_per_key())]
 
 
 def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
-    """One constant per key ``(keys,)`` repeated for each of the key's values ``(N,)``."""
+    """One constant per key `(keys,)` repeated for each of the key's values `(N,)`."""
     counts = torch.tensor(features.length_per_key(), device=constants.device)
     return constants.repeat_interleave(counts, output_size=features.values().numel())
 
@@ -52,6 +53,7 @@ class RepeatFeatures(nn.Module):
         self._index = Constant(self._sources)
         self._is_identity = self._sources == list(range(len(self._sources)))
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         if self._is_identity:
             return renamed(features, self._keys, features.values())
@@ -109,6 +111,7 @@ class HashRoute(nn.Module):
         self._salts = Constant(salts)
         self._num_rows = Constant(num_rows)
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(features)
         values = copies.values()

@@ -35,7 +35,7 @@ class TableSize:
 
     Args:
         name: the feature, and its table.
-        num_embeddings: ids run over ``[0, num_embeddings)``.
+        num_embeddings: ids run over `[0, num_embeddings)`.
         mean_length: mean number of values in a row.
         multi_valued: whether a row may have any number of values; by default where they are not
             one on average.
@@ -71,7 +71,7 @@ def sizes_of(info: DatasetInfo) -> list[TableSize]:
 
 
 def read_sizes(path: str | Path) -> list[TableSize]:
-    """A YAML of ``name: num_embeddings``, or ``name: {num_embeddings: 10, mean_length: 2.5}``.
+    """A YAML of `name: num_embeddings`, or `name: {num_embeddings: 10, mean_length: 2.5}`.
 
     Raises:
         ConfigError: for anything else, with the table's name.
@@ -107,7 +107,7 @@ class TableBytes:
         tables: the logical tables.
         method: the method's name in configs.
         stored_rows: physical rows.
-        stored_dim: physical width, or widths joined by ``+``.
+        stored_dim: physical width, or widths joined by `+`.
         weights: serving bytes of rows, projections and codebooks.
         indices: serving bytes of codes, remaps and masks.
         optimizer: bytes of the row optimizer's state.
@@ -237,7 +237,7 @@ def plan_config(
 
 
 def config_to_plan(config: TrainConfig) -> Plan:
-    """The plan that a config's ``tables`` section describes."""
+    """The plan that a config's `tables` section describes."""
     return Plan(
         default=config.tables.method.settings,
         overrides={name: choice.settings for name, choice in config.tables.overrides.items()},

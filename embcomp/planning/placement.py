@@ -1,7 +1,7 @@
 """Where TorchRec's planner would put the tables, asked without devices, ranks or allocation.
 
-The planner sees modules on ``meta`` and a topology that is only described, so a billion rows cost
-no more than ten. What it does not see is subtracted first: pass it as ``reserved``.
+The planner sees modules on `meta` and a topology that is only described, so a billion rows cost
+no more than ten. What it does not see is subtracted first: pass it as `reserved`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Tables = nn.Module | Sequence[nn.Module]
-"""Modules on ``meta`` that hold collections; several stand for the stages of one training."""
+"""Modules on `meta` that hold collections; several stand for the stages of one training."""
 
 TableShape = tuple[int, int, int, tuple[float, ...]]
 """All of a table that the planner's bytes depend on: rows, width, bytes of a weight, bag lengths."""
@@ -128,13 +128,13 @@ class Placement:
 
 
 def attach_optimizer(tables: nn.Module, optimizer: RowOptimizer) -> None:
-    """Makes the planner count an optimizer's state on every row of a ``meta`` module."""
+    """Make the planner count an optimizer's state on every row of a `meta` module."""
     for _, collection in row_collections(tables):
         _apply_optimizer_in_backward(_OPTIMIZERS[optimizer], collection.parameters(), {"lr": 0.1})
 
 
 def place(tables: Tables, query: PlacementRequest) -> Placement:
-    """Asks TorchRec's planner for a placement.
+    """Ask TorchRec's planner for a placement.
 
     Args:
         tables: each asked once, as the optimizer is attached to them.
@@ -155,7 +155,7 @@ def smallest_memory(tables: Tables, query: PlacementRequest, most: int) -> int |
     """The least memory per device, to about 2 %, for which a placement exists; None if none is.
 
     Args:
-        tables: as for ``place``, the optimizer attached already.
+        tables: as for `place`, the optimizer attached already.
         query: devices; its memory is replaced, and a reserve that is a share of it.
         most: bytes per device beyond which not to look.
     """

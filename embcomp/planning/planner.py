@@ -1,7 +1,7 @@
 """TorchRec's planner as `plan`, a search and training ask it: one sharder, topology and reserve.
 
 They differ in what they know, never in what they ask: a plan describes devices that need not be
-there and tables on ``meta``; training knows its devices. So what `plan` accepts, training places.
+there and tables on `meta`; training knows its devices. So what `plan` accepts, training places.
 
 What the planner does not see is subtracted from a device's memory first: the reserve for dense
 layers and activations, and what methods hold beside their rows on every device, such as codes.
@@ -31,6 +31,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from typing_extensions import override
 
 from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
@@ -103,9 +104,11 @@ class PlacementRequest:
 class RowSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder; on CPU it also offers row-wise plans, where the kernels work."""
 
+    @override
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [kind.value for kind in ShardingType]
 
+    @override
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         # No unified-memory kernels: they would move tables to host memory without being asked.
         if sharding_type == ShardingType.DATA_PARALLEL.value:
@@ -129,7 +132,7 @@ class FoundPlan:
 def find_plan(
     model: nn.Module, query: PlacementRequest, sharder: RowSharder | None = None
 ) -> FoundPlan:
-    """Asks TorchRec's planner for a placement of the collections inside a model.
+    """Ask TorchRec's planner for a placement of the collections inside a model.
 
     Args:
         model: unsharded; row optimizers are attached, so that their state is counted.
@@ -271,7 +274,7 @@ def allowed_sharding(num_embeddings: int, sharding: Sequence[str], world_size: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the planner's log lines about tables that have no sharding spec."""
+    """Silence the planner's log lines about tables that have no sharding spec."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

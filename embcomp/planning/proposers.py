@@ -9,6 +9,7 @@ from torchrec.distributed.planner.proposers import (
 )
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
 from torchrec.distributed.types import ShardingType
+from typing_extensions import override
 
 _ORDER = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
 
@@ -22,6 +23,7 @@ class RowsSplitWhereTheyCan(Proposer):
     def __init__(self) -> None:
         self._proposal: list[ShardingOption] | None = None
 
+    @override
     def load(
         self, search_space: list[ShardingOption], enumerator: Enumerator | None = None
     ) -> None:
@@ -32,6 +34,7 @@ class RowsSplitWhereTheyCan(Proposer):
                 chosen[option.fqn] = option
         self._proposal = list(chosen.values()) or None
 
+    @override
     def feedback(
         self,
         partitionable: bool,
@@ -41,6 +44,7 @@ class RowsSplitWhereTheyCan(Proposer):
     ) -> None:
         self._proposal = None
 
+    @override
     def propose(self) -> list[ShardingOption] | None:
         return self._proposal
 

@@ -26,7 +26,7 @@ Budget = str | int
 
 
 def for_budget(config: TrainConfig, sizes: Sequence[TableSize]) -> list[str]:
-    """Ways out of a ``tables.budget`` that the config's method cannot meet."""
+    """Ways out of a `tables.budget` that the config's method cannot meet."""
     plan = config_to_plan(config)
     tables = table_specs(config, sizes)
     budget = plan.default.budget if plan.budget is None else plan.budget
@@ -42,7 +42,7 @@ def for_budget(config: TrainConfig, sizes: Sequence[TableSize]) -> list[str]:
 def for_devices(
     config: TrainConfig, sizes: Sequence[TableSize], plan: ConfigPlan, query: PlacementRequest
 ) -> list[str]:
-    """Ways out when the planner finds no placement on the devices of ``query``."""
+    """Ways out when the planner finds no placement on the devices of `query`."""
     modules = plan.on_meta()
     found: list[str] = []
     try:

@@ -57,13 +57,13 @@ class TablesRecord(_Strict):
     """A compacted collection.
 
     Attributes:
-        kind: Whether bags are pooled.
-        is_weighted: Whether ids carry weights.
-        need_indices: Whether an unpooled collection hands the ids along.
-        tables: The logical tables; hashes are salted by their names.
-        plan: Which method holds which of them.
-        row_types: How each physical table is stored.
-        bytes: What their tensors take in the file.
+        kind: whether bags are pooled.
+        is_weighted: whether ids carry weights.
+        need_indices: whether an unpooled collection hands the ids along.
+        tables: the logical tables; hashes are salted by their names.
+        plan: which method holds which of them.
+        row_types: how each physical table is stored.
+        bytes: what their tensors take in the file.
     """
 
     kind: Literal["pooled", "unpooled"]
@@ -125,9 +125,9 @@ class DatasetRecord(_Strict):
     """The dataset that ids come from.
 
     Attributes:
-        name: Its name.
-        fingerprint: The SHA-256 of its `dataset.json`.
-        renumbered: Features whose ids are not the dataset's own any more.
+        name: its name.
+        fingerprint: the SHA-256 of its `dataset.json`.
+        renumbered: features whose ids are not the dataset's own any more.
     """
 
     name: str
@@ -153,19 +153,19 @@ class ArtefactConfig(_Strict):
     """The content of `config.json`.
 
     Attributes:
-        embcomp_version: What wrote it.
-        row_type: The row type asked for, or types by table and a `default`; `row_types` of the
+        embcomp_version: what wrote it.
+        row_type: the row type asked for, or types by table and a `default`; `row_types` of the
             tables say what they got.
-        tables: The collection, or the model's embedding tables where it has them.
-        first_order: The model's first-order tables where it has them.
-        model: The network; None for a collection alone.
-        dataset: Where the ids come from, where that is known.
-        budget: The bytes that the embedding tables were to stay within.
-        network_bytes: What the network's tensors take in the file.
-        program: What `program.pt2` takes, where there is one.
-        tensors: The checksum of each tensor, by its name in `model.safetensors`.
-        files: The size and checksum of each file beside this one.
-        digest: The SHA-256 of this file with an empty text here: of the whole artefact, as every
+        tables: the collection, or the model's embedding tables where it has them.
+        first_order: the model's first-order tables where it has them.
+        model: the network; None for a collection alone.
+        dataset: where the ids come from, where that is known.
+        budget: the bytes that the embedding tables were to stay within.
+        network_bytes: what the network's tensors take in the file.
+        program: what `program.pt2` takes, where there is one.
+        tensors: the checksum of each tensor, by its name in `model.safetensors`.
+        files: the size and checksum of each file beside this one.
+        digest: the SHA-256 of this file with an empty text here: of the whole artefact, as every
             other file's checksum is in it.
     """
 

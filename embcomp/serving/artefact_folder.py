@@ -26,7 +26,7 @@ from embcomp.tables.budget import format_bytes
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that becomes it when all went well.
+    """A temporary folder beside `path` that becomes it when all went well.
 
     What processes that were killed have left beside it, this removes.
 
@@ -111,8 +111,8 @@ class RewrittenDataset:
     """What an artefact says of its dataset when ids were numbered anew.
 
     Attributes:
-        info: The description with the new counts.
-        vocabularies: By feature, the new columns id, value, count; other features keep theirs.
+        info: the description with the new counts.
+        vocabularies: by feature, the new columns id, value, count; other features keep theirs.
     """
 
     info: DatasetInfo

@@ -37,8 +37,8 @@ class NamedNeighbour:
     """A neighbour and the raw value that its id stands for.
 
     Attributes:
-        value: The raw value; the id itself where there is no vocabulary.
-        neighbour: The id and how near it is.
+        value: the raw value; the id itself where there is no vocabulary.
+        neighbour: the id and how near it is.
     """
 
     value: str
@@ -50,11 +50,11 @@ class ArtefactReport:
     """What an artefact is and holds.
 
     Attributes:
-        config: Its description.
-        bytes: Of the tensors' file by part: tables, first_order, network.
-        files: Every file and its size.
-        tables: Facts by table.
-        neighbours: For each value asked for, as ``table=value``, what is near it.
+        config: its description.
+        bytes: of the tensors' file by part: tables, first_order, network.
+        files: every file and its size.
+        tables: facts by table.
+        neighbours: for each value asked for, as `table=value`, what is near it.
     """
 
     config: ArtefactConfig
@@ -91,7 +91,7 @@ def inspect_artefact(
 
     Args:
         path: the artefact's folder.
-        neighbours: values to find the nearest others of, as ``table=value``.
+        neighbours: values to find the nearest others of, as `table=value`.
         count: how many of them.
 
     Raises:

@@ -1,12 +1,12 @@
 """Artefacts: a collection or a whole CTR model in its serving form, as a folder.
 
     config.json         what it is, versioned
-    model.safetensors   tables under ``tables.``, first-order ones under ``first_order.``, the
-                        network under ``network.``
+    model.safetensors   tables under `tables.`, first-order ones under `first_order.`, the
+                        network under `network.`
     dataset.json        features and counts of the dataset, where there is one
     vocabulary/         from raw values to ids, where the dataset has them
 
-Nothing pruned is stored and no mask; the bytes under ``tables.`` are the footprint's serving bytes.
+Nothing pruned is stored and no mask; the bytes under `tables.` are the footprint's serving bytes.
 Nothing is pickled. A folder is complete or not there, and an existing one is never touched.
 """
 
@@ -56,11 +56,11 @@ class Saved:
     """What `save` wrote.
 
     Attributes:
-        path: The folder.
-        config: Its description.
-        row_error: For ``tables`` and ``first_order``, the largest error of a weight in each
+        path: the folder.
+        config: its description.
+        row_error: for `tables` and `first_order`, the largest error of a weight in each
             physical table whose rows are not float32.
-        answer_error: Of a collection alone, for each table, how far a weight of the artefact's
+        answer_error: of a collection alone, for each table, how far a weight of the artefact's
             answers is from the collection's, over ids sampled from the whole table.
     """
 
@@ -82,8 +82,8 @@ def save(
     Args:
         collection: an unsharded one; it is compacted here, and itself left as it is.
         path: the folder to make.
-        row_type: ``fp32``, ``fp16``, ``int8`` or ``int4``, for every method's rows; or a mapping
-            from table to type, in which ``default`` stands for the others.
+        row_type: `fp32`, `fp16`, `int8` or `int4`, for every method's rows; or a mapping
+            from table to type, in which `default` stands for the others.
         budget: serving bytes that the tables may take.
 
     Raises:
@@ -129,7 +129,7 @@ def save_model(
     """Write a CTR model of `embcomp.models` with its tables' serving forms.
 
     Args:
-        model: unsharded, as ``settings.build`` made it around compressed collections.
+        model: unsharded, as `settings.build` made it around compressed collections.
         path: the folder to make.
         settings: the model's.
         inputs: what it was built for.

@@ -1,7 +1,7 @@
 """`program.pt2`: a serving module as a torch.export program, which runs where only torch is.
 
-A program has no KeyedJaggedTensor at its border. It takes ids as a rectangle, ``ids (B, F) int64``,
-or with bags ``ids (B, F, L)`` and ``lengths (B, F)``, where ids beyond a bag's length are ignored.
+A program has no KeyedJaggedTensor at its border. It takes ids as a rectangle, `ids (B, F) int64`,
+or with bags `ids (B, F, L)` and `lengths (B, F)`, where ids beyond a bag's length are ignored.
 Every id is looked up by itself and bags are pooled at the end, so that one shape serves each
 method: a bag of a linear method costs more here than in FBGEMM's kernel, which sums it on the way.
 """
@@ -45,7 +45,7 @@ class RectangleTables(nn.Module):
     """A serving collection for rectangles: the same route, rows and combine, nothing ragged.
 
     Args:
-        serving: a pooled collection that was loaded with ``rows="torch"``.
+        serving: a pooled collection that was loaded with `rows="torch"`.
         feature_names: the features in the rectangle's order.
     """
 
@@ -96,7 +96,7 @@ class Program(nn.Module):
     """What is exported: a model, or a collection alone, behind plain tensors.
 
     Args:
-        serving: a ServingModel or ServingEmbeddingBagCollection, loaded with ``rows="torch"``.
+        serving: a ServingModel or ServingEmbeddingBagCollection, loaded with `rows="torch"`.
         bags: whether features may have several ids, or none.
     """
 
@@ -121,11 +121,11 @@ class Program(nn.Module):
         """Look up, or score.
 
         Args:
-            inputs: ``ids`` (B, F) or (B, F, L), ``lengths`` (B, F) with bags, ``dense`` (B, I)
+            inputs: `ids` (B, F) or (B, F, L), `lengths` (B, F) with bags, `dense` (B, I)
                 where the model has numeric features.
 
         Returns:
-            ``logits`` (B,), or (B, embedding_dim) for each key of a collection.
+            `logits` (B,), or (B, embedding_dim) for each key of a collection.
         """
         ids = inputs["ids"]
         batch = Rectangle(ids.unsqueeze(2), None)
@@ -199,7 +199,7 @@ def export_program(program: Program) -> torch.export.ExportedProgram:
 
 
 def write_program(program: Program, folder: Path, config: ArtefactConfig) -> ArtefactConfig:
-    """Write ``program.pt2`` into an artefact's folder; its description also goes inside.
+    """Write `program.pt2` into an artefact's folder; its description also goes inside.
 
     Returns:
         The description with the program's inputs and outputs.
@@ -215,7 +215,7 @@ def write_program(program: Program, folder: Path, config: ArtefactConfig) -> Art
 
 
 def load_program(path: str | Path, *, verify: bool = True) -> nn.Module:
-    """Read an artefact's ``program.pt2``, which `torch.export.load` reads without any check.
+    """Read an artefact's `program.pt2`, which `torch.export.load` reads without any check.
 
     Args:
         path: the artefact's folder.
@@ -223,7 +223,7 @@ def load_program(path: str | Path, *, verify: bool = True) -> nn.Module:
             written.
 
     Returns:
-        A module that takes and returns what ``program`` in `config.json` says.
+        A module that takes and returns what `program` in `config.json` says.
 
     Raises:
         ArtefactError: the folder is no artefact, has no program, or is damaged.

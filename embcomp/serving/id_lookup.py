@@ -16,7 +16,7 @@ class SingleIds(nn.Module):
     """A serving collection's methods, each for a rectangle of ids.
 
     Args:
-        serving: a collection that was loaded with ``rows="torch"``.
+        serving: a collection that was loaded with `rows="torch"`.
     """
 
     def __init__(self, serving: ServingEmbeddingBagCollection | ServingEmbeddingCollection) -> None:

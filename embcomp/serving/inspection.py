@@ -1,8 +1,8 @@
 """What an artefact's tables hold, as numbers: rows, widths, norms, collisions, codes.
 
-Everything here follows from looking up every id once, through the artefact's own ``route`` and
-``combine``, so that it works for any method. Ids whose look-ups are all skipped were pruned; where
-pruned ids share a row instead, the method says which they are (``BackendConfig.pruned_ids``).
+Everything here follows from looking up every id once, through the artefact's own `route` and
+`combine`, so that it works for any method. Ids whose look-ups are all skipped were pruned; where
+pruned ids share a row instead, the method says which they are (`BackendConfig.pruned_ids`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class CodebookFacts:
     """How a table's ids use the codewords that they are made of.
 
     Attributes:
-        codewords: Codewords that the table's ids may name.
-        used: Share of them that some id names.
-        entropy: Bits of the distribution of codewords over ids, all look-ups together.
-        traffic_entropy: The same over the train split's values; None without counts.
+        codewords: codewords that the table's ids may name.
+        used: share of them that some id names.
+        entropy: bits of the distribution of codewords over ids, all look-ups together.
+        traffic_entropy: the same over the train split's values; None without counts.
     """
 
     codewords: int
@@ -41,24 +41,24 @@ class TableFacts:
     """What one logical table holds.
 
     Attributes:
-        table: Its name.
-        features: The features that are looked up in it.
-        method: The method that holds it.
-        ids: Its logical rows.
-        rows: Physical rows that its ids reach; shared ones count once.
-        row_type: How its physical rows are stored.
-        width: Columns that are not zero for every id.
-        mean_width: The same for single ids, averaged by traffic (over ids without counts).
-        bytes: Its serving bytes; what several tables share is shared out to them.
-        pruned: Ids without a row of their own because they were pruned.
-        pruned_traffic: Share of the train split's values that are pruned; None without counts.
-        dead: Ids whose embedding is zero.
-        norm: Mean, smallest and largest L2 norm of an embedding that is not zero.
-        collided: Ids that share all their rows with another id, and were not pruned.
-        collided_traffic: Share of the train split's values that meet another, more frequent id in
+        table: its name.
+        features: the features that are looked up in it.
+        method: the method that holds it.
+        ids: its logical rows.
+        rows: physical rows that its ids reach; shared ones count once.
+        row_type: how its physical rows are stored.
+        width: columns that are not zero for every id.
+        mean_width: the same for single ids, averaged by traffic (over ids without counts).
+        bytes: its serving bytes; what several tables share is shared out to them.
+        pruned: ids without a row of their own because they were pruned.
+        pruned_traffic: share of the train split's values that are pruned; None without counts.
+        dead: ids whose embedding is zero.
+        norm: mean, smallest and largest L2 norm of an embedding that is not zero.
+        collided: ids that share all their rows with another id, and were not pruned.
+        collided_traffic: share of the train split's values that meet another, more frequent id in
             all their rows; None without counts.
-        shared_rows: Share of this table's rows that ids of other tables reach as well.
-        codebook: For methods with codes.
+        shared_rows: share of this table's rows that ids of other tables reach as well.
+        codebook: for methods with codes.
     """
 
     table: str
@@ -84,7 +84,7 @@ def inspect_tables(serving: Tables, counts: Mapping[str, Tensor]) -> list[TableF
     """Facts about every logical table.
 
     Args:
-        serving: tables that were loaded with ``rows="torch"``.
+        serving: tables that were loaded with `rows="torch"`.
         counts: for each table, (num_embeddings,) how often its ids occur in the train split;
             tables may be missing.
     """

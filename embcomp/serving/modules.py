@@ -1,7 +1,7 @@
 """What `embcomp.load` returns: collections and models that only answer.
 
 They are the collections of `embcomp.collection.collection` with stored rows in the place of trained ones: the
-same ``route``, the same ``combine``, nothing that training needs.
+same `route`, the same `combine`, nothing that training needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rows_class(rows: str, device: torch.device) -> MakeRows:
     """What reads the rows.
 
     Args:
-        rows: ``fbgemm`` (CPU only), ``torch``, or ``auto`` for the faster one that there is.
+        rows: `fbgemm` (CPU only), `torch`, or `auto` for the faster one that there is.
         device: where to serve.
     """
     if rows not in ("auto", "fbgemm", "torch"):
@@ -51,8 +51,8 @@ class _Serving(AssembledTables):
 
     Args:
         record: the collection's description.
-        tensors: its tensors, named as ``rows.<table>``, ``route.<method>.<name>`` and
-            ``combine.<method>.<name>``.
+        tensors: its tensors, named as `rows.<table>`, `route.<method>.<name>` and
+            `combine.<method>.<name>`.
         make_rows: what reads the rows.
         device: where to serve.
         source: where the description stands, for errors.
@@ -167,7 +167,7 @@ class ServingEmbeddingCollection(_Serving, UnpooledTables):
             features: as for the pooled collection.
 
         Returns:
-            For each feature (``feature@table`` when it is in several tables) a JaggedTensor of
+            For each feature (`feature@table` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) float32 values in B bags.
         """
         return self._lookup(features)

@@ -24,7 +24,7 @@ def embeddings(serving: Tables, table: TableSpec) -> Tensor:
     """(num_embeddings, embedding_dim) float32 embeddings of all ids of a table, on the CPU.
 
     Args:
-        serving: tables that were loaded with ``rows="torch"``.
+        serving: tables that were loaded with `rows="torch"`.
         table: one of them.
     """
     index = next(n for n, group in enumerate(serving.groups) if table in group.tables)
@@ -46,9 +46,9 @@ class Neighbour:
     """An id whose embedding points in nearly the same direction.
 
     Attributes:
-        id: It.
-        cosine: Of the angle between both embeddings.
-        distance: Between both embeddings.
+        id: it.
+        cosine: of the angle between both embeddings.
+        distance: between both embeddings.
     """
 
     id: int

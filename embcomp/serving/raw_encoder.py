@@ -54,7 +54,7 @@ class RawBatch:
     Attributes:
         rows: (B,) int64, each row's number in the input, from 0.
         dense: (B, I) float32, transformed numbers in the dataset's order.
-        sparse: Ids of the categorical features, in the dataset's order.
+        sparse: ids of the categorical features, in the dataset's order.
         labels: (B,) float32, NaN for rows without a label.
         groups: (B,) int64 ids of the feature that grouped AUC groups by, if the dataset names one.
     """

@@ -55,12 +55,12 @@ class ScoredRows:
     """What `score` wrote.
 
     Attributes:
-        path: The file.
-        rows: Its rows, those without a score among them.
-        bad: How many rows were malformed, and have no score.
-        first_bad: The first of them.
-        unseen: For each feature, how many of its values had id 1, and how many there were.
-        labelled: The rows with a label; None where they were not asked for.
+        path: the file.
+        rows: its rows, those without a score among them.
+        bad: how many rows were malformed, and have no score.
+        first_bad: the first of them.
+        unseen: for each feature, how many of its values had id 1, and how many there were.
+        labelled: the rows with a label; None where they were not asked for.
     """
 
     path: Path

@@ -21,9 +21,9 @@ class RowSharing:
     """Where the ids of a method's tables lie.
 
     Attributes:
-        placed: By table, the look-ups of an id: physical table and (num_embeddings,) rows.
-        reached: By table and physical table, the rows that its ids reach, ascending.
-        users: By physical table, (rows,) how many logical tables reach each row.
+        placed: by table, the look-ups of an id: physical table and (num_embeddings,) rows.
+        reached: by table and physical table, the rows that its ids reach, ascending.
+        users: by physical table, (rows,) how many logical tables reach each row.
     """
 
     placed: Mapping[str, Sequence[tuple[str, Tensor]]]
@@ -52,8 +52,8 @@ class RowSharing:
         they are named after.
 
         Args:
-            group: The method as built.
-            row_types: How the rows of each physical table are stored.
+            group: the method as built.
+            row_types: how the rows of each physical table are stored.
         """
         sizes = dict.fromkeys(self.placed, 0.0)
         for table in group.backend.physical_tables:

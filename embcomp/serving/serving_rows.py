@@ -1,8 +1,8 @@
 """Physical rows of a serving module: stored tables in place of a trained TorchRec collection.
 
-``KernelRows`` hands them to FBGEMM's inference kernel, one call for all tables of all types.
-``TorchRows`` reads the same bytes with plain torch operations, on any device and in exported
-programs. Both take what ``route`` makes and return what ``combine`` wants.
+`KernelRows` hands them to FBGEMM's inference kernel, one call for all tables of all types.
+`TorchRows` reads the same bytes with plain torch operations, on any device and in exported
+programs. Both take what `route` makes and return what `combine` wants.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class TorchRows(nn.Module):
         Args:
             keys: the look-ups.
             ids: (look-ups, bags, bag size) int64.
-            skips_negative_ids: whether negative ids stand for zeros.
+            skips: whether negative ids stand for zeros.
 
         Returns:
             For each look-up, (bags, dim) sums.

@@ -34,7 +34,7 @@ def reserved_bytes(reserve: str | int, memory: int, *, name: str = "reserve") ->
     """Bytes of a device that tables may not use.
 
     Args:
-        reserve: as a budget, a share being one of the device; ``0`` and ``0%`` keep nothing.
+        reserve: as a budget, a share being one of the device; `0` and `0%` keep nothing.
         memory: bytes of the device.
         name: what an error calls it.
     """
@@ -46,13 +46,13 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
     """Read a budget.
 
     Args:
-        budget: a number of bytes, ``"64MiB"`` (also B, KB, MB, GB, TB, KiB, GiB, TiB), or a share
-            of what the full tables take, ``"10%"``.
+        budget: a number of bytes, `"64MiB"` (also B, KB, MB, GB, TB, KiB, GiB, TiB), or a share
+            of what the full tables take, `"10%"`.
         full_bytes: bytes of the full tables, needed to resolve a share.
         name: what an error calls it.
 
     Returns:
-        Bytes, rounded down; 0 for a share whose ``full_bytes`` is not given (only the syntax is
+        Bytes, rounded down; 0 for a share whose `full_bytes` is not given (only the syntax is
         checked then).
 
     Raises:
@@ -98,7 +98,7 @@ def why_unreadable(budget: Any) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes for people: ``"64.0 MiB"``, three to four significant digits."""
+    """Bytes for people: `"64.0 MiB"`, three to four significant digits."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
@@ -108,7 +108,7 @@ def format_bytes(size: int) -> str:
 
 
 def largest_int(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest integer in ``[low, high]`` that fits, when fitting is monotone; None if none."""
+    """The largest integer in `[low, high]` that fits, when fitting is monotone; None if none."""
     if not fits(low):
         return None
     while low < high:

@@ -1,6 +1,6 @@
 """Bytes: predicted from configs, counted on tensors. One meaning everywhere.
 
-``serve_bytes`` is what the tensors of the serving form take on disk. Training takes more: rows are
+`serve_bytes` is what the tensors of the serving form take on disk. Training takes more: rows are
 padded to the fused kernels' widths and carry optimizer state. Nothing here allocates a table.
 """
 
@@ -33,7 +33,7 @@ class TensorFootprint:
             tensors are dense parameters, trained by the dense optimizer, or learnt buffers.
         trained: whether training holds it.
         served: whether the serving form holds it. Where the serving form is still to be learnt,
-            a ``served`` tensor that is not ``trained`` stands for the most that it may take.
+            a `served` tensor that is not `trained` stands for the most that it may take.
         served_row_bytes: bytes of a served row where rows are served in a type of their own.
         owners: what each table holds of it, in any unit, where several tables share it.
     """

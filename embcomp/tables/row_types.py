@@ -1,7 +1,7 @@
 """In what type rows are served: float32, float16, or 8 and 4 bits with a scale for each row.
 
 Quantised rows have FBGEMM's format: a row's scale and bias as two float16 in front, then its codes,
-two to a byte where they have 4 bits, the lower one first; a weight is ``code * scale + bias``. Rows
+two to a byte where they have 4 bits, the lower one first; a weight is `code * scale + bias`. Rows
 are not padded to each other on disk, but a row of 8-bit codes holds an even number of them and one
 of 4-bit codes a multiple of 4, as FBGEMM's quantisation wants it. That padding is billed.
 
@@ -41,20 +41,20 @@ def check_row_type(wanted: str) -> RowType:
 
 
 def row_bytes(dim: int, row_type: RowType) -> int:
-    """Bytes of a row of ``dim`` weights."""
+    """Bytes of a row of `dim` weights."""
     if row_type in _BITS:
         return _HEAD + padded_width(dim, row_type) * _BITS[row_type] // 8
     return dim * (4 if row_type == "fp32" else 2)
 
 
 def padded_width(dim: int, row_type: RowType) -> int:
-    """Weights that a row of ``dim`` holds with its padding."""
+    """Weights that a row of `dim` holds with its padding."""
     multiple = _MULTIPLE.get(row_type, 1)
     return -(-dim // multiple) * multiple
 
 
 def narrowest(dim: int, trained: RowType, wanted: RowType) -> RowType:
-    """The type of at most ``wanted``'s exactness that makes rows shortest.
+    """The type of at most `wanted`'s exactness that makes rows shortest.
 
     A scale takes as much as two weights, so narrow rows are shorter, and more exact, without one.
     """
@@ -109,7 +109,7 @@ def pack(rows: Tensor, row_type: RowType) -> Tensor:
         row_type: the type to store them in.
 
     Returns:
-        A tensor of ``stored_shape`` and ``stored_dtype``.
+        A tensor of `stored_shape` and `stored_dtype`.
 
     Raises:
         ConfigError: for rows that the type cannot hold, or that are not finite.
@@ -149,7 +149,7 @@ def unpack(stored: Tensor, dim: int, row_type: RowType) -> Tensor:
     """Restore stored rows: (rows, dim) float32, by plain torch operations on any device.
 
     Args:
-        stored: any number of rows as ``pack`` made them.
+        stored: any number of rows as `pack` made them.
         dim: weights of a row, without padding.
         row_type: the type that they are stored in.
     """

@@ -31,7 +31,7 @@ class TableSpec:
 
     Args:
         name: table name, unique in the collection.
-        num_embeddings: ids run over ``[0, num_embeddings)``.
+        num_embeddings: ids run over `[0, num_embeddings)`.
         embedding_dim: width that the model sees.
         feature_names: features that are looked up here.
         index: position among the collection's tables, for lists that people read. Nothing that is
@@ -248,7 +248,7 @@ class PhysicalTable:
 
 
 def padded_dim(dim: int) -> int:
-    """The width in which a row of ``dim`` weights is trained: FBGEMM wants multiples of 4."""
+    """The width in which a row of `dim` weights is trained: FBGEMM wants multiples of 4."""
     return -(-dim // 4) * 4
 
 

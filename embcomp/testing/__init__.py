@@ -1,6 +1,6 @@
 """Public checks for compression methods: what a new one must pass, and the means to run it.
 
-Adding a method to the tests is one line: a ``BackendCase`` in the list that ``CHECKS`` and the
+Adding a method to the tests is one line: a `BackendCase` in the list that `CHECKS` and the
 sharded checks are run over.
 """
 

@@ -23,7 +23,7 @@ class BackendCase:
 
     Args:
         config: with a size, for tables of 60 to 90 rows; not a budget.
-        takes_any_id: ids outside ``[0, num_embeddings)`` are hashed; otherwise they are refused.
+        takes_any_id: ids outside `[0, num_embeddings)` are hashed; otherwise they are refused.
         injective: different ids never have equal embeddings.
         init_std: standard deviation of fresh embeddings; that of the full table if not given.
     """

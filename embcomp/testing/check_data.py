@@ -28,8 +28,8 @@ class Declared:
 
     Args:
         name: table name.
-        rows: ``num_embeddings``.
-        dim: ``embedding_dim``.
+        rows: `num_embeddings`.
+        dim: `embedding_dim`.
         features: the features looked up in it.
         mean: whether bags are averaged.
     """

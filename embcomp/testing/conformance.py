@@ -1,7 +1,7 @@
 """Checks that every compression method passes, in one process.
 
-Each takes a case and raises AssertionError; ``check_backend`` runs them all. What only shows on
-several ranks is in ``embcomp.testing.sharded``.
+Each takes a case and raises AssertionError; `check_backend` runs them all. What only shows on
+several ranks is in `embcomp.testing.sharded`.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def _rows_of_bags(bags: JaggedTensor) -> Tensor:
 
 
 def check_route_owns_no_parameters(case: BackendCase) -> None:
-    """And buffers are learnt ones only, or pipelining and ``meta`` builds break in silence."""
+    """And buffers are learnt ones only, or pipelining and `meta` builds break in silence."""
     for collection in (pooled(case, awkward_tables()), unpooled(case, plain_tables())):
         expect(not list(collection.route.parameters()), "the route has parameters")
         for part in (collection.route, collection.combine):
@@ -339,7 +339,7 @@ def check_route_owns_no_parameters(case: BackendCase) -> None:
 
 
 def check_parameters_can_be_reset(case: BackendCase) -> None:
-    """Whatever owns parameters in the combine has ``reset_parameters``, for ``meta`` builds."""
+    """Whatever owns parameters in the combine has `reset_parameters`, for `meta` builds."""
     collection = pooled(case, plain_tables(10))
     for name, module in collection.combine.named_modules():
         if list(module.parameters(recurse=False)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from typing_extensions import override
 
 from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
@@ -27,6 +28,7 @@ class PooledHead(nn.Module):
         self.hidden = nn.Linear(width, 5, device=device)
         self.out = nn.Linear(5, 1, device=device)
 
+    @override
     def forward(self, embeddings: KeyedTensor) -> Tensor:
         # (B, width) -> (B,); scaled, so that small embeddings make large enough gradients
         hidden = torch.tanh(self.hidden(10 * embeddings.values()))
@@ -46,6 +48,7 @@ class UnpooledHead(nn.Module):
         self.hidden = nn.Linear(dim, 5, device=device)
         self.out = nn.Linear(5, 1, device=device)
 
+    @override
     def forward(self, embeddings: dict[str, JaggedTensor]) -> Tensor:
         total: Tensor | None = None
         for key in list(embeddings.keys()):
@@ -60,7 +63,7 @@ class UnpooledHead(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Tables and a head: ``Batch`` -> (loss, logits (B,)), as TorchRec's pipelines want it."""
+    """Tables and a head: `Batch` -> (loss, logits (B,)), as TorchRec's pipelines want it."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Scorer(nn.Module):
         self.head = head
         self.add_penalty = AddPenalty(tables)
 
+    @override
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.head(self.tables(batch.sparse))
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)

@@ -1,6 +1,6 @@
 """Checks that only mean something on several ranks: sharded training equals unsharded training.
 
-The functions here run on every rank of a ``WorkerPool``'s process group.
+The functions here run on every rank of a `WorkerPool`'s process group.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Setup:
 
     Args:
         plan: methods of the tables.
-        sharding: split of the physical tables; ``mixed`` deals out the others in turn.
+        sharding: split of the physical tables; `mixed` deals out the others in turn.
         optimizer: of the rows; dense parameters get its counterpart.
         pooled: whether the collection pools.
         weighted: whether ids carry weights; pooled collections only.
@@ -201,7 +201,7 @@ def _split(
 
 
 def reference_optimizer(setup: Setup, model: Scorer) -> torch.optim.Optimizer | CombinedOptimizer:
-    """Ordinary optimizers for an unsharded model, equal to what ``shard`` attaches."""
+    """Ordinary optimizers for an unsharded model, equal to what `shard` attaches."""
     rows, settings = _OPTIMIZERS[setup.optimizer]
     dense, dense_settings = _dense_optimizer(setup.optimizer)
     own = {name: p for name, p in model.named_parameters() if _is_fused(setup, name, model)}
@@ -280,7 +280,7 @@ def check_sharded_equals_unsharded(setup: Setup, steps: int = 3) -> None:
 
 
 def check_meta_build(setup: Setup) -> None:
-    """Built on ``meta`` with seeds of their own, ranks get finite weights that differ by row.
+    """Built on `meta` with seeds of their own, ranks get finite weights that differ by row.
 
     And they route ids alike: the route's constants come from the config, not from a seed.
     """

@@ -72,7 +72,7 @@ class WorkerPool:
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0
     ) -> list[Any]:
-        """Call ``function(*args)`` on every rank of a world.
+        """Call `function(*args)` on every rank of a world.
 
         Args:
             world_size: number of ranks, at most the pool's size.

@@ -40,15 +40,15 @@ def train(
     quiet: bool = False,
     verify: bool = False,
 ) -> Report:
-    """Trains, goes on with a run that was interrupted, or returns a finished run's report.
+    """Train, goes on with a run that was interrupted, or return a finished run's report.
 
     Under torchrun every rank calls it. The run's folder is `<runs>/<config.name>`.
 
     Args:
-        config: The run, from `embcomp.config.load_config`.
-        runs: The folder of all runs.
-        quiet: Whether to print nothing.
-        verify: Whether every byte of the dataset is compared with its checksum first; what is quick
+        config: the run, from `embcomp.config.load_config`.
+        runs: the folder of all runs.
+        quiet: whether to print nothing.
+        verify: whether every byte of the dataset is compared with its checksum first; what is quick
             to compare always is.
 
     Raises:
@@ -85,7 +85,7 @@ def train(
 
 
 def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> None:
-    """Creates or checks the run's folder, before anything heavy."""
+    """Create or check the run's folder, before anything heavy."""
     is_new = folder.is_new
     if not is_new:
         folder.check_same(config)
@@ -106,17 +106,17 @@ def evaluate(
     data: str | Path | None = None,
     verify: bool = False,
 ) -> Evaluation:
-    """Evaluates a run's best weights on a split; under torchrun every rank calls it.
+    """Evaluate a run's best weights on a split; under torchrun every rank calls it.
 
     Rows are rounded to the config's `tables.row_types` first, as for the run's report; those of a
     stage before the last are not, as they are not what is served.
 
     Args:
-        run: The run's folder.
-        split: A split of the run's dataset.
-        quiet: Whether to print nothing.
-        data: Where the run's dataset lies now; where its config says by default.
-        verify: Whether every byte of the dataset is compared with its checksum first.
+        run: the run's folder.
+        split: a split of the run's dataset.
+        quiet: whether to print nothing.
+        data: where the run's dataset lies now; where its config says by default.
+        verify: whether every byte of the dataset is compared with its checksum first.
     """
     opened = RunContext.opened(run, data)
     config, info = opened.config, opened.info

@@ -38,10 +38,10 @@ class BatchLoss(nn.Module):
     """Mean binary cross-entropy of a batch's real rows, and what methods add to it.
 
     Attributes:
-        scale: Factor that the loop sets for a step whose ranks do not hold whole batches.
+        scale: factor that the loop sets for a step whose ranks do not hold whole batches.
 
     Args:
-        model: The network whose methods may add a penalty.
+        model: the network whose methods may add a penalty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,10 +87,10 @@ class UnshardedModel:
     """A model before sharding, its tables on the meta device.
 
     Attributes:
-        model: The network.
-        tables: The collection inside it, if the model uses embeddings.
-        first_order: The collection of first-order weights inside it, if it uses them.
-        mean_lengths: Mean number of values of each categorical feature.
+        model: the network.
+        tables: the collection inside it, if the model uses embeddings.
+        first_order: the collection of first-order weights inside it, if it uses them.
+        mean_lengths: mean number of values of each categorical feature.
     """
 
     model: nn.Module
@@ -115,11 +115,11 @@ def build_model(
     """The network around its tables; dense weights follow the seed.
 
     Args:
-        config: The run.
-        info: The dataset's features.
-        table_device: Where rows are allocated; `meta` allocates none.
-        plan: The forms of the embedding tables in a stage of the run; as in the config by default.
-        first_order: The form of the first-order weights; as in the config by default.
+        config: the run.
+        info: the dataset's features.
+        table_device: where rows are allocated; `meta` allocates none.
+        plan: the forms of the embedding tables in a stage of the run; as in the config by default.
+        first_order: the form of the first-order weights; as in the config by default.
     """
     if not info.categorical:
         raise ConfigError(f"dataset {info.name!r} has no categorical feature, so nothing to embed")
@@ -154,7 +154,7 @@ def model_inputs(config: TrainConfig, info: DatasetInfo) -> ModelInputs:
 def shard_model(
     unsharded: UnshardedModel, config: TrainConfig, process: Process
 ) -> DistributedModelParallel:
-    """Spreads a model whose tables are on the meta device over the ranks and draws its rows."""
+    """Spread a model whose tables are on the meta device over the ranks and draw its rows."""
     rows, train = config.train.row_optimizer, config.train
     fused = rows.mode == "fused" and train.sharding != "data_parallel"
     if fused:
@@ -190,12 +190,12 @@ def check_precision(config: TrainConfig, process: Process) -> Precision:
 
 
 def draw_rows(state: Mapping[str, Any], unsharded: UnshardedModel, config: TrainConfig) -> None:
-    """Draws the initial rows of a model, whole or sharded.
+    """Draw the initial rows of a model, whole or sharded.
 
     Args:
-        state: Tensors by their names in a `TrainTask`.
-        unsharded: The model that they belong to.
-        config: The run, whose seed the rows follow.
+        state: tensors by their names in a `TrainTask`.
+        unsharded: the model that they belong to.
+        config: the run, whose seed the rows follow.
     """
     init = config.tables.init
     chosen = None if init.scale is None else fill_function(init.name, init.scale)

@@ -70,15 +70,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     process: Process,
 ) -> None:
-    """Saves everything that the rest of a run depends on; all ranks call it.
+    """Save everything that the rest of a run depends on; all ranks call it.
 
     Args:
-        checkpoints: The run's folder of checkpoints.
-        step: Steps done.
-        sharded: The model.
-        optimizer: Both optimizers.
-        state: The loop's variables, as JSON values; rank 0's are kept.
-        process: The process group.
+        checkpoints: the run's folder of checkpoints.
+        step: steps done.
+        sharded: the model.
+        optimizer: both optimizers.
+        state: the loop's variables, as JSON values; rank 0's are kept.
+        process: the process group.
     """
     final = checkpoint_folder(checkpoints, step)
     temporary = checkpoints / f".{final.name}.tmp"
@@ -119,7 +119,7 @@ def load_checkpoint(
     optimizer: CombinedOptimizer,
     process: Process,
 ) -> None:
-    """Loads model and optimizers into a run whose optimizer state exists already.
+    """Load model and optimizers into a run whose optimizer state exists already.
 
     Raises:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
@@ -141,7 +141,7 @@ def load_checkpoint(
 
 
 def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
-    """Loads the model alone.
+    """Load the model alone.
 
     Raises:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
@@ -153,7 +153,7 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
 
 
 def load_whole(folder: Path, state: dict[str, Any]) -> None:
-    """Fills the tensors of an unsharded model's state dict; needs no process group.
+    """Fill the tensors of an unsharded model's state dict; needs no process group.
 
     Raises:
         CheckpointError: When the checkpoint is damaged or another model's.
@@ -166,7 +166,7 @@ def _process_of_group() -> Process:
 
 
 def _read_into(tensors: dict[str, Any], folder: Path, process: Process | None) -> None:
-    """Checks a checkpoint's files and reads them; all ranks of a process call it, if there is one."""
+    """Check a checkpoint's files and read them; all ranks of a process call it, if there is one."""
     if process is None:
         check_files(folder, _way_back(folder))
     else:
@@ -220,7 +220,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def remove_old(checkpoints: Path, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the latest `keep` and the best."""
+    """Remove all checkpoints but the latest `keep` and the best."""
     for step in saved_steps(checkpoints)[:-keep]:
         if step != best:
             shutil.rmtree(checkpoint_folder(checkpoints, step))

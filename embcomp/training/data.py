@@ -30,7 +30,7 @@ _FAR = 1e3  # inputs beyond this make a network overflow; transforms leave them 
 
 
 def check_splits(info: DatasetInfo) -> None:
-    """Raises before training when there would be nothing to choose the best weights by."""
+    """Raise before training when there would be nothing to choose the best weights by."""
     for split in ("train", "valid"):
         if not has_rows(info, split):
             raise DataError(
@@ -41,15 +41,15 @@ def check_splits(info: DatasetInfo) -> None:
 
 
 def check_dataset(info: DatasetInfo, splits: Sequence[str], *, verify: bool, show: bool) -> None:
-    """Raises unless a dataset is as it was written, as far as that is quick to see, or in full.
+    """Raise unless a dataset is as it was written, as far as that is quick to see, or in full.
 
     One that has no checksums is taken, with a line on stderr. Ranks share the files; it is called before they join.
 
     Args:
-        info: The dataset.
-        splits: Whose labels are counted.
-        verify: Whether every byte is read and compared with its checksum.
-        show: Whether the first rank shows how far that is.
+        info: the dataset.
+        splits: whose labels are counted.
+        verify: whether every byte is read and compared with its checksum.
+        show: whether the first rank shows how far that is.
     """
     check_quickly(info)
     rank, world_size = _place()
@@ -77,7 +77,7 @@ def _place() -> tuple[int, int]:
 
 
 def check_monitor(config: TrainConfig, info: DatasetInfo) -> None:
-    """Raises before training when the monitored metric cannot exist on the validation split."""
+    """Raise before training when the monitored metric cannot exist on the validation split."""
     train, valid = config.train, info.split("valid")
     if train.monitor == "gauc" and info.group is None:
         raise ConfigError(
@@ -105,10 +105,10 @@ def training_batches(
     """This rank's share of the training split.
 
     Args:
-        config: The run.
-        info: Its dataset.
-        process: The process group.
-        holds_out: Whether the search-validation rows are left out.
+        config: the run.
+        info: its dataset.
+        process: the process group.
+        holds_out: whether the search-validation rows are left out.
     """
     data = config.data
     return ParquetLoader(
@@ -155,7 +155,7 @@ def search_batches(config: TrainConfig, info: DatasetInfo, process: Process) -> 
 
 
 def endless(batches: ParquetLoader, step: int) -> Iterator[Batch]:
-    """Epoch after epoch, from the batch that follows the first ``step`` ones."""
+    """Epoch after epoch, from the batch that follows the first `step` ones."""
     epoch, done = divmod(step, len(batches))
     while True:
         batches.set_epoch(epoch)
@@ -189,12 +189,12 @@ def evaluation_batches(
 
 
 def loss_scale(batches: ParquetLoader, step_in_epoch: int, world_size: int) -> float:
-    """Makes the mean of the ranks' losses the mean over rows, where some ranks hold padded rows.
+    """Make the mean of the ranks' losses the mean over rows, where some ranks hold padded rows.
 
     Args:
-        batches: The training split.
-        step_in_epoch: The step that comes, from 0.
-        world_size: Number of ranks.
+        batches: the training split.
+        step_in_epoch: the step that comes, from 0.
+        world_size: number of ranks.
     """
     whole = batches.batch_size * world_size
     rows = batches.num_rows - step_in_epoch * whole
@@ -207,8 +207,8 @@ def far_column(batches: ParquetLoader, step: int) -> str:
     """What to say of the numeric column that reaches farthest in a batch; empty where none is far.
 
     Args:
-        batches: This rank's training rows, at the epoch of the step.
-        step: The batch's place in the epoch.
+        batches: this rank's training rows, at the epoch of the step.
+        step: the batch's place in the epoch.
     """
     batches.load_state_dict(batches.state_dict(step))
     dense = next(iter(batches)).dense
@@ -233,7 +233,7 @@ def rows_trained(batches: ParquetLoader, epochs: int, steps: int, process: Proce
 
 
 def check_last_batch(model: nn.Module, batches: ParquetLoader, world_size: int) -> None:
-    """Raises before training what batch normalisation would raise at the end of an epoch."""
+    """Raise before training what batch normalisation would raise at the end of an epoch."""
     whole = batches.batch_size * world_size
     left = -(-(batches.num_rows - (len(batches) - 1) * whole) // world_size)
     if left == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):

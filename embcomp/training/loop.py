@@ -65,11 +65,11 @@ class Training:
     What is made goes on from the stage's latest checkpoint, or begins with what was handed to it.
 
     Args:
-        run: The run, whose folder has been created.
-        index: The place of the stage among its stages.
-        process: The process group.
-        console: What a person sees.
-        log_sizes: Bytes of the run's logs when the stage began.
+        run: the run, whose folder has been created.
+        index: the place of the stage among its stages.
+        process: the process group.
+        console: what a person sees.
+        log_sizes: bytes of the run's logs when the stage began.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Training:
         )
 
     def train(self) -> None:
-        """Trains the stage to its end; `finish` or `hand_on` go on from there."""
+        """Train the stage to its end; `finish` or `hand_on` go on from there."""
         self.console.start(self.total_steps, self.state.step, stage=self.setup.label)
         nothing_to_train = self.total_steps == 0 and not self.state.stopped
         if nothing_to_train:
@@ -212,7 +212,7 @@ class Training:
         self.console.loss(self.state.step, loss, speed)
 
     def _validate(self) -> None:
-        """Evaluates the validation split: best step, learning rates, early stop."""
+        """Evaluate the validation split: best step, learning rates, early stop."""
         state, train = self.state, self.config.train
         record = as_record(self._evaluate("valid"))
         self.logs.metrics("valid", state.step, record)
@@ -237,7 +237,7 @@ class Training:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Finishes what training does late, or on each rank by itself, before anyone reads it."""
+        """Finish what training does late, or on each rank by itself, before anyone reads it."""
         self.steps.pause()
         if self.decay is not None:
             self.decay.flush()
@@ -271,7 +271,7 @@ class Training:
             remove_old(self.checkpoints, keep, self.state.best_step)
 
     def _begin(self) -> bool:
-        """Goes on from the stage's latest checkpoint, or begins with what was handed to it.
+        """Go on from the stage's latest checkpoint, or begin with what was handed to it.
 
         Returns:
             Whether there was a checkpoint.
@@ -318,7 +318,7 @@ class Training:
         return self.state.step if best is None or self.stage.keeps == "last" else best
 
     def hand_on(self) -> None:
-        """Writes down that the stage is finished and what it leaves."""
+        """Write down that the stage is finished and what it leaves."""
         state = self.state
         self.logs.close()
         dist.barrier()
@@ -332,12 +332,12 @@ class Training:
         self.console.say(f"{self._place}: {state.stopped}; hands on step {self.kept_step}")
 
     def finish(self, before: Sequence[StageResult]) -> Report:
-        """Evaluates the weights that the last stage leaves on the test split and reports.
+        """Evaluate the weights that the last stage leaves on the test split and reports.
 
         Where rows are served in narrow types, what is evaluated and reported has such rows.
 
         Args:
-            before: What earlier stages ended with.
+            before: what earlier stages ended with.
         """
         state, config, best = self.state, self.config, self.kept_step
         self.steps.pause()

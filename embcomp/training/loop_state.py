@@ -11,22 +11,22 @@ class LoopState:
     """With the model, the optimizers and the random state, all that the rest of a run depends on.
 
     Attributes:
-        step: Steps done.
-        epoch: Whole epochs done.
-        step_in_epoch: Steps done of the current epoch.
-        loss_sum: Sum of the losses since the training loss was last recorded.
-        loss_steps: How many losses that is.
-        best_value: The monitored metric's best value, its sign such that more is better.
-        best_step: The step that reached it.
-        best_valid: The validation record of that step.
-        stalled: Evaluations in a row without an improvement.
-        reductions: How often the plateau rule has reduced the learning rates.
-        stopped: Why training ended; empty while it goes on.
-        train_seconds: Time of training steps so far.
+        step: steps done.
+        epoch: whole epochs done.
+        step_in_epoch: steps done of the current epoch.
+        loss_sum: sum of the losses since the training loss was last recorded.
+        loss_steps: how many losses that is.
+        best_value: the monitored metric's best value, its sign such that more is better.
+        best_step: the step that reached it.
+        best_valid: the validation record of that step.
+        stalled: evaluations in a row without an improvement.
+        reductions: how often the plateau rule has reduced the learning rates.
+        stopped: why training ended; empty while it goes on.
+        train_seconds: time of training steps so far.
         recorded_seconds: `train_seconds` when the training loss was last recorded.
-        wall_seconds: Time of everything so far, interruptions left out.
-        log_sizes: Bytes of the run's logs.
-        row_order: The version of the loader's order of rows; 2 where a checkpoint does not say.
+        wall_seconds: time of everything so far, interruptions left out.
+        log_sizes: bytes of the run's logs.
+        row_order: the version of the loader's order of rows; 2 where a checkpoint does not say.
     """
 
     step: int = 0
@@ -47,12 +47,12 @@ class LoopState:
     row_order: int = 2
 
     def see(self, value: float | None, valid: dict[str, Any], min_delta: float) -> bool:
-        """Takes in an evaluation and returns whether it is the best so far.
+        """Take in an evaluation and return whether it is the best so far.
 
         Args:
-            value: The monitored metric, more is better; None where it is undefined.
-            valid: The evaluation's record.
-            min_delta: By how much the best value must be beaten.
+            value: the monitored metric, more is better; None where it is undefined.
+            valid: the evaluation's record.
+            min_delta: by how much the best value must be beaten.
         """
         if value is None or (self.best_value is not None and value <= self.best_value + min_delta):
             if self.best_step is None:  # undefined so far: the last weights are reported

@@ -18,9 +18,9 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
     """Does what is left of a run; every rank calls it.
 
     Args:
-        run: The run, whose folder has been created.
-        process: The process group.
-        console: What a person sees.
+        run: the run, whose folder has been created.
+        process: the process group.
+        console: what a person sees.
     """
     schedule = run.schedule
     outcomes: list[StageResult] = []

@@ -27,14 +27,14 @@ class StageFolder:
     """Paths of one stage of a run.
 
     Attributes:
-        checkpoints: The stage's checkpoints.
-        states: How the tables are stored in this stage; written last of what a stage begins with.
-        start: Tensors that the stage begins with, where they are not drawn afresh.
-        progress: What an unfinished search can go on from.
-        done: What the stage ended with; its presence says that the stage is finished.
+        checkpoints: the stage's checkpoints.
+        states: how the tables are stored in this stage; written last of what a stage begins with.
+        start: tensors that the stage begins with, where they are not drawn afresh.
+        progress: what an unfinished search can go on from.
+        done: what the stage ended with; its presence says that the stage is finished.
 
     Args:
-        path: The stage's folder; the run's own where it has one stage.
+        path: the stage's folder; the run's own where it has one stage.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class RunFolder:
     """Paths of a run.
 
     Args:
-        path: The run's folder.
+        path: the run's folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out, as two runs in one folder would mix their checkpoints."""
+        """Keep other processes out, as two runs in one folder would mix their checkpoints."""
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"another process is training in {self.path}; wait for it or choose another name"
         with folder_lock(self.path, busy=ConfigError(busy)):
@@ -80,8 +80,8 @@ class RunFolder:
         """The folder of one of the run's stages.
 
         Args:
-            index: The stage's place.
-            names: The names of all stages.
+            index: the stage's place.
+            names: the names of all stages.
         """
         if len(names) == 1:
             return StageFolder(self.path)
@@ -91,7 +91,7 @@ class RunFolder:
         """The run's resolved config.
 
         Args:
-            data: Where its dataset lies now; where the config says by default.
+            data: where its dataset lies now; where the config says by default.
         """
         path = self.path / _CONFIG_FILE
         if not path.exists():
@@ -113,7 +113,7 @@ class RunFolder:
         return info
 
     def check_dataset_is_there(self, config: TrainConfig) -> None:
-        """Raises with the way out when a run that has begun cannot find its dataset."""
+        """Raise with the way out when a run that has begun cannot find its dataset."""
         if not self.is_new and not (Path(config.data.path) / _DATASET_FILE).is_file():
             raise DataError(
                 f"{self.path} was trained on {config.data.path}, where no dataset is now; say where "
@@ -135,13 +135,13 @@ class RunFolder:
             )
 
     def create(self, config: TrainConfig) -> None:
-        """Writes down what the run is; the config last, as it marks the run as begun."""
+        """Write down what the run is; the config last, as it marks the run as begun."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_checked(self.path / _DATASET_FILE, _dataset_text(config))
         write_checked(self.path / _CONFIG_FILE, config.to_yaml())
 
     def check_same(self, config: TrainConfig) -> None:
-        """Raises unless the run that began here had this config and this dataset."""
+        """Raise unless the run that began here had this config and this dataset."""
         if self.has_dataset(config.data.path):  # wherever it lies now
             before = self.config(config.data.path)
         else:
@@ -160,7 +160,7 @@ class RunFolder:
         self._check_dataset(config)
 
     def follow(self, config: TrainConfig) -> None:
-        """Writes down where the dataset lies now, for a run that `check_same` let through."""
+        """Write down where the dataset lies now, for a run that `check_same` let through."""
         if self.config().data.path != config.data.path:
             rewrite_checked(self.path / _CONFIG_FILE, config.to_yaml())
 

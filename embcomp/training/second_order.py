@@ -2,10 +2,10 @@
 
 Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, section 2.3. A structure's
 effect on the loss of search rows has two parts: what it does to the weights as they are, and what it
-did to them through the step on training rows. For a step ``w' = w - s(g)`` with ``g`` the gradient of
-the training loss, the second is minus the derivative, by the structure, of ``<g, u>``, where ``u`` is
-the search loss's gradient at ``w'`` taken back through ``s``; it is a difference of two gradients on
-the training batch, at ``w + e u`` and ``w - e u``.
+did to them through the step on training rows. For a step `w' = w - s(g)` with `g` the gradient of
+the training loss, the second is minus the derivative, by the structure, of `<g, u>`, where `u` is
+the search loss's gradient at `w'` taken back through `s`; it is a difference of two gradients on
+the training batch, at `w + e u` and `w - e u`.
 
 DARTS unrolls a step of plain SGD, throws it away and makes it again after the structure's. Here the
 step that was made is the one that is looked through, by whatever optimizer made it, so that nothing is
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from typing_extensions import override
 
 from embcomp.config.train_config import RowOptimizerConfig, TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
@@ -36,11 +37,11 @@ _REACH = 1e-2  # the largest move of a weight in a difference, as a share of the
 
 
 def check_unrolled(method: str, config: TrainConfig) -> None:
-    """Raises before training when the rows' steps cannot be looked through.
+    """Raise before training when the rows' steps cannot be looked through.
 
     Args:
-        method: The method that asks for it.
-        config: The run.
+        method: the method that asks for it.
+        config: the run.
     """
     if config.train.row_optimizer.mode == "fused" and config.train.sharding != "data_parallel":
         raise ConfigError(
@@ -59,12 +60,12 @@ class UnrolledSteps(PlainSteps):
     """Steps on training and search rows in turn.
 
     Args:
-        sharded: The model.
-        updates: What surrounds a step.
-        process: The process group.
-        autocast: Makes a new context of mixed precision.
-        optimizers: The model's optimizers.
-        config: What updates the rows.
+        sharded: the model.
+        updates: what surrounds a step.
+        process: the process group.
+        autocast: makes a new context of mixed precision.
+        optimizers: the model's optimizers.
+        config: what updates the rows.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class UnrolledSteps(PlainSteps):
         super().__init__(sharded, updates, process, autocast)
         self._optimizers, self._config = optimizers, config
 
+    @override
     def run(self, batches: Iterator[Batch]) -> Tensor:
         batch = next(batches).to(self._process.device)
         self._updates.zero_grad()
@@ -97,7 +99,7 @@ class UnrolledSteps(PlainSteps):
 
     @torch.no_grad()
     def _look_through(self) -> None:
-        """Adds to the structure's gradients what came through the training step."""
+        """Add to the structure's gradients what came through the training step."""
         rows, structure = self._optimizers.rows, self._optimizers.structure
         states = self._optimizers.row_states()
         moves = [
@@ -138,10 +140,10 @@ def through_step(
     """A vector times the derivative of a row optimizer's step by its gradient.
 
     Args:
-        config: The optimizer.
-        state: What it knows of the weight after the step, and its learning rate as ``lr``.
-        gradient: Of the step, in the shape of the weight.
-        vector: In the same shape.
+        config: the optimizer.
+        state: what it knows of the weight after the step, and its learning rate as `lr`.
+        gradient: of the step, in the shape of the weight.
+        vector: in the same shape.
 
     Returns:
         In the same shape; 0 where the gradient is, as in rows that were not looked up.
@@ -178,7 +180,7 @@ class _RandomNumbers:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draws them within the context, after which others go on where they were."""
+        """Draw them within the context, after which others go on where they were."""
         with torch.random.fork_rng([self._device] if self._cuda is not None else []):
             torch.set_rng_state(self._cpu)
             if self._cuda is not None:

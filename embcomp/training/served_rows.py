@@ -41,7 +41,7 @@ def served_types(config: TrainConfig, info: DatasetInfo) -> RowTypes:
 
 
 def check_served_types(config: TrainConfig, plans: Sequence[ResolvedPlan | None]) -> None:
-    """Refuses row types that a run's tables could not be rounded to when they are trained.
+    """Refuse row types that a run's tables could not be rounded to when they are trained.
 
     Args:
         config: the run.
@@ -82,12 +82,12 @@ def served_bytes(collection: CompressedEmbeddingBagCollection, wanted: RowTypes)
 
 @torch.no_grad()
 def round_rows(state: Mapping[str, Any], unsharded: UnshardedModel, wanted: RowTypes) -> None:
-    """Rounds the rows of a model to what their types hold, in place.
+    """Round the rows of a model to what their types hold, in place.
 
     Args:
-        state: Tensors by their names in a `TrainTask`, whole or sharded by rows.
-        unsharded: The model that they belong to, in its serving form.
-        wanted: The types.
+        state: tensors by their names in a `TrainTask`, whole or sharded by rows.
+        unsharded: the model that they belong to, in its serving form.
+        wanted: the types.
 
     Raises:
         ConfigError: for weights that a type cannot hold.
@@ -127,7 +127,7 @@ def _types(group: Group, wanted: RowTypes) -> dict[str, RowType]:
 
 
 def _round(piece: Tensor, dim: int, row_type: RowType) -> None:
-    """Rounds (rows, padded dim) weights; padding stays as it is."""
+    """Round (rows, padded dim) weights; padding stays as it is."""
     for start in range(0, len(piece), _CHUNK):
         own = piece[start : start + _CHUNK, :dim]
         own.copy_(unpack(pack(own.float().cpu(), row_type), dim, row_type))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from typing_extensions import override
 
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.training.distributed.process import Process
@@ -22,13 +23,13 @@ class Updates:
     It looks like an optimizer, because TorchRec's pipelines call it as one.
 
     Attributes:
-        step_number: Set by the loop before each step.
-        reductions: How often the plateau rule has acted; set by the loop.
-        phase: What kind of step comes; set by the loop.
+        step_number: set by the loop before each step.
+        reductions: how often the plateau rule has acted; set by the loop.
+        phase: what kind of step comes; set by the loop.
 
     Args:
-        optimizers: The optimizers.
-        decay: Lazy decay of fused rows, if any.
+        optimizers: the optimizers.
+        decay: lazy decay of fused rows, if any.
     """
 
     def __init__(self, optimizers: Optimizers, decay: LazyDecay | None) -> None:
@@ -54,21 +55,21 @@ class Steps(ABC):
 
     @abstractmethod
     def run(self, batches: Iterator[Batch]) -> Tensor:
-        """Trains on the next batch and returns its loss (); StopIteration after the last."""
+        """Train on the next batch and return its loss (); StopIteration after the last."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Makes the model callable from outside, for an evaluation between two steps."""
+        """Make the model callable from outside, for an evaluation between two steps."""
 
 
 class PlainSteps(Steps):
     """Forward, backward and update, one after another.
 
     Args:
-        sharded: The model.
-        updates: The optimizers.
-        process: The process group.
-        autocast: Makes a new context of mixed precision.
+        sharded: the model.
+        updates: the optimizers.
+        process: the process group.
+        autocast: makes a new context of mixed precision.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class PlainSteps(Steps):
         self._sharded, self._updates = sharded, updates
         self._process, self._autocast = process, autocast
 
+    @override
     def run(self, batches: Iterator[Batch]) -> Tensor:
         batch = next(batches).to(self._process.device)
         self._updates.zero_grad()
@@ -88,6 +90,7 @@ class PlainSteps(Steps):
         self._updates.step()
         return loss
 
+    @override
     def pause(self) -> None:
         pass
 
@@ -103,10 +106,10 @@ class PipelinedSteps(Steps):
     """Copies and distributes the next batches while the model works on this one.
 
     Args:
-        sharded: The model.
-        updates: The optimizers.
-        process: The process group.
-        autocast: Makes a new context of mixed precision.
+        sharded: the model.
+        updates: the optimizers.
+        process: the process group.
+        autocast: makes a new context of mixed precision.
     """
 
     def __init__(
@@ -125,10 +128,12 @@ class PipelinedSteps(Steps):
             pipeline_postproc=True,
         )
 
+    @override
     def run(self, batches: Iterator[Batch]) -> Tensor:
         with self._autocast():
             loss, _ = self.pipeline.progress(batches)
         return loss
 
+    @override
     def pause(self) -> None:
         self.pipeline.detach()

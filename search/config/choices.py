@@ -28,9 +28,9 @@ class ChoiceConfig(Section):
     served in.
 
     Attributes:
-        method: Its name.
-        settings: The values of its settings.
-        row_types: The types that its rows may be served in.
+        method: its name.
+        settings: the values of its settings.
+        row_types: the types that its rows may be served in.
     """
 
     method: str
@@ -114,8 +114,8 @@ class RowBand(Section):
     """Tables by their number of rows.
 
     Attributes:
-        min_rows: Tables with fewer rows are not meant.
-        max_rows: Tables with more rows are not meant.
+        min_rows: tables with fewer rows are not meant.
+        max_rows: tables with more rows are not meant.
     """
 
     min_rows: PositiveInt = 1
@@ -133,8 +133,8 @@ class GroupConfig(Section):
 
     Attributes:
         tables: `all` that no other group names, a list of names, or a band of rows.
-        choices: What a table may be stored as.
-        tied: Whether all tables of the group take the same choice.
+        choices: what a table may be stored as.
+        tied: whether all tables of the group take the same choice.
     """
 
     tables: Literal["all"] | tuple[str, ...] | RowBand = "all"

@@ -41,25 +41,25 @@ class SearchConfig(YamlConfig):
     """Everything that a search depends on.
 
     Attributes:
-        name: Name of the study and of the search's folder.
-        seed: Of the sampler and of the candidates' training.
-        recipe: A training recipe's name or file.
-        overrides: Keys of the recipe that are other here, nested as in its YAML.
-        budget: Serving bytes of all tables, as `64MiB` or `10%` of the full tables.
-        train_per_device: Bytes of tables and optimizer state on one device.
+        name: name of the study and of the search's folder.
+        seed: of the sampler and of the candidates' training.
+        recipe: a training recipe's name or file.
+        overrides: keys of the recipe that are other here, nested as in its YAML.
+        budget: serving bytes of all tables, as `64MiB` or `10%` of the full tables.
+        train_per_device: bytes of tables and optimizer state on one device.
         objectives: `auc`, `gauc` or `log_loss`; then `bytes` or `latency`, if they are objectives.
-        fill: Whether candidates are brought up to the budget; by default unless bytes or latency
+        fill: whether candidates are brought up to the budget; by default unless bytes or latency
             is an objective.
-        groups: Choices of tables. Tables that no group names stay as the recipe has them.
-        fixed: Tables with one method, whatever the groups say.
-        importance: How reluctantly a table gives way, by name; 1 for the others.
-        sampler: Where candidates come from.
-        trials: How candidates are run.
-        evaluator: What scores a candidate.
-        fidelity: How much training a candidate gets, or the supernet.
-        finals: What is retrained in full.
-        topology: Devices to place candidates on.
-        storage: Database URL of the study; None is a journal file in the search's folder.
+        groups: choices of tables. Tables that no group names stay as the recipe has them.
+        fixed: tables with one method, whatever the groups say.
+        importance: how reluctantly a table gives way, by name; 1 for the others.
+        sampler: where candidates come from.
+        trials: how candidates are run.
+        evaluator: what scores a candidate.
+        fidelity: how much training a candidate gets, or the supernet.
+        finals: what is retrained in full.
+        topology: devices to place candidates on.
+        storage: database URL of the study; None is a journal file in the search's folder.
     """
 
     name: FolderName
@@ -193,10 +193,10 @@ class SearchConfig(YamlConfig):
 
 
 def load_search(path: str | Path, overrides: Iterable[str] = ()) -> SearchConfig:
-    """Reads and checks the YAML of a search.
+    """Read and check the YAML of a search.
 
     Args:
-        path: The YAML file.
+        path: the YAML file.
         overrides: `key.path=value` strings; a value is parsed as YAML.
 
     Raises:
@@ -208,7 +208,7 @@ def load_search(path: str | Path, overrides: Iterable[str] = ()) -> SearchConfig
 def parse_search(
     raw: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "search"
 ) -> SearchConfig:
-    """Checks a search that is already a mapping; see `load_search`."""
+    """Check a search that is already a mapping; see `load_search`."""
     return SearchConfig.parse(raw, overrides, source=source)
 
 
@@ -219,7 +219,7 @@ def is_search(path: str | Path) -> bool:
 
 
 def _merge(document: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Puts nested overrides over a document; a mapping that names a choice replaces it whole."""
+    """Put nested overrides over a document; a mapping that names a choice replaces it whole."""
     for key, value in overrides.items():
         old = document.get(key)
         if isinstance(old, str) and isinstance(value, dict) and "name" not in value:

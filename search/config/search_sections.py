@@ -1,6 +1,6 @@
 """The parts of a search's YAML: where candidates come from, how they are tried, what is retrained.
 
-``embcomp.search.config.search_config`` puts them together.
+`embcomp.search.config.search_config` puts them together.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class SamplerConfig(Section):
         name: `tpe`, `nsga2`, `cmaes`, `random` and `grid` are Optuna's; `evolution` breeds the
             best so far; `greedy` measures each table alone and fills a knapsack; `gradient` trains
             `dnis` at the budget; `uniform` is the baseline of equal shares.
-        starts: Whether the equal share and power laws of the tables' rows are tried first.
-        startup: Candidates before TPE or CMA-ES model anything, starts included.
-        population: Candidates of an NSGA-II generation; with `evolution`, those that it begins
+        starts: whether the equal share and power laws of the tables' rows are tried first.
+        startup: candidates before TPE or CMA-ES model anything, starts included.
+        population: candidates of an NSGA-II generation; with `evolution`, those that it begins
             with.
     """
 
@@ -50,8 +50,8 @@ class RungsConfig(Section):
     """Candidates that do badly are stopped at rungs of `min_steps * reduction ** k` steps.
 
     Attributes:
-        min_steps: Steps to the first rung.
-        reduction: One in so many candidates goes on from a rung.
+        min_steps: steps to the first rung.
+        reduction: one in so many candidates goes on from a rung.
         kind: `halving` or `hyperband`; several objectives always stop what is far from the front.
     """
 
@@ -64,10 +64,10 @@ class FidelityConfig(Section):
     """How much training a candidate gets; the chosen ones are retrained in full.
 
     Attributes:
-        max_steps: Steps, at most; None trains as long as the recipe.
-        epochs: Epochs, at most; None takes the recipe's.
-        valid_rows: Rows of the validation split that candidates are scored on; None takes all.
-        rungs: Where to stop the bad ones early; None trains all to the end.
+        max_steps: steps, at most; None trains as long as the recipe.
+        epochs: epochs, at most; None takes the recipe's.
+        valid_rows: rows of the validation split that candidates are scored on; None takes all.
+        rungs: where to stop the bad ones early; None trains all to the end.
     """
 
     max_steps: PositiveInt | None = None
@@ -88,14 +88,14 @@ class TrialsConfig(Section):
     """How candidates are run.
 
     Attributes:
-        count: Candidates to try.
-        parallel: How many at once, in each worker; None takes one on CPU, and on CUDA as many as
+        count: candidates to try.
+        parallel: how many at once, in each worker; None takes one on CPU, and on CUDA as many as
             the devices allow.
-        world_size: Ranks of one candidate's training.
+        world_size: ranks of one candidate's training.
         devices: `auto`, `cpu`, or CUDA device numbers.
         threads: CPU threads of a rank; None shares the cores out evenly.
-        timeout: Seconds after which a candidate is stopped and counts as failed.
-        retries: How often a candidate is tried again whose worker died.
+        timeout: seconds after which a candidate is stopped and counts as failed.
+        retries: how often a candidate is tried again whose worker died.
     """
 
     count: PositiveInt = 40
@@ -111,10 +111,10 @@ class FinalsConfig(Section):
     """What is retrained in full, on all data, as an ordinary run.
 
     Attributes:
-        points: How many candidates, the best or spread over the front.
-        seeds: How many runs of each.
-        baseline: Whether the equal share is retrained beside them, when it was tried.
-        correlation: How many candidates that a supernet scored are retrained once each, to see how
+        points: how many candidates, the best or spread over the front.
+        seeds: how many runs of each.
+        baseline: whether the equal share is retrained beside them, when it was tried.
+        correlation: how many candidates that a supernet scored are retrained once each, to see how
             well it ranks them; 0 for none, else at least 8.
     """
 
@@ -142,9 +142,9 @@ class EvaluatorConfig(Section):
     Attributes:
         name: `training` trains each candidate; `supernet` trains nested widths once, and scores a
             candidate by one pass over search-validation rows.
-        method: Of the supernet: `matryoshka`, or the first stage of `optembed`.
-        settings: Of that method, as `weights`; its widths are those of the search's choices.
-        rows: Search-validation rows that a candidate is scored on, in whole batches; None takes
+        method: of the supernet: `matryoshka`, or the first stage of `optembed`.
+        settings: of that method, as `weights`; its widths are those of the search's choices.
+        rows: search-validation rows that a candidate is scored on, in whole batches; None takes
             all, `data.search_share` of the train split.
     """
 
@@ -182,10 +182,10 @@ class TopologyConfig(Section):
     """Devices on which TorchRec's planner must be able to place every candidate.
 
     Attributes:
-        world_size: Ranks.
-        device_memory: Memory of one device.
-        device: Kind of device.
-        reserve: Memory of each device kept for everything but tables.
+        world_size: ranks.
+        device_memory: memory of one device.
+        device: kind of device.
+        reserve: memory of each device kept for everything but tables.
     """
 
     world_size: PositiveInt

@@ -50,7 +50,7 @@ class TrialResult:
 
     Args:
         quality: the metric; None when there is none.
-        failure: why there is none, in a word or two: ``diverged``, ``out of memory``, ``killed``.
+        failure: why there is none, in a word or two: `diverged`, `out of memory`, `killed`.
         message: what went wrong, for people.
         latency: microseconds to look up one batch, where that was asked for.
         seconds: wall time that it took.
@@ -79,11 +79,11 @@ class TrialHandle(ABC):
         return []
 
     def stop(self) -> TrialResult:
-        """Ends it early and cleans up; says what it took."""
+        """End it early and cleans up; says what it took."""
         return TrialResult()
 
     def detach(self) -> None:  # noqa: B027, optional
-        """Ends it so that another attempt can go on from where it was."""
+        """End it so that another attempt can go on from where it was."""
 
 
 class Evaluator(ABC):
@@ -108,7 +108,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def start(self, task: Task) -> TrialHandle:
-        """Begins to score a candidate."""
+        """Begin to score a candidate."""
 
     def close(self) -> None:  # noqa: B027, optional
-        """Ends what still runs."""
+        """End what still runs."""

@@ -23,7 +23,7 @@ _ROW_GROUP = 65_536
 
 
 def write_view(source: str | Path, folder: Path, valid_rows: int | None) -> Path:
-    """Writes the view's `dataset.json`, whose files are the source's own; returns its folder.
+    """Write the view's `dataset.json`, whose files are the source's own; returns its folder.
 
     Args:
         source: the prepared dataset.

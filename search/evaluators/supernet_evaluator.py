@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from embcomp.backends.widths.supernet import Trial
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -52,6 +54,7 @@ class Scored(TrialHandle):
     def __init__(self, outcome: TrialResult) -> None:
         self._outcome = outcome
 
+    @override
     def poll(self) -> TrialResult:
         return self._outcome
 
@@ -97,6 +100,7 @@ class SupernetEvaluator(Evaluator):
             f"{scored:,} search-validation rows"
         )
 
+    @override
     def prepare(self) -> None:
         write_view(self._space.base.data.path, self._view, self._config.fidelity.valid_rows)
         train_config = self.supernet_config()
@@ -135,7 +139,7 @@ class SupernetEvaluator(Evaluator):
         return for_search(self._config, config, str(self._view.resolve()))
 
     def _train(self, config: TrainConfig, run: RunFolder) -> Report:
-        """Trains it, goes on with it, or waits for the worker that does."""
+        """Train it, goes on with it, or wait for the worker that does."""
         with folder_lock(self._folder / f"{NAME}.lock", busy=None):
             if not run.is_new:
                 run.check_same(config)
@@ -183,6 +187,7 @@ class SupernetEvaluator(Evaluator):
         assert self._process is not None, "prepare() comes first"
         return self._process
 
+    @override
     def start(self, task: Task) -> Scored:
         begun = time.monotonic()
         score = self.score(task.candidate)
@@ -200,6 +205,7 @@ class SupernetEvaluator(Evaluator):
         score = self._trial.score(named, self._config.evaluator.rows)
         return -score if self._config.quality == "log_loss" else score
 
+    @override
     def close(self) -> None:
         self._trial = None
         self._open.close()

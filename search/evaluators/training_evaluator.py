@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from typing_extensions import override
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -48,7 +49,7 @@ class Slot:
 
 
 def make_slots(config: SearchConfig, num_devices: int) -> list[Slot]:
-    """Shares a machine out to candidates.
+    """Share a machine out to candidates.
 
     Args:
         config: the search.
@@ -158,6 +159,7 @@ class TrainingEvaluator(Evaluator):
         )
         self.rungs = [] if in_full else rung_steps(config.fidelity.rungs, self.steps)
 
+    @override
     def prepare(self) -> None:
         if not self._in_full:
             write_view(self._space.base.data.path, self._view, self._config.fidelity.valid_rows)
@@ -173,6 +175,7 @@ class TrainingEvaluator(Evaluator):
         view = str(self._view.resolve())
         return trial_config(search, space, task.candidate, name, view, task.seed)
 
+    @override
     def start(self, task: Task) -> TrainingRun:
         config, tried = self.run_config(task), not self._in_full
         path = self._runs / f"{config.name}.yaml"
@@ -192,6 +195,7 @@ class TrainingEvaluator(Evaluator):
         self._running = [other for other in self._running if other.is_running] + [run]
         return run
 
+    @override
     def close(self) -> None:
         for run in self._running:
             if run.is_running:
@@ -251,6 +255,7 @@ class TrainingRun(TrialHandle):
         """Whether the process has not ended."""
         return self._process.poll() is None
 
+    @override
     def poll(self) -> TrialResult | None:
         status = self._process.poll()
         seconds = time.monotonic() - self._begun
@@ -278,6 +283,7 @@ class TrainingRun(TrialHandle):
             details=details,
         )
 
+    @override
     def rungs(self) -> list[Rung]:
         found = []
         for record in _records(self.folder / "metrics.jsonl"):
@@ -288,12 +294,14 @@ class TrainingRun(TrialHandle):
                 found.append(Rung(step=step, quality=float(value)))
         return found
 
+    @override
     def stop(self) -> TrialResult:
         self._end()
         self._clean_up()
         steps = max((r["step"] for r in _records(self.folder / "metrics.jsonl")), default=0)
         return TrialResult(seconds=time.monotonic() - self._begun, steps=steps)
 
+    @override
     def detach(self) -> None:
         self._end()
 

@@ -25,7 +25,7 @@ LATENCY_FILE = "latency.json"
 
 
 def main() -> None:
-    """Trains, and leaves word of a failure."""
+    """Train, and leaves word of a failure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--runs", type=Path, required=True)

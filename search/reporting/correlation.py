@@ -27,16 +27,16 @@ class RankedCandidate:
     """A candidate that was scored and retrained.
 
     Attributes:
-        number: The candidate's.
-        kind: How it was proposed.
-        serve_bytes: Serving bytes of its tables.
-        score: Its metric in the search.
-        retrained: The same metric on the validation split after training in full; None when that
+        number: the candidate's.
+        kind: how it was proposed.
+        serve_bytes: serving bytes of its tables.
+        score: its metric in the search.
+        retrained: the same metric on the validation split after training in full; None when that
             failed.
-        seed: Of that training.
-        seconds: What it took.
-        steps: Training steps that it took.
-        failure: Why it failed.
+        seed: of that training.
+        seconds: what it took.
+        steps: training steps that it took.
+        failure: why it failed.
     """
 
     number: int
@@ -55,13 +55,13 @@ class RankCorrelation:
     """Scores of a search against scores of retrained candidates.
 
     Attributes:
-        spearman: Correlation of the ranks, ties by their mean rank; None where too few trainings
+        spearman: correlation of the ranks, ties by their mean rank; None where too few trainings
             succeeded, or all are alike.
-        candidates: Those that were retrained, the best score first.
-        trainings: How many of their trainings were made for this alone, and are not among the
+        candidates: those that were retrained, the best score first.
+        trainings: how many of their trainings were made for this alone, and are not among the
             finals.
-        full_trainings: Their steps, as a multiple of one full training.
-        hours: Their time, added up.
+        full_trainings: their steps, as a multiple of one full training.
+        hours: their time, added up.
     """
 
     spearman: float | None
@@ -112,7 +112,7 @@ def correlate(
     among_finals: Collection[tuple[int, int]],
     full_steps: int,
 ) -> RankCorrelation:
-    """Puts scores beside retrained scores.
+    """Put scores beside retrained scores.
 
     Args:
         study: of the retrained candidates.

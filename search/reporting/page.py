@@ -28,7 +28,7 @@ _MOST_CANDIDATES = 200  # rows of the table of candidates
 
 
 def write_search_page(result: SearchResult, path: Path) -> None:
-    """Writes the page, plotly's script included."""
+    """Write the page, plotly's script included."""
     metric = _NAMES[result.objectives[0]]
     parts = [
         f"<h1>{escaped(result.name)}</h1>",

@@ -38,16 +38,16 @@ class CandidateResult:
     """One line of the search.
 
     Attributes:
-        number: The candidate's.
-        kind: How it was proposed.
+        number: the candidate's.
+        kind: how it was proposed.
         state: `complete`, `stopped early`, or why it failed.
-        values: The objectives, where it has them.
-        serve_bytes: Serving bytes of its tables.
-        train_bytes: Training bytes of its tables.
-        options: The choice of each unit.
-        seconds: What it took.
-        steps: Training steps that it took.
-        message: What went wrong.
+        values: the objectives, where it has them.
+        serve_bytes: serving bytes of its tables.
+        train_bytes: training bytes of its tables.
+        options: the choice of each unit.
+        seconds: what it took.
+        steps: training steps that it took.
+        message: what went wrong.
     """
 
     number: int
@@ -67,12 +67,12 @@ class FinalRunResult:
     """One run in full.
 
     Attributes:
-        seed: Its seed.
-        valid: Validation metrics of the best step; None when it failed.
-        test: Test metrics of the best step.
-        seconds: What it took.
-        steps: Training steps that it took.
-        failure: Why it failed.
+        seed: its seed.
+        valid: validation metrics of the best step; None when it failed.
+        test: test metrics of the best step.
+        seconds: what it took.
+        steps: training steps that it took.
+        failure: why it failed.
     """
 
     seed: int
@@ -88,17 +88,17 @@ class PointResult:
     """A chosen candidate.
 
     Attributes:
-        name: Of its recipe.
-        number: The candidate's.
-        kind: How it was proposed.
-        baseline: Whether it is there to be compared with.
-        recipe: Its YAML, relative to the search's folder.
-        quality: Its metric in the search.
-        serve_bytes: Serving bytes of its tables.
-        options: The choice of each unit.
-        share: Bytes over full bytes of each unit.
-        bytes_per_rank: Bytes on each device as the planner places it; None without a topology.
-        runs: Its runs in full.
+        name: of its recipe.
+        number: the candidate's.
+        kind: how it was proposed.
+        baseline: whether it is there to be compared with.
+        recipe: its YAML, relative to the search's folder.
+        quality: its metric in the search.
+        serve_bytes: serving bytes of its tables.
+        options: the choice of each unit.
+        share: bytes over full bytes of each unit.
+        bytes_per_rank: bytes on each device as the planner places it; None without a topology.
+        runs: its runs in full.
     """
 
     name: str
@@ -124,14 +124,14 @@ class SearchCost:
     """What a search took.
 
     Attributes:
-        trainings: Candidates that were trained, stopped ones included.
-        full_trainings: Their steps, as a multiple of one full training.
-        hours: Their time, added up.
-        prepared_trainings: Steps of what was trained once for all scores, as a multiple of one full
+        trainings: candidates that were trained, stopped ones included.
+        full_trainings: their steps, as a multiple of one full training.
+        hours: their time, added up.
+        prepared_trainings: steps of what was trained once for all scores, as a multiple of one full
             training.
-        prepared_hours: The time of its training steps and searches.
-        finals: Runs in full.
-        finals_hours: Their time, added up.
+        prepared_hours: the time of its training steps and searches.
+        finals: runs in full.
+        finals_hours: their time, added up.
     """
 
     trainings: int
@@ -148,28 +148,28 @@ class SearchResult:
     """Everything that a search found.
 
     Attributes:
-        name: The search's.
-        recipe: The training recipe.
-        model: The model's name.
-        dataset: The dataset's name.
-        sampler: Where candidates came from.
-        objectives: What was searched for; the first is the metric.
-        budget: Serving bytes.
-        full_bytes: Serving bytes uncompressed.
-        fidelity: How much training a candidate got.
-        space_size: Number of candidates in the space.
-        reachable: Serving bytes of the smallest and the largest.
-        rows: Rows of each unit.
-        notes: What was dropped.
-        candidates: All of them.
-        front: Numbers of the candidates that no other beats in metric and bytes.
-        points: What was chosen and retrained.
-        importance: Share of the metric's variance that each unit's choice explains.
-        cost: What it took.
-        format: Version of this file.
-        split: The split of the metrics in full.
-        evaluator: What scored candidates.
-        correlation: How well scores rank candidates, where that was asked for.
+        name: the search's.
+        recipe: the training recipe.
+        model: the model's name.
+        dataset: the dataset's name.
+        sampler: where candidates came from.
+        objectives: what was searched for; the first is the metric.
+        budget: serving bytes.
+        full_bytes: serving bytes uncompressed.
+        fidelity: how much training a candidate got.
+        space_size: number of candidates in the space.
+        reachable: serving bytes of the smallest and the largest.
+        rows: rows of each unit.
+        notes: what was dropped.
+        candidates: all of them.
+        front: numbers of the candidates that no other beats in metric and bytes.
+        points: what was chosen and retrained.
+        importance: share of the metric's variance that each unit's choice explains.
+        cost: what it took.
+        format: version of this file.
+        split: the split of the metrics in full.
+        evaluator: what scored candidates.
+        correlation: how well scores rank candidates, where that was asked for.
     """
 
     name: str
@@ -196,7 +196,7 @@ class SearchResult:
     correlation: RankCorrelation | None = None
 
     def save(self, folder: Path) -> None:
-        """Writes search_result.json."""
+        """Write search_result.json."""
         text = json.dumps(_plain(dataclasses.asdict(self)), indent=1) + "\n"
         write_atomically(folder / RESULT_FILE, text)
 
@@ -245,7 +245,7 @@ def gather(
     evaluator: Evaluator,
     correlation: RankCorrelation | None = None,
 ) -> SearchResult:
-    """Puts a search's result together from its studies."""
+    """Put a search's result together from its studies."""
     space = repair.space
     info = DatasetInfo.load(space.base.data.path)
     trials = [t for t in latest_attempts(study) if t.state.is_finished()]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
+from typing_extensions import override
 
 from embcomp.errors import ConfigError
 from embcomp.search.attempts import next_of
@@ -96,7 +97,7 @@ class CandidateSampler(ABC):
         """The candidate of this rank."""
 
     def adopt(self, asked: Asked) -> None:  # noqa: B027, optional
-        """Takes in a candidate that comes from elsewhere, as a start or a second attempt."""
+        """Take in a candidate that comes from elsewhere, as a start or a second attempt."""
 
     def before(self, study: Study, trial: FrozenTrial) -> None:  # noqa: B027, optional
         """Called before a trial's parameters are drawn."""
@@ -119,6 +120,7 @@ class StartsFirst(CandidateSampler):
         self._starts = list(starts(repair).items())
         self._then = then
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         place = next_of([start for _, start in self._starts], asked.candidates)
         if place is None:
@@ -127,12 +129,15 @@ class StartsFirst(CandidateSampler):
         name, candidate = self._starts[place]
         return Proposal(candidate=candidate, kind=name, fill=False)
 
+    @override
     def adopt(self, asked: Asked) -> None:
         self._then.adopt(asked)
 
+    @override
     def before(self, study: Study, trial: FrozenTrial) -> None:
         self._then.before(study, trial)
 
+    @override
     def after(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
@@ -147,6 +152,7 @@ class UniformOnly(CandidateSampler):
     def __init__(self, repair: Repair) -> None:
         self._candidate = uniform(repair)
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         return Proposal(candidate=self._candidate, kind="uniform")
 
@@ -173,6 +179,7 @@ class Grid(CandidateSampler):
         self._candidates = list(dict.fromkeys(found))
         self.count = len(self._candidates)
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         place = next_of(self._candidates, asked.candidates) or 0
         return Proposal(candidate=self._candidates[place], kind="grid", fill=False)

@@ -2,7 +2,7 @@
 
 Power laws are the rule of Ginart et al., "Mixed Dimension Embeddings with Application to
 Memory-Efficient Recommendation Systems", 2019, https://arxiv.org/abs/1909.11810: a table of n rows
-is given width in proportion to ``n ** -a``.
+is given width in proportion to `n ** -a`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def uniform(repair: Repair) -> Candidate:
 
 
 def power_law(repair: Repair, power: float) -> Candidate:
-    """Shares in proportion to ``rows ** -power``, as large as the budget allows."""
+    """Share in proportion to `rows ** -power`, as large as the budget allows."""
     return repair(_largest(repair, power))
 
 

@@ -26,6 +26,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from typing_extensions import override
 
 MOST_SHOWN = 80
 """Finished trials that TPE sees, unless more of them are good."""
@@ -50,11 +51,13 @@ class FewTrialsTPE(BaseSampler):
         )
         self._shown: optuna.Study | None = None
 
+    @override
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         return self._tpe.infer_relative_search_space(study, trial)
 
+    @override
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -63,6 +66,7 @@ class FewTrialsTPE(BaseSampler):
         self._shown = optuna.create_study(storage=_Shown(few), directions=study.directions)
         return self._tpe.sample_relative(self._shown, trial, search_space)
 
+    @override
     def sample_independent(
         self,
         study: optuna.Study,

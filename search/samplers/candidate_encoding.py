@@ -1,6 +1,6 @@
 """Candidates as the parameters of an Optuna study, and back.
 
-Settings are parameters of their own (``C3.method``, ``C3.hash.ratio``), numbers by their place in
+Settings are parameters of their own (`C3.method`, `C3.hash.ratio`), numbers by their place in
 the list so that samplers know which are neighbours. A setting of a method that was not chosen keeps
 its value without meaning anything: the parameters are the same for every candidate, which evolution
 and CMA-ES need. In the relaxed form a unit is one real number between its options, sorted by bytes.

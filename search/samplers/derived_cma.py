@@ -23,6 +23,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from typing_extensions import override
 
 GENERATION = "cma:generation"
 _PICKLED = "cma:optimizer"  # what Optuna's sampler calls its state
@@ -40,11 +41,13 @@ class DerivedCma(BaseSampler):
         self._seed, self._startup = seed, startup
         self._random = RandomSampler(seed=seed)
 
+    @override
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         return {}
 
+    @override
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class DerivedCma(BaseSampler):
             for (name, (low, high)), share in zip(ranges.items(), drawn)
         }
 
+    @override
     def sample_independent(
         self,
         study: optuna.Study,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from embcomp.backends.widths.evolution import Evolution, cross, mutate
 from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Tried
@@ -51,6 +53,7 @@ class EvolutionSource(CandidateSampler):
             rows=tuple(unit.rows for unit in units),
         )
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         draw = random.Random(f"evolution/{self._seed}/{asked.rank}")
         parents = self._parents(asked.tried) if asked.rank >= self._population else []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
 from embcomp.errors import BudgetError
@@ -29,6 +31,7 @@ class Gradient(CandidateSampler):
     def __init__(self, repair: Repair) -> None:
         self._candidate = repair.smallest
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         return Proposal(candidate=self._candidate, kind="gradient", fill=False)
 

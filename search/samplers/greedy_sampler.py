@@ -12,6 +12,8 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
+from typing_extensions import override
+
 from embcomp.search.attempts import next_of
 from embcomp.search.samplers.base import Asked, CandidateSampler, Proposal, Tried
 from embcomp.search.samplers.baselines import uniform
@@ -47,11 +49,13 @@ class Greedy(CandidateSampler):
         probe[u] = smallest_of_line(self._repair, self._base, u)
         return self._repair(tuple(probe), fill=False)
 
+    @override
     def ready(self, rank: int, tried: Sequence[Tried]) -> bool:
         if next_of(self._measured, [one.candidate for one in tried]) is not None:
             return True
         return not any(one.running for one in tried)
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         place = next_of(self._measured, asked.candidates)
         if place is not None:

@@ -18,6 +18,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from typing_extensions import override
 
 from embcomp.search.attempts import (
     RETRY_OF,
@@ -65,6 +66,7 @@ class OptunaSource(CandidateSampler):
         self._name, self._make, self._encoding, self._seed = name, make, encoding, seed
         self._running: dict[int, BaseSampler] = {}
 
+    @override
     def propose(self, asked: Asked) -> Proposal:
         sampler = self._sampler(asked.study, asked.trial)
         space = dict(self._encoding.distributions)
@@ -77,14 +79,17 @@ class OptunaSource(CandidateSampler):
         candidate = self._encoding.decode(parameters)
         return Proposal(candidate=candidate, kind=self._name, parameters=parameters)
 
+    @override
     def adopt(self, asked: Asked) -> None:
         # What is drawn is thrown away; the sampler notes that the trial is one of its own.
         space = dict(self._encoding.distributions)
         self._sampler(asked.study, asked.trial).sample_relative(asked.study, asked.trial, space)
 
+    @override
     def before(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._sampler(study, trial).before_trial(study, trial)
 
+    @override
     def after(
         self,
         study: optuna.Study,
@@ -138,11 +143,13 @@ class RepairedSampler(BaseSampler):
         self.kinds: dict[int, str] = {}
         self.exhausted = False
 
+    @override
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         return dict(self.encoding.distributions)
 
+    @override
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -179,6 +186,7 @@ class RepairedSampler(BaseSampler):
             f"among the {size:,} of the space"
         )
 
+    @override
     def sample_independent(
         self,
         study: optuna.Study,
@@ -188,10 +196,12 @@ class RepairedSampler(BaseSampler):
     ) -> Any:
         raise RuntimeError(f"{param_name} is not a parameter of this search")
 
+    @override
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         sign_proposal(study, trial)
         self.source.before(study, trial)
 
+    @override
     def after_trial(
         self,
         study: optuna.Study,

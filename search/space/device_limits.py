@@ -168,7 +168,7 @@ class PlacementChecker:
         return max(self._add_row_wise(held.signatures, query)) + held.beside <= free
 
     def place(self, candidate: Candidate) -> Placement:
-        """Asks the planner, whatever is known.
+        """Ask the planner, whatever is known.
 
         Raises:
             PlacementError: when there is no placement; the text says why.

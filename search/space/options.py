@@ -27,7 +27,7 @@ class Option:
 
     Args:
         config: the method.
-        label: for people, as ``hash ratio=0.1``.
+        label: for people, as `hash ratio=0.1`.
         bytes: serving bytes of the unit's tables; their part, where others share the storage.
         family: what does not change when only the size does; shrinking keeps to a line if it can.
         row_type: what its rows are served in; the most exact type of those that are no longer.

@@ -204,7 +204,7 @@ class Repair:
     def _step_up(
         self, candidate: Candidate, fits: Callable[[Candidate], bool], whole_line: bool
     ) -> Candidate:
-        """Hands out what is left, fewest bytes for the importance first, until it is used."""
+        """Hand out what is left, fewest bytes for the importance first, until it is used."""
         now = list(candidate)
         heap = [entry for u in range(len(now)) for entry in self._up(u, now[u], whole_line)]
         heapq.heapify(heap)

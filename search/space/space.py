@@ -1,6 +1,6 @@
 """What a search may choose: units of tables, each with its options, made from groups of tables.
 
-A unit is a table, or several whose choice is tied; ``embcomp.search.space.options`` makes their options.
+A unit is a table, or several whose choice is tied; `embcomp.search.space.options` makes their options.
 """
 
 from __future__ import annotations

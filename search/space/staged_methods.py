@@ -23,7 +23,7 @@ def staged_methods(space: Space) -> list[BackendConfig]:
 
 
 def check_stages(config: SearchConfig, space: Space) -> None:
-    """Refuses what no training could do, before anything is trained.
+    """Refuse what no training could do, before anything is trained.
 
     Raises:
         ConfigError: a candidate could hold two methods in stages, or its scores on the way or its
@@ -62,7 +62,7 @@ def _staged(unit: Unit) -> list[BackendConfig]:
 
 
 def check_latency(config: SearchConfig, space: Space) -> None:
-    """Refuses to time look-ups of rows that are served in another type than they are trained in.
+    """Refuse to time look-ups of rows that are served in another type than they are trained in.
 
     Raises:
         ConfigError: where look-ups are timed and an option has such rows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from optuna.trial import Trial
+from typing_extensions import override
 
 from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts
 from embcomp.search.config.search_config import SearchConfig
@@ -39,10 +40,12 @@ class CandidateJobs(TrialRunner):
         self._repair, self._evaluator = repair, evaluator
         self._sign = 1 if config.quality != "log_loss" else -1
 
+    @override
     def ready(self) -> bool:
         tried = self._sampler.tried(self._queue.study)
         return self._sampler.source.ready(len(tried), tried)
 
+    @override
     def start(self, trial: Trial, slot: int) -> TrialHandle | None:
         if self._sampler.exhausted and RETRY_OF not in trial.user_attrs:
             return None
@@ -57,9 +60,11 @@ class CandidateJobs(TrialRunner):
         trial.set_user_attr("options", self._repair.space.labels(candidate))
         return self._evaluator.start(Task(number=number_of(trial), candidate=candidate, slot=slot))
 
+    @override
     def why_ended(self) -> str:
         return self._sampler.exhausted_because
 
+    @override
     def is_behind(self, hand: RunningTrial, rung: Rung) -> bool:
         rungs = self._config.fidelity.rungs
         if rungs is None:
@@ -80,6 +85,7 @@ class CandidateJobs(TrialRunner):
         costs = (float(serve_bytes),) if "bytes" in self._config.objectives else ()
         return (-self._sign * quality, *costs)
 
+    @override
     def values(self, trial: Trial, outcome: TrialResult) -> list[float]:
         known: dict[str, Any] = {
             self._config.quality: outcome.quality,
@@ -88,6 +94,7 @@ class CandidateJobs(TrialRunner):
         }
         return [float(known[name]) for name in self._config.objectives]
 
+    @override
     def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
         score = "" if outcome.quality is None else f"{self._config.quality} {outcome.quality:.6f}"
         size = f"{trial.user_attrs['serve_bytes']:,} bytes"

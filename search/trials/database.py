@@ -40,7 +40,7 @@ class StorageError(EmbcompError):
 
 
 def open_database(url: str) -> BaseStorage:
-    """Opens a database, its tables made if they are not there.
+    """Open a database, its tables made if they are not there.
 
     Raises:
         StorageError: its driver is not installed, or its tables are another version's.
@@ -97,7 +97,7 @@ def _made(address: URL) -> BaseStorage:
 
 
 def _lock_before_reading(engine: Engine) -> None:
-    """Makes every transaction of a SQLite take the write lock first.
+    """Make every transaction of a SQLite take the write lock first.
 
     Python's driver takes it at the first change only. Two workers then both read that a candidate
     waits and both take it, or one finds too late that another writes, and fails instead of waiting.
@@ -165,7 +165,7 @@ def _wait_for_lock(file: IO[str], database: Path) -> None:
 
 
 def _probe_sqlite(path: Path) -> None:
-    """Takes the write lock once: a locked database shows now, not after half a minute.
+    """Take the write lock once: a locked database shows now, not after half a minute.
 
     While it changes, other workers are at it, and are waited for.
     """

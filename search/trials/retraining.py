@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
+from typing_extensions import override
 
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.attempts import (
@@ -174,12 +175,14 @@ class RetrainingJobs(TrialRunner):
             "seed": IntDistribution(0, len(seeds) - 1),
         }
 
+    @override
     def start(self, trial: Trial, slot: int) -> TrialHandle:
         point, seed = self._pair(trial)
         return self._evaluator.start(
             Task(number=point.number, candidate=point.candidate, slot=slot, seed=seed)
         )
 
+    @override
     def line(self, trial: Trial, outcome: TrialResult, what: str) -> str:
         point, seed = self._pair(trial)
         score = "" if outcome.quality is None else f"{self._quality} {outcome.quality:.6f}"

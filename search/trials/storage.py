@@ -46,10 +46,10 @@ _IDENTITY = "embcomp"  # study attribute: what the search was when it began
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """Opens a storage, or says why not within a second.
+    """Open a storage, or says why not within a second.
 
     Args:
-        url: a database URL; None takes the journal file in ``folder``.
+        url: a database URL; None takes the journal file in `folder`.
         folder: the search's folder.
 
     Raises:
@@ -61,7 +61,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
 
 @contextmanager
 def explained(url: str | None, folder: Path) -> Iterator[None]:
-    """Turns a storage's errors into one message that says where it is and what to do."""
+    """Turn a storage's errors into one message that says where it is and what to do."""
     where = without_password(url) if url else str(folder / JOURNAL)
     try:
         yield
@@ -85,12 +85,12 @@ def open_study(
     pruner: optuna.pruners.BasePruner,
     identity: Mapping[str, Any],
 ) -> optuna.Study:
-    """Creates a study, or joins it if it is of the same search.
+    """Create a study, or join it if it is of the same search.
 
     Args:
         storage: where it lies.
         name: the study's name.
-        directions: ``maximize`` or ``minimize``, for each objective.
+        directions: `maximize` or `minimize`, for each objective.
         sampler: proposes candidates.
         pruner: stops bad ones.
         identity: everything that candidates' scores depend on.
@@ -177,13 +177,13 @@ class JournalLock(JournalFileOpenLock):
         self._file: int | None = None
 
     def acquire(self) -> bool:
-        """Takes the lock, or raises a StorageError when it stays taken."""
+        """Take the lock, or raise a StorageError when it stays taken."""
         if not self.try_acquire(LOCK_GRACE):
             raise StorageError(f"{self._path} has been held by another process for {LOCK_GRACE} s")
         return True
 
     def try_acquire(self, patience: float) -> bool:
-        """Takes the lock within some seconds, or returns False."""
+        """Take the lock within some seconds, or return False."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + patience
         while True:
@@ -199,14 +199,14 @@ class JournalLock(JournalFileOpenLock):
                 return True
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Give the lock back."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
 
 def _mend(path: Path) -> None:
-    """Cuts off a last line that a dying machine left unfinished; it was never acknowledged."""
+    """Cut off a last line that a dying machine left unfinished; it was never acknowledged."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("rb+") as file:

@@ -63,7 +63,7 @@ class SearchConsole:
             self._live.stop()
 
     def follow(self, study: Study, title: str, count: int, slots: int) -> None:
-        """Shows another study.
+        """Show another study.
 
         Args:
             study: what to show.

@@ -16,6 +16,7 @@ import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from typing_extensions import override
 
 from embcomp.search.attempts import (
     INTERRUPTED,
@@ -38,6 +39,7 @@ _NAMELESS = 60.0  # seconds that a trial may run before its worker signs it
 class SigningSampler(RandomSampler):
     """For planned studies: says who begins a trial; what it draws is never trained."""
 
+    @override
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         sign_proposal(study, trial)
 
@@ -75,7 +77,7 @@ class TrialQueue:
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Shows that this worker is alive, now and then."""
+        """Show that this worker is alive, now and then."""
         now = time.time()
         if now - self._last_heartbeat >= _HEARTBEAT_SECONDS:
             self._storage.set_study_user_attr(self._study_id, f"worker {self.worker}", now)
@@ -89,7 +91,7 @@ class TrialQueue:
         return self.has_waiting()
 
     def _enqueue_planned(self, planned: list[dict[str, Any]]) -> None:
-        """Enqueues what no trial is for: at first everything, later what its worker died to begin.
+        """Enqueue what no trial is for: at first everything, later what its worker died to begin.
 
         Workers that do so at the same moment enqueue a candidate twice; the first trial stands.
         """
@@ -104,7 +106,7 @@ class TrialQueue:
         return any(trial.state is TrialState.WAITING for trial in trials)
 
     def next(self) -> Trial | None:
-        """Starts the next candidate; None when others were quicker."""
+        """Start the next candidate; None when others were quicker."""
         trial = self.study.ask(fixed_distributions=self._distributions)
         if RETRY_OF not in trial.user_attrs and self._is_surplus(trial):
             self.withdraw(trial)
@@ -121,7 +123,7 @@ class TrialQueue:
         return plan is None or plan in [_plan_of(one) for one in earlier]
 
     def withdraw(self, trial: Trial) -> None:
-        """Takes a trial that was started in vain off the books."""
+        """Take a trial that was started in vain off the books."""
         trial.set_user_attr(SURPLUS, True)
         self.study.tell(trial, state=TrialState.FAIL)
 
@@ -133,7 +135,7 @@ class TrialQueue:
         )
 
     def retry_stale(self) -> list[int]:
-        """Enqueues what dead workers left; returns the numbers of first attempts."""
+        """Enqueue what dead workers left; returns the numbers of first attempts."""
         trials = self.study.get_trials(deepcopy=False)
         signs = self.study.user_attrs
         again = []
@@ -168,7 +170,7 @@ class TrialQueue:
         return taker != self.worker and not is_alive(taker, signs)
 
     def _claim_stale(self, trial: FrozenTrial) -> bool:
-        """Ends a lost trial; False if another worker was quicker."""
+        """End a lost trial; False if another worker was quicker."""
         number = trial.number
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         try:

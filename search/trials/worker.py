@@ -49,7 +49,7 @@ class TrialRunner(ABC):
 
     @abstractmethod
     def start(self, trial: Trial, slot: int) -> TrialHandle | None:
-        """Begins a trial's work; None gives it back, as nothing new is left to propose."""
+        """Begin a trial's work; None gives it back, as nothing new is left to propose."""
 
     def why_ended(self) -> str:
         """Why nothing is left to propose, for people."""
@@ -88,7 +88,7 @@ class Worker:
         self._any_ended = False
 
     def run(self) -> None:
-        """Returns when every trial of the study has ended, those of other workers included."""
+        """Return when every trial of the study has ended, those of other workers included."""
         try:
             while self._turn():
                 if not self._any_ended:
@@ -158,7 +158,7 @@ class Worker:
         self._listener.log(self._jobs.line(hand.trial, outcome, what.get(state, "")))
 
     def _detach(self) -> None:
-        """Ends what runs here; the trials stay open, for whoever comes next."""
+        """End what runs here; the trials stay open, for whoever comes next."""
         for hand in self._hands:
             hand.run.detach()
         for hand in self._hands:

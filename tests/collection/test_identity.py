@@ -47,7 +47,7 @@ def trained(case):
 
 
 def test_each_method_has_learnt_what_another_company_would_spoil():
-    """What ``learn`` changes shows in the answers, or these tests could not fail."""
+    """What `learn` changes shows in the answers, or these tests could not fail."""
     for case in CASES:
         _, found = trained(case)
         fresh = answers(collection_of(case, TRAINED, seed=1), TRAINED)

@@ -83,8 +83,8 @@ def dataset_digests(folder: Path, *, exact: bool) -> dict[str, Any]:
     """Columns, vocabularies and description of a prepared dataset, whatever wrote the Parquet.
 
     Args:
-        folder: The dataset.
-        exact: Numbers to the bit; else those of the description, and the mean of each numeric
+        folder: the dataset.
+        exact: numbers to the bit; else those of the description, and the mean of each numeric
             column, to four places, as the last bit of a logarithm is the processor's.
     """
     text = (folder / "dataset.json").read_text(encoding="utf-8")

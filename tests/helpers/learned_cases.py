@@ -69,7 +69,7 @@ def fit(
     decay: float = 0.0,
     structure_rate: float = 0.1,
 ) -> None:
-    """Trains as `embcomp train` does, with whole rows decayed in each step."""
+    """Train as `embcomp train` does, with whole rows decayed in each step."""
     inside = dict(model.tables.named_parameters())
     tables = [weight for name, weight in inside.items() if "embedding_bags" in name]
     structure = [weight for name, weight in inside.items() if "embedding_bags" not in name]

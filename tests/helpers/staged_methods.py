@@ -11,11 +11,11 @@ class StagedCase:
     """One method.
 
     Attributes:
-        method: As in `tables.method`.
-        budget: As in `tables.budget`; None leaves the method at its own size.
-        stages: As in `train.stages`.
-        starts_from_full: Whether the first stage's tables are full ones.
-        ranks: On how many ranks it is compared with one process.
+        method: as in `tables.method`.
+        budget: as in `tables.budget`; None leaves the method at its own size.
+        stages: as in `train.stages`.
+        starts_from_full: whether the first stage's tables are full ones.
+        ranks: on how many ranks it is compared with one process.
     """
 
     method: dict[str, Any]

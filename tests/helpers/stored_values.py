@@ -25,10 +25,10 @@ def check_stored(file: str, key: str, found: Any, *, within: float = 0.0) -> Non
     """Fail with a diff unless a value is the stored one.
 
     Args:
-        file: The JSON in `tests/stored/`, without its ending.
-        key: The value's name in the file.
+        file: the JSON in `tests/stored/`, without its ending.
+        key: the value's name in the file.
         found: JSON values.
-        within: How far numbers may be off, for a flat mapping to numbers.
+        within: how far numbers may be off, for a flat mapping to numbers.
     """
     stored = _read(file)
     if _is_rewriting():

@@ -70,7 +70,7 @@ def here(world_size):
 
 @pytest.fixture
 def devices_of(monkeypatch):
-    """Makes training see devices of so many bytes."""
+    """Make training see devices of so many bytes."""
     alone = SimpleNamespace(broadcast_object_list=lambda answer, src: None)
     monkeypatch.setattr(training_placement, "dist", alone)
 

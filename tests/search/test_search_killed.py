@@ -55,7 +55,7 @@ def one_thread():
 
 
 def kill_when(ready, search_file, folder):
-    """Runs the search's command until something is there, and kills it with signal 9."""
+    """Run the search's command until something is there, and kills it with signal 9."""
     command = "from embcomp.cli import main; main()"
     arguments = ["search", str(search_file), "--searches", str(folder), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -56,7 +56,7 @@ def make_queue(folder, *, count=3, retries=2, name="study", planned=None):
 
 
 def abandon(queue, worker=DEAD):
-    """Starts a candidate as a worker that then dies."""
+    """Start a candidate as a worker that then dies."""
     trial = queue.next()
     trial.set_user_attr(WORKER, worker)
     return trial
@@ -162,7 +162,7 @@ PLAN = [{"x": 7}, {"x": 5}, {"x": 9}]
 
 
 def finish_all(*queues):
-    """Ends whatever is left, the queues taking turns; returns what was trained, in order."""
+    """End whatever is left, the queues taking turns; returns what was trained, in order."""
     trained = []
     while any(queue.has_next() for queue in queues):
         for queue in queues:

@@ -73,7 +73,7 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def retrained(recipe, tmp_path_factory):
-    """Trains widths in full, each choice once; gives the AUC on the test split."""
+    """Train widths in full, each choice once; gives the AUC on the test split."""
     folder = tmp_path_factory.mktemp("retrained")
 
     @functools.cache

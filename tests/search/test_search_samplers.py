@@ -56,7 +56,7 @@ def make_study(prepared, storage=None):
 
 
 def run(prepared, count):
-    """Asks, scores and tells; returns candidates in order, and their scores."""
+    """Ask, scores and tells; returns candidates in order, and their scores."""
     study, sampler = make_study(prepared)
     found = []
     count = sampler.source.count or count

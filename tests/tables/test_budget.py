@@ -93,7 +93,7 @@ def valid(method, tables):
 
 
 def larger(config, tables, size):
-    """Serving bytes of every configuration that might lie next above one of ``size`` bytes."""
+    """Serving bytes of every configuration that might lie next above one of `size` bytes."""
     if isinstance(config, Full):
         return []
     if isinstance(config, Unified):

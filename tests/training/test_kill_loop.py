@@ -83,7 +83,7 @@ def test_kills_at_any_moment_change_nothing_and_leave_nothing(dataset, tmp_path,
     )
 
     def attempt(seconds: float | None) -> int:
-        """Starts the run, kills it after it has got on and so many seconds have passed."""
+        """Start the run, kills it after it has got on and so many seconds have passed."""
         before = standing_of(killed)
         starter.stdin.write("\n")
         starter.stdin.flush()

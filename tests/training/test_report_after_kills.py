@@ -50,7 +50,7 @@ def clock(monkeypatch):
 
 
 def killed_at(patches: pytest.MonkeyPatch, cls: object, method: str, call: int) -> None:
-    """Ends the run when a method has been called so many times."""
+    """End the run when a method has been called so many times."""
     whole, calls = getattr(cls, method), []
 
     def run_and_die(*arguments):

@@ -1,6 +1,6 @@
 """Small integers packed to their true width, and read back one by one without unpacking the rest.
 
-Code ``i`` of ``bits`` bits stands at bit ``i * bits`` of a stream whose bytes fill from the lowest bit.
+Code `i` of `bits` bits stands at bit `i * bits` of a stream whose bytes fill from the lowest bit.
 There is no padding but in the last byte.
 """
 
@@ -21,12 +21,12 @@ _CHUNK = 1 << 17  # codes packed at once
 
 
 def bits_for(count: int) -> int:
-    """Bits that tell ``count`` values apart; at least 1."""
+    """Bits that tell `count` values apart; at least 1."""
     return max(1, (count - 1).bit_length())
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes take."""
+    """Bytes that `count` codes take."""
     return -(-count * bits // 8)
 
 
@@ -34,7 +34,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack codes.
 
     Args:
-        codes: integers in ``[0, 2**bits)``, of any shape; taken in memory order.
+        codes: integers in `[0, 2**bits)`, of any shape; taken in memory order.
         bits: 1 to 16.
 
     Returns:
@@ -47,7 +47,7 @@ def pack_parts(parts: Iterable[Tensor], bits: int, count: int) -> Tensor:
     """Pack codes that come in parts, as if they were one tensor, without holding them all.
 
     Args:
-        parts: integers in ``[0, 2**bits)``, of any shape.
+        parts: integers in `[0, 2**bits)`, of any shape.
         bits: 1 to 16.
         count: how many codes the parts hold together.
 
@@ -85,7 +85,7 @@ def _write(packed: Tensor, start: int, codes: Tensor, bits: int) -> int:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes: (count,) int64."""
+    """The first `count` codes: (count,) int64."""
     return gather_bits(packed, torch.arange(count, device=packed.device), bits)
 
 
@@ -93,12 +93,12 @@ def gather_bits(packed: Tensor, index: Tensor, bits: int) -> Tensor:
     """The codes at the given places; only the bytes that hold them are read.
 
     Args:
-        packed: as ``pack_bits`` returns it.
+        packed: as `pack_bits` returns it.
         index: int64 places of codes, of any shape.
         bits: as when they were packed.
 
     Returns:
-        int64 codes of the shape of ``index``.
+        int64 codes of the shape of `index`.
     """
     _check_bits(bits)
     if bits == 8:

@@ -67,7 +67,7 @@ class Codebooks:
 def find_scales(
     latents: Sequence[Tensor], weights: Sequence[Tensor], *, scaled: bool
 ) -> tuple[float, ...]:
-    """Each table's root mean square over that of all, by weight; ones where not ``scaled``.
+    """Each table's root mean square over that of all, by weight; ones where not `scaled`.
 
     Args:
         latents: (N, positions, w) of each table.

@@ -4,7 +4,7 @@ Jegou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 
 are the physical table, so that TorchRec shards and trains them, while the codes stand in the route.
 Codes that nobody has learnt are hashes of the ids, which makes it a compositional hash embedding.
 
-It is the form in which vector quantisation (``lr2vq``, ``pq``) is fine-tuned and served.
+It is the form in which vector quantisation (`lr2vq`, `pq`) is fine-tuned and served.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import override
 
 from embcomp.backends.base import Backend
 from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts
@@ -50,10 +51,10 @@ _ROWS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Coded(VectorQuantized):
-    """Frozen codes into learnt codewords. Ids must lie in ``[0, num_embeddings)``.
+    """Frozen codes into learnt codewords. Ids must lie in `[0, num_embeddings)`.
 
     Args:
-        latent_dim: width of a codeword that a projection widens to ``subvector_dim``; None stores
+        latent_dim: width of a codeword that a projection widens to `subvector_dim`; None stores
             codewords as they are used.
     """
 
@@ -62,15 +63,19 @@ class Coded(VectorQuantized):
     name: ClassVar[str] = "coded"
 
     @property
+    @override
     def stored_latent(self) -> int | None:
         return None if self.latent_dim is None else min(self.latent_dim, self.width)
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return self.codebook_tables(tables)
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return self.beside_codewords(tables, trained=True)
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         layout = self.layout(tables)
         scales = None
@@ -138,6 +143,7 @@ class CodedRoute(LearnedBuffers):
                 ids = torch.arange(start, min(start + _ROWS_AT_ONCE, table.num_embeddings))
                 yield hash_rows(ids.unsqueeze(1), torch.tensor(salts), count)
 
+    @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.ensure_filled()
         self.check(features)
@@ -155,7 +161,7 @@ class CodedRoute(LearnedBuffers):
 
 
 def pack_codes(parts: Iterator[Tensor], config: Coded, tables: Sequence[TableSpec]) -> Tensor:
-    """The buffer of a ``CodedRoute``.
+    """The buffer of a `CodedRoute`.
 
     Args:
         parts: (rows, positions) codes of consecutive rows, table after table.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from embcomp.backends.codebooks.kmeans import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
@@ -176,6 +177,7 @@ class Quantize(Penalised):
         self.codewords = codewords
         self.decode = decode
 
+    @override
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, K * d) -> (R, sum of dims)
         self.codewords.ensure_filled()

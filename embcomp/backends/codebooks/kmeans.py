@@ -54,7 +54,7 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
         which: (K,) int64, the codebook of each column.
 
     Returns:
-        (R, K) int64 codes in ``[0, k)``.
+        (R, K) int64 codes in `[0, k)`.
     """
     vectors, codebooks = vectors.float(), codebooks.float()
     if codebooks.shape[2] == 1:
@@ -99,7 +99,7 @@ def kmeans(
 ) -> Clusters:
     """Cluster weighted points.
 
-    Where no more than ``count`` points are distinct, they are the centroids, in order of value, and
+    Where no more than `count` points are distinct, they are the centroids, in order of value, and
     the last is repeated.
 
     Args:
@@ -108,7 +108,7 @@ def kmeans(
         count: centroids.
         seed: of all that is drawn.
         iterations: at most so many of Lloyd's; they end when the error falls no more.
-        backend: ``torch``, or ``faiss`` where it is installed.
+        backend: `torch`, or `faiss` where it is installed.
         points_per_centroid: at most so many take part.
     """
     if backend not in get_args(Clustering):
@@ -190,7 +190,7 @@ def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_by_products(points: Tensor, centroids: Tensor) -> Tensor:
-    """As ``nearest``, but a few times faster, and rounded like a matrix product.
+    """As `nearest`, but a few times faster, and rounded like a matrix product.
 
     A point between two centroids may go to either, which does not matter while they move.
     """

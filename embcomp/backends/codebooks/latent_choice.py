@@ -1,7 +1,7 @@
 """How wide latents should be, guessed from trained full tables before anything else is trained.
 
-With orthonormal projections the squared error of a quantised low-rank table is a sum: what ``d`` axes
-leave out, and what clustering loses within them. The first falls with ``d``, the second rises.
+With orthonormal projections the squared error of a quantised low-rank table is a sum: what `d` axes
+leave out, and what clustering loses within them. The first falls with `d`, the second rises.
 
 The sum itself always favours the full width: the best clusters of whole sub-vectors are never worse
 than those of their projections. Narrow latents win only because a low-rank model, trained on, regains

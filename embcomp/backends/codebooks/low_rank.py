@@ -1,4 +1,4 @@
-"""Narrow latents that a small matrix widens: ``e = concat_j(z_j P)``, or one ``z P`` for a whole row.
+"""Narrow latents that a small matrix widens: `e = concat_j(z_j P)`, or one `z P` for a whole row.
 
 With one sub-vector a row it is the factorisation of Lan et al., "ALBERT", ICLR 2020 (section 3.1); with
 several it is the low-rank stage of Zhu, Zhou, Zhong, "Learning Low-Rank Representations for Model
@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import id_weights
@@ -51,13 +51,13 @@ _ROWS_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(BackendConfig):
-    """Latents as rows, and learnt projections. Ids must lie in ``[0, num_embeddings)``.
+    """Latents as rows, and learnt projections. Ids must lie in `[0, num_embeddings)`.
 
     Args:
         latent_dim: width of a latent.
         subvector_dim: what one latent stands for; None for the whole embedding.
-        projections: who shares a projection: ``all`` sub-vectors, those at one ``position`` of
-            any table, or none but those of one ``table`` at one position.
+        projections: who shares a projection: `all` sub-vectors, those at one `position` of
+            any table, or none but those of one `table` at one position.
         sharing_groups: names of tables that share among themselves alone; those that no group
             names are one more.
         bias: whether a projection adds a learnt vector; latents are then widened one by one.
@@ -89,6 +89,7 @@ class LowRank(BackendConfig):
             groups=self.sharing_groups,
         )
 
+    @override
     def named_tables(self) -> Sequence[str]:
         return list(chain.from_iterable(self.sharing_groups))
 
@@ -96,20 +97,24 @@ class LowRank(BackendConfig):
         """Width of a latent: never more than what it stands for."""
         return min(self.latent_dim or 1, self.layout(tables).width)
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         layout, latent = self.layout([table]), self.latent([table])
         row = layout.positions(table) * latent * table.itemsize
         projections = self.dense_footprint([table]).serve_bytes
         return table.num_embeddings * row + projections >= table.full_bytes
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         layout = self.layout(tables)
         return latent_tables(layout, self.latent(tables))
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         layout = self.layout(tables)
         return Footprint((projection_footprint(layout, self.latent(tables), bias=self.bias),))
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -122,6 +127,7 @@ class LowRank(BackendConfig):
             needs_unpooled_rows=self.bias,
         )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         def fits(latent: int) -> bool:
             return self.with_size(latent_dim=latent).footprint(tables).serve_bytes <= budget
@@ -129,17 +135,21 @@ class LowRank(BackendConfig):
         latent = largest_int(fits, 1, self.layout(tables).width)
         return None if latent is None else self.with_size(latent_dim=latent)
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(latent_dim=1)
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         if not self.from_dense:
             return super().stages()
         return (DENSE, NARROW)
 
+    @override
     def first_method(self) -> BackendConfig:
         return Full() if self.from_dense else self
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:

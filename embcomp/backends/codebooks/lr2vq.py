@@ -1,15 +1,15 @@
 """LR2VQ: sub-vectors as codewords of a low-rank space.
 
 Zhu, Zhou, Zhong, "Learning Low-Rank Representations for Model Compression", IJCNN 2023,
-https://arxiv.org/abs/2211.11397. A row is cut into sub-vectors; each is a latent of ``d`` numbers that
+https://arxiv.org/abs/2211.11397. A row is cut into sub-vectors; each is a latent of `d` numbers that
 a projection widens; latents are clustered, so that a row is stored as a few codes. The bytes follow
-from the sub-vectors' width and the number of codewords, while ``d`` is free.
+from the sub-vectors' width and the number of codewords, while `d` is free.
 
 The paper compresses convolutions and we could read its outline only, so the stages are ours, put
 together from methods whose code is public: a low-rank model is trained on from the dense one; its
-latents are clustered and trained with the codewords in their place (``embcomp.backends.codebooks.codewords``);
+latents are clustered and trained with the codewords in their place (`embcomp.backends.codebooks.codewords`);
 then codes are frozen and codewords trained (Martinez et al., "Permute, Quantize, and Fine-tune", CVPR
-2021). With ``latent_dim`` as wide as the sub-vector and ``from_dense: false`` it is the vector-quantised
+2021). With `latent_dim` as wide as the sub-vector and `from_dense: false` it is the vector-quantised
 form of DPQ (Chen, Li, Sun, "Differentiable Product Quantization", ICML 2020), but for codes, which
 are chosen in every look-up, and so are never out of date for ids that are seldom seen.
 """
@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from embcomp.backends.base import (
     Backend,
@@ -63,19 +64,19 @@ _AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class LR2VQ(VectorQuantized):
-    """Latents snapped to codewords, then widened. Ids must lie in ``[0, num_embeddings)``.
+    """Latents snapped to codewords, then widened. Ids must lie in `[0, num_embeddings)`.
 
     Args:
-        codebooks: as in ``pq``, for projections too. Tables differ in what few dimensions their
+        codebooks: as in `pq`, for projections too. Tables differ in what few dimensions their
             rows need, so each has its own by default.
-        latent_dim: width of a latent; half of ``subvector_dim`` when not given. ``auto`` chooses
+        latent_dim: width of a latent; half of `subvector_dim` when not given. `auto` chooses
             it from the trained full tables.
         factored: whether to serve codewords and projections apart where that takes fewer bytes
-            than their products. Not with ``auto``, whose bytes must not depend on the choice.
+            than their products. Not with `auto`, whose bytes must not depend on the choice.
         commitment: weight of the squared distance of latents from their codewords.
         decay: of the moving means that codewords are, in a step.
         revive_every: steps between two searches for codewords that nobody chose.
-        clustering: what runs k-means: ``torch``, or ``faiss`` where it is installed.
+        clustering: what runs k-means: `torch`, or `faiss` where it is installed.
         from_dense: whether to begin with full tables and their low-rank approximation, rather
             than from random latents.
     """
@@ -106,6 +107,7 @@ class LR2VQ(VectorQuantized):
         return min(given, self.width)
 
     @property
+    @override
     def stored_latent(self) -> int | None:
         if self.latent_dim == _AUTO or not self.factored:
             return None
@@ -113,6 +115,7 @@ class LR2VQ(VectorQuantized):
         apart = self.codewords * self.latent + self.latent * self.width
         return self.latent if apart < whole else None
 
+    @override
     def missing(self) -> str | None:
         return missing_for(self.clustering)
 
@@ -129,10 +132,12 @@ class LR2VQ(VectorQuantized):
             latent_dim=self.stored_latent,
         )
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         self.codebook_tables(tables)  # refuses tables that cannot share
         return latent_tables(self.layout(tables), self.latent)
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         served = footprint_of(self.serving.physical_tables(tables)).tensors
         served += self.beside_codewords(tables, trained=False).tensors
@@ -157,6 +162,7 @@ class LR2VQ(VectorQuantized):
         learners = [words, steps, projection_footprint(layout, self.latent)]
         return [*learners, scales_footprint(tables, trained=True)] if self.scaled else learners
 
+    @override
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         self.require_size()
         small = [table for table in tables if not self.keeps_full(table)]
@@ -166,6 +172,7 @@ class LR2VQ(VectorQuantized):
             total += self.dense_footprint(small)
         return total
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         layout = self.layout(tables)
         physical = self.physical_tables(tables)
@@ -191,6 +198,7 @@ class LR2VQ(VectorQuantized):
             needs_context=True,
         )
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         # Trained tables overfit with every further pass, and Adagrad begins each stage with steps
         # as long as its rate: so the rates fall from stage to stage. Only an approximation has much
@@ -216,9 +224,11 @@ class LR2VQ(VectorQuantized):
         """Whether latents may be narrower than sub-vectors; else no approximation is to be trained."""
         return self.latent_dim == _AUTO or self.subvector_dim is None or self.latent < self.width
 
+    @override
     def first_method(self) -> BackendConfig:
         return Full() if self.from_dense else self
 
+    @override
     def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
         latent = self.width if self.latent_dim == _AUTO else self.latent
         quantized = replace(self, latent_dim=latent, factored=self.stored_latent is not None)
@@ -235,6 +245,7 @@ class LR2VQ(VectorQuantized):
             sharing_groups=self.sharing_groups,
         )
 
+    @override
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
@@ -252,6 +263,7 @@ class LR2VQ(VectorQuantized):
             context.say(line)
         return choice.document()
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:

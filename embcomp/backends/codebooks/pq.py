@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import cluster, encode, id_weights, share_cold_rows
@@ -27,16 +28,17 @@ from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 @dataclass(frozen=True, kw_only=True)
 class PQ(VectorQuantized):
-    """Full tables, clustered when trained. Ids must lie in ``[0, num_embeddings)``.
+    """Full tables, clustered when trained. Ids must lie in `[0, num_embeddings)`.
 
     Args:
-        clustering: what runs k-means: ``torch``, or ``faiss`` where it is installed.
+        clustering: what runs k-means: `torch`, or `faiss` where it is installed.
     """
 
     clustering: Clustering = "torch"
 
     name: ClassVar[str] = "pq"
 
+    @override
     def missing(self) -> str | None:
         return missing_for(self.clustering)
 
@@ -52,24 +54,31 @@ class PQ(VectorQuantized):
             seed=self.seed,
         )
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return self.serving.physical_tables(tables)
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         return self.serving.dense_footprint(tables)
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         return self.serving.build(tables)
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         return (DENSE, FREEZE)
 
+    @override
     def first_method(self) -> BackendConfig:
         return Full()
 
+    @override
     def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
         return (Full(), self.serving)
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
@@ -83,15 +84,15 @@ class SubvectorLayout:
 
     @property
     def units(self) -> list[tuple[str, int]]:
-        """Who shares: a table's name, or ``group:`` and a name; and how many codebooks they have."""
+        """Who shares: a table's name, or `group:` and a name; and how many codebooks they have."""
         return list(zip(self._present, self._counts))
 
     def members(self, unit: int) -> list[TableSpec]:
-        """The tables of one of the ``units``."""
+        """The tables of one of the `units`."""
         return [table for table, own in zip(self.tables, self._sharers) if own == unit]
 
     def unit_of(self, table: int) -> int:
-        """The place among the ``units`` of a table's.
+        """The place among the `units` of a table's.
 
         Args:
             table: its place in the group.
@@ -142,7 +143,7 @@ class SubvectorLayout:
 
     @property
     def lookups(self) -> list[LookupKey]:
-        """A physical look-up for each of ``columns``."""
+        """A physical look-up for each of `columns`."""
         return [
             LookupKey(table.name, feature, position)
             for table in self.tables
@@ -202,6 +203,7 @@ class Decode(nn.Module):
         )
         self.scales = None if scales is None else Scales(layout, scales)
 
+    @override
     def forward(self, latents: Tensor) -> Tensor:  # (R, K * latent width) -> (R, sum of dims)
         found = latents
         if self.projections is not None:
@@ -243,6 +245,7 @@ class Projections(NamedParts):
             if self.bias is not None:
                 self.bias.zero_()
 
+    @override
     def forward(self, latents: Tensor, which: Tensor) -> Tensor:
         # (R, K, d), (K,) -> (R, K, m)
         if len(self.weight) == 1:
@@ -279,5 +282,6 @@ class Scales(NamedParts):
         with torch.no_grad():
             self.weight.copy_(torch.tensor(self._initial))
 
+    @override
     def forward(self, rows: Tensor) -> Tensor:  # (R, sum of dims), unchanged in shape
         return rows * self.weight.index_select(0, self._owner.on(rows.device))

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Annotated, ClassVar
 
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.codebooks.bit_packing import MAX_BITS, bits_for, packed_bytes
@@ -36,8 +36,8 @@ class VectorQuantized(BackendConfig):
     Args:
         subvector_dim: width of a sub-vector; one code stands for each.
         num_codewords: codewords in a codebook, at most 65536; 256 unless a budget chooses.
-        codebooks: who shares a codebook: ``all`` sub-vectors, those at one ``position`` of any
-            table, or none but those of one ``table`` at one position.
+        codebooks: who shares a codebook: `all` sub-vectors, those at one `position` of any
+            table, or none but those of one `table` at one position.
         sharing_groups: names of tables that share among themselves alone; those that no group
             names are one more.
         scale: whether every table has a factor of its own, so that tables of different size
@@ -92,6 +92,7 @@ class VectorQuantized(BackendConfig):
             groups=self.sharing_groups,
         )
 
+    @override
     def named_tables(self) -> Sequence[str]:
         return list(chain.from_iterable(self.sharing_groups))
 
@@ -159,6 +160,7 @@ class VectorQuantized(BackendConfig):
             tensors.append(scales_footprint(tables, trained=trained))
         return Footprint(tuple(tensors))
 
+    @override
     def codeword_count(self, table: TableSpec, tables: Sequence[TableSpec]) -> int:
         own = self.layout(tables).shared_by(tables.index(table))
         return len(set(own)) * self.codewords
@@ -195,6 +197,7 @@ class VectorQuantized(BackendConfig):
         ]
         return min(best, key=lambda found: found[:2])[2] if best else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return min(
             self._sizes(tables),
@@ -209,9 +212,9 @@ class VectorQuantized(BackendConfig):
 def quantisation_error(width: int, count: int) -> float:
     """What the best codewords lose of a sub-vector's variance, as high-resolution theory has it.
 
-    Zador's law for a Gaussian, ``kappa(d) * d * (product of variances) ** (1 / d) * k ** (-2 / d)``
+    Zador's law for a Gaussian, `kappa(d) * d * (product of variances) ** (1 / d) * k ** (-2 / d)`
     with a fit of kappa, over as many axes as pay; those left out lose their variance. The variances
-    fall as ``axis ** -1.5``: with equal ones the law ranks sub-vectors of 2 with 8 codewords before
+    fall as `axis ** -1.5`: with equal ones the law ranks sub-vectors of 2 with 8 codewords before
     sub-vectors of 8 with 256, which on MovieLens-1M lose half as much; with a faster fall it would
     have whole rows as sub-vectors, which lose more.
     """

@@ -10,10 +10,10 @@ retrained.
 Where we depart from the authors' code, and why:
 
 - Blocks are cut per table, and by cumulative traffic (50, 80, 90, 97 and 99.5 %): blocks of equally
-  many ids put almost all look-ups into one of them. Explicit ``cuts`` give any others. Unseen ids
+  many ids put almost all look-ups into one of them. Explicit `cuts` give any others. Unseen ids
   are in the block of the id that our pipelines map them to (1), not in the last.
 - Pruning keeps columns of blocks rather than single elements, so that what is left is dense and the
-  column lists cost bytes per block, not per element. ``structure="element"`` prunes as the paper
+  column lists cost bytes per block, not per element. `structure="element"` prunes as the paper
   does, by the size of selection times weight.
 - Columns are ranked by what they bring per byte: their squares times how often their block is looked
   up, over the square of their rank in the block. By their size alone, cheap blocks of rare ids would
@@ -29,7 +29,7 @@ Where we depart from the authors' code, and why:
   For ever, it would close blocks whose ids a batch does not have: their gradient is its alone.
 - The search hands on its last weights, not its best: with the network at rest, validation says more
   of the calibration that is lost than of the columns.
-- ``second_order`` looks through the step on training rows that was made, by any row optimizer that
+- `second_order` looks through the step on training rows that was made, by any row optimizer that
   works on whole tables (fused ones keep no gradients), where the authors' option unrolls an extra
   Adam step; both in place of a second derivative take a difference of gradients.
 """
@@ -43,7 +43,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.blocks import Blocks, column_dtype
@@ -70,20 +70,20 @@ class DNIS(BackendConfig):
         serve_bytes: the most that the group's serving form may take. A budget sets it.
         quantiles: shares of a table's look-ups at which its blocks end. Look-ups are counted in
             the training rows; where nobody counted, ids are taken to follow Zipf's law. Ids must
-            be ranked by frequency, as ``embcomp prepare`` ranks them.
+            be ranked by frequency, as `embcomp prepare` ranks them.
         cuts: for single tables by name, the first ids of all blocks but the first, in place of
             those that the quantiles give.
-        selection: ``free`` learns a number for every column of a block; ``prefix`` one length, so
+        selection: `free` learns a number for every column of a block; `prefix` one length, so
             that blocks keep their first columns.
-        structure: ``block`` keeps columns of whole blocks, in dense tables; ``element`` keeps
+        structure: `block` keeps columns of whole blocks, in dense tables; `element` keeps
             single weights, in sparse rows that are slower and take 4 bytes for every id.
         l1: factor of the selections' sum in the search's loss.
         search_epochs: passes over the training rows in which selections are learnt.
         learning_rate: mean size of a selection's step; its gradients are normalised.
-        decay: after t steps of the search, selections' steps are ``1 + decay * t`` times smaller.
+        decay: after t steps of the search, selections' steps are `1 + decay * t` times smaller.
         second_order: whether a selection's gradient also counts what selections do to the rows' step
             before (DARTS). Two more passes on the training batch; it needs
-            ``train.row_optimizer.mode: dense``, and the network at rest.
+            `train.row_optimizer.mode: dense`, and the network at rest.
         freezes_network: whether the model around the tables rests during the search.
         inherit: whether the retraining goes on from the trained weights rather than from the initial
             ones, network included. Where a second epoch over-fits, it should not.
@@ -121,9 +121,11 @@ class DNIS(BackendConfig):
                 "freezes_network: true"
             )
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return False  # what a table is worth is learnt
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         return (
             Stage(name="warm", purpose="full tables and the network", holds_out=True),
@@ -144,9 +146,11 @@ class DNIS(BackendConfig):
             ),
         )
 
+    @override
     def first_method(self) -> BackendConfig:
         return Full()
 
+    @override
     def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
         search = replace(
             self._as_search(), cuts={table.name: self._cuts(table, None) for table in tables}
@@ -163,6 +167,7 @@ class DNIS(BackendConfig):
         }
         return Blocks(widths=widths, cuts=search.cuts)
 
+    @override
     def structure_optimizer(
         self, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer | None:
@@ -170,6 +175,7 @@ class DNIS(BackendConfig):
             return None
         return SelectionSGD(parameters, lr=self.learning_rate, decay=self.decay)
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
@@ -197,11 +203,11 @@ class DNIS(BackendConfig):
         counts: Mapping[str, Tensor] | None = None,
         initial: MethodState | None = None,
     ) -> MethodState:
-        """The tables cut to ``serve_bytes``, selections absorbed by the weights that are left.
+        """The tables cut to `serve_bytes`, selections absorbed by the weights that are left.
 
         Args:
             tables: the group.
-            searched: what the search left: a form of ``DNISSearch``.
+            searched: what the search left: a form of `DNISSearch`.
             counts: for each table, (num_embeddings,) how often each id occurs; Zipf's law where
                 nobody counted.
             initial: full tables whose weights are kept in place of the searched ones, as they are.
@@ -244,12 +250,15 @@ class DNIS(BackendConfig):
             cuts=self.cuts, selection=self.selection, l1=self.l1, serve_bytes=self.serve_bytes
         )
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return self._as_search().physical_tables(tables)
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         return self._as_search().build(tables)
 
+    @override
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         self.require_size()
         search = self._as_search().footprint(tables)
@@ -267,9 +276,11 @@ class DNIS(BackendConfig):
         )
         return trained + Footprint((served,))
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self.with_size(serve_bytes=budget) if budget >= self._least(tables) else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(serve_bytes=self._least(tables))
 
@@ -282,7 +293,7 @@ class DNIS(BackendConfig):
         """Columns that the search closed cut off; nothing is pruned that still has an effect.
 
         Raises:
-            ConfigError: where that takes more than ``serve_bytes``, as before ``retrain``.
+            ConfigError: where that takes more than `serve_bytes`, as before `retrain`.
         """
         compacted = self._as_search().compact(tables, form)
         found = compacted.config.footprint(tables).serve_bytes

@@ -94,7 +94,7 @@ def _largest_within(
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """(n,) whether each of (n,) non-negative values is among the ``count`` largest that are not 0."""
+    """(n,) whether each of (n,) non-negative values is among the `count` largest that are not 0."""
     kept = values > 0
     if int(kept.sum()) <= count:
         return kept

@@ -29,7 +29,7 @@ class SelectionSGD(torch.optim.Optimizer):
     Args:
         parameters: (L, K) selections, one row for each block.
         lr: mean absolute step.
-        decay: after t steps the learning rate is ``lr / (1 + decay * t)``.
+        decay: after t steps the learning rate is `lr / (1 + decay * t)`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SelectionSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Moves every selection that has a gradient."""
+        """Move every selection that has a gradient."""
         for group in self.param_groups:
             for selection in group["params"]:
                 if selection.grad is None:

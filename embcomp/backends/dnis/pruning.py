@@ -164,7 +164,7 @@ def _of_block(
 
 
 def _split(chosen: Chosen, table: TableSpec, candidate: _Candidate, left: int, index: int) -> None:
-    """Gives a column to as many of a block's first ids as the bytes that are left can hold."""
+    """Give a column to as many of a block's first ids as the bytes that are left can hold."""
     kept, cuts = chosen.kept[table.name], chosen.cuts[table.name]
     own = kept[candidate.block]
     rows = (left - (int(own.sum()) + 1) * index) // table.itemsize
@@ -240,7 +240,7 @@ def blocks_form(
 
 
 def _equal_neighbours(kept: Tensor) -> list[list[int]]:
-    """Runs of blocks that keep the same columns, so that one table can hold them."""
+    """Run of blocks that keep the same columns, so that one table can hold them."""
     runs: list[list[int]] = []
     for block, own in enumerate(kept):
         if runs and torch.equal(kept[runs[-1][-1]], own):

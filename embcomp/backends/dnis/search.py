@@ -1,6 +1,6 @@
 """The search form of DNIS: whole rows, times the soft selection of their frequency block.
 
-``embcomp.backends.dnis`` cites the papers. Every block of ids of every table has a selection in
+`embcomp.backends.dnis` cites the papers. Every block of ids of every table has a selection in
 [0, 1] for each column, 1 at first. An embedding is its row times its block's selection; what the
 search brings to 0 is not needed.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.backends.blocks import column_dtype
@@ -41,7 +41,7 @@ class DNISSearch(BackendConfig):
     Args:
         cuts: for each table by name, the first ids of all its blocks but the first. Tables that
             are not named are cut as if their ids' frequencies followed Zipf's law.
-        selection: ``free`` learns a number for every column of a block; ``prefix`` one length for
+        selection: `free` learns a number for every column of a block; `prefix` one length for
             a block, which selects its first columns and a part of the next.
         l1: factor of the selections' sum in the loss.
         serve_bytes: the penalty rests while the columns that are not closed take no more; None never
@@ -56,6 +56,7 @@ class DNISSearch(BackendConfig):
     name: ClassVar[str] = "dnis_search"
     learns_size: ClassVar[bool] = True
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return False
 
@@ -67,6 +68,7 @@ class DNISSearch(BackendConfig):
         check_cuts(self.name, table.name, cuts, table.num_embeddings)
         return cuts
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         unknown = sorted(set(self.cuts) - {table.name for table in tables})
         if unknown:
@@ -76,6 +78,7 @@ class DNISSearch(BackendConfig):
             )
         return [full_table(table) for table in tables]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -114,6 +117,7 @@ class DNISSearch(BackendConfig):
             blocks[width] = blocks.get(width, 0) + len(self.cuts_of(table)) + 1
         return blocks
 
+    @override
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         rows = footprint_of(self.physical_tables(tables), served=False)
         return rows + self._selections(tables) + Footprint(self._most(tables))
@@ -153,9 +157,11 @@ class DNISSearch(BackendConfig):
             for table in tables
         )
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         return self if self.footprint(tables).serve_bytes <= budget else None
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self
 
@@ -193,7 +199,7 @@ class DNISSearch(BackendConfig):
 
 
 def selection_name(width: int) -> str:
-    """The selections' name in the state dict of ``BlockGate``, for embeddings of one width."""
+    """The selections' name in the state dict of `BlockGate`, for embeddings of one width."""
     return f"selections.{width}.alpha"
 
 
@@ -213,7 +219,7 @@ def multipliers(alpha: Tensor, width: int) -> Tensor:
 def _between_0_and_1(values: Tensor) -> Tensor:
     """Values cut at 0 and 1, with a gradient of 1 at both.
 
-    A search begins at 1 and must be able to leave it. The gradient of ``clamp`` there is 1 up to torch
+    A search begins at 1 and must be able to leave it. The gradient of `clamp` there is 1 up to torch
     2.13 and 0 since 2.14.
     """
     one, zero = torch.ones_like(values), torch.zeros_like(values)
@@ -223,7 +229,7 @@ def _between_0_and_1(values: Tensor) -> Tensor:
 class BlockSelections(NamedParts):
     """The selections of all blocks of tables of one width.
 
-    It is a module of its own because a ``meta`` build is filled module by module.
+    It is a module of its own because a `meta` build is filled module by module.
 
     Attributes:
         alpha: (blocks, width), or (blocks, 1) for lengths; in [0, 1].
@@ -319,6 +325,7 @@ class BlockGate(Penalised):
         }
         self._order = _order(widths) if len(blocks) > 1 else None
 
+    @override
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of widths) -> (R, sum of widths)
         ids = looked_up.ids()  # (R, P)

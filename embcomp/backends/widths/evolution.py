@@ -151,9 +151,9 @@ def evolve(
         score: of a candidate within the budget; more is better.
         settings: how long to search.
         seed: of all random choices.
-        final_score: scores the best again, as on more rows; None trusts ``score``.
+        final_score: scores the best again, as on more rows; None trusts `score`.
         seeds: candidates to begin with, beside the usual ones.
-        load: what ``save`` was last given; None at the beginning.
+        load: what `save` was last given; None at the beginning.
         save: keeps JSON values after each score.
         say: gets a line per generation.
     """
@@ -251,7 +251,7 @@ class _New:
         return True
 
     def fill(self, count: int, make: Callable[[], Widths]) -> None:
-        """Adds candidates up to a count, or until new ones are hard to find."""
+        """Add candidates up to a count, or until new ones are hard to find."""
         while len(self.found) < count:
             if not any(self.add(make()) for _ in range(_ATTEMPTS)):
                 return

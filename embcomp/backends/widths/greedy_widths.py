@@ -29,8 +29,8 @@ def allocate_greedily(
     Args:
         space: what there is to choose.
         score: of any widths, also beyond the budget; more is better.
-        final_score: decides between the outcome and a few power laws; ``score`` when None.
-        load: what ``save`` was last given; None at the beginning.
+        final_score: decides between the outcome and a few power laws; `score` when None.
+        load: what `save` was last given; None at the beginning.
         save: keeps JSON values after each score.
 
     Returns:
@@ -81,7 +81,7 @@ def _narrowed(space: WidthSpace, losses: list[dict[int, float]]) -> Widths:
 
 
 def _widened(space: WidthSpace, current: Widths, losses: list[dict[int, float]]) -> Widths:
-    """Uses the bytes that the last narrowing left over, where that gains anything."""
+    """Use the bytes that the last narrowing left over, where that gains anything."""
     while True:
         steps = []
         for n, widths in enumerate(space.choices):

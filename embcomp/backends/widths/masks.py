@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
@@ -91,6 +92,7 @@ class WidthDraws(LearnedBuffers):
             self._bounds = Constant([bound for part in bounds for bound in part], shape)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    @override
     def reset_buffers(self) -> None:
         self.step.zero_()
 
@@ -123,7 +125,7 @@ def _bounds(weights: Sequence[float], length: int) -> list[int]:
 
 
 def draws_footprint(name: str) -> TensorFootprint:
-    """The step counter of ``WidthDraws``, which serving does not need."""
+    """The step counter of `WidthDraws`, which serving does not need."""
     return TensorFootprint(
         name=name,
         role="mask",

@@ -5,7 +5,7 @@ brought to tables: in training each embedding is cut to a width drawn for its sa
 by zeros, so that its first columns learn what matters most. The paper sums the losses of all widths,
 one forward pass each; drawing one width per sample and field costs one pass and lets every field have
 a width of its own afterwards. Which widths, a search finds that trains nothing; they can also be given
-by hand, again and again, from one training (``slice_columns``).
+by hand, again and again, from one training (`slice_columns`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -50,7 +52,7 @@ class Matryoshka(SearchedSize):
         width_grid: widths that are trained and may be chosen: multiples of this, or a list. A
             table's full width is always among them.
         weights: by width, how often it is drawn in training, where others have 1.
-        choose: how widths are found: ``greedy`` scores each field's widths alone, ``evolution``
+        choose: how widths are found: `greedy` scores each field's widths alone, `evolution`
             whole candidates.
         finetune_epochs: passes over the training rows after the widths are chosen; 0 only cuts.
             The network has learnt for all widths at once, and gains much from seeing one.
@@ -92,12 +94,15 @@ class Matryoshka(SearchedSize):
             crossovers=self.crossovers,
         )
 
+    @override
     def least_bytes(self, table: TableSpec) -> int:
         return table.num_embeddings * self.choices(table)[0] * table.itemsize
 
+    @override
     def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
         return [draws_footprint("matryoshka.draws")]
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -114,6 +119,7 @@ class Matryoshka(SearchedSize):
             needs_context=True,
         )
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         if self.target_bytes is None and self.budget is None:
             return (Stage(name="nested", purpose="learn all widths at once"),)
@@ -127,12 +133,14 @@ class Matryoshka(SearchedSize):
             ),
         )
 
+    @override
     def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
         first = self.first_method()
         if len(self.stages()) == 1:
             return (first,)
         return (first, LowDim(widths={table.name: table.embedding_dim for table in tables}))
 
+    @override
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
@@ -181,6 +189,7 @@ class Matryoshka(SearchedSize):
             budget=self.target_bytes,
         )
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
@@ -217,7 +226,7 @@ class Matryoshka(SearchedSize):
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Whole tables without the machinery of training.
 
-        Where ``target_bytes`` is given, each table is cut to one share of its width instead: for
+        Where `target_bytes` is given, each table is cut to one share of its width instead: for
         those who train by themselves, without stages.
         """
         space = self._space(tables)

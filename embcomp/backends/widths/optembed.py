@@ -8,16 +8,16 @@ weights, and they are all there is: pruned rows and columns are not stored.
 
 Where we depart from the paper and its code:
 
-- norms are measured in units of their mean (``embcomp.backends.widths.threshold_gate``), so that thresholds learn whatever
+- norms are measured in units of their mean (`embcomp.backends.widths.threshold_gate`), so that thresholds learn whatever
   the width and the initial weights are;
 - with a budget, rows are ranked by norm times count and widths are searched within the bytes; how
   many rows to keep is tried out. Without one, thresholds decide as they were learnt, and the search
   looks at the score alone: that is the paper's method;
 - an id that training rows never hold is pruned. In the paper the dense optimizer's L2 pulls its row to
   zero; fused optimizers leave it as it was drawn, so its norm means nothing. Rows that are rarely
-  touched need ``train.row_optimizer.weight_decay`` for the same reason;
-- pruned ids share one row, which starts at zero and learns (``low_dim``);
-- the evolution has none of the mistakes of the public code (``embcomp.backends.widths.evolution``).
+  touched need `train.row_optimizer.weight_decay` for the same reason;
+- pruned ids share one row, which starts at zero and learns (`low_dim`);
+- the evolution has none of the mistakes of the public code (`embcomp.backends.widths.evolution`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, SearchContext, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -65,9 +66,9 @@ class OptEmbed(SearchedSize):
 
     Args:
         target_bytes: serving bytes of the compressed tables together; what a budget comes to.
-        prune: ``rows`` alone (OptEmbed-E), ``widths`` alone (OptEmbed-D), or both.
+        prune: `rows` alone (OptEmbed-E), `widths` alone (OptEmbed-D), or both.
         norm: 1 or 2, of the rows' norms that are held against the thresholds.
-        alpha: weight of ``exp(-threshold)`` in the loss, which pushes thresholds up.
+        alpha: weight of `exp(-threshold)` in the loss, which pushes thresholds up.
         threshold_learning_rate: of the plain SGD that thresholds have to themselves.
         importance: by what a budget ranks rows: norm times count, or norm alone.
         width_grid: widths that a table may have: multiples of this, or a list. Its full width is
@@ -105,13 +106,16 @@ class OptEmbed(SearchedSize):
             crossovers=self.crossovers,
         )
 
+    @override
     def choices(self, table: TableSpec) -> tuple[int, ...]:
         return (table.embedding_dim,) if self.prune == "rows" else super().choices(table)
 
+    @override
     def least_bytes(self, table: TableSpec) -> int:
         kept = table.num_embeddings if self.prune == "widths" else 0
         return pruned_bytes(table, kept, self.choices(table)[0])
 
+    @override
     def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
         parts = []
         if self.prune != "widths":
@@ -120,6 +124,7 @@ class OptEmbed(SearchedSize):
             parts.append(draws_footprint("optembed.draws"))
         return parts
 
+    @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
@@ -143,6 +148,7 @@ class OptEmbed(SearchedSize):
         pairs = [(table.name, feature) for table in tables for feature in table.feature_names]
         return WidthDraws(pairs, choices, None, self.seed)
 
+    @override
     def stages(self) -> tuple[Stage, ...]:
         return (
             Stage(
@@ -162,6 +168,7 @@ class OptEmbed(SearchedSize):
             ),
         )
 
+    @override
     def training_forms(self, tables: Sequence[TableSpec]) -> tuple[BackendConfig, ...]:
         pruned = {table.name: table.num_embeddings - 1 for table in tables}
         kept = LowDim(
@@ -170,11 +177,13 @@ class OptEmbed(SearchedSize):
         )
         return (self.first_method(), kept)
 
+    @override
     def structure_optimizer(
         self, stage: Stage, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer | None:
         return torch.optim.SGD(parameters, lr=self.threshold_learning_rate)
 
+    @override
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
@@ -251,6 +260,7 @@ class OptEmbed(SearchedSize):
             budget=self.target_bytes,
         )
 
+    @override
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
@@ -263,7 +273,7 @@ class OptEmbed(SearchedSize):
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The supernet without the rows that its thresholds prune.
 
-        Where ``target_bytes`` is given and this is larger, the least important rows go too, and
+        Where `target_bytes` is given and this is larger, the least important rows go too, and
         columns where rows alone do not do: for those who train by themselves, without stages.
         """
         weights = {table.name: form.rows(table.name) for table in tables}

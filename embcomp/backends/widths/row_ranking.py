@@ -60,16 +60,16 @@ class RowRanking:
         return places
 
     def masks(self, kept: int) -> dict[str, Tensor]:
-        """For each table, (N,) bool which rows are among the best ``kept`` of all tables."""
+        """For each table, (N,) bool which rows are among the best `kept` of all tables."""
         return {name: ranks < min(kept, self.most) for name, ranks in self._ranks.items()}
 
     def counts(self, kept: int) -> dict[str, int]:
-        """For each table, how many of its rows are among the best ``kept``."""
+        """For each table, how many of its rows are among the best `kept`."""
         limit = min(kept, self.most)
         return {name: int(torch.searchsorted(ranks, limit)) for name, ranks in self._sorted.items()}
 
     def size(self, kept: int, widths: Mapping[str, int]) -> int:
-        """Serving bytes of the best ``kept`` rows in these widths."""
+        """Serving bytes of the best `kept` rows in these widths."""
         counts = self.counts(kept)
         return sum(pruned_bytes(t, counts[t.name], widths[t.name]) for t in self._tables)
 

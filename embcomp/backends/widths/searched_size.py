@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from embcomp.backends.base import BackendConfig, full_table
 from embcomp.backends.widths.width_space import width_choices
@@ -26,7 +26,7 @@ FirstCandidates = Annotated[int, Ge(1), Le(10**6)]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchedSize(BackendConfig):
-    """Trains full tables and cuts them afterwards, into ``target_bytes`` where that is given.
+    """Trains full tables and cuts them afterwards, into `target_bytes` where that is given.
 
     Args:
         target_bytes: serving bytes of the compressed tables together; what a budget comes to.
@@ -59,15 +59,19 @@ class SearchedSize(BackendConfig):
     def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
         """What training holds beside the full tables."""
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         return self.least_bytes(table) >= table.full_bytes
 
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [full_table(table) for table in tables]
 
+    @override
     def first_method(self) -> BackendConfig:
         return replace(self, target_bytes=None, budget=None)
 
+    @override
     def footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         small = [table for table in tables if not self.keeps_full(table)]
         total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
@@ -76,6 +80,7 @@ class SearchedSize(BackendConfig):
         rows = footprint_of(self.physical_tables(small), served=False)
         return total + rows + self.dense_footprint(small)
 
+    @override
     def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
         bound = TensorFootprint(
             name=f"{self.name}.kept",
@@ -100,6 +105,7 @@ class SearchedSize(BackendConfig):
             )
         return min(full, self.target_bytes)
 
+    @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         small = [table for table in tables if not self.keeps_full(table)]
         left = budget - sum(table.full_bytes for table in tables if self.keeps_full(table))
@@ -108,6 +114,7 @@ class SearchedSize(BackendConfig):
         most = sum(table.full_bytes for table in small)
         return self.with_size(target_bytes=max(1, min(left, most)))
 
+    @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         small = [table for table in tables if not self.keeps_full(table)]
         return self.with_size(target_bytes=max(1, sum(map(self.least_bytes, small))))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from embcomp.backends.base import SearchContext
 from embcomp.backends.widths.masks import GroupColumns, WidthDraws
@@ -33,7 +34,7 @@ class Supernet(Penalised):
         draws: draws widths in training; None leaves embeddings whole.
         gates: whether there are thresholds.
         norm: 1 or 2; which norm is held against the thresholds.
-        alpha: weight of ``exp(-threshold)`` in the loss.
+        alpha: weight of `exp(-threshold)` in the loss.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Supernet(Penalised):
         """In evaluation, cut the embeddings of each table to a width; None leaves them whole."""
         self._fixed_widths = None if widths is None else torch.tensor(widths)
 
+    @override
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of dims) -> (R, sum of dims)
         self.penalty = None

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from typing_extensions import override
 
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.named_parts import NamedParts
@@ -27,16 +28,18 @@ _MOMENTUM = 0.99
 class Step(torch.autograd.Function):
     """1 where the argument is positive, else 0, with a gradient for lack of a useful one.
 
-    The gradient is ``2 - 4 |u|`` up to a distance of 0.4, then 0.4 up to 1, then nothing.
+    The gradient is `2 - 4 |u|` up to a distance of 0.4, then 0.4 up to 1, then nothing.
     """
 
     @staticmethod
+    @override
     def forward(ctx: FunctionCtx, u: Tensor) -> Tensor:
         ctx.save_for_backward(u)
         return (u > 0).to(u.dtype)
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (u,) = ctx.saved_tensors
         far = u.abs()
@@ -68,6 +71,7 @@ class NormMeans(LearnedBuffers):
         self.store_in_parts("means", [(table, 1) for table in tables])
         self.register_buffer("means", torch.zeros(len(tables)))
 
+    @override
     def reset_buffers(self) -> None:
         self.means.zero_()
 

@@ -114,7 +114,7 @@ class WidthSpace:
         """Widths falling with a field's rows, as wide as fits; None where even the narrowest does not.
 
         Args:
-            exponent: width goes with ``(least rows / rows) ** exponent``; 0 is one width for all.
+            exponent: width goes with `(least rows / rows) ** exponent`; 0 is one width for all.
         """
         least = max(1, min(self.rows))
         for level in range(_LEVELS, 0, -1):

@@ -22,9 +22,9 @@ class Process:
     """Where this process stands among the ranks of a run.
 
     Attributes:
-        rank: Number of this process.
-        world_size: Number of processes.
-        device: Where this process computes.
+        rank: number of this process.
+        world_size: number of processes.
+        device: where this process computes.
     """
 
     rank: int
@@ -56,7 +56,7 @@ def choose_device(wanted: str) -> torch.device:
 
 @contextmanager
 def process_group(wanted_device: str) -> Iterator[Process]:
-    """Joins torchrun's process group, or makes one of a single process that needs no network.
+    """Join torchrun's process group, or make one of a single process that needs no network.
 
     A group that exists already is used as it is and left alone.
     """

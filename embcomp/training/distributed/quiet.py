@@ -22,7 +22,7 @@ _LOGGERS = (
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silences known messages that no user of ours can act upon."""
+    """Silence known messages that no user of ours can act upon."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
     with warnings.catch_warnings():
         for message in _MESSAGES:

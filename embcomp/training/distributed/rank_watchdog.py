@@ -34,14 +34,14 @@ class RankFailedError(RuntimeError):
 
 @contextmanager
 def watch_ranks(process: Process, timeout: float) -> Iterator[None]:
-    """Runs a block on every rank; when one fails, the others stop with its number.
+    """Run a block on every rank; when one fails, the others stop with its number.
 
     A process that is stuck inside a collective operation cannot raise any more: it prints the
     reason and exits with `EXIT_CODE`. One whose operation failed raises `RankFailedError`.
 
     Args:
-        process: The process group, as torchrun started it.
-        timeout: Seconds without a sign of life after which a rank counts as dead.
+        process: the process group, as torchrun started it.
+        timeout: seconds without a sign of life after which a rank counts as dead.
     """
     if process.world_size == 1 or not launched_by_torchrun():
         yield
@@ -71,19 +71,19 @@ class _Watch:
         self._store_answered = time.monotonic()
 
     def start(self) -> None:
-        """Shows the first sign of life, waits for everyone's, then watches."""
+        """Show the first sign of life, waits for everyone's, then watches."""
         self._beat()
         dist.barrier()
         self._thread.start()
 
     def finish(self) -> None:
-        """Ends the watch; the others no longer expect a sign of life."""
+        """End the watch; the others no longer expect a sign of life."""
         self._end_with(_DONE)
         self._stop.set()
         self._thread.join()
 
     def explain(self, error: BaseException) -> None:
-        """Raises what stopped another rank, or tells the others what stopped this one."""
+        """Raise what stopped another rank, or tells the others what stopped this one."""
         self._stop.set()
         self._thread.join()
         if isinstance(error, RuntimeError) and _is_of_a_collective(error):

@@ -47,7 +47,7 @@ def make_sharder(max_gradient: float | None) -> RowSharder:
     """The sharder of row collections.
 
     Args:
-        max_gradient: Bound on each element of a row's gradient; the fused kernels apply it.
+        max_gradient: bound on each element of a row's gradient; the fused kernels apply it.
     """
     clipping = {"gradient_clipping": True, "max_gradient": max_gradient}
     return RowSharder(fused_params=None if max_gradient is None else clipping)
@@ -62,16 +62,16 @@ def plan_sharding(
     row_optimizer: RowOptimizer,
     mean_lengths: Mapping[str, float],
 ) -> ShardingPlan:
-    """Places the rows of a model.
+    """Place the rows of a model.
 
     Args:
-        model: The unsharded model, row optimizers attached.
-        sharder: From `make_sharder`.
-        process: The process group.
-        sharding: What the config asks for; `auto` is TorchRec's planner, which balances the ranks.
-        batch_size: Rows per step and rank, for the planner's estimates.
-        row_optimizer: What updates rows, for messages.
-        mean_lengths: Mean number of values of each feature, for the planner's estimates.
+        model: the unsharded model, row optimizers attached.
+        sharder: from `make_sharder`.
+        process: the process group.
+        sharding: what the config asks for; `auto` is TorchRec's planner, which balances the ranks.
+        batch_size: rows per step and rank, for the planner's estimates.
+        row_optimizer: what updates rows, for messages.
+        mean_lengths: mean number of values of each feature, for the planner's estimates.
     """
     if sharding == "auto" and process.world_size > 1:
         return _ask_planner(model, sharder, process, row_optimizer, batch_size, mean_lengths)

@@ -54,9 +54,9 @@ class Latency:
     """What looking up the embedding tables costs.
 
     Attributes:
-        batch: Rows of a batch.
-        microseconds: Median time of a batch.
-        lookups: Ids in the batch.
+        batch: rows of a batch.
+        microseconds: median time of a batch.
+        lookups: ids in the batch.
     """
 
     batch: int
@@ -74,12 +74,12 @@ class Parity:
     """The artefact against the trained model, on the same rows.
 
     Attributes:
-        split: Where the rows are from.
-        compared: Rows whose probabilities are to agree: all, unless the vocabulary was rewritten.
-        max_error: Largest difference of a probability among them.
-        tolerance: What was allowed.
-        trained: The trained model's metrics.
-        served: The artefact's.
+        split: where the rows are from.
+        compared: rows whose probabilities are to agree: all, unless the vocabulary was rewritten.
+        max_error: largest difference of a probability among them.
+        tolerance: what was allowed.
+        trained: the trained model's metrics.
+        served: the artefact's.
     """
 
     split: str

@@ -82,9 +82,9 @@ class Rewrite:
     """A model and a dataset without the pruned ids.
 
     Attributes:
-        model: The network around renumbered tables.
-        dataset: What changes in the dataset's description and vocabularies.
-        features: The renumbering of each feature that has one.
+        model: the network around renumbered tables.
+        dataset: what changes in the dataset's description and vocabularies.
+        features: the renumbering of each feature that has one.
     """
 
     model: nn.Module

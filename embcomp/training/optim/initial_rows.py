@@ -22,14 +22,14 @@ InitFn = Callable[[Tensor], object]
 def initialize_rows(
     weight: Tensor | ShardedTensor, init_fn: InitFn, *, seed: int, name: str, used_columns: int
 ) -> None:
-    """Fills the local part of a table.
+    """Fill the local part of a table.
 
     Args:
         weight: (rows, columns) the table, whole or sharded by rows or columns.
-        init_fn: Fills a block of rows, each element independent of the block's shape.
-        seed: The run's seed.
-        name: The table's full name; tables of one run differ in it.
-        used_columns: The columns behind it only pad rows to a kernel's width and become zero.
+        init_fn: fills a block of rows, each element independent of the block's shape.
+        seed: the run's seed.
+        name: the table's full name; tables of one run differ in it.
+        used_columns: the columns behind it only pad rows to a kernel's width and become zero.
     """
     if isinstance(weight, ShardedTensor):
         table_rows, width = weight.metadata().size  # its size() warns that the class is old

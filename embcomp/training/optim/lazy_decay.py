@@ -28,8 +28,8 @@ class LazyDecay:
     last flush. A flush leaves nothing behind, so checkpoints made after one need no state of it.
 
     Args:
-        sharded: The model after sharding.
-        weight_decay: Multiplied by the learning rate of each step.
+        sharded: the model after sharding.
+        weight_decay: multiplied by the learning rate of each step.
     """
 
     def __init__(self, sharded: nn.Module, weight_decay: float) -> None:
@@ -45,7 +45,7 @@ class LazyDecay:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Pays every row what it is owed."""
+        """Pay every row what it is owed."""
         if self._due == 0.0:
             return
         for kernel in self._kernels:
@@ -85,12 +85,12 @@ class _Kernel:
         self._paid = [torch.zeros(len(w), device=w.device) for w in self._weights]
 
     def pay(self, indices: Tensor, offsets: Tensor, due: float) -> None:
-        """Pays the rows that are about to be looked up.
+        """Pay the rows that are about to be looked up.
 
         Args:
             indices: (N,) row ids, feature by feature.
             offsets: (features * B + 1,) where each bag begins.
-            due: Logarithm of all factors since the last flush.
+            due: logarithm of all factors since the last flush.
         """
         features = len(self._table_of_feature)
         batch = (offsets.numel() - 1) // features
@@ -104,7 +104,7 @@ class _Kernel:
             paid[ids] = due
 
     def pay_all(self, due: float) -> None:
-        """Pays all rows and forgets."""
+        """Pay all rows and forgets."""
         for weight, paid in zip(self._weights, self._paid):
             weight.mul_(torch.exp(due - paid.double()).to(weight.dtype).unsqueeze(1))
             paid.zero_()

@@ -47,7 +47,7 @@ def _row_optimizer_kind(
 def attach_fused_optimizer(
     model: nn.Module, config: RowOptimizerConfig, device: torch.device
 ) -> None:
-    """Asks TorchRec to update the rows of an unsharded model inside the backward pass."""
+    """Ask TorchRec to update the rows of an unsharded model inside the backward pass."""
     if config.name == "adam" and device.type == "cpu":
         raise ConfigError(
             "train.row_optimizer: fused adam exists on CUDA only; on CPU use name: "
@@ -68,10 +68,10 @@ class Learners:
     """What learns in a stage, and what updates the parameters of a method's own modules.
 
     Attributes:
-        stage: The stage; by default everything learns all the time.
-        structure_prefix: What the names of the method's own parameters begin with; None where no
+        stage: the stage; by default everything learns all the time.
+        structure_prefix: what the names of the method's own parameters begin with; None where no
             method is trained in stages.
-        structure: Makes their optimizer; None leaves them to the dense optimizer.
+        structure: makes their optimizer; None leaves them to the dense optimizer.
     """
 
     stage: Stage = field(default_factory=lambda: Stage(name="train"))
@@ -84,14 +84,14 @@ class Optimizers:
 
     Attributes:
         combined: TorchRec's view of them, for checkpoints.
-        rows: Row parameters that an ordinary optimizer updates; none where rows are fused.
-        dense: Every other parameter.
-        structure: Those of them that belong to the method that is trained in stages.
+        rows: row parameters that an ordinary optimizer updates; none where rows are fused.
+        dense: every other parameter.
+        structure: those of them that belong to the method that is trained in stages.
 
     Args:
-        sharded: The model.
-        config: The loop's settings.
-        learners: What learns.
+        sharded: the model.
+        config: the loop's settings.
+        learners: what learns.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class Optimizers:
         self.combined = CombinedOptimizer(parts)
 
     def start_step(self, step: int, reductions: int, phase: Phase = "train") -> float:
-        """Clears gradients and sets the learning rates; fused kernels take theirs here.
+        """Clear gradients and set the learning rates; fused kernels take theirs here.
 
         Args:
-            step: Number of the step, from 0.
-            reductions: How often the plateau rule has reduced the learning rates.
-            phase: What kind of step it is.
+            step: number of the step, from 0.
+            reductions: how often the plateau rule has reduced the learning rates.
+            phase: what kind of step it is.
 
         Returns:
             The rows' learning rate.
@@ -184,7 +184,7 @@ class Optimizers:
         self.combined.step()
 
     def row_states(self) -> list[dict[str, Any]]:
-        """What the optimizer of each of `rows` keeps, and its learning rate as ``lr``."""
+        """What the optimizer of each of `rows` keeps, and its learning rate as `lr`."""
         optimizer = self._row_optimizers[-1]
         rate = optimizer.param_groups[0]["lr"]
         return [{"lr": rate, **optimizer.state[weight]} for weight in self.rows]
@@ -224,7 +224,7 @@ _AT_REST = ("lr", "weight_decay")  # without them a step on zero gradients moves
 
 
 def _fill_state(optimizer: KeyedOptimizerWrapper) -> None:
-    """Makes the state that torch's optimizers make in their first step, as of no step.
+    """Make the state that torch's optimizers make in their first step, as of no step.
 
     A checkpoint may be made before any step, and one that lacks a state cannot be gone on from.
     """

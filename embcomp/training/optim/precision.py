@@ -11,8 +11,8 @@ class Precision:
     """Makes autocast contexts.
 
     Args:
-        enabled: Whether dense layers run in bfloat16.
-        device: Where they run.
+        enabled: whether dense layers run in bfloat16.
+        device: where they run.
     """
 
     def __init__(self, enabled: bool, device: torch.device) -> None:

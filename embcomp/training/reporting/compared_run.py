@@ -12,17 +12,17 @@ class ComparedRun:
     """One line of a comparison.
 
     Attributes:
-        name: The run's name.
-        dataset: The dataset's name.
-        model: The model's name.
-        method: The tables' method.
-        split: The split of the metrics: test, or valid for datasets without one.
-        serve_bytes: What the embedding tables take when served.
-        compression: How many times smaller that is than the full tables.
+        name: the run's name.
+        dataset: the dataset's name.
+        model: the model's name.
+        method: the tables' method.
+        split: the split of the metrics: test, or valid for datasets without one.
+        serve_bytes: what the embedding tables take when served.
+        compression: how many times smaller that is than the full tables.
         auc: AUC of the best weights; NaN where undefined.
-        log_loss: Log loss of the best weights.
-        samples_per_second: Training rows per second.
-        bayes_auc: Best reachable AUC, where the data was generated.
+        log_loss: log loss of the best weights.
+        samples_per_second: training rows per second.
+        bayes_auc: best reachable AUC, where the data was generated.
     """
 
     name: str

@@ -16,7 +16,7 @@ class Comparison:
     """Runs in the order in which they were given.
 
     Attributes:
-        runs: One line each.
+        runs: one line each.
     """
 
     runs: Sequence[ComparedRun]
@@ -59,23 +59,23 @@ class Comparison:
         return f"{', '.join(datasets)}{best}"
 
     def save_html(self, path: str | Path) -> None:
-        """Writes one page that needs nothing else: the picture, interactive, and the table."""
+        """Write one page that needs nothing else: the picture, interactive, and the table."""
         from embcomp.training.reporting.comparison_drawing import write_html
 
         write_html(self.runs, self.cells(), self.caption(), Path(path))
 
     def save_png(self, path: str | Path) -> None:
-        """Writes the picture alone."""
+        """Write the picture alone."""
         from embcomp.training.reporting.comparison_drawing import write_png
 
         write_png(self.runs, self.caption(), Path(path))
 
 
 def compare(runs: Iterable[str | Path]) -> Comparison:
-    """Reads the reports of finished runs.
+    """Read the reports of finished runs.
 
     Args:
-        runs: The runs' folders, as `runs/name`.
+        runs: the runs' folders, as `runs/name`.
 
     Raises:
         EmbcompError: When a folder holds no finished run, or none is given.

@@ -17,9 +17,9 @@ class RunConsole:
     """Prints a run's progress; silent on every rank but the first.
 
     Args:
-        enabled: Whether to print at all.
-        name: The run's name.
-        stream: Where to print.
+        enabled: whether to print at all.
+        name: the run's name.
+        stream: where to print.
     """
 
     def __init__(self, *, enabled: bool, name: str, stream: TextIO | None = None) -> None:
@@ -50,19 +50,19 @@ class RunConsole:
         self._progress.stop()
 
     def start(self, total_steps: int, step: int, stage: str = "") -> None:
-        """Shows the bar.
+        """Show the bar.
 
         Args:
-            total_steps: Steps of the stage.
-            step: Steps done already.
-            stage: Its name, where the run has several.
+            total_steps: steps of the stage.
+            step: steps done already.
+            stage: its name, where the run has several.
         """
         self._total, self._stage = total_steps, f"{stage}: " if stage else ""
         self._progress.update(self._bar, total=total_steps, completed=step)
         self._progress.start()
 
     def step(self, step: int) -> None:
-        """Moves the bar."""
+        """Move the bar."""
         self._progress.update(self._bar, completed=step)
 
     def loss(self, step: int, loss: float, rows_per_second: float) -> None:

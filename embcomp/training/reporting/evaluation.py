@@ -22,9 +22,9 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        metrics: Metrics of the split.
-        unseen_rate: Share of ids that are the unseen id, over all features.
-        unseen_rate_by_feature: The same for each feature.
+        metrics: metrics of the split.
+        unseen_rate: share of ids that are the unseen id, over all features.
+        unseen_rate_by_feature: the same for each feature.
     """
 
     metrics: Metrics
@@ -34,12 +34,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_batches(task: nn.Module, batches: Iterable[Batch], process: Process) -> Evaluation:
-    """Evaluates a sharded `TrainTask`; all ranks call it and all get the same result.
+    """Evaluate a sharded `TrainTask`; all ranks call it and all get the same result.
 
     Args:
-        task: Returns loss and logits of a batch.
-        batches: This rank's share of the split, as many batches as on the other ranks.
-        process: The process group.
+        task: returns loss and logits of a batch.
+        batches: this rank's share of the split, as many batches as on the other ranks.
+        process: the process group.
     """
     was_training = task.training
     task.eval()

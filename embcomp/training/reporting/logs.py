@@ -22,11 +22,11 @@ class RunLogs:
     timing.jsonl. A resumed run cuts both back to where its checkpoint was made.
 
     Args:
-        folder: The run.
-        enabled: Whether this rank writes.
-        step: Where the run begins or goes on.
-        sizes: Bytes of both files at that step.
-        stage: The stage that records name; empty where a run has one only.
+        folder: the run.
+        enabled: whether this rank writes.
+        step: where the run begins or goes on.
+        sizes: bytes of both files at that step.
+        stage: the stage that records name; empty where a run has one only.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class RunLogs:
         return {name: path.stat().st_size for name, path in self._files.items()}
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends to metrics.jsonl.
+        """Append to metrics.jsonl.
 
         Args:
             kind: `train`, or the split that was evaluated.
-            step: Steps done.
-            values: Numbers, or mappings from feature to number.
+            step: steps done.
+            values: numbers, or mappings from feature to number.
         """
         self._append("metrics", {**self._stage, "kind": kind, "step": step, **values})
         if self._board is not None:
@@ -68,14 +68,14 @@ class RunLogs:
                     self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends to timing.jsonl."""
+        """Append to timing.jsonl."""
         self._append("timing", {**self._stage, "step": step, **values})
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"timing/{key}", value, step)
 
     def close(self) -> None:
-        """Flushes TensorBoard's events."""
+        """Flush TensorBoard's events."""
         if self._board is not None:
             self._board.close()
 

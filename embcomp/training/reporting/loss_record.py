@@ -19,9 +19,9 @@ class LossRecord:
     """Losses since the last line, whose sum the loop's state holds for the next checkpoint.
 
     Args:
-        state: The loop's variables, fresh or from a checkpoint.
-        process: The process group.
-        suspect: Says what of the present batch may have made a loss overflow; may be empty.
+        state: the loop's variables, fresh or from a checkpoint.
+        process: the process group.
+        suspect: says what of the present batch may have made a loss overflow; may be empty.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class LossRecord:
         self._pending: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
-        """Takes in a step's loss; on devices other than the CPU without waiting for it."""
+        """Take in a step's loss; on devices other than the CPU without waiting for it."""
         self._pending.append(loss)
         if self._process.device.type == "cpu":
             self._collect()
 
     def share(self) -> None:
-        """Makes the sum of losses the mean over ranks: a checkpoint holds it for all of them."""
+        """Make the sum of losses the mean over ranks: a checkpoint holds it for all of them."""
         self._collect()
         total = torch.tensor(self._state.loss_sum, dtype=torch.float64, device=self._process.device)
         dist.all_reduce(total)
@@ -47,7 +47,7 @@ class LossRecord:
         """The mean loss of all ranks and the rows per second since the last call; None if no step.
 
         Args:
-            batch_size: Rows of a step.
+            batch_size: rows of a step.
         """
         begun, state = time.perf_counter(), self._state
         self.share()

@@ -21,14 +21,14 @@ class Metrics:
     """Metrics of one split; NaN where undefined (AUC of one class, GAUC without groups).
 
     Attributes:
-        auc: Share of (positive, negative) pairs in the right order; ties count half.
-        log_loss: Mean binary cross-entropy, natural logarithm.
+        auc: share of (positive, negative) pairs in the right order; ties count half.
+        log_loss: mean binary cross-entropy, natural logarithm.
         normalized_entropy: `log_loss` over the entropy of the split's own label rate.
-        calibration: Mean prediction over label rate.
-        label_rate: Share of positives.
+        calibration: mean prediction over label rate.
+        label_rate: share of positives.
         gauc: AUC within each group, averaged with the groups' rows as weights; groups of one class
             are left out.
-        rows: Number of predictions.
+        rows: number of predictions.
     """
 
     auc: float

@@ -29,31 +29,31 @@ class Report:
     """What came out of a run.
 
     Attributes:
-        name: The run's name.
-        dataset: The dataset's name.
-        method: The tables' method.
-        model: The model's name.
-        seed: The run's seed.
-        world_size: Number of ranks.
+        name: the run's name.
+        dataset: the dataset's name.
+        method: the tables' method.
+        model: the model's name.
+        seed: the run's seed.
+        world_size: number of ranks.
         device: `cpu` or `cuda`.
-        steps: Training steps done, in all stages.
-        epochs: Whole epochs of the last stage.
-        best_step: The step of the last stage whose weights are evaluated here.
-        stopped: Why training ended.
-        valid: Validation metrics of the best step, its rows as they are served.
-        test: Test metrics of the same; None without a test split.
-        serve_bytes: What the embedding tables take when served, rows in their types.
-        full_bytes: What they would take uncompressed.
+        steps: training steps done, in all stages.
+        epochs: whole epochs of the last stage.
+        best_step: the step of the last stage whose weights are evaluated here.
+        stopped: why training ended.
+        valid: validation metrics of the best step, its rows as they are served.
+        test: test metrics of the same; None without a test split.
+        serve_bytes: what the embedding tables take when served, rows in their types.
+        full_bytes: what they would take uncompressed.
         compression: `full_bytes / serve_bytes`.
-        first_order_bytes: What first-order weights take when served; 0 for models without.
-        train_bytes: Rows, padding and row optimizer state while training, first order included.
-        dense_parameters: Number of parameters outside the tables.
-        samples_per_second: Training rows per second of the last stage, evaluations and checkpoints
+        first_order_bytes: what first-order weights take when served; 0 for models without.
+        train_bytes: rows, padding and row optimizer state while training, first order included.
+        dense_parameters: number of parameters outside the tables.
+        samples_per_second: training rows per second of the last stage, evaluations and checkpoints
             left out.
-        train_seconds: Time of the training steps and searches of all stages.
-        wall_seconds: Time of everything in all stages, interruptions left out.
-        bayes: Best reachable test metrics, where the data was generated.
-        stages: What each stage of the run ended with.
+        train_seconds: time of the training steps and searches of all stages.
+        wall_seconds: time of everything in all stages, interruptions left out.
+        bayes: best reachable test metrics, where the data was generated.
+        stages: what each stage of the run ended with.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Report:
         dense_parameters: int,
         rows: int,
     ) -> Report:
-        """Puts a finished run's results together; `rows` are those that the last stage trained on."""
+        """Put a finished run's results together; `rows` are those that the last stage trained on."""
         serve = full = first_order = 0
         types = RowTypes.of(config.tables.row_types)
         if model.tables is not None:
@@ -134,7 +134,7 @@ class Report:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes report.json; its presence says that the run is finished."""
+        """Write report.json; its presence says that the run is finished."""
         text = json.dumps(without_nan(dataclasses.asdict(self)), indent=1) + "\n"
         write_checked(folder / REPORT_FILE, text)
 

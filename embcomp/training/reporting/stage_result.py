@@ -21,14 +21,14 @@ class StageResult:
     """One finished stage.
 
     Attributes:
-        name: The stage's name.
-        steps: Training steps done.
-        keeps_step: The step whose weights it hands on.
-        stopped: Why it ended.
-        valid: Validation metrics of the best step.
-        train_seconds: Time of the training steps, or of the search.
-        wall_seconds: Time of everything in the stage, interruptions left out.
-        result: What a search found.
+        name: the stage's name.
+        steps: training steps done.
+        keeps_step: the step whose weights it hands on.
+        stopped: why it ended.
+        valid: validation metrics of the best step.
+        train_seconds: time of the training steps, or of the search.
+        wall_seconds: time of everything in the stage, interruptions left out.
+        result: what a search found.
     """
 
     name: str
@@ -55,12 +55,12 @@ class StageResult:
 
 
 def write_outcome(place: StageFolder, outcome: StageResult, log_sizes: Mapping[str, int]) -> None:
-    """Marks a stage as finished.
+    """Mark a stage as finished.
 
     Args:
-        place: The stage's folder.
-        outcome: What it ended with.
-        log_sizes: Bytes of the run's logs at its end.
+        place: the stage's folder.
+        outcome: what it ended with.
+        log_sizes: bytes of the run's logs at its end.
     """
     place.path.mkdir(parents=True, exist_ok=True)
     content = {**dataclasses.asdict(outcome), "log_sizes": dict(log_sizes)}

@@ -9,7 +9,7 @@ def standing_of(folder: Path) -> str:
     """What of a run is kept, and how to go on with it.
 
     Args:
-        folder: The run's folder, which may not exist.
+        folder: the run's folder, which may not exist.
     """
     if (folder / "report.json").exists():
         return f"{folder} is finished"

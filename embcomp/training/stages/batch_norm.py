@@ -27,13 +27,13 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
 def refit(
     task: nn.Module, norms: Sequence[_BatchNorm], batches: Sequence[Batch], process: Process
 ) -> None:
-    """Sets running statistics to the means over some batches, all else in evaluation.
+    """Set running statistics to the means over some batches, all else in evaluation.
 
     Args:
-        task: The model that the norms are in.
-        norms: Of the model.
-        batches: Of which those as large as the first count; of labels nothing is used.
-        process: The process group.
+        task: the model that the norms are in.
+        norms: of the model.
+        batches: of which those as large as the first count; of labels nothing is used.
+        process: the process group.
     """
     momenta = [norm.momentum for norm in norms]
     task.eval()

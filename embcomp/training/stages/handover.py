@@ -55,7 +55,7 @@ def counts_of(info: DatasetInfo) -> dict[str, Tensor]:
 
 
 def prepare_start(run: RunContext, index: int) -> None:
-    """Writes the form in which a stage after the first begins; for one rank."""
+    """Write the form in which a stage after the first begins; for one rank."""
     schedule, place = run.schedule, run.place(index)
     assert schedule.method is not None
     if place.forms.exists():
@@ -103,7 +103,7 @@ def state_of_method(model: UnshardedModel, schedule: StageSchedule) -> MethodSta
 
 
 def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
-    """Fills a sharded model with what its stage begins with; what is not there stays as drawn."""
+    """Fill a sharded model with what its stage begins with; what is not there stays as drawn."""
     state = model_state(sharded)
     if dist.get_rank() == 0:  # for all ranks, which stop when one does
         check_file(place.start)
@@ -122,14 +122,14 @@ def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
 
 @torch.no_grad()
 def load_tensors_of(whole: Mapping[str, Tensor], sharded: DistributedModelParallel) -> None:
-    """Fills a sharded model with whole tensors by their names in the unsharded one."""
+    """Fill a sharded model with whole tensors by their names in the unsharded one."""
     for name, value in model_state(sharded).items():
         for piece, (row, column) in local_pieces(value):
             _fill(piece, whole[name], tuple(whole[name].shape), row, column)
 
 
 def _fill(piece: Tensor, whole: Any, shape: tuple[int, ...], row: int, column: int) -> None:
-    """Copies a piece's part of a tensor, or of a slice of a file."""
+    """Copy a piece's part of a tensor, or of a slice of a file."""
     if len(shape) != 2:
         piece.copy_(whole[...])
         return
@@ -169,7 +169,7 @@ def path_of(model: torch.nn.Module, collection: CompressedEmbeddingBagCollection
 
 
 def check_other_run(run: RunContext) -> None:
-    """Raises before any training what `train.start_from` cannot start."""
+    """Raise before any training what `train.start_from` cannot start."""
     config, source = run.config, run.config.train.start_from
     if source is None:
         return
@@ -188,7 +188,7 @@ def check_other_run(run: RunContext) -> None:
 
 
 def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) -> None:
-    """Raises a ConfigError where features differ or come in another order.
+    """Raise a ConfigError where features differ or come in another order.
 
     Tables are known by their names, but a network takes features by their places.
     """

@@ -30,9 +30,9 @@ def load_model(
     Of a run in several stages it is that of the last stage which has a checkpoint.
 
     Args:
-        run: The run's folder.
-        step: A step that has a checkpoint; None takes the best.
-        data: Where the run's dataset lies now; where its config says by default.
+        run: the run's folder.
+        step: a step that has a checkpoint; None takes the best.
+        data: where the run's dataset lies now; where its config says by default.
     """
     return load_trained(RunContext.opened(run, data), step)
 
@@ -60,9 +60,9 @@ def load_unsharded(run: RunContext, index: int, step: int) -> UnshardedModel:
     """A stage's weights.
 
     Args:
-        run: The run.
-        index: The place of a stage that trains.
-        step: A step of that stage that has a checkpoint.
+        run: the run.
+        index: the place of a stage that trains.
+        step: a step of that stage that has a checkpoint.
     """
     unsharded = run.build(torch.device("cpu"), run.plan_of(index))
     state = unsharded.model.state_dict()

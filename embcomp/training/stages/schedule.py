@@ -27,10 +27,10 @@ class StageSchedule:
     """The stages of one run.
 
     Attributes:
-        plan: The methods as the config has them, sizes fixed; None for a model without tables.
-        first_order: The same of the first-order weights, which have no stages.
-        method: The method that is trained in stages; None where each is trained once.
-        stages: What is done, in order, with the config's own wishes for each.
+        plan: the methods as the config has them, sizes fixed; None for a model without tables.
+        first_order: the same of the first-order weights, which have no stages.
+        method: the method that is trained in stages; None where each is trained once.
+        stages: what is done, in order, with the config's own wishes for each.
     """
 
     plan: ResolvedPlan | None
@@ -78,7 +78,7 @@ class StageSchedule:
         )
 
     def check_installed(self) -> None:
-        """Raises before any training what a later stage would miss."""
+        """Raise before any training what a later stage would miss."""
         if self.method is None:
             return
         missing = self.method.missing()
@@ -129,10 +129,10 @@ class StageSetup:
     """One stage of a run, ready to begin.
 
     Attributes:
-        schedule: All stages.
-        index: The place of this one.
-        plan: How the tables are stored in it.
-        folder: Where its files lie.
+        schedule: all stages.
+        index: the place of this one.
+        plan: how the tables are stored in it.
+        folder: where its files lie.
     """
 
     schedule: StageSchedule
@@ -160,7 +160,7 @@ class StageSetup:
         """What the names of the method's own parameters begin with inside the model.
 
         Args:
-            collection_path: The embedding tables' path inside the model.
+            collection_path: the embedding tables' path inside the model.
         """
         if self.schedule.method is None or self.plan is None:
             return None

@@ -33,17 +33,17 @@ _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
 
 
 class StageSearch:
-    """Runs a method's search; it is a ``SearchContext``.
+    """Runs a method's search; it is a `SearchContext`.
 
     Every rank runs the same search on the same scores, over tensors that the ranks of a host have in
     memory once. The batches are kept in memory, since each candidate looks at all of them. Batch norms
     are fitted to each structure before it is scored.
 
     Args:
-        run: The run.
-        index: The place of the search among its stages.
-        process: The process group.
-        console: What a person sees.
+        run: the run.
+        index: the place of the search among its stages.
+        process: the process group.
+        console: what a person sees.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StageSearch:
         self._progress, self.evaluations, self._seconds = self._read_progress()
 
     def run(self) -> StageResult:
-        """Searches to the end, or goes on where an interrupted search was."""
+        """Search to the end, or go on where an interrupted search was."""
         method = self._schedule.method
         assert method is not None
         self._begun = time.perf_counter()
@@ -98,7 +98,7 @@ class StageSearch:
 
     @property
     def combine(self) -> nn.Module:
-        """The method's own ``combine`` inside the model that ``evaluate`` runs."""
+        """The method's own `combine` inside the model that `evaluate` runs."""
         tables = self._unsharded.tables
         assert tables is not None
         assert isinstance(tables.combine, Combine)
@@ -150,7 +150,7 @@ class StageSearch:
         return self._batches if rows is None else self._batches[: max(1, -(-rows // each))]
 
     def load(self) -> dict[str, Any] | None:
-        """What ``save`` was last given, after an interruption; None at the beginning."""
+        """What `save` was last given, after an interruption; None at the beginning."""
         return self._progress
 
     def save(self, progress: Mapping[str, Any]) -> None:

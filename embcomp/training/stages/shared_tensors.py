@@ -16,8 +16,8 @@ class SharedTensors:
     """Hands out tensors by way of files that every rank maps; one process keeps its own.
 
     Args:
-        folder: Where the files are until `release`; all ranks see it.
-        process: The process group.
+        folder: where the files are until `release`; all ranks see it.
+        process: the process group.
     """
 
     def __init__(self, folder: Path, process: Process) -> None:
@@ -28,8 +28,8 @@ class SharedTensors:
         """What `make` returns on the first rank; every rank calls it, none changes the tensors.
 
         Args:
-            name: Unique among the names that were asked for.
-            make: Is called on the first rank alone, and calls no collective.
+            name: unique among the names that were asked for.
+            make: is called on the first rank alone, and calls no collective.
         """
         if self._process.world_size == 1:
             return dict(make())
@@ -43,7 +43,7 @@ class SharedTensors:
         return safetensors.torch.load_file(path)
 
     def release(self) -> None:
-        """Removes the files once every rank is here; tensors stay readable."""
+        """Remove the files once every rank is here; tensors stay readable."""
         dist.barrier()
         if self._process.is_main:
             for path in self._files:
