@@ -141,7 +141,7 @@ class TrialQueue:
         again = []
         for trial in trials:
             if trial.state is TrialState.RUNNING and self._is_lost(trial, signs):
-                if self._claim_stale(trial) and self._enqueue(trial, trials):
+                if self.claim_stale(trial) and self._enqueue(trial, trials):
                     again.append(trial.user_attrs.get(RETRY_OF, trial.number))
             elif self._half_retried(trial, trials, signs) and self._enqueue(trial, trials):
                 again.append(trial.user_attrs.get(RETRY_OF, trial.number))
@@ -169,7 +169,7 @@ class TrialQueue:
             return False
         return taker != self.worker and not is_alive(taker, signs)
 
-    def _claim_stale(self, trial: FrozenTrial) -> bool:
+    def claim_stale(self, trial: FrozenTrial) -> bool:
         """End a lost trial; False if another worker was quicker."""
         number = trial.number
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)

@@ -56,7 +56,7 @@ def test_thresholds_prune_useless_ids_and_the_table_without_them_is_better(usele
     method = OptEmbed(**QUICK)
     model, initial = useless
     found, _ = search(method, model, USELESS)
-    masks = method._order(model.specs, model.form, USELESS.counts(TRAIN)).masks(found["kept"])
+    masks = method.ranking(model.specs, model.form, USELESS.counts(TRAIN)).masks(found["kept"])
     useful, other = shares_kept(masks, USELESS)
     assert useful > 0.85 and other < 0.65
 
@@ -82,7 +82,7 @@ def test_a_budget_is_met_and_spent_on_useful_ids(useless, prune):
     assert found["bytes"] <= full // 8
     retrained = begin(method, model, USELESS, initial, found)
     assert retrained.tables.footprint.serve_bytes == found["bytes"]
-    masks = method._order(model.specs, model.form, context.counts).masks(found["kept"])
+    masks = method.ranking(model.specs, model.form, context.counts).masks(found["kept"])
     useful, other = shares_kept(masks, USELESS)
     assert useful > 0.6 and useful > 1.2 * other
     if prune == "both":  # several shares of rows were tried
@@ -121,7 +121,7 @@ def test_rows_that_fused_optimizers_never_touch_are_pruned_first():
         OptEmbed(prune="rows", target_bytes=8000),
         OptEmbed(prune="rows", target_bytes=8000, importance="norm"),
     ):
-        order = method._order([table], before, {"t": counts})
+        order = method.ranking([table], before, {"t": counts})
         past = StageInputs(
             before=before,
             initial=lambda: before,
@@ -149,7 +149,7 @@ def test_retraining_begins_from_initial_rows_or_goes_on_from_trained_ones(useles
         method = OptEmbed(inherit=inherit, **QUICK)
         widths = {"t0": 3, "t1": 8, "t2": 2, "t3": 1}
         found = {"kept": 400, "widths": widths}
-        masks = method._order(model.specs, model.form, USELESS.counts(TRAIN)).masks(400)
+        masks = method.ranking(model.specs, model.form, USELESS.counts(TRAIN)).masks(400)
         retrained = begin(method, model, USELESS, initial, found)
         source = model.form if inherit else initial
         for name, width in widths.items():

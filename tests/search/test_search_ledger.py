@@ -97,8 +97,8 @@ def test_two_that_look_at_once_take_a_lost_candidate_once(tmp_path):
     one, two = make_queue(tmp_path), make_queue(tmp_path)
     abandon(one)
     trial = two.study.trials[0]
-    assert one._claim_stale(trial)
-    assert not two._claim_stale(trial)
+    assert one.claim_stale(trial)
+    assert not two.claim_stale(trial)
 
 
 def test_a_worker_that_dies_between_taking_and_enqueueing_is_made_good(tmp_path):

@@ -265,7 +265,7 @@ class OptEmbed(SearchedSize):
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
         found = past.results["search"]
-        masks = self._order(tables, past.before, past.counts).masks(found["kept"])
+        masks = self.ranking(tables, past.before, past.counts).masks(found["kept"])
         source = past.before if self.inherit else past.initial()
         weights = {table.name: source.rows(table.name) for table in tables}
         return low_dim_form(tables, weights, masks, found["widths"])
@@ -279,7 +279,7 @@ class OptEmbed(SearchedSize):
         weights = {table.name: form.rows(table.name) for table in tables}
         if self.target_bytes is None:
             return low_dim_form(tables, weights, self._passing(tables, form), {})
-        order = self._order(tables, form, {})
+        order = self.ranking(tables, form, {})
         fewest = order.most if self.prune == "widths" else 0
         space = self._space(tables, order.counts(fewest))
         widest = space.power_law(0) or space.narrowest
@@ -288,9 +288,16 @@ class OptEmbed(SearchedSize):
         assert kept is not None, "no rows at these widths fit"
         return low_dim_form(tables, weights, order.masks(kept), widths)
 
-    def _order(
+    def ranking(
         self, tables: Sequence[TableSpec], form: MethodState, counts: Mapping[str, Tensor]
     ) -> RowRanking:
+        """The order in which rows are kept, by their importance; those that thresholds prune are out.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: what training left.
+            counts: how often each id of each table occurs; ranks stand for it where nobody counted.
+        """
         return RowRanking(tables, self._places(tables, form, counts))
 
     def _places(
