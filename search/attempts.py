@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from embcomp.search.liveness import is_alive, this_worker
 
@@ -43,6 +43,11 @@ def originals(study: optuna.Study) -> list[FrozenTrial]:
         for trial in study.get_trials(deepcopy=False)
         if SURPLUS not in trial.user_attrs and RETRY_OF not in trial.user_attrs
     ]
+
+
+def number_of(trial: Trial | FrozenTrial) -> int:
+    """The number of a candidate: that of its first attempt."""
+    return int(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def latest_attempts(study: optuna.Study) -> list[FrozenTrial]:

@@ -43,6 +43,11 @@ def check_names(categorical: Iterable[str], numeric: Iterable[str], way_out: str
                 f"a feature is called {name!r}; names hold a character at least, and no control "
                 f"characters; {way_out}"
             )
+        if name.startswith("^") and name.endswith("$"):
+            raise DataError(
+                f"a feature is called {name!r}, which stands for a pattern of names from ^ to $; "
+                f"{way_out}"
+            )
     for name in categorical:
         if "." in name:
             raise DataError(

@@ -193,9 +193,19 @@ class Workspace:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove everything; the output, if there is one, stays as it is."""
+        """Remove everything; the output, if there is one, stays as it is.
+
+        A dataset that was moved out of the way and cannot go back, as something else has taken its
+        place, is kept where it is, and the new one beside it.
+        """
         with suppress(OSError):
             self._restore()
+        if self._replaced.exists():
+            self.report(
+                f"{self.shown} could not be replaced, as something else came to its place; the dataset "
+                f"that was there is kept in {self._replaced}, the new one in {self.path}"
+            )
+            return
         shutil.rmtree(self.root, ignore_errors=True)
 
     def check_space(self, needed: int) -> None:

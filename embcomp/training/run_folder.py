@@ -28,7 +28,7 @@ class StageFolder:
 
     Attributes:
         checkpoints: the stage's checkpoints.
-        states: how the tables are stored in this stage; written last of what a stage begins with.
+        forms: how the tables are stored in this stage; written last of what a stage begins with.
         start: tensors that the stage begins with, where they are not drawn afresh.
         progress: what an unfinished search can go on from.
         done: what the stage ended with; its presence says that the stage is finished.

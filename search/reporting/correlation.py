@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
-from embcomp.search.attempts import latest_attempts
+from embcomp.search.attempts import latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.config.search_sections import LEAST_RANKED
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
@@ -86,7 +86,7 @@ def choose_spread(
     """
     done = completed(study, sampler)
     sign = -1 if config.quality == "log_loss" else 1
-    left = sorted(done, key=lambda c: (-sign * done[c].values[0], done[c].number))
+    left = sorted(done, key=lambda c: (-sign * done[c].values[0], number_of(done[c])))
     count = min(config.finals.correlation, len(left))
     if count < LEAST_RANKED:
         return []
@@ -94,13 +94,13 @@ def choose_spread(
     chosen = []
     for step in range(count):
         wanted = best + (worst - best) * step / max(1, count - 1)
-        nearest = min(left, key=lambda c: (abs(done[c].values[0] - wanted), done[c].number))
+        nearest = min(left, key=lambda c: (abs(done[c].values[0] - wanted), number_of(done[c])))
         left.remove(nearest)
         chosen.append(nearest)
-    chosen.sort(key=lambda c: (-sign * done[c].values[0], done[c].number))
+    chosen.sort(key=lambda c: (-sign * done[c].values[0], number_of(done[c])))
     seeds = (config.seed + 1,)
     return [
-        SelectedCandidate.of(done[c], c, name=f"candidate {done[c].number}", seeds=seeds)
+        SelectedCandidate.of(done[c], c, name=f"candidate {number_of(done[c])}", seeds=seeds)
         for c in chosen
     ]
 

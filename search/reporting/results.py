@@ -17,7 +17,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
-from embcomp.search.attempts import KIND, latest_attempts
+from embcomp.search.attempts import KIND, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator
 from embcomp.search.evaluators.trial_pruning import front_of
@@ -27,7 +27,7 @@ from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.repair import Repair
 from embcomp.search.space.space import Space
 from embcomp.search.trials.retraining import SelectedCandidate
-from embcomp.search.trials.worker import OUTCOME, STOPPED, number_of
+from embcomp.search.trials.worker import OUTCOME, STOPPED
 
 RESULT_FILE = "search_result.json"
 FORMAT = 1

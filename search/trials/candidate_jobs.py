@@ -7,14 +7,14 @@ from typing import Any
 from optuna.trial import Trial
 from typing_extensions import override
 
-from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts
+from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.trial_pruning import falls_behind
 from embcomp.search.samplers.optuna_sampler import RepairedSampler
 from embcomp.search.space.repair import Repair
 from embcomp.search.trials.trial_queue import TrialQueue
-from embcomp.search.trials.worker import RUNGS, RunningTrial, TrialRunner, number_of
+from embcomp.search.trials.worker import RUNGS, RunningTrial, TrialRunner
 
 
 class CandidateJobs(TrialRunner):

@@ -18,10 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from typing_extensions import override
 
 from embcomp.io.atomic_files import write_atomically
-from embcomp.search.attempts import (
-    KIND,
-    latest_attempts,
-)
+from embcomp.search.attempts import KIND, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.trial_pruning import front_of
@@ -69,7 +66,7 @@ class SelectedCandidate:
         """What a scored trial tried, to be retrained."""
         return cls(
             name=name,
-            number=trial.number,
+            number=number_of(trial),
             kind=trial.user_attrs.get(KIND, ""),
             candidate=candidate,
             quality=trial.values[0],
@@ -124,7 +121,7 @@ def _best(
     signs = [1 if d == optuna.study.StudyDirection.MINIMIZE else -1 for d in study.directions]
     points = {c: tuple(s * v for s, v in zip(signs, t.values)) for c, t in done.items()}
     if len(signs) == 1:
-        return sorted(points, key=lambda candidate: (points[candidate], done[candidate].number))
+        return sorted(points, key=lambda candidate: (points[candidate], number_of(done[candidate])))
     everyone = list(points)
     fronts = front_of([points[candidate] for candidate in everyone])
     front = sorted((c for c, f in zip(everyone, fronts) if f == 0), key=lambda c: points[c])

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
-from embcomp.search.attempts import KIND, latest_attempts
+from embcomp.search.attempts import KIND, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
-from embcomp.search.trials.worker import OUTCOME, number_of
+from embcomp.search.trials.worker import OUTCOME
 from embcomp.tables.budget import format_bytes
 
 _SHOWN = 8

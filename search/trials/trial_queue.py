@@ -148,6 +148,8 @@ class TrialQueue:
         return again
 
     def _is_lost(self, trial: FrozenTrial, signs: Mapping[str, Any]) -> bool:
+        if INTERRUPTED in trial.user_attrs:  # given up in good order, perhaps by this very process
+            return True
         worker = trial.user_attrs.get(WORKER, trial.user_attrs.get(PROPOSER))
         if worker is None:
             begun = trial.datetime_start

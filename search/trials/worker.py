@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
-from embcomp.search.attempts import INTERRUPTED, RETRY_OF
+from embcomp.search.attempts import INTERRUPTED, number_of
 from embcomp.search.evaluators.base import Rung, TrialHandle, TrialResult
 from embcomp.search.trials.trial_queue import TrialQueue
 
@@ -168,8 +168,3 @@ class Worker:
 def recorded(outcome: TrialResult) -> dict[str, Any]:
     """An outcome as JSON values."""
     return {key: value for key, value in vars(outcome).items() if value not in (None, "", {})}
-
-
-def number_of(trial: Trial | FrozenTrial) -> int:
-    """The number of a candidate: that of its first attempt."""
-    return int(trial.user_attrs.get(RETRY_OF, trial.number))

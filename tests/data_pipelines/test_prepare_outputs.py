@@ -195,3 +195,25 @@ def test_a_death_while_clearing_up_is_made_good_by_the_same_command(
     prepare(raw, out, **OPTIONS)
     assert folder_bytes(out) == whole
     assert entries(tmp_path / "home") == ["out"]
+
+
+def test_what_comes_to_the_outputs_place_meanwhile_costs_neither_dataset(tmp_path, monkeypatch):
+    raw = tmp_path / "raw.txt"
+    write_criteo(raw, rows=60)
+    prepare(raw, tmp_path / "out", importer="criteo")
+    before = folder_bytes(tmp_path / "out")
+    news: list[str] = []
+    move = Path.rename
+
+    def rename(self, target):
+        if Path(target) == tmp_path / "out" and self.name != "replaced":
+            Path(target).mkdir()
+            (Path(target) / "other").write_text("another program's")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError):
+        prepare(raw, tmp_path / "out", importer="criteo", overwrite=True, report=news.append)
+    assert folder_bytes(tmp_path / ".out.partial" / "replaced") == before
+    assert (tmp_path / "out" / "other").exists()
+    assert "the dataset that was there is kept in" in news[-1]

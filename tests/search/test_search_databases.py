@@ -34,7 +34,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 from embcomp.search.evaluators.base import TrialHandle, TrialResult
 from embcomp.search.attempts import next_of, originals, sign_proposal, wait_for_earlier
 from embcomp.search.trials.trial_queue import TrialQueue
-from embcomp.search.trials.worker import TrialRunner, Worker, number_of
+from embcomp.search.attempts import number_of
+from embcomp.search.trials.worker import TrialRunner, Worker
 from embcomp.search.trials.storage import explained, open_storage, open_study
 
 url, folder = sys.argv[1], Path(sys.argv[2])

@@ -17,6 +17,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from embcomp.search.attempts import (
+    INTERRUPTED,
     PLANNED,
     PROPOSER,
     RETRY_OF,
@@ -25,6 +26,7 @@ from embcomp.search.attempts import (
     WORKER,
     latest_attempts,
     next_of,
+    number_of,
     originals,
     sign_proposal,
     wait_for_earlier,
@@ -293,7 +295,8 @@ from pathlib import Path
 import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 from embcomp.search.evaluators.base import TrialHandle, TrialResult
-from embcomp.search.trials.worker import TrialRunner, Worker, number_of
+from embcomp.search.attempts import number_of
+from embcomp.search.trials.worker import TrialRunner, Worker
 from tests.search.test_search_ledger import make_queue
 assert 'torchrec' not in sys.modules  # a worker's bookkeeping is light
 
@@ -405,3 +408,15 @@ def test_a_proposal_waits_until_those_before_it_are_known(tmp_path):
 )
 def test_the_next_of_a_list_is_the_first_that_was_not_tried_as_often(tried, place):
     assert next_of("abac", tried) == place
+
+
+def test_a_search_that_was_interrupted_goes_on_in_the_same_process(tmp_path):
+    """As in a notebook: the worker's name is the same, and nobody else will take the trial over."""
+    queue = make_queue(tmp_path)
+    trial = queue.next()
+    trial.set_user_attr(INTERRUPTED, True)
+    again = make_queue(tmp_path)
+    assert again.worker == queue.worker
+    assert again.retry_stale() == [0]
+    second = again.next()
+    assert second.user_attrs[RETRY_OF] == 0 and number_of(second) == 0
