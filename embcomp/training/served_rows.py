@@ -54,6 +54,8 @@ def check_served_types(config: TrainConfig, plans: Sequence[ResolvedPlan | None]
     wanted = RowTypes.of(config.tables.row_types)
     if wanted.are_fp32:
         return
+    names = dict.fromkeys(table.name for plan in plans if plan for table in plan.tables)
+    wanted.check(list(names), "tables.row_types")
     groups = [group for plan in plans if plan for group in plan.groups]
     for method, tables in groups:
         if len(method.stages()) > 1 or not _narrow(wanted, tables):

@@ -108,7 +108,7 @@ def on_supernet(recipe, sampler):
         document(
             recipe,
             sampler={"name": sampler, "population": 12},
-            seed=4,  # margins are thin, and one supernet's luck is that of its seed
+            seed=6,  # margins are thin, and one supernet's luck is that of its seed
             evaluator={"name": "supernet", "method": "matryoshka"},
             trials={"count": 200 if sampler in ("random", "cmaes") else 100, "devices": "cpu"},
         )

@@ -37,6 +37,7 @@ from embcomp.training.build import model_inputs
 from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.export.vocabulary_rewrite import Rewrite, rewrite_vocabulary
 from embcomp.training.reporting.metrics import Metrics, compute_metrics
+from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.loading import load_trained
 from embcomp.training.stages.run_context import RunContext
 
@@ -134,10 +135,12 @@ def export_run(
         BudgetError: the tables are over the budget.
         ParityError: the artefact does not answer as the trained model does.
     """
-    opened = RunContext.opened(run, data)
-    config, info, folder = opened.config, opened.info, opened.folder
+    folder = RunFolder(Path(run))
+    config = folder.config(data)
     if not folder.report.exists():
         raise ArtefactError(f"{folder.path} is not finished; `embcomp train` goes on with it")
+    opened = RunContext.of(config, folder.dataset(config), folder)
+    info = opened.info
     check_quickly(info)
     wanted = RowTypes.of(config.tables.row_types if row_type is None else row_type)
     wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
