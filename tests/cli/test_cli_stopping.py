@@ -16,6 +16,8 @@ from embcomp.cli import app
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training.reporting.standing import standing_of
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 name: toy_run
 data: {path: toy, batch_size: 64, eval_batch_size: 128}

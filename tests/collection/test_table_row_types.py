@@ -20,6 +20,8 @@ from embcomp.training.export.export import export_run
 from tests.helpers.training_cases import toy_config, train_on_ranks, write_dataset
 from tests.training.test_stages import staged_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):

@@ -16,6 +16,8 @@ from embcomp.errors import DataError
 from tests.data_pipelines.test_prepare_resume import CALLED_IN, KilledError, die_after
 from tests.helpers.raw_logs import folder_bytes, write_criteo
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"importer": "criteo", "min_count": 2, "blocks_per_part": 2, "name": "clicks"}
 
 

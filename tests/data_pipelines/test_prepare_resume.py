@@ -14,6 +14,8 @@ from embcomp.data_pipelines.preparing.encoding import plan_rounds
 from embcomp.errors import DataError
 from tests.helpers.raw_logs import folder_bytes, write_criteo
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"importer": "criteo", "min_count": 2, "blocks_per_part": 2}
 
 

@@ -40,7 +40,7 @@ RECIPES = sorted(
     for path in Path(__file__).parents[2].joinpath("configs").glob("*.yaml")
     if not path.stem.startswith("search_")
 )
-pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 ONCE = {
     "full": {"name": "full"},
     "hash": {"name": "hash", "ratio": 0.3, "collisionless": 0},

@@ -36,6 +36,8 @@ from embcomp.search.trials.storage import StorageError, explained, open_storage
 from embcomp.search.trials.trial_queue import SigningSampler, TrialQueue
 from embcomp.search.trials.worker import TrialRunner, Worker
 
+pytestmark = pytest.mark.slow
+
 SPACE = {"x": IntDistribution(0, 1000)}
 DEAD = f"{os.uname().nodename}:999999:1"
 ROOT = Path(__file__).resolve().parents[2]

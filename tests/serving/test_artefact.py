@@ -23,6 +23,8 @@ from embcomp.testing.cases import embed_ids, pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
 
+pytestmark = pytest.mark.slow
+
 AWKWARD = (10, 6, 3)
 
 

@@ -27,6 +27,8 @@ from tests.helpers.artefact_damage import DAMAGES
 from tests.helpers.backends_under_test import CASES
 from tests.helpers.training_cases import toy_config, write_dataset
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("full", "hash", "low_dim_kept", "unified_projected", "coded", "qr_mult")
 SEEDS = range(6)
 

@@ -28,7 +28,7 @@ from embcomp.training.steps import Updates
 from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.training_cases import train_on_ranks, whole, write_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
 

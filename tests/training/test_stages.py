@@ -34,7 +34,7 @@ from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import train_on_ranks, write_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 
 
 @pytest.fixture(scope="module")
