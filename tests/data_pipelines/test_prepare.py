@@ -112,6 +112,7 @@ def test_row_groups_have_the_asked_size_and_the_columns_their_types(tmp_path, sm
     assert [str(t) for t in file.schema_arrow.types] == ["float"] * 14 + ["int32"] * 26
 
 
+@pytest.mark.slow
 def test_neither_memory_nor_source_files_change_a_byte(tmp_path, small_blocks):
     rows = criteo_rows(600, values=300)
     (tmp_path / "a.txt").write_bytes(criteo_bytes(rows))
@@ -129,6 +130,7 @@ def test_neither_memory_nor_source_files_change_a_byte(tmp_path, small_blocks):
     assert outs[0] == outs[1] == outs[2]
 
 
+@pytest.mark.slow
 def test_the_spilling_paths_give_the_same_bytes(tmp_path, small_blocks, monkeypatch):
     rows = criteo_rows(400, values=300)
     rows = [[*row[:14], f"only{i}", *row[15:]] for i, row in enumerate(rows)]

@@ -540,6 +540,7 @@ PAIRS = "".join(f"{i % 2} u:{i} m:{i + 9}\n" for i in range(6))
 JUNK = [*'\n\r",\t: \0\ufeff\x85#|', "nan", "1e999", "qid:1", "9" * 25, "True", "0.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "content"), [("r.csv", CSV), ("r.ffm", FFM), ("r.fm", PAIRS)])
 def test_every_line_of_a_spoilt_log_is_read_or_named(tmp_path, name, content):
     bags = [{"name": "b", "separator": "|"}, "u"]
@@ -558,6 +559,7 @@ def test_every_line_of_a_spoilt_log_is_read_or_named(tmp_path, name, content):
             assert found == counted, bytes(spoilt)
 
 
+@pytest.mark.slow
 def test_a_spoilt_parquet_file_is_read_or_named(tmp_path, capfd):
     columns = {
         "y": [i % 2 for i in range(50)],

@@ -108,6 +108,7 @@ def larger(config, tables, size):
     return [config.with_size(ratio=ratio) for ratio in ratios]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(METHODS, TABLES, st.integers(1, 1000))
 def test_the_largest_that_fits_is_found(method, tables, thousandths):
