@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,10 +59,19 @@ def _renamed(path: Path, *, durable: bool) -> Iterator[Path]:
         os.close(handle)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left anywhere in a folder, and nothing of writers that live."""
+    _remove_dead(folder.rglob(".*.tmp"), r".*")
+
+
 def _remove_leftovers(path: Path) -> None:
+    _remove_dead(path.parent.iterdir(), re.escape(path.name))
+
+
+def _remove_dead(entries: Iterable[Path], name: str) -> None:
     """On a file system without locks nothing is removed."""
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp")
-    for entry in path.parent.iterdir():
+    leftover = re.compile(rf"\.{name}\.[0-9a-f]{{32}}\.tmp")
+    for entry in entries:
         if leftover.fullmatch(entry.name) is None:
             continue
         try:

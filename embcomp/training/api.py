@@ -11,6 +11,7 @@ import torch.distributed as dist
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import check_vocabularies
 from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.io.atomic_files import remove_leftovers
 from embcomp.training.build import check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
 from embcomp.training.data import (
@@ -94,6 +95,7 @@ def _open_folder(folder: RunFolder, config: TrainConfig, process: Process) -> No
         if is_new:
             folder.create(config)
         else:
+            remove_leftovers(folder.path)
             folder.follow(config)
     dist.barrier()
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from embcomp.io.atomic_files import atomic_path, write_atomically
+from embcomp.io.atomic_files import atomic_path, remove_leftovers, write_atomically
 from embcomp.io.folder_lock import folder_lock
 
 WRITER = """
@@ -124,3 +124,16 @@ def test_who_waits_for_a_lock_gets_it_when_its_holder_ends(tmp_path):
         assert waiter.communicate("", timeout=60)[0] == "held\n"
     finally:
         waiter.kill()
+
+
+def test_what_killed_writers_left_in_a_folder_goes_and_a_living_one_stays(tmp_path):
+    (tmp_path / "deep").mkdir()
+    left = tmp_path / "deep" / f".a.json.{'0' * 32}.tmp"
+    left.write_text("half")
+    other = tmp_path / "deep" / ".mine.tmp"
+    other.write_text("a user's")
+    with atomic_path(tmp_path / "deep" / "b.json") as living:
+        living.write_text("whole")
+        remove_leftovers(tmp_path)
+        assert living.exists() and not left.exists() and other.exists()
+    assert (tmp_path / "deep" / "b.json").read_text() == "whole"
