@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from embcomp.data_pipelines.preparing.workspace import mib, parse_bytes
+from embcomp.data_pipelines.preparing.workspace import mib
+from embcomp.tables.budget import parse_budget
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
             )
         rows, ids, wall, cpu, peak = result
         size = source.stat().st_size
-    limit = parse_bytes(args.max_memory)
+    limit = parse_budget(args.max_memory, name="--max-memory")
     print(f"input        {rows:,} rows, {mib(size)}, {size / limit:.1f} times the memory limit")
     print(f"ids          {ids:,}")
     print(f"wall time    {wall:.1f} s, {rows / wall:,.0f} rows/s")

@@ -27,10 +27,11 @@ from embcomp.data_pipelines.preparing.features import choose_features
 from embcomp.data_pipelines.preparing.passes import PreparePasses
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
-from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib, parse_bytes
+from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, TimeSplit, parse_split
 from embcomp.errors import DataError
+from embcomp.io.byte_sizes import parse_bytes
 
 BLOCKS_PER_PART = 128
 # What two blocks of 4 MiB on their way, the row groups in writing and the allocators were seen to
@@ -126,7 +127,7 @@ def prepare(
         rule=rule,
         name=name or output.resolve().name,
         group=group,
-        memory_budget=_memory_budget(parse_bytes(max_memory)),
+        memory_budget=_memory_budget(max_memory),
         max_bad_rows=max_bad_rows,
         progress=progress,
         report=report or (lambda line: None),
@@ -178,13 +179,18 @@ def _frugal_arrow() -> Iterator[None]:
         pa.set_memory_pool(before)
 
 
-def _memory_budget(max_memory: int) -> int:
+def _memory_budget(max_memory: int | str) -> int:
     """Return what counts, vocabularies and indices may take beside the blocks."""
+    limit = parse_bytes(str(max_memory))
+    if limit is None:
+        raise DataError(
+            f"max_memory: {max_memory!r} is not a size; write for example 4GiB or 512MiB"
+        )
     held = psutil.Process().memory_info().rss
-    memory_budget = max_memory - held - _BLOCK_MEMORY
+    memory_budget = limit - held - _BLOCK_MEMORY
     if memory_budget < _LEAST_MEMORY:
         raise DataError(
-            f"max_memory is {mib(max_memory)}, but this process already holds {mib(held)} and a "
+            f"max_memory is {mib(limit)}, but this process already holds {mib(held)} and a "
             f"block takes {mib(_BLOCK_MEMORY)}; give at least "
             f"{mib(held + _BLOCK_MEMORY + _LEAST_MEMORY)}"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,19 +15,7 @@ from embcomp.data_pipelines.schema import FILE_NAME
 from embcomp.errors import DataError
 from embcomp.io.folder_lock import folder_lock
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def parse_bytes(size: int | str) -> int:
-    """Return a number of bytes from a number or a text such as "4GiB", "512MiB" or "2GB"."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", size.lower())
-    if match is None:
-        raise DataError(f"{size!r} is not a size; write for example 4GiB or 512MiB")
-    return int(float(match.group(1)) * (_UNITS | _BINARY_UNITS)[match.group(2) or ""])
 
 
 class Workspace:

@@ -8,21 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 from embcomp.errors import ConfigError
+from embcomp.io.byte_sizes import parse_bytes
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 _MOST = 2**60  # an exbibyte
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -46,8 +34,8 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
     """Read a budget.
 
     Args:
-        budget: a number of bytes, `"64MiB"` (also B, KB, MB, GB, TB, KiB, GiB, TiB), or a share
-            of what the full tables take, `"10%"`.
+        budget: a number of bytes, `"64MiB"` (`embcomp.io.byte_sizes`), or a share of what
+            the full tables take, `"10%"`.
         full_bytes: bytes of the full tables, needed to resolve a share.
         name: what an error calls it.
 
@@ -73,11 +61,8 @@ def parse_budget(budget: str | int, *, full_bytes: int | None = None, name: str 
         if part > 1:
             raise ConfigError(f"{name}: a share is one of the whole, at most 100%; got {budget!r}")
         return 0 if full_bytes is None else int(part * full_bytes)
-    size = _BYTES.fullmatch(budget)
-    if not size or size[2].upper() not in _UNITS:
-        raise ConfigError(f"{wanted}; got {budget!r}")
-    value = int(Fraction(size[1]) * _UNITS[size[2].upper()])
-    if value < 1:
+    value = parse_bytes(budget)
+    if value is None or value < 1:
         raise ConfigError(f"{wanted}; got {budget!r}")
     return _possible(value, name)
 

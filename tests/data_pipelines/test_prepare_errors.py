@@ -204,13 +204,6 @@ def test_too_small_a_memory_is_refused_with_the_least_that_works(tmp_path):
         prepare(tmp_path / "train.txt", tmp_path / "out", importer="criteo", max_memory="lots")
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [("4GiB", 4 << 30), ("512 mib", 512 << 20), ("2GB", 2 * 10**9), (7, 7)]
-)
-def test_sizes_are_read_in_the_usual_units(size, expected):
-    assert workspace.parse_bytes(size) == expected
-
-
 def test_an_existing_dataset_is_replaced_only_on_demand_and_only_when_whole(tmp_path):
     write_criteo(tmp_path / "train.txt", 100)
     write_criteo(tmp_path / "other.txt", 60, seed=5)
