@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embcomp.data_pipelines.schema import BayesMetrics
 from embcomp.data_pipelines.splits import ChronologicalSplit, SplitRule
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 from embcomp.io.atomic_files import write_atomically
 
 FORMAT_VERSION = 1
@@ -55,7 +55,9 @@ class Truth(BaseModel):
         except FileNotFoundError:
             raise DataError(f"{path} is missing; generate the log again") from None
         except (UnicodeDecodeError, ValidationError) as error:
-            raise DataError(f"{path} does not say what a truth file says: {error}") from None
+            raise DataError(
+                f"{path} does not say what a truth file says: {one_line(error)}"
+            ) from None
 
 
 class BayesMeter:

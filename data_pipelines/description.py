@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 from embcomp.io.inner_paths import inner_path
 
 DATASET_FILE = "dataset.json"
@@ -47,7 +47,9 @@ def read_description(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); prepare the dataset again") from None
+        raise DataError(
+            f"{path} is not JSON ({one_line(error)}); prepare the dataset again"
+        ) from None
 
 
 def is_file(path: Path) -> bool:

@@ -14,7 +14,7 @@ from embcomp.data_pipelines.schema import (
     CategoricalFeature,
     DatasetInfo,
 )
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 
 def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
@@ -37,7 +37,7 @@ def _counts_of(info: DatasetInfo, feature: CategoricalFeature) -> NDArray[np.int
         table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
     except UNREADABLE as error:
         raise DataError(
-            f"{path} is not a readable vocabulary ({error}); prepare the dataset again"
+            f"{path} is not a readable vocabulary ({one_line(error)}); prepare the dataset again"
         ) from None
     ids = table["id"].to_numpy()
     if len(ids) and not FIRST_ID <= ids.min() <= ids.max() < feature.num_embeddings:

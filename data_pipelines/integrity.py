@@ -21,7 +21,7 @@ from embcomp.data_pipelines.schema import (
     DatasetInfo,
     FileRecord,
 )
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 from embcomp.io.digests import footer_sha256, sha256_of_file
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
@@ -109,7 +109,7 @@ def check_vocabularies(info: DatasetInfo) -> None:
         try:
             values = pq.read_metadata(path).num_rows
         except UNREADABLE as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
         if values + FIRST_ID != feature.num_embeddings:
             raise DataError(
                 f"{path} has {values} values, but {feature.name} has {feature.num_embeddings} "
@@ -157,7 +157,7 @@ def _positives(info: DatasetInfo, path: Path) -> int:
                 table = file.read_row_group(group, columns=[info.label], use_threads=False)
                 positives += int(np.count_nonzero(table.column(info.label).to_numpy() == 1))
     except (KeyError, *UNREADABLE) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     return positives
 
 

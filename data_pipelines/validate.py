@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from embcomp.data_pipelines.integrity import UNREADABLE, check_quickly, damage, damaged_files
 from embcomp.data_pipelines.schema import FILE_NAME, FIRST_ID, CategoricalFeature, DatasetInfo
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 
 def validate_dataset(folder: str | Path) -> DatasetInfo:
@@ -85,7 +85,7 @@ def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float]:
         for group in range(file.num_row_groups):
             positives += _check_group(info, path, file.read_row_group(group))
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     return file.metadata.num_rows, positives
 
 
@@ -129,7 +129,7 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
     try:
         table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()
     if len(ids) + FIRST_ID != feature.num_embeddings:
         raise DataError(

@@ -29,3 +29,12 @@ class ArtefactError(EmbcompError):
 
 class ParityError(EmbcompError):
     """An artefact that does not answer as the trained model does."""
+
+
+_LONGEST_REASON = 300
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, in one line of bounded length, to be quoted in one of ours."""
+    text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."

@@ -14,7 +14,7 @@ from typing import IO
 
 import pyarrow as pa
 
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Endings of names that say how a file is compressed, not what it holds."""
@@ -65,16 +65,20 @@ def unpacking(path: Path, kind: str | None) -> Iterator[None]:
             f"download it again"
         ) from None
     except (zlib.error, gzip.BadGzipFile, lzma.LZMAError, pa.ArrowException) as error:
-        raise DataError(f"{path} is a damaged {kind} file ({error}); fetch it again") from None
+        raise DataError(
+            f"{path} is a damaged {kind} file ({one_line(error)}); fetch it again"
+        ) from None
     except OSError as error:
         # bz2 and Arrow say that a stream is damaged by an OSError without a number.
         if kind is None or error.errno is not None:
             raise
         if "truncated" in str(error).lower():
             raise DataError(
-                f"{path} is a truncated {kind} file ({error}); copy or download it again"
+                f"{path} is a truncated {kind} file ({one_line(error)}); copy or download it again"
             ) from None
-        raise DataError(f"{path} is a damaged {kind} file ({error}); fetch it again") from None
+        raise DataError(
+            f"{path} is a damaged {kind} file ({one_line(error)}); fetch it again"
+        ) from None
 
 
 @contextmanager

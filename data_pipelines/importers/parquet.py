@@ -15,7 +15,7 @@ from typing_extensions import override
 from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
 from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.importers.text import file_sha256
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 BLOCK_ROWS = 65_536
 
@@ -165,7 +165,7 @@ def _damage(path: Path, place: str) -> Iterator[None]:
     ) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is damaged {place}: {error}") from None
+        raise DataError(f"{path} is damaged {place}: {one_line(error)}") from None
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -173,4 +173,6 @@ def _open(path: Path) -> pq.ParquetFile:
         with reading(path):
             return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file, or a truncated one: {error}") from None
+        raise DataError(
+            f"{path} is not a Parquet file, or a truncated one: {one_line(error)}"
+        ) from None

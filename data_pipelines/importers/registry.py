@@ -16,7 +16,7 @@ from embcomp.data_pipelines.importers.libfm import Form, LibFMImporter
 from embcomp.data_pipelines.importers.movielens import MovieLensImporter
 from embcomp.data_pipelines.importers.table import TableImporter
 from embcomp.data_pipelines.schema import RawFormat
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 IMPORTERS: dict[str, type[Importer]] = {
     "criteo": CriteoImporter,
@@ -83,5 +83,5 @@ def importer_of(described: RawFormat, place: str) -> Importer | None:
         return IMPORTERS[described.importer].with_options(described.options)
     except (ValidationError, KeyError, TypeError) as error:
         raise DataError(
-            f"{place}: raw_format does not describe {described.importer!r} rows: {error}"
+            f"{place}: raw_format does not describe {described.importer!r} rows: {one_line(error)}"
         ) from None

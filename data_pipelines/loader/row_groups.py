@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embcomp.data_pipelines.integrity import UNREADABLE
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo
-from embcomp.errors import DataError
+from embcomp.errors import DataError, one_line
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class RowGroups:
                     table = table.slice(location.skipped, location.rows)
         except UNREADABLE as error:
             raise DataError(
-                f"cannot read row group {location.index} of {location.file} ({error}); the file is "
+                f"cannot read row group {location.index} of {location.file} ({one_line(error)}); the file is "
                 f"damaged: copy it or prepare the dataset again"
             ) from None
         columns = {name: _one_chunk(table[name], location, name) for name in self._columns}
@@ -191,7 +191,7 @@ def _read_footer(file: Path) -> Any:
         raise DataError(f"{file} is missing; copy the whole folder or prepare it again") from None
     except UNREADABLE as error:
         raise DataError(
-            f"{file} is not a complete Parquet file ({error}); copy it or prepare the dataset again"
+            f"{file} is not a complete Parquet file ({one_line(error)}); copy it or prepare the dataset again"
         ) from None
 
 

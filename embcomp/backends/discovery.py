@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from embcomp.backends.base import BackendConfig
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, one_line
 
 ENTRY_POINTS = "embcomp.backends"
 
@@ -122,7 +122,7 @@ def _load(entry: EntryPoint) -> type[BackendConfig]:
         package = f"package {entry.dist.name!r}" if entry.dist else "an installed package"
         raise ConfigError(
             f"{package} announces the method {entry.name!r} as {entry.value!r}, which cannot be "
-            f"loaded: {type(error).__name__}: {error}. Mend or uninstall it"
+            f"loaded: {type(error).__name__}: {one_line(error)}. Mend or uninstall it"
         ) from error
     return method
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, one_line
 from embcomp.io.constraints import Constrained, broken_rule, choices_of
 from embcomp.io.numeric_settings import hints_of, why_no_number
 from embcomp.io.yaml_documents import MOST_LEVELS, UnreadableYamlError, parse_yaml
@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {one_line(error)}") from None
     try:
         document = parse_yaml(text)
     except UnreadableYamlError as error:
@@ -48,6 +48,9 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
             where, valid = ".".join(path[:-1]), _valid_keys(model, item["loc"][:-1])
             hint = did_you_mean(path[-1], valid)
             text = f"unknown key {path[-1]!r}{hint}; the keys are {listed(valid)}"
+        elif item["type"] == "missing" and isinstance(item["loc"][-1], int):
+            count, got = item["loc"][-1], _shown(item["input"])
+            where, text = ".".join(path[:-1]), f"expected more than {count} values, got {got}"
         elif item["type"] == "missing":
             where, text = ".".join(path[:-1]), f"the key {path[-1]!r} is missing"
         elif item["type"] in ("embcomp", "value_error"):

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document, plan_to_document
-from embcomp.errors import ArtefactError, EmbcompError
+from embcomp.errors import ArtefactError, EmbcompError, one_line
 from embcomp.io.inner_paths import InnerPath
 from embcomp.tables.row_types import RowType
 from embcomp.tables.specs import TableSpec, specs_from_configs
@@ -216,7 +216,9 @@ class ArtefactConfig(_Strict):
         except OSError as error:
             raise ArtefactError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise ArtefactError(f"{path} is not JSON ({error}); export the run again") from None
+            raise ArtefactError(
+                f"{path} is not JSON ({one_line(error)}); export the run again"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArtefactError(f"{path} does not describe an artefact of embcomp")
         version = content.get("format_version")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
-from embcomp.errors import ArtefactError
+from embcomp.errors import ArtefactError, one_line
 from embcomp.io.unfinished import remove_unfinished, unfinished_folder
 from embcomp.serving.artefact_config import TENSORS_FILE, DatasetRecord
 from embcomp.tables.budget import format_bytes
@@ -55,7 +55,7 @@ def _named_failures(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, pl.exceptions.ComputeError) as error:
         said = error.strerror if isinstance(error, OSError) else None
-        reason = said or str(error).splitlines()[0]
+        reason = said or one_line(error)
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise ArtefactError(
             f"{path} could not be written: {reason}; its disk has {format_bytes(free)} free. "
@@ -98,7 +98,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except (SafetensorError, ValueError, OSError) as error:
-        raise ArtefactError(f"{file} is damaged ({error}); export the run again") from None
+        raise ArtefactError(
+            f"{file} is damaged ({one_line(error)}); export the run again"
+        ) from None
 
 
 def fingerprint(info: DatasetInfo) -> str:

@@ -38,7 +38,7 @@ from embcomp.data_pipelines.preparing.row_encoder import (
     index_rows,
 )
 from embcomp.data_pipelines.schema import FILE_NAME, CategoricalFeature, DatasetInfo
-from embcomp.errors import ArtefactError, DataError
+from embcomp.errors import ArtefactError, DataError, one_line
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.artefact_integrity import check_file
 
@@ -313,7 +313,9 @@ def _series(name: str, columns: Mapping[str, Sequence[Any]]) -> pl.Series:
     try:
         return pl.Series(name, columns[name])
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"feature {name!r}: its values are not of one type: {error}") from None
+        raise DataError(
+            f"feature {name!r}: its values are not of one type: {one_line(error)}"
+        ) from None
 
 
 def _is_missing(given: pl.Series) -> pl.Series:

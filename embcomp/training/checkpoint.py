@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embcomp.errors import CheckpointError
+from embcomp.errors import CheckpointError, one_line
 from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.distributed.process import Process
@@ -133,7 +133,7 @@ def load_checkpoint(
         try:
             restore_random_state(mine)
         except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            first = str(error).splitlines()[0]
+            first = one_line(error)
             raise CheckpointError(
                 f"{folder} could not be read: {random_file(process.rank)} holds no random state "
                 f"({first}). {_way_back(folder)}"
@@ -194,7 +194,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: {error}. {way_out}"
+            f"{folder} is not a complete checkpoint: {one_line(error)}. {way_out}"
         ) from None
     version = content.pop("format_version", 1)
     if version != _FORMAT_VERSION:
@@ -293,7 +293,7 @@ def _read_metadata(folder: Path) -> Metadata:
         return CheckpointReader(folder).read_metadata()
     except (OSError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{folder} is not a readable checkpoint: {error}. {_way_back(folder)}"
+            f"{folder} is not a readable checkpoint: {one_line(error)}. {_way_back(folder)}"
         ) from None
 
 

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import EmbcompError
+from embcomp.errors import EmbcompError, one_line
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
 from embcomp.search.attempts import KIND, latest_attempts, number_of
@@ -220,7 +220,9 @@ class SearchResult:
                 f"{folder} has no {RESULT_FILE}: the search has not finished; start it again"
             ) from None
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise EmbcompError(f"{path} is not a result of this version: {error}") from None
+            raise EmbcompError(
+                f"{path} is not a result of this version: {one_line(error)}"
+            ) from None
 
     def summary(self) -> list[tuple[str, ...]]:
         """The chosen points as cells: name, bytes, metric in the search, metric in full."""

@@ -25,7 +25,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from embcomp.errors import EmbcompError
+from embcomp.errors import EmbcompError, one_line
 
 POSTGRES = "pip install 'embcomp[postgres]'"
 LOCK_WAIT = 0.7  # seconds that a lock may be held before it is named
@@ -53,12 +53,12 @@ def open_database(url: str) -> BaseStorage:
     except ImportError as error:
         hint = f"; {POSTGRES}" if address.get_backend_name() == "postgresql" else ""
         raise StorageError(
-            f"storage {without_password(url)}: its driver is not installed: {error}{hint}"
+            f"storage {without_password(url)}: its driver is not installed: {one_line(error)}{hint}"
         ) from None
     except RuntimeError as error:
         if "table schema" not in str(error):
             raise
-        raise StorageError(f"storage {without_password(url)}: {error}") from None
+        raise StorageError(f"storage {without_password(url)}: {one_line(error)}") from None
 
 
 def with_driver(address: URL) -> URL:

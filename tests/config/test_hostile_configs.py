@@ -137,6 +137,7 @@ NONSENSE = (
     ("model.attention_dim=100000000", "attention_dim"),
     ("model.dnn_hidden_units=[100000000]", "dnn_hidden_units"),
     ("train.dense_optimizer.betas=[5, -3]", "train.dense_optimizer.betas"),
+    ("train.dense_optimizer.betas=[0.9]", "betas: expected more than 1 values, got [0.9]"),
     ("train.dense_optimizer.betas=[0.9, 1.0]", "train.dense_optimizer.betas"),
     ("train.row_optimizer={name: adam, mode: dense, betas: [1.0, 0.9]}", "train.row_optimizer"),
     ("train.dense_optimizer={name: sgd, momentum: 50}", "train.dense_optimizer.momentum"),

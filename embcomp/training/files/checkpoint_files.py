@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from embcomp.errors import CheckpointError
+from embcomp.errors import CheckpointError, one_line
 from embcomp.io.tensor_checksums import file_checksums
 from embcomp.training.distributed.process import Process
 
@@ -117,7 +117,7 @@ def read_checksums(folder: Path, way_out: str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder} could not be read: {CHECKSUMS_FILE} is damaged ({error}). {way_out}"
+            f"{folder} could not be read: {CHECKSUMS_FILE} is damaged ({one_line(error)}). {way_out}"
         ) from None
     if stated != _digest(content):
         raise CheckpointError(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embcomp.errors import CheckpointError
+from embcomp.errors import CheckpointError, one_line
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.tensor_checksums import file_checksums
 
@@ -92,7 +92,7 @@ def _listed(folder: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); copy it again, or remove it to go on unchecked"
+            f"{path} is damaged ({one_line(error)}); copy it again, or remove it to go on unchecked"
         ) from None
     return files
 
@@ -133,5 +133,5 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); remove it, and the search begins again"
+            f"{path} is damaged ({one_line(error)}); remove it, and the search begins again"
         ) from None

@@ -12,7 +12,7 @@ from typing import Any
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import EmbcompError
+from embcomp.errors import EmbcompError, one_line
 from embcomp.io.json_values import without_nan
 from embcomp.training.build import UnshardedModel
 from embcomp.training.distributed.process import Process
@@ -153,7 +153,9 @@ class Report:
                 f"{folder} has no {REPORT_FILE}: the run has not finished; start it again to go on"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise EmbcompError(f"{path} is not a report of this version: {error}") from None
+            raise EmbcompError(
+                f"{path} is not a report of this version: {one_line(error)}"
+            ) from None
 
 
 def as_record(evaluation: Evaluation) -> dict[str, Any]:

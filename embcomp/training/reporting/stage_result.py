@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embcomp.backends.stages import Stage
-from embcomp.errors import CheckpointError
+from embcomp.errors import CheckpointError, one_line
 from embcomp.io.json_values import without_nan
 from embcomp.training.files.run_checksums import read_checked, write_checked
 from embcomp.training.loop_state import LoopState
@@ -74,4 +74,4 @@ def read_stage_result(place: StageFolder) -> tuple[StageResult, dict[str, int]]:
         sizes = content.pop("log_sizes")
         return StageResult(**content), sizes
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{place.path} is not a finished stage: {error}") from None
+        raise CheckpointError(f"{place.path} is not a finished stage: {one_line(error)}") from None

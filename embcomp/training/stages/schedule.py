@@ -13,7 +13,7 @@ from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import CheckpointError, ConfigError, EmbcompError
+from embcomp.errors import CheckpointError, ConfigError, EmbcompError, one_line
 from embcomp.io.yaml_reading import listed
 from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of
 from embcomp.tables.specs import TableSpec
@@ -178,7 +178,7 @@ def _forms(folder: StageFolder) -> list[dict[str, Any]]:
         if isinstance(error, EmbcompError):
             raise
         raise CheckpointError(
-            f"{folder.forms} cannot be read ({error}); remove {folder.path}, and the run begins "
+            f"{folder.forms} cannot be read ({one_line(error)}); remove {folder.path}, and the run begins "
             "that stage again"
         ) from None
 
