@@ -51,6 +51,7 @@ def prepare(
     min_count: int | Mapping[str, int] | None = None,
     numeric: str | Mapping[str, str] | None = None,
     group: str | None = None,
+    weight: str | None = None,
     max_memory: int | str = "4GiB",
     max_bad_rows: float = 1e-4,
     overwrite: bool = False,
@@ -79,6 +80,7 @@ def prepare(
             feature. By default the importer's.
         numeric: a transform for all numeric columns, or one by column. By default the importer's.
         group: the categorical feature that GAUC groups by; by default the importer's.
+        weight: the raw column of the rows' weights; by default the schema's.
         max_memory: bytes that the process may take in all, as a number or such as "4GiB".
         max_bad_rows: the share of malformed rows above which the call fails.
         progress: show bars on stderr.
@@ -88,6 +90,8 @@ def prepare(
         DataError: anything that is wrong with the input, the choices or the disk.
     """
     reader = make_importer(importer, schema) if isinstance(importer, str) else importer
+    if weight is not None:
+        reader = reader.weighted_by(weight)
     files = raw_files(source, reader)
     if split is None:
         split = FileSplit() if files[0].split is not None else reader.default_split

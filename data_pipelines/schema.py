@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -42,6 +44,13 @@ NumericTransform = Literal["none", "log1p", "standard_log", "min_max"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    unsaid: ClassVar[tuple[str, ...]] = ()
+    """Fields that are not written where they are None, so that older descriptions keep their digests."""
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return {k: v for k, v in content.items() if v is not None or k not in self.unsaid}
 
 
 class NumericFeature(_Strict):
@@ -113,12 +122,16 @@ class CategoricalFeature(_Strict):
 class SplitInfo(_Strict):
     """The Parquet files of one split, relative to the folder and in row order, and their counts.
 
-    `unseen_rate` is, by feature, the share of its values that got id 1.
+    `unseen_rate` is, by feature, the share of its values that got id 1. `weight` is the sum of the
+    rows' weights; None in a dataset without weights.
     """
+
+    unsaid = ("weight",)
 
     files: list[FilePath]
     rows: int = Field(ge=0)
     positives: int = Field(ge=0)
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     unseen_rate: dict[str, float] = Field(default_factory=dict)
 
     @property
@@ -182,11 +195,15 @@ class DatasetInfo(_Strict):
     Of the `raw_rows` that were read, `bad_rows` were malformed and `dropped_rows` left out by the
     label rule. `checksums` has a record for each file, `digest` is the SHA-256 of all of this but
     `sources`; datasets that were prepared before there were any have neither, nor a `raw_format`.
+    `weight` is the column of the rows' weights, if they have any.
     """
+
+    unsaid = ("weight",)
 
     format_version: int = FORMAT_VERSION
     name: str
     label: str = "label"
+    weight: str | None = None
     group: str | None = None
     numeric: list[NumericFeature] = Field(default_factory=list)
     categorical: list[CategoricalFeature] = Field(default_factory=list)
@@ -206,7 +223,7 @@ class DatasetInfo(_Strict):
 
     @model_validator(mode="after")
     def _names_agree(self) -> DatasetInfo:
-        names = [self.label, *self.feature_names]
+        names = self.column_names
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"column names used twice: {double}")
@@ -214,6 +231,15 @@ class DatasetInfo(_Strict):
             raise ValueError(
                 f"group {self.group!r} is not a categorical feature; there are "
                 f"{self.categorical_names}"
+            )
+        weighted = self.weight is not None
+        odd = [name for name, each in self.splits.items() if (each.weight is not None) != weighted]
+        if odd:
+            raise ValueError(
+                f"the rows have weights in the column {self.weight!r}, but split {odd[0]!r} states "
+                f"no sum of them"
+                if weighted
+                else f"split {odd[0]!r} states a sum of weights, but no column of them is named"
             )
         return self
 
@@ -240,6 +266,12 @@ class DatasetInfo(_Strict):
     def feature_names(self) -> list[str]:
         """Names of all features, numeric ones first."""
         return self.numeric_names + self.categorical_names
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of all columns of the Parquet files, in their order."""
+        weight = [] if self.weight is None else [self.weight]
+        return [self.label, *weight, *self.feature_names]
 
     def split(self, name: str) -> SplitInfo:
         """Return one split, or raise a DataError that names those there are."""

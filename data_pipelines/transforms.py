@@ -9,6 +9,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.schema import NumericFeature
+from embcomp.io.reproducible_sums import pairwise_sum, to_digits
 
 BUCKET = "bucket"
 TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
@@ -17,8 +18,6 @@ TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LOWEST = -(2.0**62)
-_DIGITS = 12
-"""Significant digits of stored figures: sums may differ behind them from one library to the next."""
 
 
 class NumericStats(BaseModel):
@@ -44,8 +43,8 @@ class NumericStats(BaseModel):
         x = numbers.to_numpy()
         logs = numbers.clip(lower_bound=0.0).log1p().to_numpy()
         self.count += len(x)
-        self.log_sum += _sum(logs)
-        self.log_squares += _sum(logs * logs)
+        self.log_sum += pairwise_sum(logs)
+        self.log_squares += pairwise_sum(logs * logs)
         self.min = min(self.min, float(x.min()))
         self.max = max(self.max, float(x.max()))
 
@@ -65,24 +64,12 @@ class NumericStats(BaseModel):
             spread = self.log_squares / self.count - mean * mean if self.count else 0.0
             # A constant column becomes 0 instead of a division by zero.
             std = math.sqrt(spread) if spread > 1e-12 else 1.0
-            feature |= {"mean": _rounded(mean), "std": _rounded(std)}
+            feature |= {"mean": to_digits(mean), "std": to_digits(std)}
         elif transform == "min_max":
             low, high = (self.min, self.max) if self.count else (0.0, 1.0)
             above = max(low + 1.0, math.nextafter(low, math.inf))
             feature |= {"min": low, "max": high if high > low else above}
         return NumericFeature.model_validate(feature)
-
-
-def _sum(values: np.ndarray) -> float:
-    """Add pairs until one number is left: the same bits from any library, on any number of threads."""
-    while len(values) > 1:
-        half = len(values) // 2
-        values = np.append(values[:half] + values[half : 2 * half], values[2 * half :])
-    return float(values[0])
-
-
-def _rounded(figure: float) -> float:
-    return float(f"{figure:.{_DIGITS}g}")
 
 
 def numeric_expression(feature: NumericFeature) -> pl.Expr:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embcomp.data_pipelines.integrity import UNREADABLE, check_quickly, damage, damaged_files
+from embcomp.data_pipelines.sample_weights import are_equal, sum_of
 from embcomp.data_pipelines.schema import FILE_NAME, FIRST_ID, CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError, one_line
 
@@ -57,11 +58,17 @@ def _check_contents(info: DatasetInfo) -> None:
         _check_vocabulary(info.folder, feature)
     for name, split in info.splits.items():
         rows = 0
-        positives = 0.0
+        positives = weight = 0.0
         for file in split.files:
-            found, positive = _check_file(info, info.folder / file)
+            found, positive, weighs = _check_file(info, info.folder / file)
             rows += found
             positives += positive
+            weight += weighs
+        if info.weight is not None and not are_equal(split.weight, weight):
+            raise DataError(
+                f"{info.folder}: the weights of split {name} are stated to sum to {split.weight}, "
+                f"those of its files sum to {weight:.12g}; prepare the dataset again"
+            )
         for what, stated, counted in (
             ("rows", split.rows, rows),
             ("positives", split.positives, positives),
@@ -73,24 +80,37 @@ def _check_contents(info: DatasetInfo) -> None:
                 )
 
 
-def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float]:
+def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float, float]:
+    """Return the rows, the sum of labels and that of weights."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        if file.schema_arrow.names != [info.label, *info.feature_names]:
+        if file.schema_arrow.names != info.column_names:
             raise DataError(
                 f"{path} has columns {file.schema_arrow.names}, dataset.json wants "
-                f"{[info.label, *info.feature_names]}"
+                f"{info.column_names}"
             )
-        positives = 0.0
+        positives = weight = 0.0
         for group in range(file.num_row_groups):
-            positives += _check_group(info, path, file.read_row_group(group))
+            table = file.read_row_group(group)
+            positives += _check_group(info, path, table)
+            weight += _weight_of(info, path, table)
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
-    return file.metadata.num_rows, positives
+    return file.metadata.num_rows, positives, weight
+
+
+def _weight_of(info: DatasetInfo, path: Path, table: pa.Table) -> float:
+    if info.weight is None:
+        return 0.0
+    weights = table.column(info.weight).to_numpy()
+    if (weights < 0).any():
+        raise DataError(f"{path}: column {info.weight} holds weights below 0")
+    return sum_of(weights)
 
 
 def _check_group(info: DatasetInfo, path: Path, table: pa.Table) -> float:
-    for name in (info.label, *info.numeric_names):
+    weight = () if info.weight is None else (info.weight,)
+    for name in (info.label, *weight, *info.numeric_names):
         column = table.column(name)
         if column.type != pa.float32():
             raise DataError(f"{path}: column {name} is {column.type}, expected float")

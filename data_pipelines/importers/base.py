@@ -4,6 +4,7 @@ An importer is a small frozen object that knows one raw format. `open` gives a `
 cuts the files into blocks of a few megabytes and turns each block into a frame:
 
 - `label`: Float32, 0 or 1;
+- `WEIGHT`: Float32, finite and not negative, where rows have weights;
 - one Float64 column per numeric feature, null where the value is missing;
 - one String column per categorical feature, null where missing, or List(String) when it is
   multi-valued, empty where missing.
@@ -25,6 +26,7 @@ import polars as pl
 from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.compressed import reading
+from embcomp.data_pipelines.sample_weights import EXPECTED, are_weights
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.errors import DataError
 
@@ -34,6 +36,8 @@ DROP = "__drop__"
 """A Boolean column by which `RawTable.shape` marks rows that the label rule leaves out."""
 TIME = "__time__"
 """A Float64 column of a layout with a `time`: larger is later, and null is malformed."""
+WEIGHT = "__weight__"
+"""A Float64 column of a layout with a `weight`, which `RawTable.finish` checks and makes Float32."""
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -58,13 +62,15 @@ class CategoricalColumn:
 class Layout:
     """The features of a raw table, in the order that the dataset will have.
 
-    `group` is the feature that GAUC groups by, `time` the raw column that a split may go by.
+    `group` is the feature that GAUC groups by, `time` the raw column that a split may go by, `weight`
+    the raw column of the rows' weights.
     """
 
     numeric: tuple[NumericColumn, ...] = ()
     categorical: tuple[CategoricalColumn, ...] = ()
     group: str | None = None
     time: str | None = None
+    weight: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -152,6 +158,7 @@ class RawTable(ABC):
         to_score: rows are read to be scored: whatever their label is, they are kept, with a null
             where it is none. Digests of the files are not taken.
         has_labels: whether some file has labels; can be False only of a table that is `to_score`.
+        has_weights: whether some file has weights of its rows.
         row_limit: how many rows are wanted in all; the index of a text need not go further.
     """
 
@@ -159,6 +166,7 @@ class RawTable(ABC):
     layout: Layout
     to_score: bool = False
     has_labels: bool = True
+    has_weights: bool = False
     row_limit: int | None = None
 
     @abstractmethod
@@ -187,6 +195,11 @@ class RawTable(ABC):
         raw: Callable[[int], bytes],
     ) -> Rows:
         """Apply the checks that all formats share: the label is 0 or 1, numbers are finite.
+
+        A row whose weight is none is not set aside, as others are: it would shift what the rest means.
+
+        Raises:
+            DataError: a row that is to be kept has no weight, or one that cannot be.
 
         Args:
             frame: columns of the common shape, and maybe `DROP`.
@@ -227,7 +240,31 @@ class RawTable(ABC):
         if keep is not None and not keep.all():
             positions = np.flatnonzero(keep) if positions is None else positions[keep]
             frame = frame.filter(pl.Series(keep))
+        if self.layout.weight is not None:
+            frame = self._weighted(frame, positions, block, raw)
         return Rows(frame=frame, positions=positions, bad=bad, dropped=dropped)
+
+    def _weighted(
+        self,
+        frame: pl.DataFrame,
+        positions: np.ndarray | None,
+        block: Block,
+        raw: Callable[[int], bytes],
+    ) -> pl.DataFrame:
+        """Check the weights; those of rows to score are null where they are none."""
+        weights = frame.get_column(WEIGHT)
+        sound = are_weights(weights.fill_null(float("nan")).to_numpy())
+        if not sound.all() and not self.to_score:
+            at = int(np.argmin(sound))
+            offset = at if positions is None else int(positions[at])
+            value = "missing, or no number" if weights[at] is None else f"{weights[at]:g}"
+            reason = (
+                f"the weight {self.layout.weight!r} is {value}; expected {EXPECTED}: mend the row, or "
+                f"prepare without weights"
+            )
+            raise DataError(str(self.bad_row(block, offset, reason, raw(offset))))
+        stored = pl.when(pl.Series(sound)).then(pl.col(WEIGHT)).cast(pl.Float32).abs()
+        return frame.with_columns(stored.alias(WEIGHT))
 
     def bad_row(self, block: Block, offset: int, reason: str, raw: bytes) -> BadRow:
         """Describe the row at an offset of a block as unusable."""
@@ -262,6 +299,17 @@ class Importer(ABC):
     def options(self, table: RawTable) -> dict[str, Any]:
         """Return what `with_options` needs to read more rows as those of a table, in JSON values."""
         return {}
+
+    def weighted_by(self, column: str) -> Importer:
+        """Return an importer that reads the weights of rows from a raw column.
+
+        Raises:
+            DataError: the format has no such column.
+        """
+        raise DataError(
+            f"rows of the format {self.name!r} have no column {column!r} of weights; describe the "
+            f"files in a schema YAML with `weight: {column}`, and read them with `table`"
+        )
 
     @classmethod
     def with_options(cls, options: Mapping[str, Any]) -> Self:

@@ -204,7 +204,7 @@ def without_absent(whole: Delimited, label: str, files: Sequence[RawFile]) -> li
     Args:
         whole: the format of lines with all columns, which names the label.
     """
-    whole = replace(whole, lenient=(label,))
+    whole = replace(whole, lenient=(*whole.lenient, label))
     return [
         whole.without(label) if whole.lacks_a_column(read_head(file.path, _HEAD)) else whole
         for file in files

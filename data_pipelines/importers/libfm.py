@@ -9,7 +9,8 @@ The forms, told apart by the first lines unless the caller says:
 - `ffm` (`1 0:451:1 1:4149:1`): field, category and the weight 1.
 
 Tokens are parted by spaces or tabs. A weight other than 1 is malformed: categories have no weights
-here. What the sample shows of real values, query ids (`qid:3`) or comments is refused by name.
+here. What the sample shows of real values, query ids (`qid:3`), weights of rows behind the label
+(`1:0.5`) or comments is refused by name.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _PATTERNS = {
     "bag": r"^()([^:]+)" + _ONE,
 }
 _WHOLE_PAIRS = r"^([^:]+):([^:.]+)$"
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _REAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)")
 
 
@@ -109,7 +111,7 @@ class LibFMImporter(Importer):
     @override
     def open_to_score(self, files: Sequence[RawFile]) -> TextTable:
         if self.known is None:
-            table = self.open(files)
+            table = self._opened(files)
             table.to_score = True
         elif self.known.form == "indices":
             table = IndexTable(files, fields=len(self.known.fields), to_score=True)
@@ -120,6 +122,11 @@ class LibFMImporter(Importer):
 
     @override
     def open(self, files: Sequence[RawFile]) -> IndexTable | PairTable:
+        for file in files:
+            _refuse_row_weights(file.path)
+        return self._opened(files)
+
+    def _opened(self, files: Sequence[RawFile]) -> IndexTable | PairTable:
         sample = [line for file in files for line in _sample(file.path)]
         if not sample:
             raise DataError(f"{files[0].path} is empty; expected {self.title}")
@@ -135,6 +142,20 @@ class LibFMImporter(Importer):
 
 def _has_labels(path: Path) -> bool:
     return any(b":" not in line.split()[0] for line in read_head(path, _HEAD) if line.split())
+
+
+def _refuse_row_weights(path: Path) -> None:
+    """Raise where lines begin with `label:weight`, as XGBoost reads them."""
+    for number, line in enumerate(read_head(path, _HEAD), 1):
+        first = line.decode("utf-8", "replace").partition("\t")[0].strip().partition(" ")[0]
+        label, colon, weight = first.partition(":")
+        if colon and label in _LABELS and re.fullmatch(_NUMBER, weight):
+            raise DataError(
+                f"{path}, line {number}: it begins with {first!r}; where that is a label and the "
+                f"weight of its row, libFM lines have no place for it here: make columns of them, and "
+                f"read them with the `table` importer and `weight: COLUMN` in its schema. Where it is "
+                f"a token, put the label before it"
+            )
 
 
 def _sample(path: Path) -> Iterator[_Line]:

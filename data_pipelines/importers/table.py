@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import polars as pl
+from pydantic import ValidationError
 from typing_extensions import Self, override
 
 from embcomp.data_pipelines.importers.base import (
@@ -84,6 +85,15 @@ class TableImporter(Importer):
     def options(self, table: RawTable) -> dict[str, Any]:
         return {"schema": self.schema.model_dump(mode="json")}
 
+    @override
+    def weighted_by(self, column: str) -> TableImporter:
+        content = {**self.schema.model_dump(), "weight": column}
+        try:
+            return replace(self, schema=TableSchema.model_validate(content))
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise DataError(f"weight {column!r}: {problem}") from None
+
     @classmethod
     @override
     def with_options(cls, options: Mapping[str, Any]) -> Self:
@@ -115,6 +125,7 @@ class TableImporter(Importer):
             ),
             group=schema.group,
             time=schema.time,
+            weight=schema.weight,
         )
         if form == "parquet":
             return SchemaParquet(files, layout, schema, to_score=to_score)
@@ -139,9 +150,13 @@ class SchemaText(TextTable):
         self.separator = schema.separator or separator
         self.to_score = to_score
         self.formats = [self._format(file) for file in self.files]
-        label = schema.label.column
-        self.has_labels = any(
-            label in each.schema or label in file.partitions
+        self.has_labels = self._has(schema.label.column)
+        self.has_weights = schema.weight is not None and self._has(schema.weight)
+
+    def _has(self, column: str) -> bool:
+        """Whether some file has a column, or a folder above it says its value."""
+        return any(
+            column in each.schema or column in file.partitions
             for each, file in zip(self.formats, self.files)
         )
 
@@ -160,13 +175,15 @@ class SchemaText(TextTable):
             separator=self.separator,
             quote=self.schema.quote,
             null_values=self.schema.null_values,
+            # A weight that is none is an error of the whole, and not of its line.
+            lenient=() if self.schema.weight is None else (self.schema.weight,),
         )
         if not self.to_score:
             return whole
         label = self.schema.label.column
         if self.schema.columns is not None and label in names:
             return without_absent(whole, label, [file])[0]
-        return replace(whole, lenient=(label,))
+        return replace(whole, lenient=(*whole.lenient, label))
 
     def _header(self, file: RawFile) -> list[str]:
         head = read_head(file.path, 1)
@@ -218,6 +235,7 @@ class SchemaParquet(ParquetTable):
             names = self.names(file)
             check_columns(schema, [*names, *file.partitions], str(file.path), to_score=to_score)
             self.has_labels |= schema.label.column in (*names, *file.partitions)
+            self.has_weights |= schema.weight in (*names, *file.partitions)
             check_partitions(schema, file, names)
             types: dict[str, pl.DataType] = {
                 name: pl.String() for name in schema.sources if name not in names

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from embcomp.data_pipelines.importers.base import DROP, TIME
+from embcomp.data_pipelines.importers.base import DROP, TIME, WEIGHT
 from embcomp.data_pipelines.importers.canonical import (
     canonical_lists,
     canonical_text,
@@ -35,6 +35,8 @@ def common_shape(frame: pl.DataFrame, schema: TableSchema) -> pl.DataFrame:
     columns += [_category(frame.get_column(c.source), c) for c in schema.categorical]
     if schema.time is not None:
         columns.append(as_time(frame.get_column(schema.time)).alias(TIME))
+    if schema.weight is not None:
+        columns.append(_number_or_nan(frame.get_column(schema.weight)).alias(WEIGHT))
     return pl.DataFrame(columns)
 
 
@@ -54,13 +56,17 @@ def without(frame: pl.DataFrame, null_values: Sequence[str]) -> pl.DataFrame:
 
 def as_number(column: pl.Series) -> pl.Series:
     """Return Float64 values, null where they are missing or no numbers; True is 1."""
+    return _number_or_nan(column).fill_nan(None)
+
+
+def _number_or_nan(column: pl.Series) -> pl.Series:
     if column.dtype.base_type() not in (pl.String, pl.Categorical, pl.Enum, pl.Binary):
         if not (column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null)):
             return pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
-        return column.cast(pl.Float64).fill_nan(None)
+        return column.cast(pl.Float64)
     text = canonical_text(column)
     truth = text.str.to_lowercase().replace_strict(_TRUTH, default=None, return_dtype=pl.Float64)
-    return text.cast(pl.Float64, strict=False).fill_nan(None).fill_null(truth)
+    return text.cast(pl.Float64, strict=False).fill_null(truth)
 
 
 def as_time(column: pl.Series) -> pl.Series:
@@ -99,9 +105,10 @@ def check_columns(
     """Raise a DataError when the schema names a column that the data lacks.
 
     Args:
-        to_score: whether the label may be absent.
+        to_score: whether label and weight may be absent.
     """
-    wanted = [n for n in schema.sources if not (to_score and n == schema.label.column)]
+    optional = (schema.label.column, schema.weight) if to_score else ()
+    wanted = [name for name in schema.sources if name not in optional]
     absent = [name for name in wanted if name not in names]
     if absent:
         near = difflib.get_close_matches(absent[0], names, n=1)

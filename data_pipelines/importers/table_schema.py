@@ -8,6 +8,7 @@ label: {column: rating, positive: "> 3", negative: "< 3"}   # or just a column o
 numeric: [{name: price, transform: log1p}]
 categorical: [user, {name: tags, separator: "|"}, {name: item_id, column: item.id}]
 group: user
+weight: importance           # a number of 0 or more in each row
 split: {kind: random, seed: 7, train: 0.8, valid: 0.1, test: 0.1}   # or {kind: time, column: day}
 ``
 
@@ -19,12 +20,22 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from embcomp.data_pipelines.importers.label_conditions import Condition, Rule
+from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
 from embcomp.data_pipelines.splits import SplitRule, TimeSplit
 from embcomp.data_pipelines.transforms import TRANSFORMS
 from embcomp.errors import ConfigError, DataError
@@ -133,6 +144,7 @@ class TableSchema(_Strict):
     numeric: tuple[NumericSchema, ...] = ()
     categorical: tuple[CategoricalSchema, ...] = ()
     group: str | None = None
+    weight: str | None = None
     min_count: int = Field(default=1, ge=1)
     split: SplitRule | None = None
     format: Literal["csv", "tsv", "parquet"] | None = None
@@ -177,14 +189,15 @@ class TableSchema(_Strict):
     @property
     def sources(self) -> list[str]:
         """The raw columns that are wanted, each once."""
-        names = [self.label.column, *self._feature_sources]
-        return list(dict.fromkeys(names if self.time is None else [*names, self.time]))
+        more = [name for name in (self.time, self.weight) if name is not None]
+        return list(dict.fromkeys([self.label.column, *self._feature_sources, *more]))
 
     @property
     def number_sources(self) -> list[str]:
         """The raw columns that have to hold numbers."""
         label = [] if self.label.has_words else [self.label.column]
-        return list(dict.fromkeys([*(c.source for c in self.numeric), *label]))
+        weight = [] if self.weight is None else [self.weight]
+        return list(dict.fromkeys([*(c.source for c in self.numeric), *label, *weight]))
 
     @property
     def _feature_sources(self) -> list[str]:
@@ -210,9 +223,35 @@ class TableSchema(_Strict):
                 f"{self.label.column!r} is the label and a feature too: a model would read off "
                 "what it is to predict"
             )
+        self._check_weight(names)
         if self.group is not None and self.group not in {c.name for c in self.categorical}:
             raise ValueError(f"group {self.group!r} is not one of the categorical features")
         return self
+
+    def _check_weight(self, names: list[str]) -> None:
+        """Raise where the weights are something else too."""
+        if self.weight is None:
+            return
+        other = "a feature" if self.weight in self._feature_sources else None
+        other = "the label" if self.weight == self.label.column else other
+        if other is not None:
+            raise ValueError(
+                f"{self.weight!r} is the weight and {other} too; copy the column under another name "
+                f"if it is meant to be both"
+            )
+        if WEIGHT_COLUMN in names:
+            raise ValueError(
+                f"{WEIGHT_COLUMN!r} is the prepared weight's name; no feature may have it: "
+                f"{{name: NEW, column: {WEIGHT_COLUMN}}}"
+            )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an absent weight, so that the digests of earlier datasets stay."""
+        content: dict[str, Any] = handler(self)
+        if content["weight"] is None:
+            del content["weight"]
+        return content
 
 
 def load_schema(path: Path) -> TableSchema:

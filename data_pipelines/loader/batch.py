@@ -19,6 +19,7 @@ class Batch(Pipelineable):
         dense: (B, I) float32, the numeric columns in the dataset's order.
         sparse: ids of the categorical features, keys in the dataset's order, stride B.
         labels: (B,) float32, 1 for a click and 0 for none.
+        weights: (B,) float32, how much each row counts; None where all count the same.
         groups: (B,) int64 ids of the feature that grouped AUC groups by, if the dataset names one.
         num_valid: how many leading rows count; None means all. The rest are rows that another rank
             counts, there so that all ranks take the same number of equally large steps.
@@ -29,6 +30,7 @@ class Batch(Pipelineable):
     labels: Tensor
     groups: Tensor | None = None
     num_valid: int | None = None
+    weights: Tensor | None = None
 
     @override
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
@@ -40,6 +42,9 @@ class Batch(Pipelineable):
             if self.groups is None
             else self.groups.to(device, non_blocking=non_blocking),
             num_valid=self.num_valid,
+            weights=None
+            if self.weights is None
+            else self.weights.to(device, non_blocking=non_blocking),
         )
 
     @override
@@ -49,6 +54,8 @@ class Batch(Pipelineable):
         self.labels.record_stream(stream)
         if self.groups is not None:
             self.groups.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)
 
     def pin_memory(self) -> Batch:
         """Return a copy in page-locked memory, from which copies to a GPU overlap with its work."""
@@ -58,4 +65,5 @@ class Batch(Pipelineable):
             labels=self.labels.pin_memory(),
             groups=None if self.groups is None else self.groups.pin_memory(),
             num_valid=self.num_valid,
+            weights=None if self.weights is None else self.weights.pin_memory(),
         )

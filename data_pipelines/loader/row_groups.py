@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embcomp.data_pipelines.integrity import UNREADABLE
+from embcomp.data_pipelines.sample_weights import EXPECTED, are_weights
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError, one_line
 
@@ -39,12 +40,14 @@ class Columns:
         dense: I arrays of (n,) float32.
         ids: one (n,) int32 array per single-valued feature.
         bags: one `Bags` per multi-valued feature.
+        weights: (n,) float32, if rows have weights.
     """
 
     labels: NDArray[np.float32]
     dense: list[NDArray[np.float32]]
     ids: list[NDArray[np.int32]]
     bags: list[Bags]
+    weights: NDArray[np.float32] | None = None
 
     def slice(self, start: int, stop: int) -> Columns:
         """Return rows `start` to `stop`, the last one excluded."""
@@ -53,6 +56,7 @@ class Columns:
             dense=[column[start:stop] for column in self.dense],
             ids=[column[start:stop] for column in self.ids],
             bags=[bags.slice(start, stop) for bags in self.bags],
+            weights=None if self.weights is None else self.weights[start:stop],
         )
 
 
@@ -86,7 +90,7 @@ class RowGroups:
         self.split = split
         self.single = [feature for feature in info.categorical if not feature.multi_valued]
         self.multi = [feature for feature in info.categorical if feature.multi_valued]
-        self._columns = [info.label, *info.feature_names]
+        self._columns = info.column_names
         self._metadata: dict[Path, Any] = {}
         locations: list[_Location] = []
         for relative in info.split(split).files:
@@ -146,6 +150,7 @@ class RowGroups:
             bags=[
                 _to_bags(columns[feature.name], location, feature.name) for feature in self.multi
             ],
+            weights=None if self.info.weight is None else columns[self.info.weight].to_numpy(),
         )
         self._check_values(result, location)
         return result
@@ -159,6 +164,8 @@ class RowGroups:
                 f"{_where(location, row)}: label {self.info.label!r} is {labels[row]}; it must be 0 "
                 f"or 1"
             )
+        if columns.weights is not None:
+            self._check_weights(columns.weights, location)
         for name, column in zip(self.info.numeric_names, columns.dense):
             # A sum is finite only if every value is, and costs a fraction of testing each.
             if not np.isfinite(column.sum(dtype=np.float64)):
@@ -171,6 +178,15 @@ class RowGroups:
             _check_ids(feature, ids, None, location)
         for feature, bags in zip(self.multi, columns.bags):
             _check_ids(feature, bags.values, bags.offsets, location)
+
+    def _check_weights(self, weights: NDArray[np.float32], location: _Location) -> None:
+        sound = are_weights(weights.astype(np.float64))
+        if not sound.all():
+            row = int(np.argmin(sound))
+            raise DataError(
+                f"{_where(location, row)}: weight {self.info.weight!r} is {weights[row]}; expected "
+                f"{EXPECTED}"
+            )
 
 
 def _part_of(locations: list[_Location], first: int, last: int) -> Iterator[_Location]:
@@ -196,7 +212,8 @@ def _read_footer(file: Path) -> Any:
 
 
 def _check_columns(info: DatasetInfo, file: Path, schema: Any) -> None:
-    expected = {info.label: "float"} | dict.fromkeys(info.numeric_names, "float")
+    numbers = info.column_names[: len(info.column_names) - len(info.categorical)]
+    expected = dict.fromkeys(numbers, "float")
     for feature in info.categorical:
         expected[feature.name] = "list of int32" if feature.multi_valued else "int32"
     for name, wanted in expected.items():

@@ -37,7 +37,13 @@ class BatchMaker:
         self._ones: dict[int, _Jagged] = {}
 
     def make(
-        self, labels: Tensor, dense: Tensor, ids: Tensor, bags: Sequence[Bags], num_valid: int
+        self,
+        labels: Tensor,
+        dense: Tensor,
+        ids: Tensor,
+        bags: Sequence[Bags],
+        num_valid: int,
+        weights: Tensor | None = None,
     ) -> Batch:
         """Make a batch of B rows.
 
@@ -47,6 +53,7 @@ class BatchMaker:
             ids: (F, B) int64 of the single-valued features, contiguous.
             bags: the multi-valued features' rows.
             num_valid: how many leading rows count.
+            weights: (B,) float32, if rows have weights.
         """
         size = len(labels)
         return Batch(
@@ -55,6 +62,7 @@ class BatchMaker:
             labels=labels,
             groups=None if self._group is None else ids[self._group],
             num_valid=None if num_valid == size else num_valid,
+            weights=weights,
         )
 
     def _one_each(self, ids: Tensor) -> KeyedJaggedTensor:
@@ -119,6 +127,7 @@ class ShuffleBuffer:
         first = pieces[0]
         self._order = order
         self._labels = np.concatenate([piece.labels for piece in pieces])
+        self._weights = _joined_weights(pieces)
         dense = np.empty((len(first.dense), size), dtype=np.float32)
         ids = np.empty((len(first.ids), size), dtype=np.int32)
         start = 0
@@ -137,11 +146,13 @@ class ShuffleBuffer:
         """Make a batch of rows [start, stop) of the window's order."""
         if self._order is None:
             labels, dense = self._labels[start:stop].copy(), self._dense[start:stop].copy()
+            weights = None if self._weights is None else self._weights[start:stop].copy()
             ids = self._ids[:, start:stop]
             bags = [bag.slice(start, stop) for bag in self._bags]
         else:
             rows = self._order[start:stop]
             labels, dense = self._labels.take(rows), self._dense.take(rows, axis=0)
+            weights = None if self._weights is None else self._weights.take(rows)
             ids = self._ids.take(rows, axis=0).T
             bags = [_gather(bag, rows) for bag in self._bags]
         return maker.make(
@@ -150,7 +161,13 @@ class ShuffleBuffer:
             torch.from_numpy(ids.astype(np.int64, order="C")),
             bags,
             num_valid,
+            None if weights is None else torch.from_numpy(weights),
         )
+
+
+def _joined_weights(pieces: Sequence[Columns]) -> NDArray[np.float32] | None:
+    weights = [piece.weights for piece in pieces if piece.weights is not None]
+    return np.concatenate(weights) if weights else None
 
 
 def _join(bags: Sequence[Bags]) -> Bags:

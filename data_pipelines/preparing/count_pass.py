@@ -12,6 +12,8 @@ from embcomp.data_pipelines.preparing.input_parts import InputParts, rows_of
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.workspace import Workspace
+from embcomp.data_pipelines.sample_weights import check_sums
+from embcomp.data_pipelines.splits import SPLITS
 from embcomp.errors import DataError
 
 COUNTS = "counts"
@@ -40,6 +42,9 @@ class CountPass:
                 f"no row is in the train split: {total} rows were read, {found.dropped} left out "
                 f"by the label rule, {len(found.bad)} malformed"
             )
+        weight = self.settings.table.layout.weight
+        if weight is not None:
+            check_sums(weight, dict(zip(SPLITS, found.rows)), dict(zip(SPLITS, found.weights)))
         return found
 
     def _part(

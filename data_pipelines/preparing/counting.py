@@ -15,10 +15,11 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from embcomp.data_pipelines.importers.base import BadRow, Block, RawTable, Rows
+from embcomp.data_pipelines.importers.base import WEIGHT, BadRow, Block, RawTable, Rows
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.features import Features, flat_values
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
+from embcomp.data_pipelines.sample_weights import sum_of
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import NumericStats
 from embcomp.io.digests import HashedFile
@@ -66,6 +67,7 @@ class PartCounts(BaseModel):
 
     rows: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))
     positives: list[int] = Field(default_factory=lambda: [0] * len(SPLITS))
+    weights: list[float] = Field(default_factory=lambda: [0.0] * len(SPLITS))
     dropped: int = 0
     bad: list[BadLine] = Field(default_factory=list)
     numeric: dict[str, NumericStats] = Field(default_factory=dict)
@@ -78,6 +80,7 @@ class PartCounts(BaseModel):
         """Add the figures of a later part."""
         self.rows = [a + b for a, b in zip(self.rows, other.rows)]
         self.positives = [a + b for a, b in zip(self.positives, other.positives)]
+        self.weights = [a + b for a, b in zip(self.weights, other.weights)]
         self.dropped += other.dropped
         self.bad += other.bad
         self.runs |= other.runs
@@ -235,3 +238,5 @@ def _count_rows(part: PartCounts, frame: pl.DataFrame, codes: np.ndarray) -> Non
     for code in range(len(SPLITS)):
         part.rows[code] += int((codes == code).sum())
         part.positives[code] += int(labels[codes == code].sum(dtype=np.float64))
+        if WEIGHT in frame.columns:
+            part.weights[code] += sum_of(frame.get_column(WEIGHT).to_numpy()[codes == code])

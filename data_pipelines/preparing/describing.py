@@ -15,6 +15,7 @@ from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.index_pass import InputIndex
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, vocabulary_file
+from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     BayesMetrics,
@@ -25,6 +26,7 @@ from embcomp.data_pipelines.schema import (
     SplitInfo,
 )
 from embcomp.data_pipelines.splits import SPLITS
+from embcomp.io.reproducible_sums import to_digits
 
 
 def versions() -> dict[str, str]:
@@ -51,10 +53,11 @@ def describe(
     bayes = read_bayes([file.path for file in settings.table.files], settings.rule)
     return DatasetInfo(
         name=settings.name,
+        weight=WEIGHT_COLUMN if settings.features.weighted else None,
         group=settings.group,
         numeric=_numeric(settings.features, counts, parts),
         categorical=_categorical(settings.features, counts, ranked),
-        splits=_splits(counts, parts),
+        splits=_splits(counts, parts, weighted=settings.features.weighted),
         split_rule=settings.rule.model_dump(),
         raw_rows=index.rows,
         bad_rows=len(counts.bad),
@@ -102,12 +105,15 @@ def _categorical(
     return described
 
 
-def _splits(counts: PartCounts, parts: Sequence[PartRows]) -> dict[str, SplitInfo]:
+def _splits(
+    counts: PartCounts, parts: Sequence[PartRows], *, weighted: bool
+) -> dict[str, SplitInfo]:
     return {
         split: SplitInfo(
             files=[part.files[split] for part in parts if split in part.files],
             rows=counts.rows[code],
             positives=counts.positives[code],
+            weight=to_digits(counts.weights[code]) if weighted else None,
             unseen_rate=dict(unseen_rates(parts, split)),
         )
         for code, split in enumerate(SPLITS)

@@ -18,12 +18,13 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 from typing_extensions import Self
 
-from embcomp.data_pipelines.importers.base import Block, RawTable
+from embcomp.data_pipelines.importers.base import WEIGHT, Block, RawTable
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
+from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
 from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import clipped_expression, numeric_expression
@@ -116,7 +117,8 @@ class Encoder:
 
 def dataset_schema(features: Features) -> pa.Schema:
     """Return the columns of the dataset's Parquet files."""
-    fields = [pa.field("label", pa.float32(), nullable=False)]
+    names = ["label", WEIGHT_COLUMN] if features.weighted else ["label"]
+    fields = [pa.field(name, pa.float32(), nullable=False) for name in names]
     fields += [pa.field(c.name, pa.float32(), nullable=False) for c in features.numeric]
     for f in features.categorical:
         kind = pa.list_(pa.field("element", pa.int32(), nullable=False))
@@ -197,7 +199,8 @@ def encode_part(
                 for at, ids in next(more).items():
                     # A value is in one slice only; the others say 1, which is less than its id.
                     found[at] = np.maximum(found[at], ids) if at in found else ids
-            arrays = [pa.array(frame.get_column("label").to_numpy(), pa.float32())]
+            told = ["label", WEIGHT] if features.weighted else ["label"]
+            arrays = [pa.array(frame.get_column(name).to_numpy(), pa.float32()) for name in told]
             if transforms:
                 numbers = frame.select(transforms)
                 for name, count in frame.select(clipped).row(0, named=True).items():

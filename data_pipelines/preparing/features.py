@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import polars as pl
 
-from embcomp.data_pipelines.importers.base import Layout, NumericColumn
+from embcomp.data_pipelines.importers.base import WEIGHT, Layout, NumericColumn
 from embcomp.data_pipelines.transforms import BUCKET, TRANSFORMS, bucket_expression
 from embcomp.errors import DataError
 
@@ -29,11 +29,13 @@ class Features:
 
     numeric: tuple[NumericColumn, ...]
     categorical: tuple[Feature, ...]
+    weighted: bool = False
 
     def columns(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Return label, numeric columns and categorical columns of a block as text or lists."""
+        """Return label, weight, numeric columns and categorical ones of a block as text or lists."""
         return frame.select(
             "label",
+            *([WEIGHT] if self.weighted else []),
             *[column.name for column in self.numeric],
             *[
                 bucket_expression(f.name) if f.bucketed else pl.col(f.name)
@@ -77,6 +79,7 @@ def choose_features(
         if count < 1:
             raise DataError(f"min_count of {name} is {count}; expected 1 or more")
     return Features(
+        weighted=layout.weight is not None,
         numeric=tuple(
             NumericColumn(name=name, transform=transform)
             for name, transform in transforms.items()

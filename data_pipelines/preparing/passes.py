@@ -52,7 +52,7 @@ class PreparePasses:
 
     def _disk_bytes(self, index: InputIndex) -> int:
         features = self.settings.features
-        columns = len(features.numeric) + len(features.categorical) + 1
+        columns = len(features.numeric) + len(features.categorical) + 1 + features.weighted
         return int(0.4 * index.text_bytes) + 4 * columns * index.rows
 
     def _counting_bytes(self, index: InputIndex) -> int:

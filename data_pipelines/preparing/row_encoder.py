@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embcomp.data_pipelines.importers.base import (
+    WEIGHT,
     BadRow,
     Block,
     Layout,
@@ -66,9 +67,10 @@ class RowEncoder:
         ]
         return Encoder(self.features(()), self._vocabularies, slices, self._threads)
 
-    def features(self, bucketed: Collection[str]) -> Features:
-        """The dataset's features, some of which are numbers in the raw rows."""
+    def features(self, bucketed: Collection[str], *, weighted: bool = False) -> Features:
+        """The dataset's features, some of which are numbers in the raw rows, and perhaps weights."""
         return Features(
+            weighted=weighted,
             numeric=tuple(NumericColumn(name=name) for name in self._info.numeric_names),
             categorical=tuple(
                 Feature(
@@ -103,7 +105,7 @@ class RowEncoder:
                     f"{place}: feature {feature.name!r} has {wanted} a row in the dataset "
                     f"{self._info.name!r}, which is not how its rows are read here"
                 )
-        return self.features(numbers)
+        return self.features(numbers, weighted=layout.weight is not None)
 
     def encode(self, frame: pl.DataFrame, features: Features) -> Columns:
         """Encode rows.
@@ -113,13 +115,14 @@ class RowEncoder:
             features: what `features_of` found.
 
         Returns:
-            The rows; a label is NaN where there is none.
+            The rows; a label is NaN where there is none, and so is a weight.
         """
         frame = features.columns(frame)
         found = self._encoder.ids(frame)
         numbers = frame.select(self._transforms).get_columns() if self._transforms else []
         columns = Columns(
-            labels=frame.get_column("label").cast(pl.Float32).fill_null(math.nan).to_numpy(),
+            labels=_nan_where_null(frame.get_column("label")),
+            weights=_nan_where_null(frame.get_column(WEIGHT)) if features.weighted else None,
             dense=[column.to_numpy() for column in numbers],
             ids=[],
             bags=[],
@@ -133,6 +136,10 @@ class RowEncoder:
             np.cumsum(lengths, out=offsets[1:])
             columns.bags.append(Bags(offsets, found[at]))
         return columns
+
+
+def _nan_where_null(column: pl.Series) -> NDArray[np.float32]:
+    return column.cast(pl.Float32).fill_null(math.nan).to_numpy()
 
 
 def _vocabulary(info: DatasetInfo, name: str, file: str) -> Path:

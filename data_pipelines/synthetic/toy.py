@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embcomp.data_pipelines.integrity import record_of
+from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN, sum_of
 from embcomp.data_pipelines.schema import (
     FIRST_ID,
     MISSING_ID,
@@ -21,6 +22,7 @@ from embcomp.data_pipelines.schema import (
     NumericFeature,
     SplitInfo,
 )
+from embcomp.io.reproducible_sums import to_digits
 
 SPLITS = ("train", "valid", "test")
 _MISSING_RATE = 0.05
@@ -38,6 +40,7 @@ def write_toy_dataset(
     multi_valued: Collection[str] = (),
     num_numeric: int = 2,
     group: str | None = None,
+    weights: Sequence[float] = (),
     files_per_split: int = 1,
     row_group_rows: int = 100,
     name: str = "toy",
@@ -55,6 +58,7 @@ def write_toy_dataset(
         multi_valued: names of the features that hold lists of 0 to 4 ids.
         num_numeric: how many numeric features.
         group: name of the feature that grouped AUC groups by.
+        weights: what each row's weight is drawn from, if rows are to have weights.
         files_per_split: Parquet files that each split is cut into.
         row_group_rows: rows of a Parquet row group.
         name: the dataset's name.
@@ -89,17 +93,23 @@ def write_toy_dataset(
 
     info = DatasetInfo(
         name=name,
+        weight=WEIGHT_COLUMN if weights else None,
         group=group,
         numeric=[NumericFeature(name=f"I{i + 1}") for i in range(num_numeric)],
         categorical=[
             _describe(feature, *columns[feature], count, train, feature in multi_valued)
             for feature, count in zip(names, num_values)
         ],
-        splits={split: SplitInfo(files=[], rows=0, positives=0) for split in SPLITS},
+        splits={},
         split_rule={"kind": "toy", "seed": seed},
     )
     table = pa.table(
         {"label": labels}
+        | (
+            {WEIGHT_COLUMN: rng.choice(np.asarray(weights, np.float32), size=total)}
+            if weights
+            else {}
+        )
         | {f"I{i + 1}": numeric[i] for i in range(num_numeric)}
         | {f: _to_arrow(*columns[f], f in multi_valued) for f in names}
     )
@@ -205,4 +215,5 @@ def _write_split(
         info.checksums[file] = record_of(folder / file, int(np.asarray(rows["label"]).sum()))
         files.append(file)
     positives = int(np.asarray(table["label"]).sum())
-    return SplitInfo(files=files, rows=len(table), positives=positives)
+    weight = None if info.weight is None else to_digits(sum_of(np.asarray(table[info.weight])))
+    return SplitInfo(files=files, rows=len(table), positives=positives, weight=weight)

@@ -116,11 +116,13 @@ def _print_dataset(folder: Path) -> None:
     info = DatasetInfo.load(folder)
     out = console.stdout()
     splits = Table(box=console.BOX, pad_edge=False, title=escape(info.name), title_justify="left")
-    for column in ("split", "rows", "positives", "files"):
+    weight = [] if info.weight is None else ["weight"]
+    for column in ("split", "rows", "positives", *weight, "files"):
         splits.add_column(column, justify="left" if column == "split" else "right")
     for name, split in info.splits.items():
         share = f"{split.positives / max(1, split.rows):.2%}"
-        splits.add_row(name, f"{split.rows:,}", share, str(len(split.files)))
+        weighs = [] if split.weight is None else [f"{split.weight:,.6g}"]
+        splits.add_row(name, f"{split.rows:,}", share, *weighs, str(len(split.files)))
     out.print(splits, highlight=False)
     features = Table(box=console.BOX, pad_edge=False)
     for column in ("feature", "kind", "ids", "missing", "mean length"):

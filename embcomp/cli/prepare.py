@@ -51,6 +51,10 @@ def prepare(
     group: Annotated[
         str | None, typer.Option(help="Categorical feature that GAUC groups by.")
     ] = None,
+    weight: Annotated[
+        str | None,
+        typer.Option(help="Raw column of the rows' weights, of the format 'table'."),
+    ] = None,
     max_memory: Annotated[
         str, typer.Option(help="Bytes that the process may take in all.")
     ] = "4GiB",
@@ -85,6 +89,7 @@ def prepare(
             min_count=_per_feature(min_count, "--min-count", int),
             numeric=_per_feature(numeric, "--numeric", str),
             group=group,
+            weight=weight,
             max_memory=max_memory,
             max_bad_rows=max_bad_rows,
             overwrite=overwrite,
@@ -97,7 +102,7 @@ def prepare(
     ids = sum(feature.num_embeddings for feature in info.categorical)
     print(
         f"{output}: {rows} rows; {len(info.numeric)} numeric and {len(info.categorical)} "
-        f"categorical features, {ids:,} ids"
+        f"categorical features, {ids:,} ids{', weighted rows' if info.weight is not None else ''}"
     )
 
 

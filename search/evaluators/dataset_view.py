@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embcomp.data_pipelines.integrity import record_of
+from embcomp.data_pipelines.sample_weights import sum_of
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo, SplitInfo
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import atomic_path
+from embcomp.io.reproducible_sums import to_digits
 
 _VALID_FILE = "valid.parquet"
 _SOURCE = "source"  # a link to the prepared dataset, so that the view's paths stay inside it
@@ -98,6 +100,9 @@ def _sample(info: DatasetInfo, rows: int, path: Path) -> SplitInfo:
             pq.write_table(
                 rows_of_view, temporary, row_group_size=_ROW_GROUP, write_page_checksum=True
             )
-    labels = pq.read_table(path, columns=[info.label])[info.label]
-    positives = int(np.asarray(labels).sum())
-    return split.model_copy(update={"files": [path.name], "rows": rows, "positives": positives})
+    sample = pq.read_table(path, columns=info.column_names[: 1 if info.weight is None else 2])
+    positives = int(np.asarray(sample[info.label]).sum())
+    changes = {"files": [path.name], "rows": rows, "positives": positives}
+    if info.weight is not None:
+        changes["weight"] = to_digits(sum_of(np.asarray(sample[info.weight])))
+    return split.model_copy(update=changes)

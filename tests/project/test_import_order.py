@@ -20,7 +20,7 @@ ORDER = {
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"
     " < prepared, reporting < search_run < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
-    " < transforms, frequencies, bayes_metrics < importers, loader < preparing < prepare"
+    " < transforms, frequencies, bayes_metrics, sample_weights < importers, loader < preparing < prepare"
     " < synthetic, validate",
 }
 
