@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embcomp.config.train_config import TrainConfig
+from embcomp.config.train_config import TrainConfig, is_loss
 from embcomp.data_pipelines.schema import FILE_NAME, DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.planning.config_plan import TableSize, sizes_of_dataset
@@ -62,11 +62,7 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
     base = config.base()
     if sizes is None:
         sizes = sizes_of_dataset(base.data.path)
-        if config.quality == "gauc" and DatasetInfo.load(base.data.path).group is None:
-            raise ConfigError(
-                f"objectives: gauc needs a dataset with a group feature; {base.data.path} has "
-                "none, so take auc or log_loss"
-            )
+        _check_quality(config.quality, base.data.path)
     if config.sampler.name == "gradient":
         config = at_budget(config, base, sizes)
     space = build_space(config, base, sizes)
@@ -81,9 +77,24 @@ def prepare_search(config: SearchConfig, sizes: Sequence[TableSize] | None = Non
     return Prepared(config=config, base=base, space=space, repair=repair)
 
 
+def _check_quality(quality: str, path: str) -> None:
+    """Raise where a dataset has no groups or weights that the metric needs."""
+    info = DatasetInfo.load(path)
+    if quality.endswith("gauc") and info.group is None:
+        raise ConfigError(
+            f"objectives: {quality} needs a dataset with a group feature; {path} has "
+            "none, so take auc or log_loss"
+        )
+    if quality.startswith("weighted_") and info.weight is None:
+        raise ConfigError(
+            f"objectives: {quality} needs a dataset whose rows have weights; those of {path} have "
+            f"none, so take {quality.removeprefix('weighted_')}"
+        )
+
+
 def directions_of(config: SearchConfig) -> list[Direction]:
     """Whether more or less is better, for each objective."""
-    more = [name for name in QUALITIES if name != "log_loss"]
+    more = [name for name in QUALITIES if not is_loss(name)]
     return ["maximize" if name in more else "minimize" for name in config.objectives]
 
 

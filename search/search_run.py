@@ -10,6 +10,7 @@ import optuna
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 
+from embcomp.config.train_config import is_loss
 from embcomp.search.config.search_sections import LEAST_RANKED
 from embcomp.search.evaluators.base import Evaluator
 from embcomp.search.evaluators.training_evaluator import Slot, TrainingEvaluator
@@ -90,7 +91,7 @@ class SearchRun:
             encoding,
             repair,
             fill=config.fills,
-            quality_sign=-1 if config.quality == "log_loss" else 1,
+            quality_sign=-1 if is_loss(config.quality) else 1,
             seed=config.seed,
         )
 

@@ -36,10 +36,8 @@ def compare(
 
 def show(found: Comparison) -> None:
     """Print the table."""
-    from embcomp.training.reporting.compared_run import HEADINGS
-
     table = Table(box=console.BOX, pad_edge=False)
-    for number, heading in enumerate(HEADINGS):
+    for number, heading in enumerate(found.headings()):
         table.add_column(heading, justify="left" if number < 3 else "right")
     for cells in found.cells():
         table.add_row(*(escape(cell) for cell in cells))

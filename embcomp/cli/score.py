@@ -120,16 +120,21 @@ def _record(found: ScoredRows) -> dict[str, Any]:
     }
     if found.labelled is not None:
         record |= {"labelled": len(found.labelled.labels), "metrics": _metrics(found.labelled)}
+        if found.labelled.weights is not None:
+            record["labelled_and_weighted"] = int((found.labelled.weights >= 0).sum())
     return record
 
 
 def _metrics(labelled: Labelled) -> dict[str, Any] | None:
-    import dataclasses
-
     from embcomp.io.json_values import without_nan
     from embcomp.training.reporting.metrics import compute_metrics
+    from embcomp.training.reporting.report import metrics_record
 
     if not len(labelled.labels):
         return None
-    found = compute_metrics(labelled.logits, labelled.labels, labelled.groups)
-    return without_nan(dataclasses.asdict(found))
+    columns = (labelled.logits, labelled.labels, labelled.groups)
+    weighted = None
+    if labelled.weights is not None:
+        # Rows without a sound weight, which are NaN, count in the plain metrics alone.
+        weighted = compute_metrics(*columns, weights=labelled.weights)
+    return without_nan(metrics_record(compute_metrics(*columns), weighted))

@@ -70,6 +70,9 @@ def print_report(report: Report, folder: Path) -> None:
         if metrics:
             shown = [_shown(metrics[key]) for key in ("auc", "log_loss")]
             lines[split] = f"auc {shown[0]}  log loss {shown[1]}"
+        if metrics and "weighted_auc" in metrics:
+            shown = [_shown(metrics[f"weighted_{key}"]) for key in ("auc", "log_loss")]
+            lines[split] += f"  weighted: auc {shown[0]}  log loss {shown[1]}"
     if report.bayes:
         best = "  ".join(
             f"{key.replace('_', ' ')} {value:.6f}" for key, value in report.bayes.items()

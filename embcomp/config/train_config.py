@@ -44,7 +44,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: at 1 it would 
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
+Monitor = Literal["auc", "gauc", "log_loss", "weighted_auc", "weighted_gauc", "weighted_log_loss"]
+"""Metrics that can be told to choose; the weighted ones need a dataset whose rows have weights."""
 BatchSize = Annotated[int, Field(gt=0, le=2**30)]  # offsets of a batch are 32-bit integers
+
+
+def is_loss(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.endswith("log_loss")
 
 
 class DataConfig(Section):
@@ -249,7 +256,8 @@ class RunConfig(Section):
         warmup_steps: steps over which both learning rates grow linearly from zero.
         plateau: reduce the learning rates when the monitored metric stalls.
         early_stop: end the training when the monitored metric stalls.
-        monitor: the validation metric that decides what is best.
+        monitor: the validation metric that decides what is best; `weighted_auc` and its like go by
+            the weights of rows.
         min_delta: by how much it must improve to count.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
         checkpoint_every: steps between checkpoints, besides the one after each evaluation.
@@ -272,7 +280,7 @@ class RunConfig(Section):
     warmup_steps: NonNegativeInt = 0
     plateau: PlateauConfig | None = None
     early_stop: EarlyStopConfig | None = None
-    monitor: Literal["auc", "gauc", "log_loss"] = "auc"
+    monitor: Monitor = "auc"
     min_delta: NonNegativeFloat = 1e-6
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None

@@ -57,6 +57,7 @@ class RawBatch:
         sparse: ids of the categorical features, in the dataset's order.
         labels: (B,) float32, NaN for rows without a label.
         groups: (B,) int64 ids of the feature that grouped AUC groups by, if the dataset names one.
+        weights: (B,) float32, NaN for rows without a sound weight; None where files have none.
     """
 
     rows: Tensor
@@ -64,6 +65,7 @@ class RawBatch:
     sparse: KeyedJaggedTensor
     labels: Tensor
     groups: Tensor | None
+    weights: Tensor | None = None
 
 
 def encoder(
@@ -246,6 +248,7 @@ class RawEncoder:
                 sparse=batch.sparse,
                 labels=batch.labels,
                 groups=batch.groups,
+                weights=batch.weights,
             )
 
     def encode(self, columns: Mapping[str, Sequence[Any]]) -> RawBatch:

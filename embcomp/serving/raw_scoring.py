@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +43,13 @@ class Labelled:
         logits: (N,) float32.
         labels: (N,) float32, zeros and ones.
         groups: (N,) int64, if the dataset names a group.
+        weights: (N,) float32, if the rows have weights; NaN for those without a sound one.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
     groups: NDArray[np.int64] | None
+    weights: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def score(
         artefact: the folder of a whole model with its dataset's vocabularies.
         source: raw files or folders, in row order.
         out: the .parquet file to make, of columns row, probability, logit and, where there are
-            labels, label.
+            labels or weights, label and weight.
         importer: how raw rows are written; by default as those that the dataset was prepared from.
         schema: the schema YAML that `table` needs; by default the dataset's own.
         form: for `libfm`, what its tokens are; by default what the dataset's were.
@@ -101,7 +103,7 @@ def score(
         rows: how many rows to score; all by default.
         threads: how many threads score and look up; by default torch's own number.
         max_bad_rows: the share of malformed rows above which nothing is written.
-        keep_labelled: whether to return logits and labels, 16 bytes a row.
+        keep_labelled: whether to return logits, labels and weights, 16 bytes a row and 4 for a weight.
         overwrite: whether scores that are there already are replaced.
         progress: whether to show bars on stderr.
 
@@ -175,28 +177,33 @@ def _write(
     advance: Callable[[int], None],
 ) -> None:
     """Write every row of the stream; those that no batch has are malformed, and have nulls."""
-    schema = _schema(config, has_labels=stream.table.has_labels)
+    has_weights = stream.table.has_weights
+    schema = _schema(config, has_labels=stream.table.has_labels, has_weights=has_weights)
     done = 0
     with RowGroupWriter(path, schema) as writer:
         for batch, logits, probabilities in batches:
             numbers, labels = batch.rows.numpy(), batch.labels.numpy()
+            weights = batch.weights.numpy() if has_weights and batch.weights is not None else None
             end = int(numbers[-1]) + 1
-            writer.write(_table(schema, done, end, numbers, probabilities, logits, labels))
+            columns = {"probability": probabilities, "logit": logits, "label": labels}
+            if weights is not None:
+                columns["weight"] = weights
+            writer.write(_table(schema, done, end, numbers, columns))
             if kept is not None:
                 groups = None if batch.groups is None else batch.groups.numpy()
-                kept.add(logits, labels, groups)
+                kept.add(logits, labels, groups, weights)
             advance(end - done)
             done = end
         if done < stream.total:
-            none = np.zeros(0, dtype=np.float32)
+            none = dict.fromkeys(schema.names[1:], np.zeros(0, dtype=np.float32))
             numbers = np.zeros(0, dtype=np.int64)
-            writer.write(_table(schema, done, stream.total, numbers, none, none, none))
+            writer.write(_table(schema, done, stream.total, numbers, none))
             advance(stream.total - done)
 
 
-def _schema(config: ArtefactConfig, *, has_labels: bool) -> pa.Schema:
+def _schema(config: ArtefactConfig, *, has_labels: bool, has_weights: bool) -> pa.Schema:
     fields = [pa.field("row", pa.int64(), nullable=False)]
-    names = ["probability", "logit", *(["label"] if has_labels else [])]
+    names = ["probability", "logit", *["label"] * has_labels, *["weight"] * has_weights]
     fields += [pa.field(name, pa.float32()) for name in names]
     about = {
         "artefact": config.digest,
@@ -212,20 +219,22 @@ def _table(
     start: int,
     end: int,
     numbers: NDArray[np.int64],
-    probabilities: NDArray,
-    logits: NDArray,
-    labels: NDArray,
+    values: Mapping[str, NDArray],
 ) -> pa.Table:
-    """Rows `start` to `end` of the input, of which `numbers` have a score."""
+    """Rows `start` to `end` of the input, of which `numbers` have a score.
+
+    Args:
+        values: by column, those of the rows with a score; NaN is a label or weight that is not there.
+    """
     places = numbers - start
     has_score = np.zeros(end - start, dtype=bool)
     has_score[places] = True
     columns = [pa.array(np.arange(start, end, dtype=np.int64))]
-    for name, values in zip(schema.names[1:], (probabilities, logits, labels)):
+    for name in schema.names[1:]:
         whole = np.zeros(end - start, dtype=np.float32)
-        whole[places] = values
+        whole[places] = values[name]
         absent = ~has_score
-        if name == "label":
+        if name in ("label", "weight"):
             absent = absent | np.isnan(whole)
         columns.append(pa.array(whole, pa.float32(), mask=absent))
     return pa.Table.from_arrays(columns, schema=schema)
@@ -238,13 +247,18 @@ class _Kept:
         self._logits: list[NDArray] = []
         self._labels: list[NDArray] = []
         self._groups: list[NDArray] = []
+        self._weights: list[NDArray] = []
 
-    def add(self, logits: NDArray, labels: NDArray, groups: NDArray | None) -> None:
+    def add(
+        self, logits: NDArray, labels: NDArray, groups: NDArray | None, weights: NDArray | None
+    ) -> None:
         has_label = ~np.isnan(labels)
         self._logits.append(logits[has_label])
         self._labels.append(labels[has_label])
         if groups is not None:
             self._groups.append(groups[has_label])
+        if weights is not None:
+            self._weights.append(weights[has_label])
 
     def labelled(self) -> Labelled:
         none = [np.zeros(0, dtype=np.float32)]
@@ -252,6 +266,7 @@ class _Kept:
             logits=np.concatenate(self._logits or none),
             labels=np.concatenate(self._labels or none),
             groups=np.concatenate(self._groups) if self._groups else None,
+            weights=np.concatenate(self._weights) if self._weights else None,
         )
 
 

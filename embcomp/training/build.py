@@ -24,6 +24,7 @@ from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import AddPenalty
 from embcomp.models.base import ModelInputs
 from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of, table_configs
+from embcomp.training.distributed.batch_weights import of_mean_one
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.sharding_plan import make_sharder, plan_sharding
 from embcomp.training.optim.initial_rows import fill_function, initialize_rows
@@ -36,6 +37,8 @@ TASK_PREFIX = "model."
 
 class BatchLoss(nn.Module):
     """Mean binary cross-entropy of a batch's real rows, and what methods add to it.
+
+    Where rows have weights it is the weighted mean over the batches of all ranks together.
 
     Attributes:
         scale: factor that the loop sets for a step whose ranks do not hold whole batches.
@@ -54,6 +57,9 @@ class BatchLoss(nn.Module):
         losses = functional.binary_cross_entropy_with_logits(
             logits.float(), batch.labels, reduction="none"
         )
+        if batch.weights is not None:
+            # Of an evaluation's loss nothing is used, so that no rank waits for it.
+            losses = losses * of_mean_one(batch.weights, batch.num_valid, over_ranks=self.training)
         loss = losses.mean() if batch.num_valid is None else _masked_mean(losses, batch.num_valid)
         return self.add_penalty(loss if self.scale == 1.0 else loss * self.scale)
 

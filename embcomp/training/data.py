@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from embcomp.config.train_config import TrainConfig
+from embcomp.config.train_config import TrainConfig, is_loss
 from embcomp.data_pipelines.integrity import (
     check_digests,
     check_labels,
@@ -79,13 +79,18 @@ def _place() -> tuple[int, int]:
 def check_monitor(config: TrainConfig, info: DatasetInfo) -> None:
     """Raise before training when the monitored metric cannot exist on the validation split."""
     train, valid = config.train, info.split("valid")
-    if train.monitor == "gauc" and info.group is None:
+    if train.monitor.startswith("weighted_") and info.weight is None:
         raise ConfigError(
-            f"train.monitor: gauc needs groups, and dataset {info.name!r} names none; prepare it "
+            f"train.monitor: {train.monitor} needs weights, and rows of dataset {info.name!r} have "
+            f"none; prepare it with --weight, or monitor {train.monitor.removeprefix('weighted_')}"
+        )
+    if train.monitor.endswith("gauc") and info.group is None:
+        raise ConfigError(
+            f"train.monitor: {train.monitor} needs groups, and dataset {info.name!r} names none; prepare it "
             "with --group, or monitor auc or log_loss"
         )
     watching = [key for key in ("early_stop", "plateau") if getattr(train, key) is not None]
-    if watching and train.monitor != "log_loss" and valid.positives in (0, valid.rows):
+    if watching and not is_loss(train.monitor) and valid.positives in (0, valid.rows):
         raise ConfigError(
             f"train.{watching[0]}: it watches {train.monitor}, which does not exist on the "
             f"validation split of {info.name!r}: all of its {valid.rows} labels are "

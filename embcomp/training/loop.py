@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION, ParquetLoader
 from embcomp.training.build import (
@@ -217,7 +218,7 @@ class Training:
         record = as_record(self._evaluate("valid"))
         self.logs.metrics("valid", state.step, record)
         value = record[train.monitor]
-        if value is not None and train.monitor == "log_loss":
+        if value is not None and is_loss(train.monitor):
             value = -value
         if state.see(value, record, train.min_delta):
             return

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from embcomp.config.sections import Bytes, FolderName, PositiveFloat, Seed, YamlConfig
-from embcomp.config.train_config import TrainConfig, parse_config
+from embcomp.config.train_config import Monitor, TrainConfig, parse_config
 from embcomp.io.yaml_reading import (
     config_error,
     did_you_mean,
@@ -31,7 +31,7 @@ from embcomp.search.config.search_sections import (
     TrialsConfig,
 )
 
-QUALITIES = ("auc", "gauc", "log_loss")
+QUALITIES: tuple[str, ...] = get_args(Monitor)
 COSTS = ("bytes", "latency")
 OBJECTIVES = (*QUALITIES, *COSTS)
 ONE_OBJECTIVE = ("cmaes", "evolution", "greedy", "gradient")
@@ -47,7 +47,8 @@ class SearchConfig(YamlConfig):
         overrides: keys of the recipe that are other here, nested as in its YAML.
         budget: serving bytes of all tables, as `64MiB` or `10%` of the full tables.
         train_per_device: bytes of tables and optimizer state on one device.
-        objectives: `auc`, `gauc` or `log_loss`; then `bytes` or `latency`, if they are objectives.
+        objectives: `auc`, `gauc`, `log_loss` or a weighted one of them; then `bytes` or `latency`, if
+            they are objectives.
         fill: whether candidates are brought up to the budget; by default unless bytes or latency
             is an objective.
         groups: choices of tables. Tables that no group names stay as the recipe has them.

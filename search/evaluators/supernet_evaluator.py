@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from embcomp.backends.widths.supernet import Trial
-from embcomp.config.train_config import TrainConfig, parse_config
+from embcomp.config.train_config import TrainConfig, is_loss, parse_config
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.io.atomic_files import write_atomically
@@ -203,7 +203,7 @@ class SupernetEvaluator(Evaluator):
         }
         named = tuple(widths[table.name] for table in self._tables)
         score = self._trial.score(named, self._config.evaluator.rows)
-        return -score if self._config.quality == "log_loss" else score
+        return -score if is_loss(self._config.quality) else score
 
     @override
     def close(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
+from embcomp.config.train_config import is_loss
 from embcomp.search.attempts import latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.config.search_sections import LEAST_RANKED
@@ -85,7 +86,7 @@ def choose_spread(
     too few were scored.
     """
     done = completed(study, sampler)
-    sign = -1 if config.quality == "log_loss" else 1
+    sign = -1 if is_loss(config.quality) else 1
     left = sorted(done, key=lambda c: (-sign * done[c].values[0], number_of(done[c])))
     count = min(config.finals.correlation, len(left))
     if count < LEAST_RANKED:

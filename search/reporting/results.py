@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError, one_line
 from embcomp.io.atomic_files import write_atomically
@@ -253,7 +254,7 @@ def gather(
     trials = [t for t in latest_attempts(study) if t.state.is_finished()]
     candidates = [_candidate(config, trial) for trial in trials]
     done = [c for c in candidates if c.state == "complete"]
-    sign = 1 if config.quality == "log_loss" else -1
+    sign = 1 if is_loss(config.quality) else -1
     fronts = front_of([(sign * c.values[config.quality], float(c.serve_bytes)) for c in done])
     runs = _final_runs(finals, points)
     steps = sum(c.steps for c in candidates)

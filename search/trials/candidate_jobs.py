@@ -7,6 +7,7 @@ from typing import Any
 from optuna.trial import Trial
 from typing_extensions import override
 
+from embcomp.config.train_config import is_loss
 from embcomp.search.attempts import KIND, RETRY_OF, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
@@ -38,7 +39,7 @@ class CandidateJobs(TrialRunner):
     ) -> None:
         self._config, self._queue, self._sampler = config, queue, sampler
         self._repair, self._evaluator = repair, evaluator
-        self._sign = 1 if config.quality != "log_loss" else -1
+        self._sign = -1 if is_loss(config.quality) else 1
 
     @override
     def ready(self) -> bool:

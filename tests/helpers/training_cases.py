@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.run_context import RunContext
 
 
-def write_dataset(folder: Path) -> Path:
+def write_dataset(folder: Path, weights: Sequence[float] = ()) -> Path:
     # 301 rows: the last step of an epoch is short, and on two ranks one of them holds a padded row.
-    write_toy_dataset(folder, rows=(301, 75, 75), multi_valued=["C3"], group="C2")
+    write_toy_dataset(folder, rows=(301, 75, 75), multi_valued=["C3"], group="C2", weights=weights)
     return folder
 
 
@@ -128,7 +129,7 @@ def train_with_plain_torch(config: TrainConfig, world_size: int) -> dict[str, to
             with torch.no_grad():
                 for weight in rows:
                     weight.mul_(1 - warmup * rate * options.weight_decay)
-            losses = []
+            losses, weights = [], []
             for batch in batches:
                 real = slice(batch.num_valid)
                 logits = model(batch.dense, batch.sparse)[real]
@@ -137,7 +138,9 @@ def train_with_plain_torch(config: TrainConfig, world_size: int) -> dict[str, to
                         logits, batch.labels[real], reduction="none"
                     )
                 )
-            loss = torch.cat(losses).mean()
+                ones = torch.ones_like(batch.labels)
+                weights.append((ones if batch.weights is None else batch.weights)[real])
+            loss = (torch.cat(losses) * torch.cat(weights)).sum() / torch.cat(weights).sum()
             loss = loss + 0.5 * options.l2 * sum((weight**2).sum() for weight in rows)
             model.zero_grad()
             loss.backward()

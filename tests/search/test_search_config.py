@@ -31,7 +31,7 @@ def recipe(tmp_path_factory):
         ("sampler.nam=tpe", "did you mean 'name'"),
         ("sampler.name=tpee", "tpe"),
         ("objectives=[acu]", "no metric is called 'acu' (did you mean 'auc'?)"),
-        ("objectives=[bytes]", "expected one of auc, gauc, log_loss first"),
+        ("objectives=[bytes]", "expected one of auc, gauc, log_loss, weighted_auc, weighted_gauc"),
         ("objectives=[auc, auc]", "any of bytes, latency"),
         ("groups=[{choices: [{method: hsah}]}]", "unknown method 'hsah' (did you mean 'hash'?)"),
         ("groups=[{choices: [{method: hash, ratios: 0.1}]}]", "did you mean 'ratio'"),

@@ -23,6 +23,8 @@ class ComparedRun:
         log_loss: log loss of the best weights.
         samples_per_second: training rows per second.
         bayes_auc: best reachable AUC, where the data was generated.
+        weighted_auc: AUC in which rows count by their weights; None where they have none.
+        weighted_log_loss: the same of log loss.
     """
 
     name: str
@@ -36,6 +38,8 @@ class ComparedRun:
     log_loss: float
     samples_per_second: float
     bayes_auc: float | None
+    weighted_auc: float | None = None
+    weighted_log_loss: float | None = None
 
     @classmethod
     def of(cls, report: Report) -> ComparedRun:
@@ -54,7 +58,11 @@ class ComparedRun:
             log_loss=metrics.get("log_loss", float("nan")),
             samples_per_second=report.samples_per_second,
             bayes_auc=None if report.bayes is None else report.bayes["auc"],
+            weighted_auc=metrics.get("weighted_auc"),
+            weighted_log_loss=metrics.get("weighted_log_loss"),
         )
 
 
 HEADINGS = ("run", "model", "method", "serve bytes", "compression", "AUC", "log loss", "rows/s")
+WEIGHTED_HEADINGS = ("weighted AUC", "weighted log loss")
+"""Further columns, where the rows of some run's dataset have weights."""

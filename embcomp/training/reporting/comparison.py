@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embcomp.errors import EmbcompError
-from embcomp.training.reporting.compared_run import HEADINGS, ComparedRun
+from embcomp.training.reporting.compared_run import HEADINGS, WEIGHTED_HEADINGS, ComparedRun
 from embcomp.training.reporting.report import Report
 
 
@@ -21,8 +21,17 @@ class Comparison:
 
     runs: Sequence[ComparedRun]
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some run has weighted metrics, which are then columns of their own."""
+        return any(run.weighted_log_loss is not None for run in self.runs)
+
+    def headings(self) -> tuple[str, ...]:
+        """The table's headings."""
+        return HEADINGS + WEIGHTED_HEADINGS if self.is_weighted else HEADINGS
+
     def cells(self) -> list[tuple[str, ...]]:
-        """The table's cells, formatted, below `HEADINGS`."""
+        """The table's cells, formatted, below `headings`."""
         return [
             (
                 run.name,
@@ -33,14 +42,20 @@ class Comparison:
                 f"{run.auc:.6f}",
                 f"{run.log_loss:.6f}",
                 f"{run.samples_per_second:,.0f}",
+                *(self._weighted(run) if self.is_weighted else ()),
             )
             for run in self.runs
         ]
 
+    @staticmethod
+    def _weighted(run: ComparedRun) -> tuple[str, ...]:
+        found = (run.weighted_auc, run.weighted_log_loss)
+        return tuple("" if value is None else f"{value:.6f}" for value in found)
+
     def text(self) -> str:
         """The table as plain text, with what is the same for all runs in the last line."""
-        lines = [HEADINGS, *self.cells()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+        lines = [self.headings(), *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines)]
         left = 3  # names to the left, numbers to the right
         rows = [
             "  ".join(
@@ -62,7 +77,7 @@ class Comparison:
         """Write one page that needs nothing else: the picture, interactive, and the table."""
         from embcomp.training.reporting.comparison_drawing import write_html
 
-        write_html(self.runs, self.cells(), self.caption(), Path(path))
+        write_html(self.runs, [self.headings(), *self.cells()], self.caption(), Path(path))
 
     def save_png(self, path: str | Path) -> None:
         """Write the picture alone."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from embcomp.io.html import COLOURS, byte_ticks, escaped, figure_html, table, write_page
 from embcomp.tables.budget import format_bytes
-from embcomp.training.reporting.compared_run import HEADINGS, ComparedRun
+from embcomp.training.reporting.compared_run import ComparedRun
 
 _TITLE = "AUC against the bytes of the embedding tables"
 
@@ -52,9 +52,16 @@ def write_png(runs: Sequence[ComparedRun], caption: str, path: Path) -> None:
 
 
 def write_html(
-    runs: Sequence[ComparedRun], cells: Sequence[Sequence[str]], caption: str, path: Path
+    runs: Sequence[ComparedRun], lines: Sequence[Sequence[str]], caption: str, path: Path
 ) -> None:
-    """The picture and the table as one page, plotly's script included."""
+    """The picture and the table as one page, plotly's script included.
+
+    Args:
+        runs: what is drawn.
+        lines: of the table, headings first.
+        caption: where the metrics come from.
+        path: the page.
+    """
     figure = plotly.Figure()
     for (method, points), colour in zip(_by_method(runs).items(), _cycled(runs)):
         figure.add_scatter(
@@ -97,7 +104,7 @@ def write_html(
     parts = [
         f"<h1>{_TITLE}</h1>",
         figure_html(figure, "auc-against-bytes", first=True),
-        table(HEADINGS, [[escaped(cell) for cell in line] for line in cells], left=3),
+        table(lines[0], [[escaped(cell) for cell in line] for line in lines[1:]], left=3),
         f"<p>{escaped(caption)}</p>",
     ]
     write_page(path, _TITLE, parts)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
 from embcomp.training.reporting.evaluation import Evaluation
+from embcomp.training.reporting.metrics import Metrics
 
 
 class RunConsole:
@@ -79,10 +80,20 @@ class RunConsole:
         self.say(
             f"{self._stage}step {step}  {split}: auc {metrics.auc:.6f}{gauc}  log loss {metrics.log_loss:.6f}  "
             f"ne {metrics.normalized_entropy:.4f}  calibration {metrics.calibration:.4f}  "
-            f"unseen ids {evaluation.unseen_rate:.2%}"
+            f"unseen ids {evaluation.unseen_rate:.2%}{_weighted(evaluation.weighted)}"
         )
 
     def say(self, text: str) -> None:
         """One line."""
         if self._enabled:
             self._console.print(text, markup=False)
+
+
+def _weighted(metrics: Metrics | None) -> str:
+    if metrics is None:
+        return ""
+    gauc = "" if metrics.gauc != metrics.gauc else f"  gauc {metrics.gauc:.6f}"
+    return (
+        f"  weighted: auc {metrics.auc:.6f}{gauc}  log loss {metrics.log_loss:.6f}  "
+        f"calibration {metrics.calibration:.4f}"
+    )

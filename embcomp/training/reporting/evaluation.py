@@ -25,11 +25,13 @@ class Evaluation:
         metrics: metrics of the split.
         unseen_rate: share of ids that are the unseen id, over all features.
         unseen_rate_by_feature: the same for each feature.
+        weighted: metrics in which each row counts by its weight; None where rows have none.
     """
 
     metrics: Metrics
     unseen_rate: float
     unseen_rate_by_feature: dict[str, float]
+    weighted: Metrics | None = None
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def evaluate_batches(task: nn.Module, batches: Iterable[Batch], process: Process
     """
     was_training = task.training
     task.eval()
-    logits, labels, groups = [], [], []
+    logits, labels, groups, weights = [], [], [], []
     unseen: Tensor | None = None
     keys: list[str] = []
     for batch in batches:
@@ -54,10 +56,12 @@ def evaluate_batches(task: nn.Module, batches: Iterable[Batch], process: Process
         labels.append(batch.labels[:rows].cpu())
         if batch.groups is not None:
             groups.append(batch.groups[:rows].cpu())
+        if batch.weights is not None:
+            weights.append(batch.weights[:rows].cpu())
         counts = count_unseen(batch.sparse, rows)
         unseen, keys = counts if unseen is None else unseen + counts, batch.sparse.keys()
     task.train(was_training)
-    everything = _gather_columns([logits, labels, groups], process)
+    everything = _gather_columns([logits, labels, groups, weights], process)
     if unseen is not None:
         unseen = _sum_over_ranks(unseen.to(process.device)).cpu()
     result = [_summarize(everything, unseen, keys)] if process.is_main else [None]
@@ -79,11 +83,13 @@ def count_unseen(sparse: KeyedJaggedTensor, rows: int) -> Tensor:
 
 
 def _summarize(columns: list[np.ndarray], unseen: Tensor | None, keys: list[str]) -> Evaluation:
-    logits, labels, groups = columns
+    logits, labels, ids, weights = columns
+    groups = ids.astype(np.int64) if len(ids) else None
     counts = np.zeros((0, 2)) if unseen is None else unseen.numpy()
     total = counts.sum(axis=0)
     return Evaluation(
-        metrics=compute_metrics(logits, labels, groups.astype(np.int64) if len(groups) else None),
+        metrics=compute_metrics(logits, labels, groups),
+        weighted=compute_metrics(logits, labels, groups, weights) if len(weights) else None,
         unseen_rate=_share(total[0], total[1]),
         unseen_rate_by_feature={key: _share(*row) for key, row in zip(keys, counts)},
     )

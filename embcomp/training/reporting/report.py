@@ -19,6 +19,7 @@ from embcomp.training.distributed.process import Process
 from embcomp.training.files.run_checksums import read_checked, write_checked
 from embcomp.training.loop_state import LoopState
 from embcomp.training.reporting.evaluation import Evaluation
+from embcomp.training.reporting.metrics import Metrics
 from embcomp.training.reporting.stage_result import StageResult
 from embcomp.training.run_folder import REPORT_FILE
 from embcomp.training.served_rows import served_bytes
@@ -158,11 +159,19 @@ class Report:
             ) from None
 
 
+def metrics_record(metrics: Metrics, weighted: Metrics | None) -> dict[str, float]:
+    """Metrics by name, and the weighted ones beside them as `weighted_auc` and so on."""
+    record = dataclasses.asdict(metrics)
+    if weighted is not None:
+        record |= {f"weighted_{name}": each for name, each in dataclasses.asdict(weighted).items()}
+    return record
+
+
 def as_record(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as the flat mapping that metrics.jsonl and reports hold."""
     return without_nan(
         {
-            **dataclasses.asdict(evaluation.metrics),
+            **metrics_record(evaluation.metrics, evaluation.weighted),
             "unseen_rate": evaluation.unseen_rate,
             "unseen_rate_by_feature": evaluation.unseen_rate_by_feature,
         }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embcomp.backends.base import MethodState
 from embcomp.collection.combine import Combine
+from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
@@ -22,6 +23,7 @@ from embcomp.training.distributed.process import Process
 from embcomp.training.files.run_checksums import read_sealed_json, sealed_json
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import evaluate_batches
+from embcomp.training.reporting.report import metrics_record
 from embcomp.training.reporting.stage_result import StageResult
 from embcomp.training.run_folder import StageFolder
 from embcomp.training.stages.batch_norm import refit, running_norms
@@ -132,14 +134,14 @@ class StageSearch:
             if self._norms:
                 refit(self._sharded, self._norms, batches[:_REFITTED], self._process)
             found = evaluate_batches(self._sharded, batches, self._process)
-        metrics, monitor = found.metrics, self._config.train.monitor
-        value = {"auc": metrics.auc, "gauc": metrics.gauc, "log_loss": -metrics.log_loss}[monitor]
+        monitor = self._config.train.monitor
+        value: float = metrics_record(found.metrics, found.weighted)[monitor]
         if math.isnan(value):
             raise EmbcompError(
                 f"{monitor} of the search-validation rows is undefined; raise data.search_share or "
                 "choose another train.monitor"
             )
-        return value
+        return -value if is_loss(monitor) else value
 
     def _first(self, rows: int | None) -> list[Batch]:
         """The batches of the first so many rows, in whole batches; the same number on each rank."""
