@@ -38,6 +38,11 @@ def check_splits(info: DatasetInfo) -> None:
                 "prepare it with other shares (--split random --shares 0.8,0.1,0.1), or give files "
                 f"with --{split}"
             )
+    if info.split("train").weight == 0:
+        raise DataError(
+            f"all rows of the train split of dataset {info.name!r} have the weight 0, so that there is "
+            "nothing to learn from; prepare it with other weights, or without"
+        )
 
 
 def check_dataset(info: DatasetInfo, splits: Sequence[str], *, verify: bool, show: bool) -> None:

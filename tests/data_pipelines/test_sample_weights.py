@@ -158,6 +158,13 @@ def test_a_file_without_the_column_is_named(tmp_path):
     refused(tmp_path, tmp_path / "raw", r"b\.parquet has no column 'w'")
 
 
+@pytest.mark.parametrize("value", ["heavy", "__HIVE_DEFAULT_PARTITION__", "-1"])
+def test_a_partition_whose_name_is_no_weight_is_named(tmp_path, value):
+    (tmp_path / "raw" / f"w={value}").mkdir(parents=True)
+    frame([0, 0]).drop("w").write_parquet(tmp_path / "raw" / f"w={value}" / "part.parquet")
+    refused(tmp_path, tmp_path / "raw", f"w={value}")
+
+
 def test_a_column_of_text_is_named(tmp_path):
     frame([f"about {weight}" for weight in WEIGHTS]).write_parquet(tmp_path / "raw.parquet")
     refused(tmp_path, tmp_path / "raw.parquet", "column 'w' holds String")

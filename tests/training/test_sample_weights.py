@@ -18,7 +18,7 @@ from embcomp.data_pipelines.integrity import record_of
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN, sum_of
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, DataError
 from embcomp.io.reproducible_sums import to_digits
 from embcomp.search.config.search_config import parse_search
 from embcomp.search.prepared import directions_of, prepare_search
@@ -219,6 +219,13 @@ def test_what_asks_for_weights_that_there_are_none_of_is_refused(datasets, tmp_p
     assert directions_of(search) == ["minimize"]
     with pytest.raises(ConfigError, match=r"weighted_log_loss needs.*take log_loss"):
         prepare_search(search)
+
+
+def test_a_train_split_that_weighs_nothing_is_refused_before_the_first_step(tmp_path):
+    config = toy_config(write_dataset(tmp_path / "data", (0.0,)))
+    with pytest.raises(DataError, match=r"all rows of the train split .* weight 0") as info:
+        train(config, runs=tmp_path / "runs", quiet=True)
+    assert "\n" not in str(info.value) and not (tmp_path / "runs").exists()
 
 
 SCHEMA = "{name: shop, label: y, numeric: [x], categorical: [u], weight: w}"
