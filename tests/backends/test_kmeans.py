@@ -1,4 +1,4 @@
-"""k-means: its error falls, its answers repeat, and nearest means nearest."""
+"""k-means: its error falls and its answers repeat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from embcomp.backends.codebooks.kmeans import kmeans, nearest
+from embcomp.backends.codebooks.kmeans import kmeans
 from embcomp.errors import ConfigError
 
 
@@ -65,33 +65,6 @@ def test_samples_of_long_inputs_keep_what_is_heavy():
     found = kmeans(points, weights, 4, seed=3).centroids  # 1024 of the points take part
     assert torch.cdist(points[7:8], found).min() < 1
     assert found.abs().sort(0).values[:3].max() < 3
-
-
-@pytest.mark.parametrize("dim", [1, 3])
-def test_nearest_is_what_a_full_search_finds(dim):
-    vectors, codebooks = drawn(400, 5, dim), drawn(3, 33, dim, seed=1)
-    which = torch.tensor([0, 2, 1, 0, 2])
-    codes = nearest(vectors, codebooks, which)
-    for column, book in enumerate(which):
-        distances = (vectors[:, column, None].double() - codebooks[book].double()).square().sum(-1)
-        at_code = distances.gather(1, codes[:, column : column + 1])[:, 0]
-        torch.testing.assert_close(at_code, distances.amin(1), rtol=1e-5, atol=1e-9)
-    alone = torch.cat([nearest(vectors[n : n + 1], codebooks, which) for n in range(50)])
-    assert torch.equal(alone, codes[:50])
-
-
-@pytest.mark.parametrize("dim", [1, 2])
-def test_ties_go_to_the_lowest_index(dim):
-    words = torch.tensor([3.0, 1.0, -1.0, 1.0, 3.0, -1.0]).view(1, -1, 1).repeat(1, 1, dim)
-    vectors = torch.tensor([0.0, 1.0, 2.0, 9.0, -9.0, -1.0]).view(-1, 1, 1).repeat(1, 1, dim)
-    codes = nearest(vectors, words, torch.zeros(1, dtype=torch.int64))
-    assert codes[:, 0].tolist() == [1, 1, 0, 0, 2, 2]
-
-
-def test_no_vectors_have_no_codes():
-    for dim in (1, 2):
-        found = nearest(torch.empty(0, 4, dim), drawn(1, 8, dim), torch.zeros(4, dtype=torch.int64))
-        assert found.shape == (0, 4)
 
 
 def test_faiss_is_asked_for_by_name():

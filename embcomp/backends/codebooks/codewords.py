@@ -15,16 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from embcomp.backends.codebooks.kmeans import nearest
+from embcomp.backends.codebooks.nearest_codeword import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
+from embcomp.layers.host_values import on_device, reads_wait
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.name_hash import name64
 
 _DEAD = 1e-3  # share of the mean usage below which a codeword is moved
 _LEAST_MASS = 1e-9
+_MOSTLY_DISTINCT = 0.9  # where more of a batch's ids are, finding equal ones saves nothing
 
 
 class Codewords(LearnedBuffers):
@@ -69,6 +71,7 @@ class Codewords(LearnedBuffers):
         self.register_buffer("uses", torch.zeros(count, size))
         self.register_buffer("errors", torch.zeros(count, size))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        self._counted: tuple[Tensor, int, int] | None = None
 
     def reset_buffers(self) -> None:
         """Random codewords, spread as fresh latents are; who shares them has draws of its own."""
@@ -88,12 +91,9 @@ class Codewords(LearnedBuffers):
             which: (K,) the codebook of each column.
             chosen: (R, K) whether a row was looked up, or only pads; None when all were.
         """
-        if chosen is not None:
-            latents, slots = latents[chosen], (which * self.words.shape[1] + codes)[chosen]
-        else:
-            slots = (which * self.words.shape[1] + codes).reshape(-1)
+        slots = (which * self.words.shape[1] + codes).reshape(-1)
         latents = latents.reshape(-1, self.words.shape[2]).float()
-        uses, sums, errors = self._totals(latents, slots)
+        uses, sums, errors = self._totals(latents, slots, chosen)
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
         # A moving mean: masses weigh what the codeword was by how much of them is old.
         share = ((1 - self._decay) * uses / self.masses).clamp_(max=1)
@@ -101,15 +101,30 @@ class Codewords(LearnedBuffers):
         self.words.lerp_(means, share.unsqueeze(2))
         self.uses.add_(uses)
         self.errors.add_(errors)
-        self.steps.add_(1)
-        if int(self.steps) % self._revive_every == 0:
-            self._revive()
+        step = self._next_step()
+        if step % self._revive_every == 0:
+            self._revive(step)
 
-    def _totals(self, latents: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _next_step(self) -> int:
+        """Count a step; `steps` is only looked at when someone else has written to it."""
+        known = self._counted
+        if known is None or known[0] is not self.steps or known[1] != self.steps._version:
+            step = int(self.steps)
+        else:
+            step = known[2]
+        self.steps.add_(1)
+        self._counted = (self.steps, self.steps._version, step + 1)
+        return step + 1
+
+    def _totals(
+        self, latents: Tensor, slots: Tensor, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks, per codeword: share of uses, sums of latents, squared errors alike."""
         count, size, width = self.words.shape
         gaps = (latents - self.words.view(-1, width)[slots]).square().sum(1)
         columns = torch.cat([torch.ones_like(gaps)[:, None], latents, gaps[:, None]], dim=1)
+        if chosen is not None:
+            columns = torch.where(chosen.reshape(-1, 1), columns, 0.0)
         totals = columns.new_zeros(count * size, width + 2).index_add_(0, slots, columns)
         totals = _over_ranks(totals)
         # Shares, not numbers: a process that sees the whole batch must count as its ranks do.
@@ -117,31 +132,37 @@ class Codewords(LearnedBuffers):
         uses, sums, errors = totals.view(count, size, -1).split([1, width, 1], dim=2)
         return uses.squeeze(2), sums, errors.squeeze(2)
 
-    def _revive(self) -> None:
+    def _revive(self, step: int) -> None:
         """Put unused codewords beside those of the largest total error, and share their mass."""
-        size, width = self.words.shape[1:]
+        width = self.words.shape[2]
         dead = self.uses < _DEAD * self.uses.mean(1, keepdim=True)
         order = torch.where(dead, -1.0, self.errors).sort(dim=1, descending=True, stable=True)
         rank = dead.long().cumsum(1) - 1  # the n-th dead goes to the n-th worst
         moved = dead & (rank < (~dead).sum(1, keepdim=True))
-        if bool(moved.any()):
-            book, code = moved.nonzero(as_tuple=True)
-            donor = order.indices[book, rank[book, code]]
-            spread = self.errors[book, donor] / self.uses[book, donor].clamp(min=1e-30) / width
-            offset = self._signs(book * size + code) * (spread.sqrt() / 2).unsqueeze(1)
-            self.words[book, code] = self.words[book, donor] + offset
-            self.words[book, donor] -= offset
-            self.masses[book, donor] /= 2
-            self.masses[book, code] = self.masses[book, donor]
+        donor = order.indices.gather(1, rank.clamp(min=0))  # (G, k), of which those moved count
+        spread = (self.errors / self.uses.clamp(min=1e-30) / width).gather(1, donor)
+        offset = self._signs(step) * (spread.sqrt() / 2).unsqueeze(2)
+        offset = torch.where(moved.unsqueeze(2), offset, 0.0)
+        places = donor.unsqueeze(2).expand_as(self.words)
+        beside = self.words.gather(1, places) + offset
+        # No two are moved to one donor, and no donor is moved.
+        self.words.copy_(
+            torch.where(moved.unsqueeze(2), beside, self.words.scatter_add(1, places, -offset))
+        )
+        halved = (
+            torch.zeros_like(self.masses).scatter_add(1, donor, moved.to(self.masses.dtype)) > 0
+        )
+        self.masses.copy_(torch.where(halved, self.masses / 2, self.masses))
+        self.masses.copy_(torch.where(moved, self.masses.gather(1, donor), self.masses))
         self.uses.zero_()
         self.errors.zero_()
 
-    def _signs(self, words: Tensor) -> Tensor:
-        """(n, d) of -1 and 1, drawn from (seed, step, codeword, axis)."""
-        axes = torch.arange(self.words.shape[2], device=words.device)
-        own = torch.tensor(to_signed(salt(self._seed, 0, int(self.steps))), device=words.device)
-        two = torch.tensor(2, device=words.device)
-        return hash_rows(words[:, None] * len(axes) + axes, own, two) * 2.0 - 1.0
+    def _signs(self, step: int) -> Tensor:
+        """(G, k, d) of -1 and 1, drawn from (seed, step, codeword, axis)."""
+        places = torch.arange(self.words.numel(), device=self.words.device)
+        own = on_device([to_signed(salt(self._seed, 0, step))], places.device)
+        two = on_device([2], places.device)
+        return (hash_rows(places, own, two) * 2.0 - 1.0).view_as(self.words)
 
 
 def _over_ranks(totals: Tensor) -> Tensor:
@@ -199,22 +220,25 @@ class Quantize(Penalised):
     def _nearest(self, latents: Tensor, which: Tensor, looked_up: LookupContext) -> Tensor:
         """(R, K) codes; any, where a row only pads.
 
-        On CPU most of a step went into the distances, so an id's are measured once in a batch. In
+        On CPU most of a step goes into the distances, so an id's are measured once in a batch. In
         one dimension a search takes less than finding equal ids; elsewhere that would wait for the
         device, once for each key.
         """
         words = self.codewords.words
-        if latents.device.type != "cpu" or latents.shape[2] == 1:
+        if reads_wait(latents.device) or latents.shape[2] == 1:
             return nearest(latents, words, which)
         codes = torch.zeros(latents.shape[:2], dtype=torch.int64)
         values = looked_up.features.values().split(looked_up.features.length_per_key())
         start = 0
         for ids, positions in zip(values[looked_up.own], self._positions):
             own = slice(start, start + positions)
+            start += positions
             distinct, place = ids.unique(return_inverse=True)
+            if len(distinct) > _MOSTLY_DISTINCT * len(ids):
+                codes[: len(ids), own] = nearest(latents[: len(ids), own], words, which[own])
+                continue
             row = place.new_empty(len(distinct)).scatter_(0, place, torch.arange(len(ids)))
             codes[: len(ids), own] = nearest(latents[row, own], words, which[own])[place]
-            start += positions
         return codes
 
     def _chosen(self, looked_up: LookupContext, device: torch.device) -> Tensor | None:
@@ -223,7 +247,5 @@ class Quantize(Penalised):
         if counts == [looked_up.rows] * len(counts):
             return None
         places = torch.arange(looked_up.rows, device=device)[:, None]
-        limits = torch.tensor(counts, device=device).repeat_interleave(
-            torch.tensor(self._positions, device=device), output_size=len(self._which.on(device))
-        )
-        return places < limits
+        limits = [n for n, each in zip(counts, self._positions) for _ in range(each)]
+        return places < on_device(limits, device)

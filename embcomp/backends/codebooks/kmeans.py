@@ -1,4 +1,4 @@
-"""Weighted k-means, and the nearest codeword of many vectors at once.
+"""Weighted k-means.
 
 Seeds are drawn as by Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA
 2007, and refined by Lloyd's iterations. At most 256 points per centroid take part by default; they are drawn by
@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from embcomp.backends.codebooks.nearest_codeword import nearest_on_a_line
 from embcomp.errors import ConfigError
 
 Clustering = Literal["torch", "faiss"]
@@ -39,52 +40,6 @@ class Clusters:
 
     centroids: Tensor
     errors: tuple[float, ...]
-
-
-@torch.no_grad()
-def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
-    """The nearest codeword of every vector, the first of equals.
-
-    Squared differences are summed in float32 one dimension after another, so that a vector's code
-    does not depend on the batch that it is in.
-
-    Args:
-        vectors: (R, K, d).
-        codebooks: (G, k, d).
-        which: (K,) int64, the codebook of each column.
-
-    Returns:
-        (R, K) int64 codes in `[0, k)`.
-    """
-    vectors, codebooks = vectors.float(), codebooks.float()
-    if codebooks.shape[2] == 1:
-        return _nearest_on_a_line(vectors[..., 0], codebooks[..., 0], which)
-    words = codebooks[which].permute(2, 0, 1).contiguous()  # (d, K, k): read along k below
-    count = words.shape[2]
-    places = torch.arange(count, dtype=torch.float32, device=vectors.device)
-    found = []
-    for rows in vectors.split(max(1, _AT_ONCE // (len(which) * count))):
-        distances = (rows[:, :, None, 0] - words[0]).square_()  # (r, K, k)
-        for axis in range(1, len(words)):
-            distances += (rows[:, :, None, axis] - words[axis]).square_()
-        least = distances.amin(2, keepdim=True)
-        found.append(torch.where(distances <= least, places, count - 1.0).amin(2).long())
-    return torch.cat(found) if found else which.new_empty(0, len(which))
-
-
-def _nearest_on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
-    """The same in one dimension, by binary search: (R, K), (G, k) -> (R, K)."""
-    ordered, order = codebooks.sort(dim=1, stable=True)
-    ordered, order = ordered[which], order[which]  # (K, k)
-    wanted = values.t().contiguous()  # (K, R)
-    above = torch.searchsorted(ordered, wanted)
-    below = (above - 1).clamp_(min=0)
-    below = torch.searchsorted(ordered, ordered.gather(1, below))  # the first of equal codewords
-    above.clamp_(max=ordered.shape[1] - 1)
-    low, high = ((ordered.gather(1, at) - wanted).square_() for at in (below, above))
-    codes_low, codes_high = order.gather(1, below), order.gather(1, above)
-    codes = torch.where(low < high, codes_low, codes_high)
-    return torch.where(low == high, torch.minimum(codes_low, codes_high), codes).t()
 
 
 def kmeans(
@@ -183,14 +138,14 @@ def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, iterations: int) 
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Each point's centroid (n,) and its squared distance (n,)."""
     if points.shape[1] == 1:
-        codes = _nearest_on_a_line(points, centroids[None, :, 0], torch.zeros(1).long())[:, 0]
+        codes = nearest_on_a_line(points, centroids[None, :, 0], torch.zeros(1).long())[:, 0]
     else:
         codes = _nearest_by_products(points, centroids)
     return codes, (points - centroids[codes]).square().sum(1)
 
 
 def _nearest_by_products(points: Tensor, centroids: Tensor) -> Tensor:
-    """As `nearest`, but a few times faster, and rounded like a matrix product.
+    """The nearest centroid of each point, but a few times faster, and rounded like a matrix product.
 
     A point between two centroids may go to either, which does not matter while they move.
     """

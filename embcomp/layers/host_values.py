@@ -1,0 +1,26 @@
+"""Values that pass between the host and the device that computes, without either waiting.
+
+A CPU has its values at hand. On other devices a look at one waits until all that was asked for before is
+done, in every step; and a compiled graph ends where a value is looked at. Code that would look asks
+`reads_wait` first, and has a way without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def reads_wait(device: torch.device) -> bool:
+    """Whether the host cannot look at a tensor's values for nothing."""
+    return device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Integers that the host knows, as an int64 tensor (n,) on a device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    # From page-locked memory the copy is queued; from any other the host would wait for it.
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)

@@ -1,0 +1,81 @@
+"""Nearest means nearest, the first of equals, however distances are cut into blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embcomp.backends.codebooks.nearest_codeword import FEW_KERNELS, IN_CACHE, Blocks, nearest
+from tests.helpers.dispatched import Dispatched
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_nearest_is_what_a_full_search_finds(dim):
+    vectors, codebooks = drawn(400, 5, dim), drawn(3, 33, dim, seed=1)
+    which = torch.tensor([0, 2, 1, 0, 2])
+    codes = nearest(vectors, codebooks, which)
+    for column, book in enumerate(which):
+        distances = (vectors[:, column, None].double() - codebooks[book].double()).square().sum(-1)
+        at_code = distances.gather(1, codes[:, column : column + 1])[:, 0]
+        torch.testing.assert_close(at_code, distances.amin(1), rtol=1e-5, atol=1e-9)
+    alone = torch.cat([nearest(vectors[n : n + 1], codebooks, which) for n in range(50)])
+    assert torch.equal(alone, codes[:50])
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_ties_go_to_the_lowest_index(dim):
+    words = torch.tensor([3.0, 1.0, -1.0, 1.0, 3.0, -1.0]).view(1, -1, 1).repeat(1, 1, dim)
+    vectors = torch.tensor([0.0, 1.0, 2.0, 9.0, -9.0, -1.0]).view(-1, 1, 1).repeat(1, 1, dim)
+    codes = nearest(vectors, words, torch.zeros(1, dtype=torch.int64))
+    assert codes[:, 0].tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_no_vectors_have_no_codes():
+    for dim in (1, 2):
+        found = nearest(torch.empty(0, 4, dim), drawn(1, 8, dim), torch.zeros(4, dtype=torch.int64))
+        assert found.shape == (0, 4)
+
+
+BLOCKS = [IN_CACHE, FEW_KERNELS, Blocks(distances=1), Blocks(distances=9000, operations=40)]
+
+
+@pytest.mark.parametrize("size", [(700, 3, 40, 2), (1, 1, 2, 5), (130, 4, 300, 3), (3, 2, 2000, 2)])
+def test_blocks_change_nothing(size):
+    rows, columns, count, dim = size
+    # On a grid: many distances are equal.
+    vectors = drawn(rows, columns, dim).mul(2).round()
+    codebooks = drawn(2, count, dim, seed=1).mul(2).round()
+    which = torch.arange(columns) % 2
+    gaps = (vectors[:, :, None] - codebooks[which]).square().sum(3)
+    wanted = gaps.argmin(2)
+    for blocks in BLOCKS:
+        assert torch.equal(nearest(vectors, codebooks, which, blocks=blocks), wanted)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("size", [(5, 1, 2, 2), (4096, 104, 256, 2), (10**6, 26, 65536, 16)])
+def test_blocks_hold_what_they_may(blocks, size):
+    rows, columns, count, axes = size
+    high, wide = blocks.sizes(*size)
+    assert 1 <= wide <= columns and high >= 1
+    held = min(high, rows) * wide * count
+    bound = max(blocks.distances, 128 * count)  # a register's width of rows is taken in any case
+    if blocks.operations is None:
+        assert held <= bound
+    else:
+        number = -(-rows // high) * -(-columns // wide)
+        assert held <= bound or number * (3 * axes + 4) <= max(blocks.operations, 3 * axes + 4)
+
+
+@pytest.mark.parametrize("rows", [100, 4096, 65536, 10**6])
+@pytest.mark.parametrize("dim", [1, 2, 8, 16])
+def test_few_operations_are_dispatched_elsewhere_than_on_a_cpu(rows, dim):
+    vectors = torch.empty(rows, 104, dim, device="meta")
+    codebooks = torch.empty(104, 256, dim, device="meta")
+    with Dispatched() as seen:
+        nearest(vectors, codebooks, torch.empty(104, dtype=torch.int64, device="meta"))
+    assert seen.total <= 120
