@@ -235,7 +235,7 @@ class BlockRoute(nn.Module):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
+        features = self.check(features)
         copies = self.copies(features)
         ids = copies.values()
         lows, sizes = self._lows.on(ids.device), self._sizes.on(ids.device)

@@ -13,6 +13,8 @@ from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.host_values import reads_wait
+from embcomp.layers.late_findings import LateFindings
 from embcomp.layers.routing import common_count, per_value, renamed
 from embcomp.tables.footprint import footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
@@ -72,8 +74,7 @@ class FullRoute(nn.Module):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
-        return renamed(features, self._keys)
+        return renamed(self.check(features), self._keys)
 
 
 class RangeCheck(nn.Module):
@@ -81,49 +82,96 @@ class RangeCheck(nn.Module):
 
     Kernels do not agree on such ids: on a CPU they raise without naming the feature, on CUDA they
     read row 0, and under row-wise sharding they may read another table's rows.
+
+    A training step elsewhere than on a CPU does not wait for the answer: row 0 stands for a bad id, and
+    the next step, or `wait`, raises.
     """
 
     def __init__(self, tables: Sequence[TableSpec]) -> None:
         super().__init__()
         self._instances = [(t.name, f) for t in tables for f in t.feature_names]
         self._limits = Constant([t.num_embeddings for t in tables for _ in t.feature_names])
+        self._late = LateFindings()
 
-    def forward(self, features: KeyedJaggedTensor) -> None:
-        """Raise a ValueError that names the first bad id, its feature and its table."""
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features; raise a ValueError that names the first bad id, its feature and its table."""
         ids = features.values()
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            self._refuse_in_program(features)  # the number of ids may be unknown
+            return features
         if not ids.numel():
-            return
-        limits = self._limits.on(ids.device)
+            return features
         if torch.compiler.is_exporting():
-            self._refuse_in_program(ids.view(len(self._instances), -1), limits.unsqueeze(1))
-            return
+            self._refuse_in_program(features)
+            return features
+        if self.training and reads_wait(ids.device):
+            self._raise_late(wait=False)
+            return self._checked_late(features)
+        self._raise_late(wait=True)
+        limits = self._limits.on(ids.device)
         if common_count(features) is not None:  # compare extremes: two passes, nothing stored
             low, high = ids.view(len(self._instances), -1).aminmax(dim=1)
             if not bool(((low < 0) | (high >= limits)).any()):
-                return
+                return features
         limit = per_value(limits, features)
         bad = (ids < 0) | (ids >= limit)
         if bool(bad.any()):
-            self._refuse(features, int(bad.nonzero()[0]))
+            position = int(bad.nonzero()[0])
+            raise ValueError(
+                self._refusal(features.length_per_key(), position, int(ids[position].item()))
+            )
+        return features
 
-    def _refuse_in_program(self, ids: Tensor, limit: Tensor) -> None:
-        """The same for an exported program, which takes rectangles of ids and fails as a whole."""
+    def wait(self) -> None:
+        """Raise what earlier training steps found, however far the device is."""
+        self._raise_late(wait=True)
+
+    def _checked_late(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features with row 0 in the place of bad ids, the first of which is sent to the host."""
+        ids = features.values()
+        count = ids.numel()
+        bad = (ids < 0) | (ids >= per_value(self._limits.on(ids.device), features))
+        first = torch.where(bad, torch.arange(count, device=ids.device), count).amin().view(1)
+        found = torch.cat([first, ids.index_select(0, first.clamp(max=count - 1)).long()])
+        self._late.send(found, features.length_per_key())
+        return renamed(features, list(features.keys()), torch.where(bad, 0, ids))
+
+    def _raise_late(self, *, wait: bool) -> None:
+        for found, counts in self._late.arrived(wait=wait):
+            position, id_ = found.tolist()
+            if position < sum(counts):
+                raise ValueError(
+                    f"{self._refusal(counts, position, id_)} It was in the batch of an earlier step, "
+                    "in which row 0 took its place; a GPU is not waited for in every step."
+                )
+
+    def _refuse_in_program(self, features: KeyedJaggedTensor) -> None:
+        """The same for a program (compiled, or exported for rectangles of ids), which fails as a whole."""
+        ids = features.values()
+        limits = self._limits.on(ids.device)
+        if torch.compiler.is_exporting():
+            ids, limit = ids.view(len(self._instances), -1), limits.unsqueeze(1)
+        else:
+            limit = per_value(limits, features)
         names = ", ".join(dict.fromkeys(feature for _, feature in self._instances))
         torch._assert_async(
             ((ids >= 0) & (ids < limit)).all(), f"an id of {names} is not in [0, num_embeddings)"
         )
 
-    def _refuse(self, features: KeyedJaggedTensor, position: int) -> None:
-        ends = torch.tensor(features.length_per_key()).cumsum(0)
+    def _refusal(self, counts: Sequence[int], position: int, id_: int) -> str:
+        ends = torch.tensor(counts).cumsum(0)
         instance = int(torch.searchsorted(ends, position, right=True))
         table, feature = self._instances[instance]
         limit = self._limits.on(torch.device("cpu"))[instance].item()
-        raise ValueError(
-            f"feature {feature!r}: id {_item(features.values(), position)} is not in "
-            f"[0, {limit}), the rows of table {table!r}. Raise num_embeddings, map unseen ids to a "
-            "row of their own, or choose a method that hashes (hash, unified)."
+        return (
+            f"feature {feature!r}: id {id_} is not in [0, {limit}), the rows of table {table!r}. "
+            "Raise num_embeddings, map unseen ids to a row of their own, or choose a method that "
+            "hashes (hash, unified)."
         )
 
 
-def _item(values: Tensor, position: int) -> int:
-    return int(values[position].item())
+def wait_for_checks(module: nn.Module) -> None:
+    """Raise what the range checks inside a module found in training steps and nobody has read yet."""
+    for part in module.modules():
+        if isinstance(part, RangeCheck):
+            part.wait()

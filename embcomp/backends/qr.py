@@ -165,7 +165,7 @@ class TwoKeysRoute(nn.Module):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
+        features = self.check(features)
         copies = self.copies(features)
         quotients = self._quotients.on(copies.device())
         count = common_count(copies)
@@ -201,7 +201,7 @@ class BagOfTwoRoute(nn.Module):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
+        features = self.check(features)
         ids = features.values().to(torch.int64)
         quotients = self._quotients.on(ids.device)
         count = common_count(features)

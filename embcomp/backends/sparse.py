@@ -233,7 +233,7 @@ class SparseRoute(LearnedBuffers):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
+        features = self.check(features)
         self.ensure_filled()
         elements = self._elements(features)
         places = torch.arange(elements.shape[0], device=elements.device)

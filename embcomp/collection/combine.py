@@ -16,6 +16,7 @@ from typing_extensions import override
 from embcomp.backends.base import Backend
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.host_values import on_device, reads_wait
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.specs import PhysicalTable
 
@@ -193,7 +194,11 @@ def sum_bags(
     weights = features.weights_or_none()
     dims = [instance.table.embedding_dim for instance in instances]
     own = slice(start, start + len(dims))
-    if weights is None and counts[own] == [batch] * len(dims) and bool((lengths[own] == 1).all()):
+    if reads_wait(rows.device):
+        if counts[own] == [len(rows)] * len(dims):
+            values = None if weights is None else weights[offsets[start] : offsets[own.stop]]
+            return _sum_rectangle(rows, dims, lengths[own], values)
+    elif weights is None and counts[own] == [batch] * len(dims) and bool((lengths[own] == 1).all()):
         return rows[:batch]  # one value a bag: already in place
     pooled = []
     for n, part in enumerate(rows.split(dims, dim=1), start):
@@ -205,6 +210,28 @@ def sum_bags(
         )
         pooled.append(rows.new_zeros(batch, part.shape[1]).index_add(0, bags, values))
     return torch.cat(pooled, dim=1)
+
+
+def _sum_rectangle(
+    rows: Tensor, dims: Sequence[int], lengths: Tensor, weights: Tensor | None
+) -> Tensor:
+    """`sum_bags` of as many values for each of P instances, at once and without looking at lengths.
+
+    Args:
+        rows: (N, sum of dims).
+        dims: width of each instance's embedding.
+        lengths: (P, B) of the bags.
+        weights: (P * N,) of the values.
+    """
+    count, (instances, batch) = len(rows), lengths.shape
+    pairs = torch.arange(instances, device=rows.device)
+    owner = pairs.repeat_interleave(on_device(dims, rows.device), output_size=rows.shape[1])
+    bags = torch.arange(batch, device=rows.device).repeat(instances)
+    bags = bags.repeat_interleave(lengths.reshape(-1), output_size=instances * count)
+    if weights is not None:
+        rows = rows * weights.view(instances, count).t().index_select(1, owner)
+    bags = bags.view(instances, count).t().index_select(1, owner)  # (N, sum of dims)
+    return rows.new_zeros(batch, rows.shape[1]).scatter_add(0, bags, rows)
 
 
 class UnpooledCombine(Combine):

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
 from embcomp.collection.table_identity import marks
+from embcomp.layers.host_values import on_device
 
 
 class CompositeRoute(nn.Module):
@@ -175,8 +176,8 @@ def _bags_of_one(
     if counts == [stride] * len(counts) and len(set(sizes)) == 1:
         lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
     else:
-        filled = torch.arange(stride, device=device) < torch.tensor(counts, device=device)[:, None]
-        lengths = (filled * torch.tensor(sizes, device=device)[:, None]).to(torch.int32).view(-1)
+        filled = torch.arange(stride, device=device) < on_device(counts, device)[:, None]
+        lengths = (filled * on_device(sizes, device)[:, None]).to(torch.int32).view(-1)
     joined = values[0] if len(values) == 1 else torch.cat(values)
     if skips:
         firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]

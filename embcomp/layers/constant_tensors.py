@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from embcomp.layers.host_values import on_device
+
 
 class Constant:
     """Integers that a config fixes, as a tensor on whatever device asks for them.
@@ -29,7 +31,7 @@ class Constant:
         """The constant as an int64 tensor on `device`, made once per device."""
         found = self._on.get(device)
         if found is None:
-            found = torch.tensor(self._values, dtype=torch.int64, device=device).view(self._shape)
+            found = on_device(self._values, device).view(self._shape)
             # torch.export would leave its own stand-in for the tensor behind.
             if not torch.compiler.is_exporting():
                 self._on[device] = found

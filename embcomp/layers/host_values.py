@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+AT_HAND = frozenset({"cpu"})
+"""Types of devices whose values the host has at hand."""
+
 
 def reads_wait(device: torch.device) -> bool:
     """Whether the host cannot look at a tensor's values for nothing."""
-    return device.type != "cpu" or torch.compiler.is_compiling()
+    return device.type not in AT_HAND or torch.compiler.is_compiling()
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embcomp.layers.host_values import on_device, reads_wait
 from embcomp.layers.routing import key_offsets
 
 
@@ -41,7 +42,8 @@ class LookupContext:
         one = torch.arange(batch, device=lengths.device)
         counts = self._counts()
         each = one.repeat(len(counts))
-        if counts != [batch] * len(counts) or not bool((lengths == 1).all()):
+        is_single = counts == [batch] * len(counts) and not reads_wait(lengths.device)
+        if not (is_single and bool((lengths == 1).all())):
             each = each.repeat_interleave(lengths.reshape(-1).long(), output_size=sum(counts))
         return self._by_row(each, counts)
 
@@ -58,7 +60,7 @@ class LookupContext:
         """Which rows were looked up for a value and do not only pad: (rows, number of keys) bool."""
         counts = self._counts()
         row = torch.arange(self.rows, device=self.features.device())
-        return row.unsqueeze(1) < torch.tensor(counts, device=row.device)
+        return row.unsqueeze(1) < on_device(counts, row.device)
 
     def _counts(self) -> list[int]:
         return self.features.length_per_key()[self.own]

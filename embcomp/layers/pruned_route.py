@@ -146,7 +146,7 @@ class PrunedRoute(LearnedBuffers):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.check(features)
+        features = self.check(features)
         self.ensure_filled()
         ids = features.values().to(torch.int64)
         starts, shared = self._starts.on(ids.device), self._shared.on(ids.device)

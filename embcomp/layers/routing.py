@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows
+from embcomp.layers.host_values import on_device
 
 
 def common_count(features: KeyedJaggedTensor) -> int | None:
@@ -34,7 +34,7 @@ def key_offsets(features: KeyedJaggedTensor) -> list[int]:
 
 def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
     """One constant per key `(keys,)` repeated for each of the key's values `(N,)`."""
-    counts = torch.tensor(features.length_per_key(), device=constants.device)
+    counts = on_device(features.length_per_key(), constants.device)
     return constants.repeat_interleave(counts, output_size=features.values().numel())
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embcomp.backends.full import wait_for_checks
 from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION, ParquetLoader
@@ -240,6 +241,7 @@ class Training:
     def settle(self) -> None:
         """Finish what training does late, or on each rank by itself, before anyone reads it."""
         self.steps.pause()
+        wait_for_checks(self.unsharded.model)
         if self.decay is not None:
             self.decay.flush()
         if self.process.world_size > 1:

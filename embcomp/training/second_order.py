@@ -82,7 +82,7 @@ class UnrolledSteps(PlainSteps):
 
     @override
     def run(self, batches: Iterator[Batch]) -> Tensor:
-        batch = next(batches).to(self._process.device)
+        batch = next(batches).to(self._process.device, non_blocking=True)
         self._updates.zero_grad()
         if self._updates.phase == "search":
             loss = self._backward(batch)

@@ -84,7 +84,7 @@ class PlainSteps(Steps):
 
     @override
     def run(self, batches: Iterator[Batch]) -> Tensor:
-        batch = next(batches).to(self._process.device)
+        batch = next(batches).to(self._process.device, non_blocking=True)
         self._updates.zero_grad()
         loss = self._backward(batch)
         self._updates.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embcomp.backends.codebooks.nearest_codeword import FEW_KERNELS, IN_CACHE, Blocks, nearest
+from embcomp.backends.codebooks.nearest_codeword import FEW_KERNELS, IN_CACHE, Tiling, nearest
 from tests.helpers.dispatched import Dispatched
 
 
@@ -40,7 +40,7 @@ def test_no_vectors_have_no_codes():
         assert found.shape == (0, 4)
 
 
-BLOCKS = [IN_CACHE, FEW_KERNELS, Blocks(distances=1), Blocks(distances=9000, operations=40)]
+TILINGS = [IN_CACHE, FEW_KERNELS, Tiling(distances=1), Tiling(distances=9000, operations=40)]
 
 
 @pytest.mark.parametrize("size", [(700, 3, 40, 2), (1, 1, 2, 5), (130, 4, 300, 3), (3, 2, 2000, 2)])
@@ -52,23 +52,23 @@ def test_blocks_change_nothing(size):
     which = torch.arange(columns) % 2
     gaps = (vectors[:, :, None] - codebooks[which]).square().sum(3)
     wanted = gaps.argmin(2)
-    for blocks in BLOCKS:
-        assert torch.equal(nearest(vectors, codebooks, which, blocks=blocks), wanted)
+    for tiling in TILINGS:
+        assert torch.equal(nearest(vectors, codebooks, which, tiling=tiling), wanted)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("size", [(5, 1, 2, 2), (4096, 104, 256, 2), (10**6, 26, 65536, 16)])
-def test_blocks_hold_what_they_may(blocks, size):
+def test_blocks_hold_what_they_may(tiling, size):
     rows, columns, count, axes = size
-    high, wide = blocks.sizes(*size)
+    high, wide = tiling.sizes(*size)
     assert 1 <= wide <= columns and high >= 1
     held = min(high, rows) * wide * count
-    bound = max(blocks.distances, 128 * count)  # a register's width of rows is taken in any case
-    if blocks.operations is None:
+    bound = max(tiling.distances, 128 * count)  # a register's width of rows is taken in any case
+    if tiling.operations is None:
         assert held <= bound
     else:
         number = -(-rows // high) * -(-columns // wide)
-        assert held <= bound or number * (3 * axes + 4) <= max(blocks.operations, 3 * axes + 4)
+        assert held <= bound or number * (3 * axes + 4) <= max(tiling.operations, 3 * axes + 4)
 
 
 @pytest.mark.parametrize("rows", [100, 4096, 65536, 10**6])

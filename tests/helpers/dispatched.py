@@ -1,51 +1,67 @@
-"""Counts the operations that torch dispatches, by name."""
+"""Counts the operations that torch dispatches, and tells which of them make the host wait."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = (
-    "aten._local_scalar_dense",
+_READS = {
+    "aten._local_scalar_dense",  # item(), tolist() of one, bool(), int(), float()
     "aten.item",
+    "aten.is_nonzero",
+    "aten.equal",
     "aten.nonzero",
     "aten.masked_select",
-    "aten.is_nonzero",
-    "aten._unique2",
     "aten.unique_dim",
     "aten.unique_consecutive",
-    "aten.equal",
-)
-"""Operations for whose result, or its size, the host waits for the device."""
+    "aten._unique2",
+}
+_BY_INDEX = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
+_WRAPPERS = ("torch/_", "torch/utils/", "torch/nn/modules/module.py")
 
 
 class Dispatched(TorchDispatchMode):
-    """What is dispatched within the context, views included, in backward passes as well."""
+    """What is dispatched within the context, views included, in backward passes as well.
+
+    Attributes:
+        total: how many operations were.
+        reads: those for whose result, or its size, the host waits for the device: name, and file and
+            line that asked.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    @property
-    def reads(self) -> dict[str, int]:
-        """How often the host looked at a value, or selected by a mask."""
-        return {name: self.counts[name] for name in READS if self.counts[name]} | (
-            {"boolean index": self.counts["boolean index"]} if self.counts["boolean index"] else {}
-        )
+        self.total = 0
+        self.reads: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.total += 1
         name = str(func.overloadpacket)
-        self.counts[name] += 1
-        if name in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
-            indices = [index for index in args[1] if index is not None]
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-                self.counts["boolean index"] += 1
-        if name == "aten.repeat_interleave" and (kwargs or {}).get("output_size") is None:
-            self.counts["aten.item"] += 1  # the size of the result is read
-        return func(*args, **(kwargs or {}))
+        if _waits(name, args, kwargs):
+            self.reads[f"{name} at {_asker()}"] += 1
+        return func(*args, **kwargs)
+
+
+def _waits(name: str, args: tuple, kwargs: dict) -> bool:
+    if name in _BY_INDEX:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if name == "aten.repeat_interleave":
+        return kwargs.get("output_size") is None
+    return name in _READS
+
+
+def _asker() -> str:
+    """The innermost line of Python that is not one of torch's wrappers."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename.split("site-packages/")[-1]
+        if not path.startswith(_WRAPPERS):
+            return f"{'/'.join(Path(path).parts[-3:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "nowhere"

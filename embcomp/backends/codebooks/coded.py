@@ -146,7 +146,7 @@ class CodedRoute(LearnedBuffers):
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.ensure_filled()
-        self.check(features)
+        features = self.check(features)
         copies = self.copies(features)
         ids = copies.values().to(torch.int64)
         constants = [c.on(ids.device) for c in (self._steps, self._starts, self._offsets)]

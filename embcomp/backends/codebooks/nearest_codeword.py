@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embcomp.layers.host_values import reads_wait
+
 _LEAST_ROWS = 128  # of a block: what is read side by side fills a few vector registers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
+class Tiling:
     """How distances are cut into blocks.
 
     Args:
@@ -38,13 +40,13 @@ class Blocks:
         return max(_LEAST_ROWS, most // (wide * codewords)), wide
 
 
-IN_CACHE = Blocks(distances=1 << 17)
-FEW_KERNELS = Blocks(distances=1 << 26, operations=96)
+IN_CACHE = Tiling(distances=1 << 17)
+FEW_KERNELS = Tiling(distances=1 << 26, operations=96)
 
 
 @torch.no_grad()
 def nearest(
-    vectors: Tensor, codebooks: Tensor, which: Tensor, *, blocks: Blocks | None = None
+    vectors: Tensor, codebooks: Tensor, which: Tensor, *, tiling: Tiling | None = None
 ) -> Tensor:
     """The nearest codeword of every vector, the first of equals.
 
@@ -55,7 +57,7 @@ def nearest(
         vectors: (R, K, d).
         codebooks: (G, k, d).
         which: (K,) int64, the codebook of each column.
-        blocks: how distances are cut into blocks; by the device when not given.
+        tiling: how distances are cut into blocks; by the device when not given.
 
     Returns:
         (R, K) int64 codes in `[0, k)`.
@@ -65,11 +67,11 @@ def nearest(
         return which.new_empty(vectors.shape[:2])
     if codebooks.shape[2] == 1:
         return nearest_on_a_line(vectors[..., 0], codebooks[..., 0], which)
-    blocks = blocks or (IN_CACHE if vectors.device.type == "cpu" else FEW_KERNELS)
+    tiling = tiling or (FEW_KERNELS if reads_wait(vectors.device) else IN_CACHE)
     words = codebooks[which].permute(2, 0, 1).contiguous().unsqueeze(3)  # (d, K, k, 1)
     wanted = vectors.permute(2, 1, 0).contiguous().unsqueeze(2)  # (d, K, 1, R): read along R below
     axes, columns, count, _ = words.shape
-    rows, wide = blocks.sizes(len(vectors), columns, count, axes)
+    rows, wide = tiling.sizes(len(vectors), columns, count, axes)
     parts = [
         _in_columns(wanted[:, at : at + wide], words[:, at : at + wide], rows)
         for at in range(0, columns, wide)

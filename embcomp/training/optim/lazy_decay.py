@@ -10,7 +10,7 @@ does not show.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.host_values import reads_wait
 
 
 class LazyDecay:
@@ -82,7 +85,15 @@ class _Kernel:
         self.module = module
         self._table_of_feature = list(module.feature_table_map)
         self._weights: list[Tensor] = module.split_embedding_weights()
-        self._paid = [torch.zeros(len(w), device=w.device) for w in self._weights]
+        first = self._weights[0]
+        sizes = [len(weight) for weight in self._weights]
+        self._paid = torch.zeros(sum(sizes), device=first.device)
+        self._paid_by_table = self._paid.split(sizes)
+        self._flat = _shared_storage(self._weights)
+        read = self._table_of_feature
+        self._dims = Constant([self._weights[table].shape[1] for table in read])
+        self._firsts = Constant([self._weights[table].storage_offset() for table in read])
+        self._first_paid = Constant([sum(sizes[:table]) for table in read])
 
     def pay(self, indices: Tensor, offsets: Tensor, due: float) -> None:
         """Pay the rows that are about to be looked up.
@@ -94,17 +105,49 @@ class _Kernel:
         """
         features = len(self._table_of_feature)
         batch = (offsets.numel() - 1) // features
-        bounds = offsets[torch.arange(features + 1, device=offsets.device) * batch].tolist()
+        bounds = offsets[torch.arange(features + 1, device=offsets.device) * batch]
+        # Repeated ids write the same value, so the result does not depend on their order.
+        if self._flat is not None and reads_wait(indices.device):
+            self._pay_at_once(self._flat, indices.long(), bounds, due)
+            return
+        ends = bounds.tolist()
         for feature, table in enumerate(self._table_of_feature):
-            # Repeated ids write the same value, so the result does not depend on their order.
-            ids = indices[bounds[feature] : bounds[feature + 1]].long()
-            weight, paid = self._weights[table], self._paid[table]
+            ids = indices[ends[feature] : ends[feature + 1]].long()
+            weight, paid = self._weights[table], self._paid_by_table[table]
             factors = torch.exp(due - paid[ids].double()).to(weight.dtype)
             weight[ids] = weight[ids] * factors.unsqueeze(1)
             paid[ids] = due
 
+    def _pay_at_once(self, flat: Tensor, ids: Tensor, bounds: Tensor, due: float) -> None:
+        """The same for all tables in one pass, which does not ask where a feature's ids end."""
+        place = torch.arange(len(ids), device=ids.device)
+        feature = torch.searchsorted(bounds[1:].long(), place, right=True)
+        feature.clamp_(max=len(self._table_of_feature) - 1)
+        dims, firsts, first_paid = (
+            constant.on(ids.device)[feature]
+            for constant in (self._dims, self._firsts, self._first_paid)
+        )
+        rows = first_paid + ids
+        factors = torch.exp(due - self._paid[rows].double()).to(flat.dtype)
+        widest = max(self._weights[table].shape[1] for table in self._table_of_feature)
+        # Narrower rows have their last column written several times, with one value.
+        columns = torch.arange(widest, device=ids.device).minimum((dims - 1).unsqueeze(1))
+        elements = (firsts + ids * dims).unsqueeze(1) + columns
+        flat[elements] = flat[elements] * factors.unsqueeze(1)
+        self._paid.index_fill_(0, rows, due)
+
     def pay_all(self, due: float) -> None:
         """Pay all rows and forgets."""
-        for weight, paid in zip(self._weights, self._paid):
+        for weight, paid in zip(self._weights, self._paid_by_table):
             weight.mul_(torch.exp(due - paid.double()).to(weight.dtype).unsqueeze(1))
             paid.zero_()
+
+
+def _shared_storage(weights: Sequence[Tensor]) -> Tensor | None:
+    """The numbers of which all weights are rows one after another; None where they lie apart."""
+    first = weights[0].detach()
+    places = {weight.untyped_storage().data_ptr() for weight in weights}
+    if len(places) > 1:
+        return None
+    size = max(weight.storage_offset() + weight.numel() for weight in weights)
+    return first.as_strided((size,), (1,), 0)
