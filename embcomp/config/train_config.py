@@ -264,7 +264,7 @@ class RunConfig(Section):
         keep_checkpoints: how many of the latest checkpoints stay, besides the best.
         log_every: steps between two records of the training loss.
         device: `auto` takes CUDA when there is one.
-        precision: `bf16` runs the dense part under autocast (CUDA only).
+        precision: `bf16` runs the dense part under autocast, on CUDA and on CPUs that have bfloat16.
         sharding: how tables are spread over ranks; `auto` asks TorchRec's planner.
         rank_timeout: seconds without a sign of life after which a rank counts as dead.
         stages: for methods that are trained in stages: stage name to what differs in it.

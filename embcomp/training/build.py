@@ -29,7 +29,7 @@ from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.sharding_plan import make_sharder, plan_sharding
 from embcomp.training.optim.initial_rows import fill_function, initialize_rows
 from embcomp.training.optim.optimizers import attach_fused_optimizer
-from embcomp.training.optim.precision import Precision
+from embcomp.training.optim.precision import Precision, check_bf16
 
 TASK_PREFIX = "model."
 """What `TrainTask` puts before the names of its model's tensors."""
@@ -190,9 +190,10 @@ def loss_of(sharded: DistributedModelParallel) -> BatchLoss:
 
 def check_precision(config: TrainConfig, process: Process) -> Precision:
     """The config's precision, if this device has it."""
-    if config.train.precision == "bf16" and process.device.type != "cuda":
-        raise ConfigError("train.precision: bf16 runs on CUDA only; use fp32 on CPU")
-    return Precision(config.train.precision == "bf16", process.device)
+    reduced = config.train.precision == "bf16"
+    if reduced:
+        check_bf16(process.device)
+    return Precision(reduced, process.device)
 
 
 def draw_rows(state: Mapping[str, Any], unsharded: UnshardedModel, config: TrainConfig) -> None:

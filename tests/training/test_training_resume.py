@@ -288,7 +288,6 @@ def evaluate_quietly(run: Path) -> Evaluation:
     ("overrides", "error", "text"),
     [
         (("train.row_optimizer.name=adam",), ConfigError, "mode: dense"),
-        (("train.precision=bf16",), ConfigError, "CUDA only"),
         (("train.device=cuda",), ConfigError, "no CUDA device"),
         (("tables.overrides={C9: full}",), ConfigError, "C9"),
         (("data.path=/nowhere",), DataError, "not a prepared dataset"),
