@@ -16,7 +16,7 @@ from typing_extensions import override
 from embcomp.backends.base import Backend
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.host_values import on_device, reads_wait
+from embcomp.layers.host_values import known_equal, on_device, reads_wait
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.specs import PhysicalTable
 
@@ -195,10 +195,10 @@ def sum_bags(
     dims = [instance.table.embedding_dim for instance in instances]
     own = slice(start, start + len(dims))
     if reads_wait(rows.device):
-        if counts[own] == [len(rows)] * len(dims):
+        if known_equal(counts[own], len(rows)):
             values = None if weights is None else weights[offsets[start] : offsets[own.stop]]
             return _sum_rectangle(rows, dims, lengths[own], values)
-    elif weights is None and counts[own] == [batch] * len(dims) and bool((lengths[own] == 1).all()):
+    elif weights is None and known_equal(counts[own], batch) and bool((lengths[own] == 1).all()):
         return rows[:batch]  # one value a bag: already in place
     pooled = []
     for n, part in enumerate(rows.split(dims, dim=1), start):

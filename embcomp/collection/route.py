@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
 from embcomp.collection.table_identity import marks
-from embcomp.layers.host_values import on_device
+from embcomp.layers.host_values import known_equal, on_device
 
 
 class CompositeRoute(nn.Module):
@@ -173,7 +173,7 @@ def _bags_of_one(
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
     stride = _common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
-    if counts == [stride] * len(counts) and len(set(sizes)) == 1:
+    if known_equal(counts, stride) and len(set(sizes)) == 1:
         lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
     else:
         filled = torch.arange(stride, device=device) < on_device(counts, device)[:, None]

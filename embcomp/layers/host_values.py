@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 AT_HAND = frozenset({"cpu"})
 """Types of devices whose values the host has at hand."""
@@ -19,6 +20,13 @@ AT_HAND = frozenset({"cpu"})
 def reads_wait(device: torch.device) -> bool:
     """Whether the host cannot look at a tensor's values for nothing."""
     return device.type not in AT_HAND or torch.compiler.is_compiling()
+
+
+def known_equal(counts: Sequence[int], value: int) -> bool:
+    """Whether all counts are known to be a value: within a compiled graph they may not be known."""
+    if torch.compiler.is_dynamo_compiling():
+        return all(guard_or_false(count == value) for count in counts)
+    return all(count == value for count in counts)
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -42,6 +42,12 @@ class LearnedBuffers(NamedParts):
         # A program that is exported was filled before, and must not depend on values.
         if self._seen is self.filled or self.filled.is_meta or torch.compiler.is_exporting():
             return
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                self.filled != 0,
+                "what a method learns is not there: call the model once, then compile it",
+            )
+            return
         if not bool(self.filled):
             self.reset_buffers()
             self.filled.fill_(1)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embcomp.layers.host_values import on_device, reads_wait
+from embcomp.layers.host_values import known_equal, on_device, reads_wait
 from embcomp.layers.routing import key_offsets
 
 
@@ -42,7 +42,7 @@ class LookupContext:
         one = torch.arange(batch, device=lengths.device)
         counts = self._counts()
         each = one.repeat(len(counts))
-        is_single = counts == [batch] * len(counts) and not reads_wait(lengths.device)
+        is_single = known_equal(counts, batch) and not reads_wait(lengths.device)
         if not (is_single and bool((lengths == 1).all())):
             each = each.repeat_interleave(lengths.reshape(-1).long(), output_size=sum(counts))
         return self._by_row(each, counts)
@@ -66,7 +66,7 @@ class LookupContext:
         return self.features.length_per_key()[self.own]
 
     def _by_row(self, values: Tensor, counts: list[int]) -> Tensor:
-        if counts == [self.rows] * len(counts):
+        if known_equal(counts, self.rows):
             return values.view(len(counts), self.rows).t()
         padded = values.new_zeros(len(counts), self.rows)
         for column, part in zip(padded, values.split(counts)):

@@ -173,16 +173,22 @@ class PrunedRoute(LearnedBuffers):
 
     def _before_words(self) -> Tensor:
         """(4 blocks,) uint8 the set bits of each block before each of its words."""
+        if torch.compiler.is_compiling():
+            return _before(count_bits(self.words))
         # Followed by version, as checkpoints are read into the buffer without asking this module.
         version = 0 if self.words.is_inference() else self.words._version
         if self._derived is not None:
             words, seen, before = self._derived
             if words is self.words and seen == version:
                 return before
-        bits = count_bits(self.words)
-        before = (bits.cumsum(1) - bits).to(torch.uint8).view(-1)  # at most 192
+        before = _before(count_bits(self.words))
         self._derived = (self.words, version, before)
         return before
+
+
+def _before(bits: Tensor) -> Tensor:
+    """(4 blocks,) uint8 from (blocks, 4) set bits; at most 192."""
+    return (bits.cumsum(1) - bits).to(torch.uint8).view(-1)
 
 
 def count_bits(words: Tensor) -> Tensor:

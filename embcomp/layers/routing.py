@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows
-from embcomp.layers.host_values import on_device
+from embcomp.layers.host_values import known_equal, on_device
 
 
 def common_count(features: KeyedJaggedTensor) -> int | None:
@@ -21,7 +21,7 @@ def common_count(features: KeyedJaggedTensor) -> int | None:
     broadcast over it. This is so whenever every feature is single-valued.
     """
     counts = features.length_per_key()
-    return counts[0] if counts and counts.count(counts[0]) == len(counts) else None
+    return counts[0] if counts and known_equal(counts[1:], counts[0]) else None
 
 
 def key_offsets(features: KeyedJaggedTensor) -> list[int]:

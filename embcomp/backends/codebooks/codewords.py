@@ -19,7 +19,7 @@ from embcomp.backends.codebooks.nearest_codeword import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
-from embcomp.layers.host_values import on_device, reads_wait
+from embcomp.layers.host_values import known_equal, on_device, reads_wait
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.name_hash import name64
@@ -244,7 +244,7 @@ class Quantize(Penalised):
     def _chosen(self, looked_up: LookupContext, device: torch.device) -> Tensor | None:
         """(R, K) whether a row was looked up for a value; None when none only pads."""
         counts = looked_up.features.length_per_key()[looked_up.own]
-        if counts == [looked_up.rows] * len(counts):
+        if known_equal(counts, looked_up.rows):
             return None
         places = torch.arange(looked_up.rows, device=device)[:, None]
         limits = [n for n, each in zip(counts, self._positions) for _ in range(each)]

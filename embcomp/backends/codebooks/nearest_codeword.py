@@ -63,13 +63,16 @@ def nearest(
         (R, K) int64 codes in `[0, k)`.
     """
     vectors, codebooks = vectors.float(), codebooks.float()
-    if not vectors.numel():
+    compiling = torch.compiler.is_compiling()  # the number of vectors may be unknown
+    if not compiling and not vectors.numel():
         return which.new_empty(vectors.shape[:2])
     if codebooks.shape[2] == 1:
         return nearest_on_a_line(vectors[..., 0], codebooks[..., 0], which)
     tiling = tiling or (FEW_KERNELS if reads_wait(vectors.device) else IN_CACHE)
     words = codebooks[which].permute(2, 0, 1).contiguous().unsqueeze(3)  # (d, K, k, 1)
     wanted = vectors.permute(2, 1, 0).contiguous().unsqueeze(2)  # (d, K, 1, R): read along R below
+    if compiling:
+        return _first_least(_closeness(wanted, words)).t()
     axes, columns, count, _ = words.shape
     rows, wide = tiling.sizes(len(vectors), columns, count, axes)
     parts = [
@@ -97,7 +100,7 @@ def _closeness(wanted: Tensor, words: Tensor) -> Tensor:
 
 def _first_least(closeness: Tensor) -> Tensor:
     """(K, k, R) -> (K, R) where each vector's closeness is largest, the first of equals."""
-    if closeness.device.type != "cpu":
+    if closeness.device.type != "cpu" or torch.compiler.is_compiling():
         return closeness.argmax(1)
     # On CPU torch's argmax goes element by element; pooling with the channels last compares eight
     # vectors at once, and takes a larger value only: the first of equals stays.
