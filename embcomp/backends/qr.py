@@ -172,8 +172,8 @@ class TwoKeysRoute(nn.Module):
         if count is not None:
             parts = copies.values().to(torch.int64).view(len(self._keys) // 2, 2, count)
             rows = torch.empty_like(parts)
-            torch.div(parts[:, 0], self._divisor, rounding_mode="floor", out=rows[:, 0])
-            torch.remainder(parts[:, 1], self._divisor, out=rows[:, 1])
+            rows[:, 0] = parts[:, 0].div(self._divisor, rounding_mode="floor")
+            rows[:, 1] = parts[:, 1].remainder(self._divisor)
             rows[:, 1] += quotients.unsqueeze(1)
             return renamed(copies, self._keys, rows.view(-1))
         ids = copies.values().to(torch.int64)
@@ -206,8 +206,8 @@ class BagOfTwoRoute(nn.Module):
         quotients = self._quotients.on(ids.device)
         count = common_count(features)
         rows = ids.new_empty(ids.numel(), 2)
-        torch.div(ids, self._divisor, rounding_mode="floor", out=rows[:, 0])
-        torch.remainder(ids, self._divisor, out=rows[:, 1])
+        rows[:, 0] = ids.div(self._divisor, rounding_mode="floor")
+        rows[:, 1] = ids.remainder(self._divisor)
         if count is None:
             rows[:, 1] += per_value(quotients, features)
         else:

@@ -35,7 +35,6 @@ class LearnedBuffers(NamedParts):
         """Fill the buffers in place with what the config alone implies."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def ensure_filled(self) -> None:
         """Fill the buffers unless that was done, or a state dict brought them."""
         # Moving the module, or materialising it, makes another tensor: only then is it looked at.
@@ -43,14 +42,16 @@ class LearnedBuffers(NamedParts):
         if self._seen is self.filled or self.filled.is_meta or torch.compiler.is_exporting():
             return
         if torch.compiler.is_compiling():
+            # Not within `no_grad`: a graph that fails there leaves gradients off behind it.
             torch._assert_async(
                 self.filled != 0,
                 "what a method learns is not there: call the model once, then compile it",
             )
             return
-        if not bool(self.filled):
-            self.reset_buffers()
-            self.filled.fill_(1)
+        with torch.no_grad():
+            if not bool(self.filled):
+                self.reset_buffers()
+                self.filled.fill_(1)
         self._seen = self.filled
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

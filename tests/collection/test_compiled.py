@@ -94,3 +94,4 @@ def test_a_graph_refuses_ids_out_of_range_and_buffers_that_nobody_filled():
     empty = Within(pooled(CASES["coded"], TABLES))
     with pytest.raises(RuntimeError, match="call the model once"):
         compiled(empty)(batch.values(), batch.lengths())
+    assert torch.is_grad_enabled()  # a graph that fails restores nothing
