@@ -44,6 +44,38 @@ def test_bits_are_laid_out_from_the_lowest():
     assert pack_bits(torch.tensor([0x3FF, 0]), 10).tolist() == [0xFF, 0x03, 0]
 
 
+def bit_by_bit(codes, bits):
+    """The definition: code `i` begins at bit `i * bits`, the lowest bit of a byte comes first."""
+    stream = sum(int(code) << (place * bits) for place, code in enumerate(codes))
+    return list(stream.to_bytes(packed_bytes(len(codes), bits), "little"))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_every_width_is_laid_out_as_defined(bits, dtype):
+    codes = random_codes(37, bits).to(dtype)
+    packed = pack_bits(codes, bits)
+    assert packed.tolist() == bit_by_bit(codes, bits)
+    # In the middle of a longer stream too, at an odd place, where 16-bit views cannot stand.
+    for start in (0, 1, 2):
+        stream = torch.full((len(packed) + 3,), 0xAA, dtype=torch.uint8)
+        own = stream[start : start + len(packed)]
+        assert pack_bits(codes, bits, out=own) is own
+        assert torch.equal(own, packed)
+        rest = torch.cat([stream[:start], stream[start + len(packed) :]])
+        assert set(rest.tolist()) == {0xAA}
+        assert torch.equal(unpack_bits(own, bits, 37), codes.to(torch.int64))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_whole_bytes_are_the_same_on_machines_of_the_other_order(bits, monkeypatch):
+    codes = random_codes(50, bits)
+    packed = pack_bits(codes, bits)
+    monkeypatch.setattr("sys.byteorder", "big")  # no views then
+    assert torch.equal(pack_bits(codes, bits), packed)
+    assert torch.equal(unpack_bits(packed, bits, 50), codes)
+
+
 def test_long_streams_are_packed_in_parts():
     codes = random_codes((1 << 18) + 13, 11)
     assert torch.equal(unpack_bits(pack_bits(codes, 11), 11, len(codes)), codes)

@@ -1,4 +1,4 @@
-"""k-means: its error falls and its answers repeat."""
+"""k-means: its error falls, its answers repeat, and few points are enough to begin with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from embcomp.backends.codebooks import kmeans as module
 from embcomp.backends.codebooks.kmeans import kmeans
 from embcomp.errors import ConfigError
 
@@ -19,8 +20,8 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize("dim", [1, 2, 5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_error_never_rises(dim, seed):
-    points = drawn(3000, dim, seed=seed)
-    weights = 1 / torch.arange(1, 3001) ** 0.5
+    points = drawn(500, dim, seed=seed)
+    weights = 1 / torch.arange(1, 501) ** 0.5
     errors = kmeans(points, weights, 16, seed=seed).errors
     assert len(errors) > 3
     assert all(after <= before for before, after in pairwise(errors))
@@ -65,6 +66,38 @@ def test_samples_of_long_inputs_keep_what_is_heavy():
     found = kmeans(points, weights, 4, seed=3).centroids  # 1024 of the points take part
     assert torch.cdist(points[7:8], found).min() < 1
     assert found.abs().sort(0).values[:3].max() < 3
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_beginning_with_few_points_loses_nothing(dim, monkeypatch):
+    points, weights = drawn(6000, dim), torch.ones(6000)
+    found = [kmeans(points, weights, 30, seed=seed).errors[-1] for seed in range(4)]
+    monkeypatch.setattr(module, "_POINTS_PER_SEED", 256)
+    patient = [kmeans(points, weights, 30, seed=seed).errors[-1] for seed in range(4)]
+    assert sum(found) < 1.03 * sum(patient)
+
+
+def test_errors_are_those_of_the_centroids():
+    points, weights = drawn(2000, 3) + 50, torch.arange(2000) % 7
+    found = kmeans(points, weights, 20, seed=0)
+    gaps = torch.cdist(points.double(), found.centroids.double()).amin(1).square()
+    assert found.errors[-1] == pytest.approx(float((weights * gaps).sum() / weights.sum()))
+
+
+def test_equal_points_count_together():
+    points = torch.cat([drawn(300, 2), drawn(300, 2), torch.tensor([[-0.0, 1.0], [0.0, 1.0]])])
+    merged, weights = module._distinct(points, torch.ones(602, dtype=torch.float64))
+    assert len(merged) == 301
+    assert sorted(weights.tolist()) == [2] * 301
+    assert torch.equal(merged.unique(dim=0), points.unique(dim=0))
+
+
+def test_points_of_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(module, "_MULTIPLIER", 0)  # the last number alone counts
+    points = torch.tensor([[1.0, 5.0], [2.0, 5.0], [1.0, 5.0]])
+    merged, weights = module._distinct(points, torch.tensor([1.0, 2.0, 4.0]))
+    assert merged.tolist() == [[1, 5], [2, 5]]
+    assert weights.tolist() == [5, 2]
 
 
 def test_faiss_is_asked_for_by_name():

@@ -13,7 +13,7 @@ from embcomp.backends.base import MethodState, StageInputs
 from embcomp.backends.codebooks.bit_packing import unpack_bits
 from embcomp.backends.codebooks.clustering import id_weights, share_cold_rows
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
-from embcomp.backends.codebooks.nearest_codeword import nearest
+from embcomp.backends.codebooks.nearest import nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans
-from embcomp.backends.codebooks.nearest_codeword import nearest
+from embcomp.backends.codebooks.nearest import nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.layers.hashing import salt
 from embcomp.tables.name_hash import name64

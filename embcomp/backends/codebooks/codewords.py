@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from embcomp.backends.codebooks.nearest_codeword import nearest
+from embcomp.backends.codebooks.nearest import nearest
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed

@@ -1,10 +1,10 @@
 """Weighted k-means.
 
 Seeds are drawn as by Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA
-2007, and refined by Lloyd's iterations. At most 256 points per centroid take part by default; they are drawn by
-priority sampling (Duffield, Lund, Thorup, 2007), which keeps heavy points and gives light ones the
-weight of those that were left out. Ties always go to the lowest index, and the same seed gives the
-same centroids.
+2007, and refined by Lloyd's iterations, first on a few points a centroid and then on more: most of the
+way costs little so. At most 256 points per centroid take part by default; they are drawn by priority
+sampling (Duffield, Lund, Thorup, 2007), which keeps heavy points and gives light ones the weight of
+those that were left out. The same seed gives the same centroids.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from embcomp.backends.codebooks.nearest_codeword import nearest_on_a_line
+from embcomp.backends.codebooks.nearest import nearest
 from embcomp.errors import ConfigError
 
 Clustering = Literal["torch", "faiss"]
@@ -25,7 +25,8 @@ Clustering = Literal["torch", "faiss"]
 POINTS_PER_CENTROID = 256
 _POINTS_PER_SEED = 32
 _MOST_SEEDS = 4096  # beyond, seeds are a weighted sample: drawing them one by one takes too long
-_AT_ONCE = 1 << 17  # distances held at a time: they stay in a core's cache
+_MULTIPLIER = 0x2545F4914F6CDD1D  # of Marsaglia's and Vigna's xorshift64*
+_ENOUGH = 1e-3  # the share of the error that an iteration must gain for another one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def kmeans(
         weights: (n,), not negative; points of weight 0 take no part unless all have it.
         count: centroids.
         seed: of all that is drawn.
-        iterations: at most so many of Lloyd's; they end when the error falls no more.
+        iterations: at most so many of Lloyd's; they end when the error hardly falls.
         backend: `torch`, or `faiss` where it is installed.
         points_per_centroid: at most so many take part.
     """
@@ -73,11 +74,19 @@ def kmeans(
     random = torch.Generator().manual_seed(seed)
     points, weights = _distinct(*_sample(points, weights, points_per_centroid * count, random))
     if len(points) <= count:
+        points = points.unique(dim=0)  # in order of value
         last = points[-1:].expand(count - len(points), -1)
         return Clusters(centroids=torch.cat([points, last]), errors=(0.0,))
     if backend == "faiss":
         return _faiss(points, weights, count, seed=seed, iterations=iterations)
-    return _lloyd(points, weights, _seeds(points, weights, count, random), iterations)
+    whole = _Points(points, weights)
+    if count > _MOST_SEEDS:
+        return _lloyd(whole, _sample(points, weights, count, random)[0], iterations)
+    few = _Points(*_sample(points, weights, _POINTS_PER_SEED * count, random))
+    seeds = few.seeds(count, random)
+    if len(few) < len(points):
+        seeds = _lloyd(few, seeds, iterations).centroids
+    return _lloyd(whole, seeds, iterations)
 
 
 def _sample(
@@ -100,83 +109,87 @@ def _sample(
 
 
 def _distinct(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal points made one, in order of value."""
-    distinct, inverse = points.unique(dim=0, return_inverse=True)
-    return distinct, weights.new_zeros(len(distinct)).index_add_(0, inverse, weights)
+    """Equal points made one."""
+    points = points + 0.0  # makes the two zeros one
+    keys = torch.zeros(len(points), dtype=torch.int64)
+    for bits in points.view(torch.int32).unbind(1):
+        keys = keys.mul_(_MULTIPLIER).add_(bits)  # hashes, to sort numbers and not rows
+    distinct, inverse = keys.unique(return_inverse=True)
+    if len(distinct) == len(points):
+        return points, weights
+    some = points[torch.empty_like(distinct).scatter_(0, inverse, torch.arange(len(points)))]
+    if not torch.equal(some[inverse], points):  # different points of one hash
+        some, inverse = points.unique(dim=0, return_inverse=True)
+    return some, weights.new_zeros(len(some)).index_add_(0, inverse, weights)
 
 
-def _seeds(points: Tensor, weights: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """(count, d) distinct points, far from each other."""
-    if count > _MOST_SEEDS:
-        return _sample(points, weights, count, random)[0]
-    points, weights = _sample(points, weights, _POINTS_PER_SEED * count, random)
-    chosen = torch.empty(count, dtype=torch.int64)
-    distances = torch.full((len(points),), torch.inf)
-    for n in range(count):
-        masses = weights if n == 0 else weights * distances
-        ends = masses.cumsum(0)
-        at = torch.rand((), generator=random, dtype=torch.float64) * ends[-1]
-        chosen[n] = torch.searchsorted(ends, at, right=True).clamp_(max=len(points) - 1)
-        distances = torch.minimum(distances, (points - points[chosen[n]]).square().sum(1))
-    return points[chosen]
+class _Points:
+    """Weighted points, laid out for many passes over them.
 
-
-def _lloyd(points: Tensor, weights: Tensor, centroids: Tensor, iterations: int) -> Clusters:
-    errors: list[float] = []
-    codes, distances = _assign(points, centroids)
-    for _ in range(iterations):
-        errors.append(_mean(weights, distances))
-        moved = _means(points, weights, codes, distances, len(centroids))
-        new_codes, new_distances = _assign(points, moved)
-        if not _mean(weights, new_distances) < errors[-1] * (1 - 1e-6):
-            break  # converged: what is left is rounding
-        centroids, codes, distances = moved, new_codes, new_distances
-    errors.append(_mean(weights, distances))
-    return Clusters(centroids=centroids, errors=tuple(errors))
-
-
-def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each point's centroid (n,) and its squared distance (n,)."""
-    if points.shape[1] == 1:
-        codes = nearest_on_a_line(points, centroids[None, :, 0], torch.zeros(1).long())[:, 0]
-    else:
-        codes = _nearest_by_products(points, centroids)
-    return codes, (points - centroids[codes]).square().sum(1)
-
-
-def _nearest_by_products(points: Tensor, centroids: Tensor) -> Tensor:
-    """The nearest centroid of each point, but a few times faster, and rounded like a matrix product.
-
-    A point between two centroids may go to either, which does not matter while they move.
+    Args:
+        points: (n, d) float32.
+        weights: (n,) float64.
     """
-    centre = centroids.mean(0)
-    moved = centroids - centre
-    halves = moved.square().sum(1) / 2
-    count = len(centroids)
-    places = torch.arange(count, dtype=torch.float32)
-    found = []
-    for rows in points.split(max(1, _AT_ONCE // count)):
-        scores = torch.addmm(halves, rows - centre, moved.t(), alpha=-1)
-        least = scores.amin(1, keepdim=True)
-        found.append(torch.where(scores <= least, places, count - 1.0).amin(1).long())
-    return torch.cat(found)
+
+    def __init__(self, points: Tensor, weights: Tensor) -> None:
+        self.points, self._weights = points, weights
+        self._axes = points.t().contiguous()  # (d, n)
+        self._weighted = self._axes * weights  # (d, n) float64
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def seeds(self, count: int, random: torch.Generator) -> Tensor:
+        """Points that are far from each other: (count, d)."""
+        chosen = torch.empty(count, dtype=torch.int64)
+        distances = torch.full((len(self),), torch.inf)
+        for n in range(count):
+            masses = self._weights if n == 0 else self._weights * distances
+            ends = masses.cumsum(0)
+            at = torch.rand((), generator=random, dtype=torch.float64) * ends[-1]
+            chosen[n] = torch.searchsorted(ends, at, right=True).clamp_(max=len(self) - 1)
+            gaps = self._axes - self._axes[:, chosen[n], None]
+            distances = torch.minimum(distances, gaps.square_().sum(0))
+        return self.points[chosen]
+
+    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Each point's centroid (n,) and its squared distance (n,)."""
+        only = torch.zeros(1, dtype=torch.int64)
+        codes = nearest(self.points.unsqueeze(1), centroids.unsqueeze(0), only)[:, 0]
+        gaps = self._axes - centroids.t().contiguous().index_select(1, codes)
+        return codes, gaps.square_().sum(0)
+
+    def mean(self, distances: Tensor) -> float:
+        """The weighted mean of (n,) distances."""
+        return float((self._weights * distances).sum() / self._weights.sum())
+
+    def means(self, codes: Tensor, distances: Tensor, count: int) -> Tensor:
+        """The centroids' weighted means; those without points move to the points that fit worst."""
+        mass = torch.bincount(codes, self._weights, count)
+        sums = torch.stack([torch.bincount(codes, axis, count) for axis in self._weighted], dim=1)
+        means = (sums / mass.clamp(min=1e-300).unsqueeze(1)).float()
+        empty = (mass == 0).nonzero().squeeze(1)
+        if len(empty):
+            worst = (self._weights * distances).sort(descending=True, stable=True).indices
+            means[empty] = self.points[worst[: len(empty)]]
+        return means
 
 
-def _mean(weights: Tensor, distances: Tensor) -> float:
-    return float((weights * distances).sum() / weights.sum())
-
-
-def _means(points: Tensor, weights: Tensor, codes: Tensor, distances: Tensor, count: int) -> Tensor:
-    """The centroids' weighted means; those without points move to the points that fit worst."""
-    mass = weights.new_zeros(count).index_add_(0, codes, weights)
-    sums = weights.new_zeros(count, points.shape[1])
-    sums.index_add_(0, codes, weights.unsqueeze(1) * points)
-    means = (sums / mass.clamp(min=1e-300).unsqueeze(1)).float()
-    empty = (mass == 0).nonzero().squeeze(1)
-    if len(empty):
-        worst = (weights * distances).sort(descending=True, stable=True).indices[: len(empty)]
-        means[empty] = points[worst]
-    return means
+def _lloyd(points: _Points, centroids: Tensor, iterations: int) -> Clusters:
+    """Move centroids until an iteration gains little."""
+    codes, distances = points.assign(centroids)
+    errors = [points.mean(distances)]
+    for _ in range(iterations):
+        moved = points.means(codes, distances, len(centroids))
+        codes, distances = points.assign(moved)
+        error = points.mean(distances)
+        if not error < errors[-1]:
+            break  # what is left is rounding
+        centroids = moved
+        errors.append(error)
+        if error > errors[-2] * (1 - _ENOUGH):
+            break
+    return Clusters(centroids=centroids, errors=tuple(errors))
 
 
 def missing_for(backend: Clustering) -> str | None:
@@ -207,4 +220,6 @@ def _faiss(points: Tensor, weights: Tensor, count: int, *, seed: int, iterations
     )
     model.train(points.numpy(), weights=weights.float().numpy())
     centroids = torch.from_numpy(model.centroids.copy())
-    return Clusters(centroids=centroids, errors=(_mean(weights, _assign(points, centroids)[1]),))
+    whole = _Points(points, weights)
+    error = whole.mean(whole.assign(centroids)[1])
+    return Clusters(centroids=centroids, errors=(error,))

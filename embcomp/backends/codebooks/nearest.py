@@ -1,0 +1,193 @@
+"""The nearest codeword of many vectors at once, exactly.
+
+On the CPU, scores are matrix products in float32, of which the maxima of groups are kept; where
+rounding could have decided between two codewords, squared differences in float64 do. So a vector's code
+is that of a full search in float64, the first of equals, and depends neither on the batch that the
+vector is in nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+_AT_ONCE = 1 << 17  # scores that a thread holds at a time: they stay in a core's cache
+_MAXIMA_AT_ONCE = 1 << 20
+_FEWEST_COLUMNS = 32  # of a product: narrower ones are slow
+_ROUNDING = 2.0**-24
+
+
+@torch.no_grad()
+def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
+    """The nearest codeword of every vector, the first of equals.
+
+    Distances are those in float64. On other devices than the CPU they are those in float32, summed
+    one dimension after another, so that codewords about as near may be chosen there.
+
+    Args:
+        vectors: (R, K, d).
+        codebooks: (G, k, d).
+        which: (K,) int64, the codebook of each column.
+
+    Returns:
+        (R, K) int64 codes in `[0, k)`; any where a vector is not finite.
+    """
+    vectors, codebooks = vectors.float(), codebooks.float()
+    if not vectors.numel():
+        return which.new_empty(vectors.shape[:2])
+    if codebooks.shape[2] == 1:
+        return _on_a_line(vectors[..., 0], codebooks[..., 0], which)
+    if vectors.device.type != "cpu":
+        return _by_differences(vectors, codebooks, which)
+    books = _Books(codebooks[which], len(vectors))
+    found = torch.empty(vectors.shape[:2], dtype=torch.int64)
+    unsettled = []
+    for start in range(0, len(vectors), books.rows_at_once):
+        own = slice(start, start + books.rows_at_once)
+        rows, columns = books.search(vectors[own], found[own]).unbind(1)
+        unsettled.append(torch.stack([rows + start, columns], dim=1))
+    books.settle(vectors, found, torch.cat(unsettled))
+    return found
+
+
+def _first_maxima(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of (B, m, n) along m, and its first place: (B, n) each.
+
+    Pooling finds both in one pass over the values; `max` takes several times as long.
+    """
+    images = values.unsqueeze(2).permute(0, 3, 1, 2)  # (B, n, m, 1), channels last in memory
+    largest, places = nn.functional.max_pool2d(images, (values.shape[1], 1), return_indices=True)
+    return largest[:, :, 0, 0], places[:, :, 0, 0]
+
+
+class _Books:
+    """Codebooks of K columns, laid out for products: codewords stand in groups, the last one filled up.
+
+    Vectors and words are counted from the mean of their codebook, so that products stay small. What a
+    search needs in memory is allocated once.
+
+    Args:
+        words: (K, k, d) float32.
+        most: rows that are searched for at once, at the most.
+    """
+
+    def __init__(self, words: Tensor, most: int) -> None:
+        books, count, width = words.shape
+        self._words, self._centres = words, words.mean(1)
+        moved = (words.double() - self._centres.double().unsqueeze(1)).float()
+        self._reach = moved.square().sum(2).amax(1).sqrt()  # (K,)
+        self._size = 1 << ((count - 1).bit_length() + 2) // 2  # of a group
+        self._groups = -(-count // self._size)
+        self._lines = words.new_zeros(books, self._groups * self._size, width + 1)
+        self._lines[:, :, width] = -torch.inf
+        self._lines[:, :count] = torch.cat([moved, moved.square().sum(2, keepdim=True) / -2], 2)
+        rows = _MAXIMA_AT_ONCE // (books * (self._groups + self._size))
+        self.rows_at_once = min(most, 1 << max(5, rows.bit_length() - 1))
+        self._columns = words.new_ones(books, width + 1, self.rows_at_once)
+        self._by_group = words.new_empty(books, self._groups, self.rows_at_once)
+        self._by_place = words.new_empty(books, self._size, self.rows_at_once)
+        self._pieces = list(self._cut(self.rows_at_once))
+
+    def _cut(self, rows: int) -> Iterator[_Piece]:
+        """Books and so many rows in pieces: lines, columns, room for their scores, and for maxima."""
+        books, count, _ = self._lines.shape
+        width = min(rows, max(_FEWEST_COLUMNS, _AT_ONCE * torch.get_num_threads() // count))
+        depth = min(books, max(1, _AT_ONCE * torch.get_num_threads() // (count * width)))
+        room = self._lines.new_empty(depth * count * width)
+        whole = (self._columns, self._by_group, self._by_place)
+        parts = (each[..., :rows].split(depth) for each in whole)
+        for lines, *own in zip(self._lines.split(depth), *parts):
+            for columns, group, place in zip(*(each.split(width, dim=2) for each in own)):
+                shape = (len(lines), self._groups, self._size, columns.shape[2])
+                yield lines, columns, room[: math.prod(shape)].view(shape), group, place
+
+    def search(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Write the codes of (r, K, d) rows: (r, K).
+
+        Returns:
+            (m, 2) the rows and columns where rounding may have decided.
+        """
+        by_group, by_place, points = (
+            each[..., : len(rows)]
+            for each in (self._by_group, self._by_place, self._columns[:, :-1])
+        )
+        torch.sub(rows.permute(1, 2, 0), self._centres.unsqueeze(2), out=points)
+        self._find_maxima(len(rows))
+        best, group = _first_maxima(by_group)
+        _, place = _first_maxima(by_place)
+        codes.copy_(place.add_(group, alpha=self._size).t())
+        # The second best codeword is the best of another group, or of another place in its group.
+        floor = best.sub_(self._rounding(points)).unsqueeze(1)
+        near = by_group.ge_(floor).sum(1).add_(by_place.ge_(floor).sum(1))
+        return (near != 2).t().nonzero()
+
+    def _find_maxima(self, rows: int) -> None:
+        """Find the largest score of each group, and of each place in one, for the first columns."""
+        pieces = self._pieces if rows == self.rows_at_once else self._cut(rows)
+        for lines, columns, scores, group, place in pieces:
+            torch.bmm(lines, columns, out=scores.flatten(1, 2))
+            torch.amax(scores, 2, out=group)
+            torch.amax(scores, 1, out=place)
+
+    def _rounding(self, points: Tensor) -> Tensor:
+        """More than two scores of points (K, d, r) can differ by rounding alone: (K, r).
+
+        A product of d + 1 terms, and centred vectors and words, each rounded; the least number is
+        there for what is too small to be squared.
+        """
+        reach = self._reach.unsqueeze(1)
+        factor = 4 * (points.shape[1] + 5) * _ROUNDING
+        norms = points.square().sum(1).sqrt_()
+        return norms.add_(reach).mul_(reach * factor).add_(1e-36)
+
+    def settle(self, rows: Tensor, codes: Tensor, unsettled: Tensor) -> None:
+        """Write what a full search in float64 finds.
+
+        Args:
+            rows: (R, K, d).
+            codes: (R, K).
+            unsettled: (m, 2) rows and columns.
+        """
+        for part in unsettled.split(max(1, _AT_ONCE // self._words.shape[1])):
+            row, column = part.unbind(1)
+            vectors, words = rows[row, column].double(), self._words[column].double()
+            distances = (vectors[:, None, 0] - words[..., 0]).square_()  # (m, k)
+            for axis in range(1, rows.shape[2]):
+                distances += (vectors[:, None, axis] - words[..., axis]).square_()
+            codes[row, column] = distances.argmin(1)
+
+
+def _by_differences(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
+    """The same by squared differences in float32, without waiting for the device."""
+    words = codebooks[which].permute(2, 0, 1).contiguous()  # (d, K, k): read along k below
+    count = words.shape[2]
+    places = torch.arange(count, dtype=torch.float32, device=vectors.device)
+    found = []
+    for rows in vectors.split(max(1, _AT_ONCE // (len(which) * count))):
+        distances = (rows[:, :, None, 0] - words[0]).square_()  # (r, K, k)
+        for axis in range(1, len(words)):
+            distances += (rows[:, :, None, axis] - words[axis]).square_()
+        least = distances.amin(2, keepdim=True)
+        found.append(torch.where(distances <= least, places, count - 1.0).amin(2).long())
+    return torch.cat(found)
+
+
+def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
+    """The same in one dimension, by binary search: (R, K), (G, k) -> (R, K)."""
+    ordered, order = codebooks.sort(dim=1, stable=True)
+    ordered, order = ordered[which], order[which]  # (K, k)
+    wanted = values.t().contiguous()  # (K, R)
+    above = torch.searchsorted(ordered, wanted)
+    below = (above - 1).clamp_(min=0)
+    below = torch.searchsorted(ordered, ordered.gather(1, below))  # the first of equal codewords
+    above.clamp_(max=ordered.shape[1] - 1)
+    exact = wanted.double()
+    low, high = ((ordered.gather(1, at).double() - exact).square_() for at in (below, above))
+    codes_low, codes_high = order.gather(1, below), order.gather(1, above)
+    codes = torch.where(low < high, codes_low, codes_high)
+    return torch.where(low == high, torch.minimum(codes_low, codes_high), codes).t()
