@@ -33,7 +33,7 @@ from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
-from embcomp.layers.learned_buffers import penalty_of
+from embcomp.layers.learned_buffers import overwriting, penalty_of
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
 
@@ -211,10 +211,12 @@ class _Compressed(AssembledTables):
         Args:
             states: any number of them for one group of this collection.
         """
-        state = self.state_dict()
-        for name, tensor in self.state_of(states).items():
-            state[name] = pad_columns(tensor, state[name])
-        self.load_state_dict(state)
+        came = self.state_of(states)
+        with overwriting(self, came):
+            state = self.state_dict()
+            for name, tensor in came.items():
+                state[name] = pad_columns(tensor, state[name])
+            self.load_state_dict(state)
 
     def state_of(self, states: Sequence[GroupState]) -> dict[str, Tensor]:
         """The forms' tensors by their names in the collection's state dict, without padding."""

@@ -7,6 +7,8 @@ themselves with a pure function of the config where nobody has.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class LearnedBuffers(NamedParts):
         super().__init__()
         self.register_buffer("filled", torch.zeros((), dtype=torch.uint8), persistent=False)
         self._seen: Tensor | None = None
+        self._is_overwritten = False
 
     def reset_buffers(self) -> None:
         """Fill the buffers in place with what the config alone implies."""
@@ -40,6 +43,8 @@ class LearnedBuffers(NamedParts):
         # Moving the module, or materialising it, makes another tensor: only then is it looked at.
         # A program that is exported was filled before, and must not depend on values.
         if self._seen is self.filled or self.filled.is_meta or torch.compiler.is_exporting():
+            return
+        if self._is_overwritten:
             return
         if torch.compiler.is_compiling():
             # Not within `no_grad`: a graph that fails there leaves gradients off behind it.
@@ -54,19 +59,59 @@ class LearnedBuffers(NamedParts):
                 self.filled.fill_(1)
         self._seen = self.filled
 
+    @property
+    def stored_names(self) -> list[str]:
+        """The names of the buffers, or of their parts, in the module's own state dict."""
+        own = [name for name in self._buffers if name != "filled"]
+        return [part for name in own for part in self.names_of(name)]
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.ensure_filled()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        own = [name for name in self._buffers if name != "filled"]
-        wanted = [part for name in own for part in self.names_of(name)]
+        wanted = self.stored_names
         came = [name for name in wanted if prefix + name in state_dict]
         if came and len(came) < len(wanted):
             self.ensure_filled()  # parts that did not come stay as the config implies
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if not self.filled.is_meta and len(came) == len(wanted):
             self.filled.fill_(1)
+
+
+@contextmanager
+def overwriting(module: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
+    """Within it, what is about to be overwritten is not filled first; afterwards it counts as filled.
+
+    Args:
+        module: of whose state dict tensors are taken and filled in place, or loaded.
+        names: of the tensors that come, in its state dict or in that of a module which it wraps; all
+            by default.
+    """
+    parts = [
+        part
+        for path, part in module.named_modules()
+        if isinstance(part, LearnedBuffers)
+        and (names is None or all(_is_among(f"{path}.{n}", names) for n in part.stored_names))
+    ]
+    for part in parts:
+        part._is_overwritten = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._is_overwritten = False
+    for part in parts:
+        if not part.filled.is_meta:
+            part.filled.fill_(1)
+
+
+def _is_among(path: str, names: Collection[str]) -> bool:
+    while path not in names:
+        _, dot, path = path.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def fill_buffers(module: nn.Module) -> None:

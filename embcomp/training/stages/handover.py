@@ -29,6 +29,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError
 from embcomp.io.atomic_files import atomic_path
 from embcomp.io.yaml_reading import listed
+from embcomp.layers.learned_buffers import overwriting
 from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import model_state
 from embcomp.training.distributed.quiet import quiet_libraries
@@ -104,10 +105,14 @@ def state_of_method(model: UnshardedModel, schedule: StageSchedule) -> MethodSta
 
 def load_start(place: StageFolder, sharded: DistributedModelParallel) -> None:
     """Fill a sharded model with what its stage begins with; what is not there stays as drawn."""
-    state = model_state(sharded)
     if dist.get_rank() == 0:  # for all ranks, which stop when one does
         check_file(place.start)
-    with safetensors.safe_open(place.start, framework="pt") as file, torch.no_grad():
+    with (
+        safetensors.safe_open(place.start, framework="pt") as file,
+        torch.no_grad(),
+        overwriting(sharded, set(file.keys())),
+    ):
+        state = model_state(sharded)
         odd = sorted(set(file.keys()) - set(state))
         if odd:
             raise CheckpointError(

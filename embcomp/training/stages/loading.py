@@ -9,6 +9,7 @@ from torch import nn
 
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.errors import EmbcompError
+from embcomp.layers.learned_buffers import overwriting
 from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import (
     checkpoint_folder,
@@ -65,14 +66,15 @@ def load_unsharded(run: RunContext, index: int, step: int) -> UnshardedModel:
         step: a step of that stage that has a checkpoint.
     """
     unsharded = run.build(torch.device("cpu"), run.plan_of(index))
-    state = unsharded.model.state_dict()
     path = checkpoint_folder(run.place(index).checkpoints, step)
     if not path.exists():
         raise EmbcompError(f"{path} does not exist")
     read_state(path)  # refuses other formats
-    with quiet_libraries():
-        load_whole(path, state)
-    unsharded.model.load_state_dict(state)
+    with overwriting(unsharded.model):
+        state = unsharded.model.state_dict()
+        with quiet_libraries():
+            load_whole(path, state)
+        unsharded.model.load_state_dict(state)
     return unsharded
 
 
