@@ -42,6 +42,7 @@ fix: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/codes.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/verify_load.py
 	$(BIN)/python benchmarks/loader.py
