@@ -23,7 +23,7 @@ Clustering = Literal["torch", "faiss"]
 """What runs k-means; faiss must be installed for its own."""
 
 POINTS_PER_CENTROID = 256
-_POINTS_PER_SEED = 32
+_POINTS_PER_SEED = 64
 _MOST_SEEDS = 4096  # beyond, seeds are a weighted sample: drawing them one by one takes too long
 _MULTIPLIER = 0x2545F4914F6CDD1D  # of Marsaglia's and Vigna's xorshift64*
 _ENOUGH = 1e-3  # the share of the error that an iteration must gain for another one
