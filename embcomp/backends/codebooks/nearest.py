@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from embcomp.backends.codebooks.nearest_by_differences import nearest_by_differences
+from embcomp.layers.host_values import reads_wait
+
 _Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _AT_ONCE = 1 << 17  # scores that a thread holds at a time: they stay in a core's cache
@@ -38,12 +41,13 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
         (R, K) int64 codes in `[0, k)`; any where a vector is not finite.
     """
     vectors, codebooks = vectors.float(), codebooks.float()
-    if not vectors.numel():
+    compiling = torch.compiler.is_compiling()  # the number of vectors may be unknown
+    if not compiling and not vectors.numel():
         return which.new_empty(vectors.shape[:2])
     if codebooks.shape[2] == 1:
         return _on_a_line(vectors[..., 0], codebooks[..., 0], which)
-    if vectors.device.type != "cpu":
-        return _by_differences(vectors, codebooks, which)
+    if compiling or reads_wait(vectors.device):
+        return nearest_by_differences(vectors, codebooks, which)
     books = _Books(codebooks[which], len(vectors))
     found = torch.empty(vectors.shape[:2], dtype=torch.int64)
     unsettled = []
@@ -160,21 +164,6 @@ class _Books:
             for axis in range(1, rows.shape[2]):
                 distances += (vectors[:, None, axis] - words[..., axis]).square_()
             codes[row, column] = distances.argmin(1)
-
-
-def _by_differences(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
-    """The same by squared differences in float32, without waiting for the device."""
-    words = codebooks[which].permute(2, 0, 1).contiguous()  # (d, K, k): read along k below
-    count = words.shape[2]
-    places = torch.arange(count, dtype=torch.float32, device=vectors.device)
-    found = []
-    for rows in vectors.split(max(1, _AT_ONCE // (len(which) * count))):
-        distances = (rows[:, :, None, 0] - words[0]).square_()  # (r, K, k)
-        for axis in range(1, len(words)):
-            distances += (rows[:, :, None, axis] - words[axis]).square_()
-        least = distances.amin(2, keepdim=True)
-        found.append(torch.where(distances <= least, places, count - 1.0).amin(2).long())
-    return torch.cat(found)
 
 
 def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The nearest codeword of many vectors at once.
+"""The nearest codeword by float32 differences: in compiled graphs, and where kernels are launched.
 
-Distances are taken a block at a time: on a CPU few enough to stay in a core's cache, elsewhere as many
-as keep the number of kernels small, since there launching them would take longer than they do.
+Distances are taken as many at a time as keep the number of kernels small, since launching them would
+take longer than they do.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from embcomp.layers.host_values import reads_wait
 
 _LEAST_ROWS = 128  # of a block: what is read side by side fills a few vector registers
 
@@ -40,13 +38,12 @@ class Tiling:
         return max(_LEAST_ROWS, most // (wide * codewords)), wide
 
 
-IN_CACHE = Tiling(distances=1 << 17)
 FEW_KERNELS = Tiling(distances=1 << 26, operations=96)
 
 
 @torch.no_grad()
-def nearest(
-    vectors: Tensor, codebooks: Tensor, which: Tensor, *, tiling: Tiling | None = None
+def nearest_by_differences(
+    vectors: Tensor, codebooks: Tensor, which: Tensor, *, tiling: Tiling = FEW_KERNELS
 ) -> Tensor:
     """The nearest codeword of every vector, the first of equals.
 
@@ -54,24 +51,17 @@ def nearest(
     depends neither on the batch that it is in nor on how that is cut into blocks.
 
     Args:
-        vectors: (R, K, d).
-        codebooks: (G, k, d).
+        vectors: (R, K, d) float32.
+        codebooks: (G, k, d) float32.
         which: (K,) int64, the codebook of each column.
-        tiling: how distances are cut into blocks; by the device when not given.
+        tiling: how distances are cut into blocks.
 
     Returns:
         (R, K) int64 codes in `[0, k)`.
     """
-    vectors, codebooks = vectors.float(), codebooks.float()
-    compiling = torch.compiler.is_compiling()  # the number of vectors may be unknown
-    if not compiling and not vectors.numel():
-        return which.new_empty(vectors.shape[:2])
-    if codebooks.shape[2] == 1:
-        return nearest_on_a_line(vectors[..., 0], codebooks[..., 0], which)
-    tiling = tiling or (FEW_KERNELS if reads_wait(vectors.device) else IN_CACHE)
     words = codebooks[which].permute(2, 0, 1).contiguous().unsqueeze(3)  # (d, K, k, 1)
     wanted = vectors.permute(2, 1, 0).contiguous().unsqueeze(2)  # (d, K, 1, R): read along R below
-    if compiling:
+    if torch.compiler.is_compiling():  # the number of vectors may be unknown
         return _first_least(_closeness(wanted, words)).t()
     axes, columns, count, _ = words.shape
     rows, wide = tiling.sizes(len(vectors), columns, count, axes)
@@ -107,18 +97,3 @@ def _first_least(closeness: Tensor) -> Tensor:
     channels_last = closeness.unsqueeze(2).permute(0, 3, 1, 2)  # (K, R, k, 1)
     window = (closeness.shape[1], 1)
     return torch.nn.functional.max_pool2d(channels_last, window, return_indices=True)[1].flatten(1)
-
-
-def nearest_on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
-    """The same in one dimension, by binary search: (R, K), (G, k) -> (R, K)."""
-    ordered, order = codebooks.sort(dim=1, stable=True)
-    ordered, order = ordered[which], order[which]  # (K, k)
-    wanted = values.t().contiguous()  # (K, R)
-    above = torch.searchsorted(ordered, wanted)
-    below = (above - 1).clamp_(min=0)
-    below = torch.searchsorted(ordered, ordered.gather(1, below))  # the first of equal codewords
-    above.clamp_(max=ordered.shape[1] - 1)
-    low, high = ((ordered.gather(1, at) - wanted).square_() for at in (below, above))
-    codes_low, codes_high = order.gather(1, below), order.gather(1, above)
-    codes = torch.where(low < high, codes_low, codes_high)
-    return torch.where(low == high, torch.minimum(codes_low, codes_high), codes).t()
