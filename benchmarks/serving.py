@@ -1,6 +1,6 @@
 """What a look-up in an artefact costs over a raw gather of float32 rows.
 
-    python benchmarks/serving.py [--batch-sizes 1 4096] [--row-types fp32 int8] [--rows 100000]
+    python benchmarks/serving.py [--batch-sizes 1 64 4096] [--row-types fp32 int8] [--rows 100000]
 
 Each method's serving form is saved and loaded as `embcomp.load` does it. Its peer reads one row per
 id of the same batch from one flat float32 table with `torch.nn.functional.embedding`, ids ready
@@ -12,6 +12,7 @@ frozen codes) are measured by that form.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -47,15 +48,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4096])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 4096])
     parser.add_argument("--row-types", nargs="+", choices=ROW_TYPES, default=["fp32", "int8"])
     parser.add_argument("--rows", type=int, default=100_000, help="ids of each of the 26 tables")
+    parser.add_argument("--methods", nargs="+", help="beginnings of names; all by default")
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument(
+        "--json", type=Path, help="one object a line: method, rows, batch, path, ratio"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     table = torch.rand(FEATURES * args.rows, DIM)
     lines: list[Sequence[str]] = []
     for name, config in methods(args.rows):
+        if args.methods and not name.startswith(tuple(args.methods)):
+            continue
         for row_type in args.row_types:
             lines += measure(name, config, row_type, table, args)
     report(lines, args)
@@ -102,7 +109,7 @@ def measure(
         path = Path(folder) / "artefact"
         record = save(collection, path, row_type=row_type).config.tables
         saved = 0 if record is None else record.bytes
-        kernel, plain = load(path), load(path, rows="torch")
+        paths = {name: load(path, rows=name) for name in ("auto", "fbgemm", "torch")}
         for size in args.batch_sizes:
             ids = torch.randint(0, args.rows, (FEATURES, size))
             batch = KeyedJaggedTensor(
@@ -113,17 +120,23 @@ def measure(
                 length_per_key=[size] * FEATURES,
             )
             flat = (ids + torch.arange(FEATURES).unsqueeze(1) * args.rows).t().reshape(-1)
-            calls = [
-                partial(kernel, batch),
-                partial(plain, batch),
-                partial(torch.nn.functional.embedding, flat, table),
+            calls: list[Callable[[], object]] = [
+                partial(loaded, batch) for loaded in paths.values()
             ]
+            calls.append(partial(torch.nn.functional.embedding, flat, table))
             times = in_turn(calls, args.repeats)
-            ours, by_torch, raw = (1e6 * statistics.median(column) for column in zip(*times))
-            ratio = statistics.median(row[0] / row[2] for row in times)
-            cells = [f"{ours:,.0f}", f"{by_torch:,.0f}", f"{raw:,.0f}", f"{ratio:.1f}"]
-            each = f"{1000 * ours / (size * FEATURES):,.0f}"
-            found.append([name, row_type, f"{saved:,}", str(size), *cells, each])
+            raw = 1e6 * statistics.median(row[-1] for row in times)
+            ratios = [
+                statistics.median(row[n] / row[-1] for row in times) for n in range(len(paths))
+            ]
+            cells = [f"{ratio:.2f}" for ratio in ratios]
+            each = f"{1000 * raw * ratios[0] / (size * FEATURES):,.0f}"
+            found.append([name, row_type, f"{saved:,}", str(size), *cells, f"{raw:,.0f}", each])
+            if args.json is not None:
+                with args.json.open("a") as file:
+                    for read_by, ratio in zip(paths, ratios):
+                        one = {"method": name, "rows": row_type, "ids": args.rows, "batch": size}
+                        file.write(json.dumps({**one, "path": read_by, "ratio": ratio}) + "\n")
     return found
 
 
@@ -144,7 +157,7 @@ def report(lines: Sequence[Sequence[str]], args: argparse.Namespace) -> None:
     table = ResultTable(
         f"look-up, {FEATURES} features, dim {DIM}, {args.rows:,} ids a table, "
         f"{torch.get_num_threads()} threads",
-        ("method", "rows", "bytes", "batch", "us", "us in torch", "raw us", "ratio", "ns an id"),
+        ("method", "rows", "bytes", "batch", "auto", "fbgemm", "torch", "raw us", "ns an id"),
         names=("method", "rows"),
     )
     for line in lines:

@@ -28,6 +28,7 @@ from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
+from embcomp.layers.fused_lookups import FusedEmbedding, FusedRoutes, PlacedRow, RowWithin
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
@@ -232,6 +233,15 @@ class BlockRoute(nn.Module):
         self.copies = RepeatFeatures(keys, sources)
         self._lows = Constant([low for low, _ in ranges])
         self._sizes = Constant([high - low for low, high in ranges])
+        self._ranges = list(ranges)
+
+    def fused_routes(self) -> FusedRoutes:
+        """A row of the block that holds an id, none of the others."""
+        by_key = {
+            key: [RowWithin(low=low, high=high)]
+            for key, (low, high) in zip(self._keys, self._ranges)
+        }
+        return FusedRoutes(by_key=by_key, limits=self.check.limits)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -281,12 +291,29 @@ class SpreadColumns(LearnedBuffers):
         self._picked = Constant([n for first, count in pairs for n in range(first, first + count)])
         self._offsets = Constant([s for s, (_, count) in zip(starts, pairs) for _ in range(count)])
         self._total = total
+        self._pairs, self._embedding_starts = list(pairs), list(starts)
         self.store_in_parts("columns", tables)
         self.register_buffer("columns", torch.zeros(len(self._first), dtype=dtype))
 
     @override
     def reset_buffers(self) -> None:
         self.columns.copy_(torch.tensor(self._first))
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding]:
+        """The row of one block, its columns where they belong."""
+        self.ensure_filled()
+        found, key = [], 0
+        ends = [*self._embedding_starts[1:], self._total]
+        for (place, count), start, end in zip(self._pairs, self._embedding_starts, ends):
+            rows = []
+            last = place + count
+            while place < last:
+                own = self.columns[place : place + widths[key]].to(torch.int32)
+                rows.append(PlacedRow(key=key, columns=own))
+                place += widths[key]
+                key += 1
+            found.append(FusedEmbedding(rows=rows, width=end - start))
+        return found
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths) -> (B, sum of dims)

@@ -13,6 +13,7 @@ from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import FusedRoutes, OwnRow
 from embcomp.layers.host_values import reads_wait
 from embcomp.layers.late_findings import LateFindings
 from embcomp.layers.routing import common_count, per_value, renamed
@@ -72,6 +73,10 @@ class FullRoute(nn.Module):
         self._keys = list(keys)
         self.check = check
 
+    def fused_routes(self) -> FusedRoutes:
+        """An id's own row."""
+        return FusedRoutes(by_key={key: [OwnRow()] for key in self._keys}, limits=self.check.limits)
+
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return renamed(self.check(features), self._keys)
@@ -90,7 +95,8 @@ class RangeCheck(nn.Module):
     def __init__(self, tables: Sequence[TableSpec]) -> None:
         super().__init__()
         self._instances = [(t.name, f) for t in tables for f in t.feature_names]
-        self._limits = Constant([t.num_embeddings for t in tables for _ in t.feature_names])
+        self.limits = [t.num_embeddings for t in tables for _ in t.feature_names]
+        self._limits = Constant(self.limits)
         self._late = LateFindings()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:

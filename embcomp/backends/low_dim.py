@@ -22,6 +22,7 @@ from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
+from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.pruned_route import (
     PrunedRoute,
     directory_bytes,
@@ -193,6 +194,12 @@ class PadColumns(nn.Module):
         self._came = [came for came, _ in widths]
         self._missing = [wanted - came for came, wanted in widths]
         self._is_uniform = len(set(widths)) == 1
+        self._wanted = [wanted for _, wanted in widths]
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding]:
+        """Rows with zeros behind them."""
+        narrow = side_by_side(widths, self._came)
+        return [fitted(each, widths, dim) for each, dim in zip(narrow, self._wanted)]
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -28,6 +29,16 @@ from embcomp.backends.base import Backend, BackendConfig
 from embcomp.backends.full import RangeCheck
 from embcomp.io.constraints import Ge
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import (
+    FusedEmbedding,
+    FusedRoutes,
+    IdRoute,
+    PlacedRow,
+    QuotientRow,
+    RemainderRow,
+    fitted,
+    side_by_side,
+)
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -162,6 +173,12 @@ class TwoKeysRoute(nn.Module):
         self._keys = list(keys)
         self._divisor = divisor
         self._quotients = Constant(quotients)
+        steps = _quotient_and_remainder(divisor, quotients)
+        self._routes = {key: [step] for key, step in zip(keys, chain.from_iterable(steps))}
+
+    def fused_routes(self) -> FusedRoutes:
+        """The quotient's row under one key, the remainder's under the next."""
+        return FusedRoutes(by_key=self._routes, limits=self.check.limits)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -198,6 +215,11 @@ class BagOfTwoRoute(nn.Module):
         self._keys = list(keys)
         self._divisor = divisor
         self._quotients = Constant(quotients)
+        self._routes = dict(zip(keys, _quotient_and_remainder(divisor, quotients)))
+
+    def fused_routes(self) -> FusedRoutes:
+        """Both rows under one key."""
+        return FusedRoutes(by_key=self._routes, limits=self.check.limits)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -223,6 +245,14 @@ class BagOfTwoRoute(nn.Module):
         )
 
 
+def _quotient_and_remainder(divisor: int, quotients: Sequence[int]) -> list[list[IdRoute]]:
+    """For each feature, the row of an id's quotient and that of its remainder behind those."""
+    return [
+        [QuotientRow(divisor=divisor), RemainderRow(divisor=divisor, first=first)]
+        for first in quotients
+    ]
+
+
 class Product(nn.Module):
     """Multiplies each feature's two rows.
 
@@ -233,6 +263,16 @@ class Product(nn.Module):
     def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self._splits = [width for width, _ in widths for _ in range(2)]
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding]:
+        """One row times the other."""
+        return [
+            FusedEmbedding(
+                rows=[PlacedRow(key=key), PlacedRow(key=key + 1, how="multiply")], width=width
+            )
+            for key, width in enumerate(widths)
+            if key % 2 == 0
+        ]
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, 2 * sum of widths) -> (B, sum of widths)
@@ -280,6 +320,12 @@ class ConcatenatedHalves(nn.Module):
             kept += range(start, start + dim)
             start += 2 * half
         self._columns = None if len(kept) == start else Constant(kept)
+        self._widths = list(widths)
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding]:
+        """Two rows side by side, cut."""
+        both = side_by_side(widths, [2 * half for half, _ in self._widths])
+        return [fitted(each, widths, dim) for each, (_, dim) in zip(both, self._widths)]
 
     @override
     def forward(self, rows: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from typing_extensions import Self, override
 from embcomp.backends.base import Backend, BackendConfig
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
+from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
@@ -233,6 +234,32 @@ class FitWidths(nn.Module):
                 if name in projected
             }
         )
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding]:
+        """Chunks side by side, cut or filled; those of a projection go through its rows."""
+        chunks = side_by_side(widths, [came for _, came, _ in self._widths])
+        return [
+            self._projected_rows(name, each, widths, wanted)
+            if name in self._projected
+            else fitted(each, widths, wanted)
+            for each, (name, _, wanted) in zip(chunks, self._widths)
+        ]
+
+    def _projected_rows(
+        self, name: str, chunks: FusedEmbedding, widths: Sequence[int], wanted: int
+    ) -> FusedEmbedding:
+        projection = self.projections[part_name("table", name)]
+        assert isinstance(projection, Projection)
+        matrix = projection.weight.detach()
+        rows = [
+            PlacedRow(
+                key=row.key,
+                how="add",
+                projection=matrix[row.into : row.into + widths[row.key]].contiguous(),
+            )
+            for row in chunks.rows
+        ]
+        return FusedEmbedding(rows=rows, width=wanted)
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embcomp.io.checkout import checkout_root, package_folder
+from embcomp.serving.fused.library import cache_folder, why_missing
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -100,7 +101,16 @@ def check() -> DoctorReport:
     findings += _imports(probe)
     findings += _devices(probe)
     findings += _dependencies()
+    findings.append(_compiled_lookup())
     return DoctorReport(findings=findings, mend=mend_line(findings, probe))
+
+
+def _compiled_lookup() -> Finding:
+    missing = why_missing()
+    if missing is None:
+        return Finding(name="compiled look-up", value=f"built, in {cache_folder()}")
+    note = "artefacts are served all the same, more slowly: " + missing
+    return Finding(name="compiled look-up", value="none", level="warn", note=note)
 
 
 def installed(name: str) -> str | None:

@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import FusedRoutes, IdRoute, OwnRow, RankedRow
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import common_count, per_value, renamed
 from embcomp.tables.footprint import TensorFootprint
@@ -137,6 +138,23 @@ class PrunedRoute(LearnedBuffers):
         packed = pack_all([torch.arange(n) < kept for n, kept in self._sizes])
         self.words.copy_(packed["words"])
         self.counts.copy_(packed["counts"])
+
+    def fused_routes(self) -> FusedRoutes:
+        """The rank of a kept id, or an id's own row where its table is not pruned."""
+        self.ensure_filled()
+        cpu = torch.device("cpu")
+        starts, shared = self._starts.on(cpu).tolist(), self._shared.on(cpu).tolist()
+        by_key: dict[str, Sequence[IdRoute]] = {
+            key: [
+                OwnRow()
+                if start < 0
+                else RankedRow(words=self.words, counts=self.counts, first_block=start, shared=row)
+            ]
+            for key, start, row in zip(self._keys, starts, shared)
+        }
+        limits = self.check.limits
+        assert isinstance(limits, list)
+        return FusedRoutes(by_key=by_key, limits=limits)
 
     def masks(self) -> list[Tensor]:
         """For each pruned table, (N,) bool which ids are kept."""

@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import FusedRoutes, HashedRow
 from embcomp.layers.hashing import hash_rows
 from embcomp.layers.host_values import known_equal, on_device
 
@@ -110,6 +111,17 @@ class HashRoute(nn.Module):
         self.copies = RepeatFeatures(keys, sources)
         self._salts = Constant(salts)
         self._num_rows = Constant(num_rows)
+        self._fused = FusedRoutes(
+            by_key={
+                key: [HashedRow(salt=salt, num_rows=rows)]
+                for key, salt, rows in zip(keys, salts, num_rows)
+            },
+            limits=[None] * (max(sources, default=-1) + 1),
+        )
+
+    def fused_routes(self) -> FusedRoutes:
+        """One hashed row under each key, of any id."""
+        return self._fused
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -34,7 +34,7 @@ def load(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    rows: Literal["auto", "fbgemm", "torch"] = "auto",
+    rows: Literal["auto", "fused", "fbgemm", "torch"] = "auto",
     verify: bool = True,
 ) -> Serving:
     """Read an artefact as a module that answers; no training code is imported.
@@ -42,8 +42,9 @@ def load(
     Args:
         path: the artefact's folder.
         device: where to serve.
-        rows: what reads the rows: FBGEMM's inference kernel (CPU), plain torch operations, or
-            whichever is faster there.
+        rows: what reads the rows: one compiled call for all features (`fused`, CPU, built on first
+            use where there is a C++ compiler), FBGEMM's inference kernel (CPU), plain torch
+            operations, or the fastest that there is.
         verify: whether to check, while the tables are built, that every file and tensor is the one
             that was written.
 

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embcomp.backends.base import MethodState
 from embcomp.collection.assembled import (
@@ -20,12 +20,14 @@ from embcomp.collection.assembled import (
     UnpooledTables,
     build_groups,
 )
-from embcomp.collection.groups import Group
+from embcomp.collection.groups import Group, table_features
 from embcomp.errors import ArtefactError, DataError
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
+from embcomp.serving.fused.fused_lookup import FusedLookup
+from embcomp.serving.fused.library import why_missing
 from embcomp.serving.serving_features import Features, as_features
-from embcomp.serving.serving_rows import KernelRows, StoredTable, TorchRows
+from embcomp.serving.serving_rows import FusedRows, KernelRows, StoredTable, TorchRows
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.row_types import served_footprint, stored_dtype, stored_shape
 
@@ -36,14 +38,19 @@ def rows_class(rows: str, device: torch.device) -> MakeRows:
     """What reads the rows.
 
     Args:
-        rows: `fbgemm` (CPU only), `torch`, or `auto` for the faster one that there is.
+        rows: `fused` or `fbgemm` (CPU only), `torch`, or `auto` for the fastest one that there is.
         device: where to serve.
     """
-    if rows not in ("auto", "fbgemm", "torch"):
-        raise ArtefactError(f"rows are read by auto, fbgemm or torch; got {rows!r}")
-    if rows == "fbgemm" and device.type != "cpu":
-        raise ArtefactError(f"rows='fbgemm' serves on the CPU, not on {device}; take rows='torch'")
-    return TorchRows if rows == "torch" or device.type != "cpu" else KernelRows
+    if rows not in ("auto", "fused", "fbgemm", "torch"):
+        raise ArtefactError(f"rows are read by auto, fused, fbgemm or torch; got {rows!r}")
+    if rows in ("fused", "fbgemm") and device.type != "cpu":
+        raise ArtefactError(f"rows={rows!r} serves on the CPU, not on {device}; take rows='torch'")
+    if rows == "torch" or device.type != "cpu":
+        return TorchRows
+    missing = None if rows == "fbgemm" else why_missing()
+    if rows == "fused" and missing is not None:
+        raise ArtefactError(f"rows='fused' needs compiled code: {missing}; or take rows='auto'")
+    return KernelRows if rows == "fbgemm" or missing is not None else FusedRows
 
 
 class _Serving(AssembledTables):
@@ -90,6 +97,11 @@ class _Serving(AssembledTables):
             for group in groups
             for table in group.backend.physical_tables
         }
+        self._instances = table_features(plan.tables)
+        self._groups, self._stored = groups, stored if make_rows is FusedRows else None
+        self._fused = self._fuse()
+        if make_rows is FusedRows and self._fused is None:
+            make_rows = KernelRows
         self._assemble(
             plan.tables,
             plan,
@@ -99,17 +111,33 @@ class _Serving(AssembledTables):
             is_weighted=record.is_weighted,
             need_indices=record.need_indices,
         )
+        dims = [instance.table.embedding_dim for instance in self._instances]
+        self._output = ([instance.key for instance in self._instances], dims)
         self.requires_grad_(False)
         self.eval()
         self.to(device)
 
-    def _lookup(self, features: Features) -> Any:
-        batch = as_features(
+    def _batch(self, features: Features) -> KeyedJaggedTensor:
+        return as_features(
             features,
             self._features,
             is_weighted=self._record.is_weighted,
             device=self._device,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}  # it knows addresses, which a copy has others of
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fused = self._fuse()
+
+    def _fuse(self) -> FusedLookup | None:
+        if self._stored is None:
+            return None
+        return FusedLookup.of(self._groups, self._stored, self._instances)
+
+    def _by_modules(self, batch: KeyedJaggedTensor) -> Any:
         pooled, unpooled, selected = self.route(batch)
         return self.combine(
             None if self.rows is None else self.rows(pooled),
@@ -154,7 +182,13 @@ class ServingEmbeddingBagCollection(_Serving, PooledTables):
         Returns:
             (B, sum of embedding_dims) float32, keys and widths as declared.
         """
-        return self._lookup(features)
+        batch = self._batch(features)
+        if self._fused is not None and not torch.compiler.is_compiling():
+            found = self._fused.pooled(batch, is_weighted=self._is_weighted)
+            if found is not None:
+                keys, dims = self._output
+                return KeyedTensor(keys=keys, length_per_key=dims, values=found)
+        return self._by_modules(batch)
 
 
 class ServingEmbeddingCollection(_Serving, UnpooledTables):
@@ -170,7 +204,23 @@ class ServingEmbeddingCollection(_Serving, UnpooledTables):
             For each feature (`feature@table` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) float32 values in B bags.
         """
-        return self._lookup(features)
+        batch = self._batch(features)
+        if self._fused is not None and not torch.compiler.is_compiling():
+            found = self._fused.unpooled(batch)
+            if found is not None:
+                return self._jagged(batch, found)
+        return self._by_modules(batch)
+
+    def _jagged(self, batch: KeyedJaggedTensor, found: Sequence[Tensor]) -> dict[str, JaggedTensor]:
+        parts = batch.to_dict()
+        return {
+            instance.key: JaggedTensor(
+                values=values,
+                lengths=parts[instance.feature].lengths(),
+                weights=parts[instance.feature].values() if self._need_indices else None,
+            )
+            for instance, values in zip(self._instances, found)
+        }
 
 
 @final

@@ -117,12 +117,7 @@ class KernelRows(nn.Module):
         return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        moved = fn(torch.zeros(0))
-        if moved.device.type != "cpu":
-            raise EmbcompError(
-                f"an artefact that was loaded for the CPU cannot be moved to {moved.device}; "
-                f'load it there: embcomp.load(path, device="{moved.device}")'
-            )
+        _refuse_to_move(fn)
         return self  # nor is there anything that another float type could change
 
 
@@ -201,3 +196,20 @@ class TorchRows(nn.Module):
             summed = bags.squeeze(2) if picked.shape[2] == 1 else bags.sum(dim=2)
             found |= {keys[n]: part for n, part in zip(own, summed)}
         return found
+
+
+class FusedRows(TorchRows):
+    """Rows that compiled code reads where they lie, and torch where that cannot."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _refuse_to_move(fn)
+        return self
+
+
+def _refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
+    moved = fn(torch.zeros(0))
+    if moved.device.type != "cpu":
+        raise EmbcompError(
+            f"an artefact that was loaded for the CPU cannot be moved to {moved.device}; "
+            f'load it there: embcomp.load(path, device="{moved.device}")'
+        )

@@ -39,7 +39,7 @@ def saved(tmp_path):
     return tables, collection, tmp_path / "artefact"
 
 
-@pytest.mark.parametrize("rows", ["fbgemm", "torch"])
+@pytest.mark.parametrize("rows", ["auto", "fbgemm", "torch"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_artefact_answers_as_what_was_saved(case, rows, tmp_path):
     tables = awkward_tables(AWKWARD)
@@ -72,7 +72,7 @@ def test_unpooled_and_weighted_artefacts_answer_too(case, tmp_path):
     weighted = pooled(CASES[case], tables, is_weighted=True)
     save(weighted, tmp_path / "weighted")
     batch = random_batch(tables, seed=5, weighted=True)
-    for kernel in ("fbgemm", "torch"):
+    for kernel in ("auto", "fbgemm", "torch"):
         serving = load(tmp_path / "weighted", rows=kernel)
         torch.testing.assert_close(
             serving(batch).values(), weighted(batch).values(), rtol=1e-5, atol=1e-6
@@ -125,7 +125,7 @@ def test_narrow_rows_answer_as_their_restored_weights(case, row_type, tmp_path):
     for shape in ("single", "ragged"):
         batch = random_batch(tables, seed=6, shape=shape)
         wanted = restored(batch).values()
-        for kernel in ("fbgemm", "torch"):
+        for kernel in ("auto", "fbgemm", "torch"):
             found = load(tmp_path / "a", rows=kernel)(batch).values()
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

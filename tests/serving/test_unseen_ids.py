@@ -29,7 +29,7 @@ def test_the_page_speaks_of_every_serving_form():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rows", ["fbgemm", "torch"])
+@pytest.mark.parametrize("rows", ["auto", "fbgemm", "torch"])
 def test_ids_out_of_range_are_refused_or_hashed(case, rows, tmp_path):
     save(pooled(CASES[case], plain_tables(8)), tmp_path / "a", row_type="int8")
     serving = load(tmp_path / "a", rows=rows)

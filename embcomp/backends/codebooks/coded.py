@@ -31,6 +31,7 @@ from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
@@ -129,6 +130,19 @@ class CodedRoute(LearnedBuffers):
         self.store_in_parts("codes", sizes)
         packed = torch.zeros(sum(size for _, size in sizes), dtype=torch.uint8)
         self.register_buffer("codes", packed)
+
+    def fused_routes(self) -> FusedRoutes:
+        """The codeword that a code names, for each sub-vector."""
+        self.ensure_filled()
+        cpu = torch.device("cpu")
+        starts, steps, offsets = (
+            each.on(cpu).tolist() for each in (self._starts, self._steps, self._offsets)
+        )
+        by_key = {
+            key: [CodedRow(codes=self.codes, bits=self._bits, step=step, start=start, first=first)]
+            for key, start, step, first in zip(self._keys, starts, steps, offsets)
+        }
+        return FusedRoutes(by_key=by_key, limits=self.check.limits)
 
     def reset_buffers(self) -> None:
         """Codes that are hashes of (seed, table, position, id)."""

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow
 from embcomp.layers.named_parts import NamedParts
 from embcomp.tables.specs import LookupKey, TableSpec
 
@@ -193,7 +194,8 @@ class Decode(nn.Module):
         scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self._width = layout.width
+        self._width, self._layout = layout.width, layout
+        self._latent = layout.width if latent_dim is None else latent_dim
         self._which = Constant(layout.columns)
         self._kept = None if layout.kept is None else Constant(layout.kept)
         self.projections = (
@@ -202,6 +204,35 @@ class Decode(nn.Module):
             else Projections(layout.units, latent_dim, layout.width, bias=bias)
         )
         self.scales = None if scales is None else Scales(layout, scales)
+
+    def fused_embeddings(self, widths: Sequence[int]) -> list[FusedEmbedding] | None:
+        """Codewords side by side, projected and scaled; None with a bias."""
+        if self.projections is not None and self.projections.bias is not None:
+            return None
+        places = [  # of each sub-vector: the row that holds it, and where it begins there
+            (key, start)
+            for key, width in enumerate(widths)
+            for start in range(0, width, self._latent)
+        ]
+        found, column = [], 0
+        for n, table in enumerate(self._layout.tables):
+            scale = 1.0 if self.scales is None else float(self.scales.weight.detach()[n])
+            for _ in table.feature_names:
+                rows = []
+                for into in range(0, table.embedding_dim, self._width):
+                    used = min(self._width, table.embedding_dim - into)
+                    rows.append(self._placed(column, places[column], into, used))
+                    column += 1
+                found.append(FusedEmbedding(rows=rows, width=table.embedding_dim, scale=scale))
+        return found
+
+    def _placed(self, column: int, place: tuple[int, int], into: int, used: int) -> PlacedRow:
+        key, start = place
+        if self.projections is None:
+            return PlacedRow(key=key, into=into, start=start, width=used)
+        matrices = self.projections.weight.detach()
+        own = matrices[0 if len(matrices) == 1 else self._layout.columns[column]]
+        return PlacedRow(key=key, into=into, start=start, projection=own[:, :used].contiguous())
 
     @override
     def forward(self, latents: Tensor) -> Tensor:  # (R, K * latent width) -> (R, sum of dims)

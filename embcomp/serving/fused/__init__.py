@@ -1,0 +1,1 @@
+"""Look-ups of all features of a collection in one call of compiled code."""

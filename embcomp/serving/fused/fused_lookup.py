@@ -1,0 +1,180 @@
+"""A collection's look-ups in one call: what stands between a batch and the compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.collection.groups import Group, TableFeature
+from embcomp.serving.fused.library import library
+from embcomp.serving.fused.program import FEATURE, HEADER, STEP, Program, make_program
+from embcomp.serving.serving_rows import StoredTable
+
+_RAGGED = 2
+
+
+class FusedLookup:
+    """Looks up every (table, feature) of a collection at once, on the CPU.
+
+    Calls may come from many threads at the same time; they hold no lock of the interpreter.
+
+    Args:
+        program: the collection's.
+        sources: the features that it looks up, in the order that the program knows.
+        declared: the (table, feature) pairs in the order of the output.
+    """
+
+    def __init__(
+        self, program: Program, sources: Sequence[str], declared: Sequence[TableFeature]
+    ) -> None:
+        built = library()
+        assert built.embcomp_step_bytes() == STEP.itemsize
+        assert built.embcomp_feature_bytes() == FEATURE.itemsize
+        assert built.embcomp_program_bytes() == HEADER.itemsize
+        self._lookup = built.embcomp_lookup
+        self._program, self._sources = program, list(sources)
+        place = {instance.key: n for n, instance in enumerate(program.instances)}
+        self._features = program.features[[place[instance.key] for instance in declared]]
+        widths = self._features["dim"].astype(np.int64)
+        self._features["out"] = np.cumsum(widths) - widths
+        self._total = int(widths.sum())
+        self._bound: dict[tuple[str, ...], _Bound | None] = {}
+
+    def __deepcopy__(self, memo: object) -> FusedLookup:
+        return self  # nothing in it ever changes
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        stored: Mapping[str, StoredTable],
+        declared: Sequence[TableFeature],
+    ) -> FusedLookup | None:
+        """The look-up of a collection; None where some method must be served by its modules.
+
+        Raises:
+            MissingKernelError: there is no compiled code on this machine.
+        """
+        library()
+        sources = list(dict.fromkeys(instance.feature for instance in declared))
+        program = make_program(groups, stored, sources)
+        return None if program is None else cls(program, sources, declared)
+
+    def pooled(self, features: KeyedJaggedTensor, *, is_weighted: bool) -> Tensor | None:
+        """(B, sum of embedding_dims) float32; None for what the modules must answer or refuse."""
+        bound = self._bind(features)
+        if bound is None:
+            return None
+        values, lengths, batch = _ids(features), features.lengths(), features.stride()
+        out = torch.empty(batch, self._total)
+        threads = torch.get_num_threads()
+        if not is_weighted and lengths.dtype == torch.int32 and len(lengths) == len(values):
+            held = lengths.contiguous()
+            done = self._lookup(
+                bound.whole,
+                values.data_ptr(),
+                held.data_ptr(),
+                None,
+                None,
+                batch,
+                out.data_ptr(),
+                threads,
+            )
+            if done != _RAGGED:
+                return out if done else None
+        weights = features.weights_or_none() if is_weighted else None
+        if is_weighted and (weights is None or weights.dtype != torch.float32):
+            return None
+        factors = None if weights is None else weights.contiguous()
+        offsets = features.offsets().to(torch.int64).contiguous()
+        done = self._lookup(
+            bound.whole,
+            values.data_ptr(),
+            None,
+            offsets.data_ptr(),
+            None if factors is None else factors.data_ptr(),
+            batch,
+            out.data_ptr(),
+            threads,
+        )
+        return out if done else None
+
+    def unpooled(self, features: KeyedJaggedTensor) -> list[Tensor] | None:
+        """For each (table, feature), (its ids, embedding_dim) float32; None as for `pooled`."""
+        bound = self._bind(features)
+        if bound is None:
+            return None
+        values, offsets, found = _ids(features), features.offset_per_key(), []
+        for header, dim, key in bound.alone:
+            own = values[offsets[key] : offsets[key + 1]]
+            out = torch.empty(len(own), dim)
+            threads = torch.get_num_threads()
+            done = self._lookup(
+                header, own.data_ptr(), None, None, None, len(own), out.data_ptr(), threads
+            )
+            if not done:
+                return None
+            found.append(out)
+        return found
+
+    def _bind(self, features: KeyedJaggedTensor) -> _Bound | None:
+        """The programs for batches of these keys; None where a feature is missing."""
+        if features.variable_stride_per_key():
+            return None
+        keys = tuple(features.keys())
+        if keys not in self._bound:
+            here = set(self._sources) <= set(keys)
+            self._bound[keys] = self._bound_to(keys) if here else None
+        return self._bound[keys]
+
+    def _bound_to(self, keys: Sequence[str]) -> _Bound:
+        places = np.array([keys.index(name) for name in self._sources], dtype=np.int64)
+        whole = self._header(self._features, places, self._total)
+        alone, held = [], [self._features, places, whole]
+        nowhere = np.zeros(len(places), dtype=np.int64)
+        for n, dim in enumerate(self._features["dim"].tolist()):
+            one = self._features[n : n + 1].copy()
+            key = int(places[one["source"][0]])
+            one["out"] = 0
+            header = self._header(one, nowhere, dim)
+            held += [one, nowhere, header]
+            alone.append((_address(header), dim, key))
+        return _Bound(whole=_address(whole), alone=alone, held=held)
+
+    def _header(self, features: np.ndarray, places: np.ndarray, stride: int) -> np.ndarray:
+        header = np.zeros(1, dtype=HEADER)
+        steps = self._program.steps
+        header["features"], header["steps"] = _address(features), _address(steps)
+        header["places"], header["num_sources"] = _address(places), len(places)
+        header["num_features"], header["num_steps"] = len(features), len(steps)
+        header["widest"], header["stride"] = self._program.widest, stride
+        return header
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """Programs for batches whose keys come in one order.
+
+    Args:
+        whole: the address of that of all features.
+        alone: for each (table, feature) the address of its own, its width, and its key's place.
+        held: what the addresses are of.
+    """
+
+    whole: int
+    alone: Sequence[tuple[int, int, int]]
+    held: Sequence[np.ndarray]
+
+
+def _ids(features: KeyedJaggedTensor) -> Tensor:
+    values = features.values()
+    return (values if values.dtype == torch.int64 else values.to(torch.int64)).contiguous()
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.ctypes.data)

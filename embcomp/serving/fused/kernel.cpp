@@ -1,0 +1,424 @@
+// Compressed look-ups of many features in one call: ids in, embeddings out.
+//
+// The tables of steps and features are made by `program.py`, whose field order is the one here. Samples
+// are taken in tiles. For each tile, rows are found first and asked for, then read, so that the waits
+// for memory overlap. Nothing is allocated but once per thread, and no global state is written.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Kind : int32_t { kIdentity, kHashed, kQuotient, kRemainder, kRanked, kCode, kWithin };
+enum RowType : int32_t { kFp32, kFp16, kInt8, kInt4 };
+enum How : int32_t { kSet, kAdd, kMultiply };
+
+struct Step {
+  const uint8_t* rows;       // of the physical table
+  const uint8_t* state;      // codes, or the words of a bitmap
+  const int32_t* counts;     // kept ids before each block of a bitmap
+  const int32_t* columns;    // where each column of the row goes; null: side by side
+  const float* projection;   // (width, out_width); null: none
+  int64_t row_bytes, num_rows;
+  int64_t a, b, c, d;        // of the kind
+  int32_t kind, row_type, how, into, width, out_width;
+  int32_t from;              // first column of the row that is used
+  int32_t joined;            // whether its row is summed with that of the step before
+  int32_t asked, padding;    // bytes of a row that are asked for ahead; 0 where the table is in a cache
+};
+
+struct Feature {
+  int64_t limit;             // ids are in [0, limit); negative: any id
+  int64_t out;               // first column of the output
+  int32_t source, first, count, dim;
+  int32_t mean, zero;        // whether bags are averaged; whether the steps leave columns unset
+  float scale;
+  int32_t linear;            // whether rows of a bag may be summed before they make an embedding
+};
+
+constexpr int64_t kTile = 16;
+constexpr int64_t kLine = 64;
+constexpr int64_t kSkipped = -1;
+constexpr int64_t kBad = -2;
+
+inline uint64_t splitmix(uint64_t z) {
+  z += 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+// n / divisor for n in [0, 2**63), where magic is (2**64 - 1) / divisor: a division takes far longer.
+inline uint64_t quotient(uint64_t n, uint64_t divisor, uint64_t magic) {
+  uint64_t q = uint64_t((unsigned __int128)(n) * magic >> 64);
+  uint64_t rest = n - q * divisor;
+  while (rest >= divisor) rest -= divisor, ++q;
+  return q;
+}
+
+inline void copy(float* to, const float* from, int32_t width) {
+  int32_t i = 0;
+  for (; i + 8 <= width; i += 8) std::memcpy(to + i, from + i, 32);
+  for (; i + 4 <= width; i += 4) std::memcpy(to + i, from + i, 16);
+  for (; i < width; ++i) to[i] = from[i];
+}
+
+inline int64_t code_at(const Step& s, int64_t index) {
+  const int64_t bits = s.d;
+  if (bits == 8) return s.state[index];
+  const int64_t start = index * bits;
+  const uint8_t* byte = s.state + (start >> 3);
+  const int64_t shift = start & 7;
+  uint32_t word = byte[0];
+  if (shift + bits > 8) word |= uint32_t(byte[1]) << 8;
+  if (shift + bits > 16) word |= uint32_t(byte[2]) << 16;
+  return (word >> shift) & ((1u << bits) - 1);
+}
+
+// The row of an id, kSkipped where it has none.
+inline int64_t row_of(const Step& s, int64_t id) {
+  switch (s.kind) {
+    case kIdentity:
+      return id;
+    case kHashed: {
+      const uint64_t hash = splitmix(uint64_t(id ^ s.a)) & 0x7FFFFFFFFFFFFFFFull;
+      return int64_t(hash - quotient(hash, uint64_t(s.b), uint64_t(s.c)) * uint64_t(s.b));
+    }
+    case kQuotient:
+      return int64_t(quotient(uint64_t(id), uint64_t(s.a), uint64_t(s.c)));
+    case kRemainder:
+      return id - int64_t(quotient(uint64_t(id), uint64_t(s.a), uint64_t(s.c))) * s.a + s.b;
+    case kRanked: {
+      const int64_t block = (id >> 8) + s.a;
+      const int64_t in_block = (id >> 6) & 3;
+      const uint64_t* words = reinterpret_cast<const uint64_t*>(s.state) + 4 * block;
+      const uint64_t bit = 1ull << (id & 63);
+      if (!(words[in_block] & bit)) return s.b;
+      int64_t rank = s.counts[block] + __builtin_popcountll(words[in_block] & (bit - 1));
+      for (int64_t w = 0; w < in_block; ++w) rank += __builtin_popcountll(words[w]);
+      return rank;
+    }
+    case kCode:
+      return code_at(s, id * s.a + s.b) + s.c;
+    case kWithin:
+      return id >= s.a && id < s.b ? id - s.a : kSkipped;
+  }
+  return kBad;
+}
+
+inline void ask_for_state(const Step& s, int64_t id) {
+  if (s.kind == kCode) {
+    __builtin_prefetch(s.state + (((id * s.a + s.b) * s.d) >> 3));
+  } else if (s.kind == kRanked) {
+    const int64_t block = (id >> 8) + s.a;
+    __builtin_prefetch(s.state + 32 * block);
+    __builtin_prefetch(s.counts + block);
+  }
+}
+
+inline float half(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16;
+  uint32_t exponent = (bits >> 10) & 31, fraction = bits & 1023, word;
+  if (exponent == 31) {
+    word = sign | 0x7F800000 | (fraction << 13);
+  } else if (exponent) {
+    word = sign | ((exponent + 112) << 23) | (fraction << 13);
+  } else if (!fraction) {
+    word = sign;
+  } else {
+    exponent = 113;
+    while (!(fraction & 1024)) fraction <<= 1, --exponent;
+    word = sign | (exponent << 23) | ((fraction & 1023) << 13);
+  }
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+#endif
+}
+
+// A stored row as floats; where it can be used as it lies, nothing is copied.
+inline const float* restored(const Step& s, const uint8_t* row, float* scratch) {
+  if (s.row_type == kFp32) return reinterpret_cast<const float*>(row) + s.from;
+  if (s.row_type == kFp16) {
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(row) + s.from;
+    int32_t i = 0;
+#if defined(__F16C__) && defined(__AVX__)
+    for (; i + 8 <= s.width; i += 8) {
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i));
+      _mm256_storeu_ps(scratch + i, _mm256_cvtph_ps(eight));
+    }
+#endif
+    for (; i < s.width; ++i) scratch[i] = half(values[i]);
+    return scratch;
+  }
+  uint16_t head[2];
+  std::memcpy(head, row, 4);
+  const float scale = half(head[0]), bias = half(head[1]);
+  const uint8_t* codes = row + 4;
+  const int32_t from = s.from;
+  if (s.row_type == kInt8) {
+    for (int32_t i = 0; i < s.width; ++i) {
+      const float product = float(codes[from + i]) * scale;
+      scratch[i] = product + bias;
+    }
+  } else {
+    for (int32_t i = 0; i < s.width; ++i) {
+      const float product = float((codes[(from + i) >> 1] >> (4 * ((from + i) & 1))) & 15) * scale;
+      scratch[i] = product + bias;
+    }
+  }
+  return scratch;
+}
+
+inline void place(const Step& s, const float* row, float* out, float* projected) {
+  if (s.projection) {
+    for (int32_t j = 0; j < s.out_width; ++j) projected[j] = 0.0f;
+    for (int32_t i = 0; i < s.width; ++i) {
+      const float* weights = s.projection + int64_t(i) * s.out_width;
+      for (int32_t j = 0; j < s.out_width; ++j) projected[j] += row[i] * weights[j];
+    }
+    row = projected;
+  }
+  const int32_t width = s.projection ? s.out_width : s.width;
+  float* to = out + s.into;
+  if (s.columns) {
+    for (int32_t i = 0; i < width; ++i) out[s.columns[i]] += row[i];
+  } else if (s.how == kSet) {
+    copy(to, row, width);
+  } else if (s.how == kAdd) {
+    for (int32_t i = 0; i < width; ++i) to[i] += row[i];
+  } else {
+    for (int32_t i = 0; i < width; ++i) to[i] *= row[i];
+  }
+}
+
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+struct Program {
+  const Feature* features;
+  const Step* steps;
+  const int64_t* places;           // by source, its place among the keys of a batch
+  int64_t num_features, num_steps, num_sources, widest, stride;
+};
+
+struct Call {
+  const Program& program;
+  const int64_t* values;           // key after key
+  const int64_t* offsets;          // (keys * batch + 1,); null: bags of one
+  const float* weights;            // as values; null: none
+  int64_t batch;
+  float* out;
+};
+
+struct Scratch {
+  std::vector<const uint8_t*> rows;
+  std::vector<float> row, projected, embedding;
+  Scratch(int64_t steps, int64_t width) : rows(size_t(kTile * steps)), row(size_t(width)),
+      projected(size_t(width)), embedding(size_t(width)) {}
+};
+
+inline const uint8_t* address(const Step& s, int64_t id, bool* bad) {
+  const int64_t row = row_of(s, id);
+  if (row == kSkipped) return nullptr;
+  if (row < 0 || row >= s.num_rows) {
+    *bad = true;
+    return nullptr;
+  }
+  const uint8_t* at = s.rows + row * s.row_bytes;
+  for (int64_t line = 0; line < s.asked; line += kLine) __builtin_prefetch(at + line);
+  return at;
+}
+
+inline void embed(const Feature& f, const Step* steps, const uint8_t* const* rows, float* out,
+                  Scratch& scratch) {
+  if (f.zero) std::memset(out, 0, 4 * size_t(f.dim));
+  for (int32_t n = 0; n < f.count; ++n) {
+    if (!rows[n]) continue;
+    const Step& s = steps[f.first + n];
+    place(s, restored(s, rows[n], scratch.row.data()), out, scratch.projected.data());
+  }
+  if (f.scale != 1.0f)
+    for (int32_t i = 0; i < f.dim; ++i) out[i] *= f.scale;
+}
+
+// Samples [begin, end) where every bag holds one id without a weight.
+bool singles(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
+  bool bad = false;
+  const int64_t size = end - begin;
+  for (int64_t n = 0; n < c.program.num_features; ++n) {
+    const Feature& f = c.program.features[n];
+    const int64_t* ids = c.values + c.program.places[f.source] * c.batch + begin;
+    for (int64_t i = 0; i < size; ++i) {
+      if (f.limit >= 0 && (ids[i] < 0 || ids[i] >= f.limit)) return false;
+    }
+    for (int32_t k = 0; k < f.count; ++k) {
+      const Step& s = c.program.steps[f.first + k];
+      if (!s.state || (k && s.state == (&s)[-1].state)) continue;
+      for (int64_t i = 0; i < size; ++i) ask_for_state(s, ids[i]);
+    }
+  }
+  for (int64_t n = 0; n < c.program.num_features; ++n) {
+    const Feature& f = c.program.features[n];
+    const int64_t* ids = c.values + c.program.places[f.source] * c.batch + begin;
+    const uint8_t** rows = scratch.rows.data() + kTile * f.first;
+    for (int32_t k = 0; k < f.count; ++k)
+      for (int64_t i = 0; i < size; ++i)
+        rows[i * f.count + k] = address(c.program.steps[f.first + k], ids[i], &bad);
+  }
+  if (bad) return false;
+  for (int64_t i = 0; i < size; ++i) {
+    float* out = c.out + (begin + i) * c.program.stride;
+    for (int64_t n = 0; n < c.program.num_features; ++n) {
+      const Feature& f = c.program.features[n];
+      embed(f, c.program.steps, scratch.rows.data() + kTile * f.first + i * f.count, out + f.out, scratch);
+    }
+  }
+  return true;
+}
+
+// One bag of a feature, whose ids are `ids` from `first` to `last`.
+struct Bag {
+  const int64_t* ids;
+  const float* weights;
+  int64_t first, last;
+};
+
+// Sums the rows of a bag before they make an embedding, in the order of the training kernels.
+bool sum_then_embed(const Call& c, const Feature& f, const Bag& bag, float* out,
+                    Scratch& scratch) {
+  bool bad = false;
+  float* sum = scratch.embedding.data();
+  for (int32_t k = 0; k < f.count;) {
+    const Step& head = c.program.steps[f.first + k];
+    int32_t end = k + 1;
+    while (end < f.count && c.program.steps[f.first + end].joined) ++end;
+    std::memset(sum, 0, 4 * size_t(head.width));
+    for (int64_t v = bag.first; v < bag.last; ++v) {
+      for (int32_t n = k; n < end; ++n) {
+        const Step& s = c.program.steps[f.first + n];
+        const uint8_t* at = address(s, bag.ids[v], &bad);
+        if (!at) continue;
+        const float* row = restored(s, at, scratch.row.data());
+        if (bag.weights) {
+          const float weight = bag.weights[v];
+          for (int32_t i = 0; i < s.width; ++i) sum[i] = multiply_add(weight, row[i], sum[i]);
+        } else {
+          for (int32_t i = 0; i < s.width; ++i) sum[i] += row[i];
+        }
+      }
+    }
+    if (bad) return false;
+    place(head, sum, out, scratch.projected.data());
+    k = end;
+  }
+  if (f.scale != 1.0f)
+    for (int32_t i = 0; i < f.dim; ++i) out[i] *= f.scale;
+  return true;
+}
+
+// Makes the embedding of every id of a bag, and sums those.
+bool embed_then_sum(const Call& c, const Feature& f, const Bag& bag, float* out,
+                    Scratch& scratch) {
+  bool bad = false;
+  const uint8_t** rows = scratch.rows.data();
+  for (int64_t v = bag.first; v < bag.last; ++v) {
+    for (int32_t k = 0; k < f.count; ++k)
+      rows[k] = address(c.program.steps[f.first + k], bag.ids[v], &bad);
+    if (bad) return false;
+    embed(f, c.program.steps, rows, scratch.embedding.data(), scratch);
+    const float weight = bag.weights ? bag.weights[v] : 1.0f;
+    for (int32_t i = 0; i < f.dim; ++i) {
+      const float product = scratch.embedding[size_t(i)] * weight;
+      out[i] += product;
+    }
+  }
+  return true;
+}
+
+// Samples [begin, end) of bags of any length.
+bool bags(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
+  for (int64_t n = 0; n < c.program.num_features; ++n) {
+    const Feature& f = c.program.features[n];
+    const int64_t key = c.program.places[f.source] * c.batch;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t at = key + b;
+      const Bag bag{c.values, c.weights, c.offsets ? c.offsets[at] : at,
+                    c.offsets ? c.offsets[at + 1] : at + 1};
+      for (int64_t v = bag.first; f.limit >= 0 && v < bag.last; ++v)
+        if (bag.ids[v] < 0 || bag.ids[v] >= f.limit) return false;
+      float* out = c.out + b * c.program.stride + f.out;
+      std::memset(out, 0, 4 * size_t(f.dim));
+      const bool fine = f.linear ? sum_then_embed(c, f, bag, out, scratch)
+                                 : embed_then_sum(c, f, bag, out, scratch);
+      if (!fine) return false;
+      const float share = 1.0f / float(std::max<int64_t>(bag.last - bag.first, 1));
+      for (int32_t i = 0; f.mean && i < f.dim; ++i) out[i] *= share;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Looks up a batch. `lengths`, where given, must be all ones, as bags of one are then assumed.
+// 1: done; 0: an id, or a code, is out of range; 2: bags are not of one, and nothing was done.
+int32_t embcomp_lookup(const Program* program, const int64_t* values, const int32_t* lengths,
+                       const int64_t* offsets, const float* weights, int64_t batch, float* out,
+                       int32_t threads) {
+  if (lengths) {
+    int32_t others = 0;
+    for (int64_t s = 0; s < program->num_sources; ++s) {
+      const int64_t first = program->places[s] * batch;
+      for (int64_t i = first; i < first + batch; ++i) others |= lengths[i] ^ 1;
+    }
+    if (others) return 2;
+  }
+  const Call call{*program, values, offsets, weights, batch, out};
+  const int64_t tiles = (batch + kTile - 1) / kTile;
+  int32_t good = 1;
+#if defined(_OPENMP)
+  const bool shared = threads > 1 && batch * program->num_steps > 8192;
+#pragma omp parallel num_threads(threads) if (shared)
+#endif
+  {
+    Scratch scratch(std::max<int64_t>(program->num_steps, 1),
+                    std::max<int64_t>(program->widest, 1));
+#if defined(_OPENMP)
+#pragma omp for schedule(static)
+#endif
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = tile * kTile, end = std::min(batch, begin + kTile);
+      const bool fine = offsets || weights ? bags(call, begin, end, scratch)
+                                           : singles(call, begin, end, scratch);
+      if (!fine) {
+#if defined(_OPENMP)
+#pragma omp atomic write
+#endif
+        good = 0;
+      }
+    }
+  }
+  return good;
+}
+
+int64_t embcomp_program_bytes() { return sizeof(Program); }
+int64_t embcomp_step_bytes() { return sizeof(Step); }
+int64_t embcomp_feature_bytes() { return sizeof(Feature); }
+}
