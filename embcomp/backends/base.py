@@ -20,6 +20,8 @@ from embcomp.backends.stages import Stage
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.io.constraints import Constrained
 from embcomp.io.lazy_names import warn_renamed
+from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.row_sources import MemoryRows, RowSource
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -387,14 +389,33 @@ class MethodState:
         tensors: `rows.<physical table>` (true width), and what is in the state dicts of the
             method's own modules as `route.<name>` and `combine.<name>`. An empty mapping
             stands for fresh weights. There may be more than the method asked for.
+        sources: those of them that are not in memory, but read by range.
     """
 
     config: BackendConfig
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: Mapping[str, RowSource] = field(default_factory=dict)
 
-    def rows(self, table: str) -> Tensor:
+    @classmethod
+    def of(cls, config: BackendConfig, tensors: Mapping[str, Tensor | RowSource]) -> Self:
+        """A form of tensors, each in memory or not."""
+        rows = {name: each for name, each in tensors.items() if isinstance(each, RowSource)}
+        inside = {name: each.tensor for name, each in rows.items() if isinstance(each, MemoryRows)}
+        inside |= {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
+        outside = {name: each for name, each in rows.items() if name not in inside}
+        return cls(config=config, tensors=inside, sources=outside)
+
+    def rows(self, table: str) -> RowSource:
         """(rows, true width) of a physical table."""
-        return self.tensors[f"rows.{table}"]
+        name = f"rows.{table}"
+        return self.sources[name] if name in self.sources else MemoryRows(self.tensors[name])
+
+    def in_memory(self) -> Self:
+        """The same with every tensor in memory."""
+        if not self.sources:
+            return self
+        read = {name: source.whole() for name, source in self.sources.items()}
+        return replace(self, tensors={**self.tensors, **read}, sources={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,12 +423,14 @@ class StageInputs:
     """What a method may look at when it begins a stage.
 
     Args:
-        before: the form that the stage before left, whole and on the CPU.
-        initial: the form of the first stage as it was before its first step.
+        before: the form that the stage before left; rows are read by range.
+        initial: the form of the first stage as it was before its first step, rows read by range.
         counts: for each table, (num_embeddings,) how often each id occurs in the training rows;
             empty where nobody counted.
         results: what earlier `search` stages found, by stage.
         seed: the run's seed.
+        work: does what is to be done for every block of rows, on all ranks together. Every rank
+            calls `start_stage` and makes the same calls.
     """
 
     before: MethodState
@@ -415,6 +438,7 @@ class StageInputs:
     counts: Mapping[str, Tensor] = field(default_factory=dict)
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
+    work: Work = IN_MEMORY
 
 
 class SearchContext(Protocol):
@@ -422,7 +446,11 @@ class SearchContext(Protocol):
 
     @property
     def form(self) -> MethodState:
-        """The form that the stage before left, whole and on the CPU."""
+        """The form that the stage before left; rows are read by range."""
+
+    @property
+    def work(self) -> Work:
+        """Does what is to be done for every block of rows, on all ranks together."""
 
     @property
     def combine(self) -> nn.Module:

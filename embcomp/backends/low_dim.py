@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, ClassVar
 
 import torch
@@ -22,15 +23,18 @@ from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.pruned_route import (
+    WORDS,
     PrunedRoute,
     directory_bytes,
     directory_footprint,
     num_blocks,
-    pack_all,
+    pack,
     unpack,
 )
+from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
@@ -228,9 +232,10 @@ def prunes(table: TableSpec, kept: int, width: int) -> bool:
 
 def low_dim_form(
     tables: Sequence[TableSpec],
-    weights: Mapping[str, Tensor],
-    keep_masks: Mapping[str, Tensor],
+    weights: Mapping[str, RowSource | Tensor],
+    keep_masks: Mapping[str, RowSource | Tensor],
     widths: Mapping[str, int],
+    work: Work = IN_MEMORY,
 ) -> MethodState:
     """Tables cut down to the rows and columns that a pruning method keeps.
 
@@ -239,29 +244,121 @@ def low_dim_form(
 
     Args:
         tables: the group.
-        weights: for each table, (num_embeddings, at least its width) whole rows on the CPU.
+        weights: for each table, (num_embeddings, at least its width) rows.
         keep_masks: for each table, (num_embeddings,) bool; all ids are kept where there is none.
         widths: columns to keep; `embedding_dim` where there are none.
+        work: does it.
     """
+    masks = {name: as_rows(mask) for name, mask in keep_masks.items()}
+    counts = _kept_by_block(
+        [table for table in by_name(tables) if table.name in masks], masks, work
+    )
     kept: dict[str, int] = {}
     columns: dict[str, int] = {}
-    tensors: dict[str, Tensor] = {}
-    dropped: list[Tensor] = []
+    tensors: dict[str, Tensor | RowSource] = {}
     for table in by_name(tables):
-        mask = keep_masks.get(table.name)
         width = min(widths.get(table.name, table.embedding_dim), table.embedding_dim)
         columns[table.name] = width
-        rows = weights[table.name][:, :width]
-        if mask is None or bool(mask.all()):
-            tensors[f"rows.{table.name}"] = rows.clone()
-        elif prunes(table, count := int(mask.sum()), width):
+        rows, mask = as_rows(weights[table.name]).first_columns(width), masks.get(table.name)
+        count = sum(counts.get(table.name, [table.num_embeddings]))
+        if mask is not None and count == table.num_embeddings:
+            mask = None
+        if mask is not None and prunes(table, count, width):
             kept[table.name] = count
-            dropped.append(mask)
-            shared = rows.new_zeros(1, width)
-            tensors[f"rows.{table.name}"] = torch.cat([rows[mask], shared])
-        else:
-            tensors[f"rows.{table.name}"] = rows * mask.unsqueeze(1).to(rows.dtype)
+        own = _Cut(table=table, rows=rows, mask=mask, drops=table.name in kept)
+        tensors[f"rows.{table.name}"] = own.write(work, counts.get(table.name, []))
+    dropped = [table for table in by_name(tables) if table.name in kept]
     if dropped:
-        packed = pack_all(dropped)
-        tensors |= {f"route.{name}": buffer for name, buffer in packed.items()}
-    return MethodState(config=LowDim(widths=columns, kept=kept), tensors=tensors)
+        tensors |= _directory(dropped, masks, counts, work)
+    return MethodState.of(LowDim(widths=columns, kept=kept), tensors)
+
+
+def _mask_blocks(table: TableSpec) -> list[RowBlock]:
+    return row_blocks(table.name, table.num_embeddings, table.embedding_dim)
+
+
+def _kept_by_block(
+    tables: Sequence[TableSpec], masks: Mapping[str, RowSource], work: Work
+) -> dict[str, list[int]]:
+    """For each table, how many ids each of its blocks keeps."""
+    blocks = [block for table in tables for block in _mask_blocks(table)]
+    counts: dict[str, list[int]] = {table.name: [] for table in tables}
+
+    def count(block: RowBlock) -> dict[str, Tensor]:
+        return {"kept": masks[block.table].read(block.start, block.stop).sum()}
+
+    for block, found in zip(blocks, work.map("kept", count, blocks)):
+        counts[block.table].append(int(found["kept"]))
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """What is stored of a table's rows.
+
+    Args:
+        table: the table.
+        rows: its rows, no wider than they are stored.
+        mask: which of them are kept; None keeps all.
+        drops: whether the others are dropped; else they become zeros.
+    """
+
+    table: TableSpec
+    rows: RowSource
+    mask: RowSource | None
+    drops: bool
+
+    def write(self, work: Work, counts: Sequence[int]) -> RowSource:
+        blocks: list[RowBlock] = _mask_blocks(self.table)
+        sizes = [len(block) for block in blocks]
+        if self.drops:  # what is shared stands behind all others
+            sizes = [*counts[:-1], counts[-1] + 1]
+        return work.write(
+            f"rows.{self.table.name}",
+            self._part,
+            blocks,
+            (sum(sizes), self.rows.shape[1]),
+            self.rows.dtype,
+            sizes=sizes,
+        )
+
+    def _part(self, block: RowBlock) -> Tensor:
+        rows = self.rows.read(block.start, block.stop)
+        if self.mask is None:
+            return rows
+        mask = self.mask.read(block.start, block.stop)
+        if not self.drops:
+            return rows * mask.unsqueeze(1).to(rows.dtype)
+        kept = rows[mask]
+        if block.stop < len(self.rows):
+            return kept
+        return torch.cat([kept, kept.new_zeros(1, kept.shape[1])])
+
+
+def _directory(
+    tables: Sequence[TableSpec],
+    masks: Mapping[str, RowSource],
+    counts: Mapping[str, Sequence[int]],
+    work: Work,
+) -> dict[str, Tensor | RowSource]:
+    """The buffers of a `PrunedRoute`, of these tables."""
+    blocks = [block for table in tables for block in _mask_blocks(table)]
+    before = {
+        (block.table, block.start): kept
+        for table in tables
+        for block, kept in zip(_mask_blocks(table), accumulate(counts[table.name], initial=0))
+    }
+    sizes = [num_blocks(len(block)) for block in blocks]
+
+    def words(block: RowBlock) -> Tensor:
+        return pack(masks[block.table].read(block.start, block.stop))[0]
+
+    def heads(block: RowBlock) -> Tensor:
+        own = pack(masks[block.table].read(block.start, block.stop))[1]
+        return own + before[block.table, block.start]
+
+    shape = (sum(sizes), WORDS)
+    return {
+        "route.words": work.write("words", words, blocks, shape, torch.int64, sizes=sizes),
+        "route.counts": work.write("counts", heads, blocks, shape[:1], torch.int32, sizes=sizes),
+    }

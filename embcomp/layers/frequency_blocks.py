@@ -14,6 +14,7 @@ from embcomp.errors import ConfigError
 TRAFFIC_QUANTILES = (0.5, 0.8, 0.9, 0.97, 0.995)
 """Shares of all look-ups below which blocks end: every block sees enough of them to learn."""
 
+_AT_ONCE = 1 << 20  # counts that are summed at a time
 _EULER_GAMMA = 0.5772156649015329
 
 
@@ -38,10 +39,23 @@ def traffic_cuts(
         ends = [round(math.exp(share * harmonic - _EULER_GAMMA)) for share in quantiles]
     else:
         # In float64: counts are exact there, and so is where a share of them is reached.
-        reached = counts.to(torch.float64).cumsum(0)
-        shares = torch.tensor(list(quantiles), dtype=torch.float64) * reached[-1]
-        ends = (torch.searchsorted(reached, shares) + 1).tolist()
+        shares = torch.tensor(list(quantiles), dtype=torch.float64) * float(counts.sum())
+        ends = _where_reached(counts, shares)
     return tuple(sorted({end for end in ends if 0 < end < num_embeddings}))
+
+
+def _where_reached(counts: Tensor, shares: Tensor) -> list[int]:
+    """How many ids it takes until counts add up to each share; a part of them is summed at a time."""
+    ends = [len(counts) + 1] * len(shares)
+    so_far = 0.0
+    for start in range(0, len(counts), _AT_ONCE):
+        reached = counts[start : start + _AT_ONCE].to(torch.float64).cumsum(0) + so_far
+        found = torch.searchsorted(reached, shares)
+        for n, place in enumerate(found.tolist()):
+            if place < len(reached) and ends[n] > len(counts):
+                ends[n] = start + place + 1
+        so_far = float(reached[-1])
+    return ends
 
 
 def block_ranges(cuts: Sequence[int], num_embeddings: int) -> list[tuple[int, int]]:

@@ -22,7 +22,8 @@ from embcomp.layers.routing import common_count, per_value, renamed
 from embcomp.tables.footprint import TensorFootprint
 
 _BLOCK = 256  # ids
-_WORDS = _BLOCK // 64
+WORDS = _BLOCK // 64
+"""Words of the bits of 256 ids."""
 _BLOCK_BYTES = _BLOCK // 8 + 4
 
 
@@ -48,7 +49,7 @@ def directory_footprint(table: str, num_embeddings: int) -> tuple[TensorFootprin
             train_columns=columns,
             lookup=False,
         )
-        for part, columns, itemsize in (("words", _WORDS, 8), ("counts", 1, 4))
+        for part, columns, itemsize in (("words", WORDS, 8), ("counts", 1, 4))
     )
 
 
@@ -68,7 +69,7 @@ def pack(kept: Tensor) -> tuple[Tensor, Tensor]:
     words = np.packbits(bits, bitorder="little").view("<i8").astype(np.int64)
     per_block = bits.reshape(blocks, _BLOCK).sum(axis=1, dtype=np.int64)
     counts = (np.cumsum(per_block) - per_block).astype(np.int32)
-    return torch.from_numpy(words.reshape(blocks, _WORDS)), torch.from_numpy(counts)
+    return torch.from_numpy(words.reshape(blocks, WORDS)), torch.from_numpy(counts)
 
 
 def unpack(words: Tensor, num_embeddings: int) -> Tensor:
@@ -129,7 +130,7 @@ class PrunedRoute(LearnedBuffers):
         parts = [(table, num_blocks(n)) for table, n in num_embeddings.items()]
         self.store_in_parts("words", parts)
         self.store_in_parts("counts", parts)
-        self.register_buffer("words", torch.zeros(total, _WORDS, dtype=torch.int64))
+        self.register_buffer("words", torch.zeros(total, WORDS, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
         self._derived: tuple[Tensor, int, Tensor] | None = None
 
@@ -183,7 +184,7 @@ class PrunedRoute(LearnedBuffers):
         if not self._all_pruned:
             blocks = torch.where(starts >= 0, blocks, 0)
         place = ids & 63
-        at = (blocks << 2).add_(ids.bitwise_right_shift(6).bitwise_and_(_WORDS - 1))
+        at = (blocks << 2).add_(ids.bitwise_right_shift(6).bitwise_and_(WORDS - 1))
         word = self.words.view(-1)[at]
         lower = word & torch.bitwise_left_shift(torch.ones_like(place), place).sub_(1)
         rank = count_bits(lower) + self.counts[blocks] + self._before_words()[at]

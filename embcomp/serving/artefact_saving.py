@@ -213,7 +213,7 @@ class _Part:
             own = wanted.of_physical(group.tables, group.backend.physical_tables)
             types |= own
             for name, row_type in own.items():
-                rows = each.form.rows(name).detach().cpu()
+                rows = each.form.rows(name).whole().detach().cpu()
                 tensors[f"rows.{name}"] = stored = pack(rows, row_type)
                 if row_type != "fp32":
                     errors[name] = largest_error(rows, stored, row_type)

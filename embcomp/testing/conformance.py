@@ -389,7 +389,7 @@ def check_rows_are_where_the_method_says(case: BackendCase) -> None:
         except ConfigError:
             continue
         for table in state.tables:
-            rows = state.form.rows(table.name)[places[table.name]]
+            rows = state.form.rows(table.name).whole()[places[table.name]]
             missing = table.embedding_dim - rows.shape[1]
             padded = torch.nn.functional.pad(rows, (0, missing))
             expect(torch.equal(padded, found[table.name]), f"{table.name}: not these rows")

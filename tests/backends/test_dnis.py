@@ -77,7 +77,7 @@ def test_rows_are_multiplied_by_the_selection_of_their_block():
     selections = form.config.selections(collection.plan.tables, form)
     for table in tables:
         block = sum((torch.arange(table.rows) >= cut).long() for cut in CUTS[table.name])
-        wanted = form.rows(table.name) * selections[table.name][block]
+        wanted = form.rows(table.name).whole() * selections[table.name][block]
         assert torch.equal(found[table.features[0]], wanted)
 
 
@@ -86,7 +86,7 @@ def test_a_prefix_selects_whole_columns_a_part_and_nothing():
     collection = collection_of(tables, DNISSearch(cuts={"t0": (10,)}, selection="prefix"))
     with torch.no_grad():
         next(collection.combine.parameters()).copy_(torch.tensor([[1.0], [0.625]]))
-    rows = collection.states()[0].form.rows("t0")
+    rows = collection.states()[0].form.rows("t0").whole()
     found = embed_ids(collection, tables)["f0"]
     assert torch.equal(found[:10], rows[:10])
     assert torch.equal(found[10:], rows[10:] * torch.tensor([1, 1, 0.5, 0]))

@@ -16,7 +16,7 @@ from embcomp import (
     Full,
 )
 from embcomp.backends.base import MethodState, StageInputs
-from embcomp.backends.dnis.elements import largest, least_element_bytes
+from embcomp.backends.dnis.elements import least_element_bytes
 from embcomp.backends.dnis.pruning import choose_columns, column_scores
 from embcomp.collection.group_states import GroupState
 from embcomp.tables.specs import TableSpec
@@ -170,12 +170,6 @@ def test_scores_are_selection_times_root_mean_square():
     torch.testing.assert_close(found, wanted)
     nested = column_scores(spec(rows=3, dim=2), rows, selections, (2,), nested=True)
     assert nested[1].tolist() == [0, 0]
-
-
-def test_the_largest_elements_are_kept_and_ties_go_to_the_first():
-    values = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0, 1.0, 0.0])
-    assert largest(values, 3).nonzero().flatten().tolist() == [1, 2, 4]
-    assert largest(values, 7).nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("structure", ["block", "element"])

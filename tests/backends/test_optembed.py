@@ -39,7 +39,7 @@ def shares_kept(masks, planted):
     """Of the useful and of the useless ids that occur ten times or more."""
     counts = planted.counts(TRAIN)
     frequent = torch.cat([counts[f"t{n}"] >= 10 for n in range(len(planted.useful))])
-    kept, useful = torch.cat(list(masks.values())), torch.cat(planted.useful)
+    kept, useful = torch.cat([mask.whole() for mask in masks.values()]), torch.cat(planted.useful)
     return (
         kept[useful & frequent].float().mean().item(),
         kept[~useful & frequent].float().mean().item(),
@@ -139,7 +139,9 @@ def test_decay_lets_rare_useless_rows_fall_below_the_thresholds():
         model, _ = supernet(USELESS, OptEmbed(prune="rows", alpha=0.005), decay=decay)
         masks = OptEmbed()._passing(model.specs, model.form)
         rare = torch.cat([c <= 3 for c in USELESS.counts(TRAIN).values()])
-        kept[decay] = torch.cat(list(masks.values()))[rare].float().mean().item()
+        kept[decay] = (
+            torch.cat([mask.whole() for mask in masks.values()])[rare].float().mean().item()
+        )
     assert kept[0.6] < 0.75 * kept[0.0]
 
 
@@ -153,8 +155,8 @@ def test_retraining_begins_from_initial_rows_or_goes_on_from_trained_ones(useles
         retrained = begin(method, model, USELESS, initial, found)
         source = model.form if inherit else initial
         for name, width in widths.items():
-            kept = source.rows(name)[masks[name], :width]
-            rows = retrained.form.rows(name)
+            kept = source.rows(name).whole()[masks[name].whole(), :width]
+            rows = retrained.form.rows(name).whole()
             torch.testing.assert_close(rows[:-1], kept, rtol=0, atol=0)
             assert not rows[-1].any()
         assert method.stages()[-1].reinit_network is not inherit
@@ -190,9 +192,9 @@ def test_evaluation_is_at_full_width_with_gates_on(useless):
     masks = OptEmbed()._passing(model.specs, model.form)
     for n, (key, embeddings) in enumerate(out.to_dict().items()):
         ids = USELESS.ids[:50, n]
-        wanted = model.form.rows(f"t{n}")[ids] * masks[f"t{n}"][ids].unsqueeze(1)
+        wanted = model.form.rows(f"t{n}").whole()[ids] * masks[f"t{n}"].whole()[ids].unsqueeze(1)
         torch.testing.assert_close(embeddings, wanted, msg=key)
-    assert not all(bool(mask.all()) for mask in masks.values())
+    assert not all(bool(mask.whole().all()) for mask in masks.values())
 
 
 def test_what_trains_without_stages_compacts_to_what_the_thresholds_leave_or_to_the_target(useless):

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
 from embcomp.backends.base import MethodState, StageInputs
 from embcomp.backends.codebooks.bit_packing import unpack_bits
-from embcomp.backends.codebooks.clustering import id_weights, share_cold_rows
+from embcomp.backends.codebooks.clustering import Latents, id_weights, share_cold_rows
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
 from embcomp.backends.codebooks.nearest import nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
@@ -20,6 +20,7 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import bind_dataclass
+from embcomp.layers.row_sources import MemoryRows
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import Declared, plain_tables, random_batch
@@ -249,8 +250,9 @@ def test_latents_as_wide_as_sub_vectors_are_clustered_at_once():
 
 def test_the_width_of_planted_latents_is_found():
     layout = SubvectorLayout(tables=[spec("t", 3000, 8)], width=4, sharing="position")
-    rows = [planted(3000, 8, 4, rank=2, clusters=400, noise=0.01)]
-    choice = choose_latent_dim(layout, rows, [torch.ones(3000)], count=64, scaled=True, seed=0)
+    rows = MemoryRows(planted(3000, 8, 4, rank=2, clusters=400, noise=0.01))
+    ones = MemoryRows(torch.ones(3000))
+    choice = choose_latent_dim(layout, {"t": rows}, {"t": ones}, count=64, scaled=True, seed=0)
     assert choice.latent_dim == 2
     assert choice.left_out[0] > 0.05
     assert choice.left_out[1] < 0.001
@@ -261,8 +263,9 @@ def test_the_width_of_planted_latents_is_found():
 def test_clusters_of_full_width_are_never_worse():
     """The caution: without training in between, narrow latents do not pay."""
     layout = SubvectorLayout(tables=[spec("t", 2000, 8)], width=4, sharing="all")
-    rows = [drawn(2000, 8) * torch.tensor([3.0, 2, 1, 1, 3, 2, 1, 1])]
-    choice = choose_latent_dim(layout, rows, [torch.ones(2000)], count=32, scaled=True, seed=0)
+    rows = MemoryRows(drawn(2000, 8) * torch.tensor([3.0, 2, 1, 1, 3, 2, 1, 1]))
+    ones = MemoryRows(torch.ones(2000))
+    choice = choose_latent_dim(layout, {"t": rows}, {"t": ones}, count=32, scaled=True, seed=0)
     sums = [r + q for r, q in zip(choice.left_out, choice.clustering)]
     assert min(sums) == pytest.approx(sums[-1], rel=0.05)
     assert choice.latent_dim < 4
@@ -301,10 +304,14 @@ def test_ids_that_never_occur_share_the_codes_of_the_mean():
 def test_weights_of_ids():
     specs = [spec("a", 4, 2), spec("b", 4, 2)]
     weights = id_weights(specs, {"a": torch.tensor([4, 0, 9, 1])})
-    assert weights["a"].tolist() == [2, 0, 3, 1]
-    assert weights["b"].tolist() == pytest.approx([(1 / n) ** 0.5 for n in (1, 2, 3, 4)])
+    assert weights["a"].whole().tolist() == [2, 0, 3, 1]
+    assert weights["b"].whole().tolist() == pytest.approx([(1 / n) ** 0.5 for n in (1, 2, 3, 4)])
     rows = torch.tensor([[1.0], [50.0], [4.0], [4.0]])
-    assert share_cold_rows(rows, weights["a"]).flatten().tolist() == pytest.approx([1, 3, 4, 4])
+    layout = SubvectorLayout(tables=specs[:1], width=1, sharing="all")
+    shared = share_cold_rows(
+        Latents(layout=layout, rows={"a": MemoryRows(rows[:, None])}, weights=weights)
+    )
+    assert shared.rows["a"].whole().flatten().tolist() == pytest.approx([1, 3, 4, 4])
 
 
 def spec(name, rows, dim):
@@ -333,7 +340,7 @@ def test_codes_survive_their_packing(bits):
     method = PQ(subvector_dim=2, num_codewords=1 << bits, codebooks="all")
     form = method.start_stage(method.stages()[1], specs, past(dense({"t0": drawn(500, 6)})))
     (physical,) = method.codebook_tables(specs)
-    words = form.rows(physical.name)
+    words = form.rows(physical.name).whole()
     codes = unpack_bits(form.tensors["route.codes"], bits, 1500).view(500, 3)
     decoded = (words[codes] * form.tensors["combine.scales.weight"]).flatten(1)
     torch.testing.assert_close(embed_ids(holding(tables, form, specs), tables)["f0"], decoded)

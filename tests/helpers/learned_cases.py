@@ -14,6 +14,7 @@ from embcomp import CompressedEmbeddingBagCollection
 from embcomp.backends.base import BackendConfig, MethodState, StageInputs
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import ResolvedPlan
+from embcomp.layers.block_work import IN_MEMORY
 from embcomp.tables.specs import TableSpec, specs_from_configs
 from embcomp.testing.planted import Planted
 from embcomp.training.reporting import metrics
@@ -110,7 +111,7 @@ class Memory:
 
     def __init__(self, model: Clicks, planted: Planted) -> None:
         self.model, self.planted = model, planted
-        self.form = model.form
+        self.form, self.work = model.form, IN_MEMORY
         (self.combine,) = model.tables.combine.get_submodule("combines").children()
         self.counts = planted.counts(TRAIN)
         self.seed = 1

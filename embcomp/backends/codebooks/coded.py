@@ -19,7 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
 from embcomp.backends.base import Backend
-from embcomp.backends.codebooks.bit_packing import gather_bits, pack_parts
+from embcomp.backends.codebooks.bit_packing import gather_bits, pack_bits, pack_parts, packed_bytes
+from embcomp.backends.codebooks.clustering import Codebooks, Latents, encode
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.backends.codebooks.vector_quantized import (
     VectorQuantized,
@@ -30,11 +31,13 @@ from embcomp.backends.codebooks.vector_quantized import (
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
+from embcomp.layers.block_work import RowBlock
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -174,15 +177,33 @@ class CodedRoute(LearnedBuffers):
         return renamed(copies, self._keys, (codes + offsets).view(-1))
 
 
-def pack_codes(parts: Iterator[Tensor], config: Coded, tables: Sequence[TableSpec]) -> Tensor:
-    """The buffer of a `CodedRoute`.
+def write_codes(config: Coded, latents: Latents, codebooks: Codebooks) -> RowSource:
+    """The buffer of a `CodedRoute`: the nearest codewords of all rows, block by block.
 
     Args:
-        parts: (rows, positions) codes of consecutive rows, table after table.
         config: of the route.
-        tables: the group.
+        latents: the rows.
+        codebooks: of the group.
     """
-    return _packed(parts, config.layout(tables), config.bits)
+    layout, bits = config.layout(latents.tables), config.bits
+    places = {table.name: n for n, table in enumerate(latents.tables)}
+    blocks = [block for table in latents.tables for block in latents.blocks(table)]
+
+    def codes_of(block: RowBlock) -> int:
+        """A block's codes; those of a table end with a byte."""
+        table = latents.tables[places[block.table]]
+        if block.stop < table.num_embeddings:
+            return len(block) * layout.positions(table)
+        return padded_codes(layout, table, bits) - block.start * layout.positions(table)
+
+    def packed(block: RowBlock) -> Tensor:
+        rows = latents.rows[block.table].read(block.start, block.stop).float()
+        codes = encode(layout, places[block.table], rows, codebooks).reshape(-1)
+        padding = codes.new_zeros(codes_of(block) - len(codes))
+        return pack_bits(torch.cat([codes, padding]), bits)
+
+    sizes = [packed_bytes(codes_of(block), bits) for block in blocks]
+    return latents.work.write("codes", packed, blocks, (sum(sizes),), torch.uint8, sizes=sizes)
 
 
 def codebook_rows(config: Coded, tables: Sequence[TableSpec], words: Tensor) -> dict[str, Tensor]:

@@ -13,17 +13,25 @@ of the least.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embcomp.backends.codebooks.clustering import find_scales, members
+from embcomp.backends.codebooks.clustering import (
+    Latents,
+    Samples,
+    cut_rows,
+    find_scales,
+    sample_size,
+)
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans
 from embcomp.backends.codebooks.low_rank import Moments
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
+from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.row_sources import RowSource
 
 NOT_REGAINED = 1 / 3
 """The share of the low-rank residual that further training is taken to leave."""
@@ -81,47 +89,61 @@ class LatentChoice:
 
 def choose_latent_dim(
     layout: SubvectorLayout,
-    rows: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    rows: Mapping[str, RowSource],
+    weights: Mapping[str, RowSource],
     *,
     count: int,
     scaled: bool,
     seed: int,
     backend: Clustering = "torch",
+    work: Work = IN_MEMORY,
 ) -> LatentChoice:
     """Measure both errors for every width.
 
     Args:
         layout: the group's sub-vectors.
-        rows: (N, embedding_dim) of each table, trained.
-        weights: (N,) of each table.
+        rows: by table, (N, embedding_dim), trained.
+        weights: by table, (N,).
         count: codewords in a codebook.
         scaled: whether tables have factors of their own.
         seed: of the clusterings.
         backend: what runs k-means.
+        work: does it.
     """
-    cuts = [layout.cut(table) for table in rows]
-    scales = find_scales(cuts, weights, scaled=scaled)
-    moments = Moments.of(layout, rows, weights, centred=False, scales=scales)
+    latents = Latents(
+        layout=layout,
+        rows={name: cut_rows(layout, own) for name, own in rows.items()},
+        weights=weights,
+        work=work,
+    )
+    scales = find_scales(latents, scaled=scaled)
+    moments = Moments.of(layout, rows, weights, centred=False, scales=scales, work=work)
     variances, axes = moments.variances(), moments.axes()  # (G, m), (G, m, m)
     shares = moments.masses / moments.masses.sum()
     whole = float((shares * variances.sum(1)).sum()) or 1.0
     left_out = 1 - (shares[:, None] * variances).sum(0).cumsum(0) / whole
+    points = sample_size(count, _POINTS_PER_CENTROID)
+    samples = Samples.of(latents, scales, points=points, seed=seed)
+
+    def fit(place: tuple[int, int]) -> dict[str, Tensor]:
+        shared, width = place
+        members, masses = samples.members(shared)
+        projected = members @ axes[shared].t().float()  # (n, m), most variance first
+        found = kmeans(
+            projected[:, :width],
+            masses,
+            count,
+            seed=seed,
+            backend=backend,
+            iterations=_ITERATIONS,
+            points_per_centroid=_POINTS_PER_CENTROID,
+        )
+        return {"error": torch.tensor(found.errors[-1], dtype=torch.float64)}
+
     lost = torch.zeros(layout.width, dtype=torch.float64)
-    for shared in range(layout.num_shared):
-        points, masses = members(layout, shared, cuts, weights, scales)
-        latents = points @ axes[shared].t().float()  # (n, m), most variance first
-        for width in range(1, layout.width + 1):
-            found = kmeans(
-                latents[:, :width],
-                masses,
-                count,
-                seed=seed,
-                backend=backend,
-                iterations=_ITERATIONS,
-                points_per_centroid=_POINTS_PER_CENTROID,
-            )
-            lost[width - 1] += shares[shared] * found.errors[-1] / whole
+    places = [(g, w) for g in range(layout.num_shared) for w in range(1, layout.width + 1)]
+    for (shared, width), found in zip(places, work.map("widths", fit, places)):
+        lost[width - 1] += shares[shared] * found["error"] / whole
     return LatentChoice(
         left_out=tuple(left_out.clamp(min=0).tolist()), clustering=tuple(lost.tolist())
     )

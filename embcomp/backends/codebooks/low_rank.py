@@ -31,6 +31,8 @@ from embcomp.backends.codebooks.vector_quantized import projection_footprint
 from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, add_up, row_blocks
+from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
@@ -45,8 +47,6 @@ NARROW = Stage(
     keeps="best_or_start",
 )
 """The stage after it, where latents take the place of rows."""
-
-_ROWS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +153,8 @@ class LowRank(BackendConfig):
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
-        weights = id_weights(tables, past.counts)
-        return factorise(self, tables, past.before, weights)
+        found = factorise(self, tables, past.before, id_weights(tables, past.counts), past.work)
+        return written(found, tables, past.work)
 
 
 def latent_tables(layout: SubvectorLayout, latent_dim: int) -> list[PhysicalTable]:
@@ -179,36 +179,69 @@ def factorise(
     config: LowRank,
     tables: Sequence[TableSpec],
     dense: MethodState,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, RowSource],
+    work: Work = IN_MEMORY,
 ) -> MethodState:
     """The best approximation of full tables: principal axes of all sub-vectors that share.
+
+    Rows of the approximation are made when they are read.
 
     Args:
         config: what to approximate with.
         tables: the group.
         dense: a form with the tables' full rows.
         weights: what each id counts, by table.
+        work: measures the rows.
     """
     tables = by_name(tables)
     layout, latent = config.layout(tables), config.latent(tables)
-    rows = [dense.rows(table.name) for table in tables]
-    moments = Moments.of(layout, rows, [weights[t.name] for t in tables], centred=config.bias)
+    rows = {table.name: dense.rows(table.name) for table in tables}
+    moments = Moments.of(layout, rows, weights, centred=config.bias, work=work)
     axes = moments.axes()[:, :latent]  # (G, d, m)
-    tensors = {}
-    for n, table in enumerate(tables):
-        which = layout.shared_by(n)
-        parts = [
-            torch.einsum(
-                "rjm,jdm->rjd", layout.cut(part).double() - moments.means[which], axes[which]
-            )
-            for part in rows[n].split(_ROWS_AT_ONCE)
-        ]
-        latents = torch.cat(parts).flatten(1)
-        tensors[f"rows.{table.name}"] = latents.to(rows[n].dtype)
+    tensors: dict[str, Tensor | RowSource] = {
+        f"rows.{table.name}": _projected(
+            rows[table.name], layout, moments.means[which], axes[which]
+        )
+        for n, table in enumerate(tables)
+        for which in [layout.shared_by(n)]
+    }
     tensors["combine.projections.weight"] = axes.float()
     if config.bias:
         tensors["combine.projections.bias"] = moments.means.float()
-    return MethodState(config=config, tensors=tensors)
+    return MethodState.of(config, tensors)
+
+
+def _projected(rows: RowSource, layout: SubvectorLayout, means: Tensor, axes: Tensor) -> RowSource:
+    """(N, positions * d) latents of (N, embedding_dim) rows.
+
+    Args:
+        rows: of a table.
+        layout: the group's sub-vectors.
+        means: (positions, m) what is taken out.
+        axes: (positions, d, m).
+    """
+
+    def latents(start: int, stop: int) -> Tensor:
+        cut = layout.cut(rows.read(start, stop)).double() - means
+        return torch.einsum("rjm,jdm->rjd", cut, axes).flatten(1).to(rows.dtype)
+
+    shape = (len(rows), axes.shape[0] * axes.shape[1])
+    return ComputedRows(shape, rows.dtype, latents, of=[rows])
+
+
+def written(form: MethodState, tables: Sequence[TableSpec], work: Work) -> MethodState:
+    """The same with rows that are stored."""
+    tensors: dict[str, Tensor | RowSource] = dict(form.tensors)
+    for table in tables:
+        rows = form.rows(table.name)
+        tensors[f"rows.{table.name}"] = work.write(
+            f"rows.{table.name}",
+            lambda block, rows=rows: rows.read(block.start, block.stop),  # type: ignore[misc]
+            row_blocks(table.name, table.num_embeddings, table.embedding_dim),
+            rows.shape,
+            rows.dtype,
+        )
+    return MethodState.of(form.config, tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,34 +262,36 @@ class Moments:
     def of(
         cls,
         layout: SubvectorLayout,
-        rows: Sequence[Tensor],
-        weights: Sequence[Tensor],
+        rows: Mapping[str, RowSource],
+        weights: Mapping[str, RowSource],
         *,
         centred: bool,
         scales: Sequence[float] | None = None,
+        work: Work = IN_MEMORY,
     ) -> Moments:
         """Measure the tables' full rows.
 
         Args:
             layout: the group's sub-vectors.
-            rows: (N, embedding_dim) of each table.
-            weights: (N,) of each table.
+            rows: by table, (N, embedding_dim).
+            weights: by table, (N,).
             centred: whether the mean is taken out.
             scales: what each table's rows are divided by.
+            work: adds them up.
         """
         count, width = layout.num_shared, layout.width
         masses = torch.zeros(count, dtype=torch.float64)
         sums = torch.zeros(count, width, dtype=torch.float64)
         seconds = torch.zeros(count, width, width, dtype=torch.float64)
-        for n, (table, weight) in enumerate(zip(rows, weights)):
+        for n, table in enumerate(layout.tables):
             which = torch.tensor(layout.shared_by(n))
             scale = 1.0 if scales is None else scales[n]
-            for part, mass in zip(table.split(_ROWS_AT_ONCE), weight.double().split(_ROWS_AT_ONCE)):
-                cut = layout.cut(part).double() / scale
-                weighted = cut * mass[:, None, None]
-                masses.index_add_(0, which, mass.sum().expand(len(which)))
-                sums.index_add_(0, which, weighted.sum(0))
-                seconds.index_add_(0, which, torch.einsum("njm,njo->jmo", weighted, cut))
+            measure = _Measure(layout, rows[table.name], weights[table.name], scale)
+            blocks = row_blocks(table.name, table.num_embeddings, table.embedding_dim)
+            own = add_up(work, f"moments-{table.name}", measure, blocks)
+            masses.index_add_(0, which, own["mass"].expand(len(which)))
+            sums.index_add_(0, which, own["sum"])
+            seconds.index_add_(0, which, own["second"])
         safe = masses.clamp(min=1e-300)
         means = sums / safe[:, None] if centred else torch.zeros_like(sums)
         seconds = seconds / safe[:, None, None] - means[:, :, None] * means[:, None, :]
@@ -272,3 +307,23 @@ class Moments:
     def variances(self) -> Tensor:
         """(G, m): along the axes, falling."""
         return torch.linalg.eigvalsh(self.seconds).flip(1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """The sums of a block of rows."""
+
+    layout: SubvectorLayout
+    rows: RowSource
+    weights: RowSource
+    scale: float
+
+    def __call__(self, block: RowBlock) -> dict[str, Tensor]:
+        mass = self.weights.read(block.start, block.stop).double()
+        cut = self.layout.cut(self.rows.read(block.start, block.stop)).double() / self.scale
+        weighted = cut * mass[:, None, None]
+        return {
+            "mass": mass.sum(),
+            "sum": weighted.sum(0),
+            "second": torch.einsum("njm,njo->jmo", weighted, cut),
+        }

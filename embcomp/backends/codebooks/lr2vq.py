@@ -35,16 +35,23 @@ from embcomp.backends.base import (
 )
 from embcomp.backends.codebooks.clustering import (
     Codebooks,
+    Latents,
     cluster,
-    encode,
     id_weights,
     share_cold_rows,
 )
-from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, pack_codes
+from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
 from embcomp.backends.codebooks.codewords import Codewords, Quantize
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
-from embcomp.backends.codebooks.low_rank import DENSE, NARROW, LowRank, factorise, latent_tables
+from embcomp.backends.codebooks.low_rank import (
+    DENSE,
+    NARROW,
+    LowRank,
+    factorise,
+    latent_tables,
+    written,
+)
 from embcomp.backends.codebooks.subvectors import Decode, Sharing
 from embcomp.backends.codebooks.vector_quantized import (
     VectorQuantized,
@@ -56,6 +63,8 @@ from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Between, Ge, Le
+from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
@@ -252,12 +261,13 @@ class LR2VQ(VectorQuantized):
         tables = by_name(tables)
         choice = choose_latent_dim(
             self.layout(tables),
-            [context.form.rows(table.name) for table in tables],
-            list(id_weights(tables, context.counts).values()),
+            {table.name: context.form.rows(table.name) for table in tables},
+            id_weights(tables, context.counts),
             count=self.codewords,
             scaled=self.scaled,
             seed=self.seed,
             backend=self.clustering,
+            work=context.work,
         )
         for line in choice.lines():
             context.say(line)
@@ -269,16 +279,22 @@ class LR2VQ(VectorQuantized):
     ) -> MethodState:
         if stage.name == "codes":
             assert isinstance(past.before.config, LR2VQ)
-            return past.before.config.compact(tables, past.before)
-        weights = id_weights(tables, past.counts)
+            return past.before.config.frozen(tables, past.before, past.work)
+        weights, work = id_weights(tables, past.counts), past.work
         if isinstance(past.before.config, LowRank):
-            return self._quantized(tables, past.before, weights)
+            return self._quantized(tables, past.before, weights, work)
         chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
-        found = factorise(self._low_rank(chosen), tables, past.before, weights)
-        return self._quantized(tables, found, weights) if stage.name == "quantize" else found
+        found = factorise(self._low_rank(chosen), tables, past.before, weights, work)
+        if stage.name == "quantize":
+            return self._quantized(tables, found, weights, work)
+        return written(found, tables, work)
 
     def _quantized(
-        self, tables: Sequence[TableSpec], low_rank: MethodState, weights: Mapping[str, Tensor]
+        self,
+        tables: Sequence[TableSpec],
+        low_rank: MethodState,
+        weights: Mapping[str, RowSource],
+        work: Work,
     ) -> MethodState:
         """Cluster the latents of a low-rank form, made orthonormal first.
 
@@ -289,25 +305,23 @@ class LR2VQ(VectorQuantized):
         layout, latent = self.layout(tables), low_rank.config.latent(tables)
         projection = low_rank.tensors["combine.projections.weight"].double()  # (G, d, m)
         basis, turn = torch.linalg.qr(projection.transpose(1, 2))  # P^T = basis @ turn
-        masses = [weights[table.name] for table in tables]
-        latents = []
-        for n, table in enumerate(tables):
-            rows = low_rank.rows(table.name).double().view(table.num_embeddings, -1, latent)
-            which = torch.tensor(layout.shared_by(n))
-            turned = torch.einsum("njd,jed->nje", rows, turn[which])
-            latents.append(share_cold_rows(turned, masses[n]).float())
+        turned = {
+            table.name: _turned(low_rank.rows(table.name), turn[layout.shared_by(n)])
+            for n, table in enumerate(tables)
+        }
+        latents = share_cold_rows(
+            Latents(layout=layout, rows=turned, weights=weights, work=work)
+        ).in_single_precision()
         found = cluster(
-            layout,
             latents,
-            masses,
             count=self.codewords,
             seed=self.seed,
             scaled=self.scaled,
             backend=self.clustering,
         )
-        tensors = {
-            f"rows.{table.name}": (z / scale).flatten(1)
-            for table, z, scale in zip(tables, latents, found.scales)
+        tensors: dict[str, Tensor | RowSource] = {
+            f"rows.{table.name}": _scaled(table, latents, scale)
+            for table, scale in zip(tables, found.scales)
         }
         size = found.words.shape[:2]
         tensors |= {
@@ -321,24 +335,71 @@ class LR2VQ(VectorQuantized):
         if self.scaled:
             tensors["combine.decode.scales.weight"] = torch.tensor(found.scales)
         settled = replace(self, latent_dim=latent, factored=self.stored_latent is not None)
-        return MethodState(config=settled, tensors=tensors)
+        return MethodState.of(settled, tensors)
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Freeze the code of every id, and fold the projections into the codewords."""
+        return self.frozen(tables, form, IN_MEMORY)
+
+    def frozen(self, tables: Sequence[TableSpec], form: MethodState, work: Work) -> MethodState:
+        """The serving form, as `compact` gives it.
+
+        Args:
+            tables: the group, without those that stay full.
+            form: a form of this method.
+            work: chooses the codes.
+        """
         tables = by_name(tables)
-        layout, serving = self.layout(tables), self.serving
-        latents = [
-            form.rows(table.name).float().reshape(table.num_embeddings, -1, self.latent)
-            for table in tables
-        ]
+        serving = self.serving
+        latents = Latents(
+            layout=self.layout(tables),
+            rows={table.name: _split(form.rows(table.name), self.latent) for table in tables},
+            weights={},
+            work=work,
+        )
         words = form.tensors["combine.codewords.words"]
         codebooks = Codebooks(words=words, scales=(1.0,) * len(tables))
         projection = form.tensors["combine.decode.projections.weight"]
         stored = words if serving.latent_dim is not None else words @ projection
-        tensors = codebook_rows(serving, tables, stored)
-        tensors["route.codes"] = pack_codes(encode(layout, latents, codebooks), serving, tables)
+        tensors: dict[str, Tensor | RowSource] = {
+            **codebook_rows(serving, tables, stored),
+            "route.codes": write_codes(serving, latents, codebooks),
+        }
         if serving.latent_dim is not None:
             tensors["combine.projections.weight"] = projection
         if self.scaled:
             tensors["combine.scales.weight"] = form.tensors["combine.decode.scales.weight"]
-        return MethodState(config=serving, tensors=tensors)
+        return MethodState.of(serving, tensors)
+
+
+def _split(rows: RowSource, latent: int) -> RowSource:
+    """(N, positions * d) rows as (N, positions, d) latents."""
+    return ComputedRows(
+        (len(rows), rows.shape[1] // latent, latent),
+        torch.float32,
+        lambda a, b: rows.read(a, b).float().reshape(b - a, -1, latent),
+        of=[rows],
+    )
+
+
+def _turned(rows: RowSource, turn: Tensor) -> RowSource:
+    """(N, positions, d) float64 latents, each turned by the matrix of its position."""
+    positions, latent = turn.shape[:2]
+
+    def turned(start: int, stop: int) -> Tensor:
+        own = rows.read(start, stop).double().reshape(stop - start, -1, latent)
+        return torch.einsum("njd,jed->nje", own, turn)
+
+    return ComputedRows((len(rows), positions, latent), torch.float64, turned, of=[rows])
+
+
+def _scaled(table: TableSpec, latents: Latents, scale: float) -> RowSource:
+    """(N, positions * d) latents without their table's scale, stored."""
+    own = latents.rows[table.name]
+    return latents.work.write(
+        f"rows.{table.name}",
+        lambda block: (own.read(block.start, block.stop) / scale).flatten(1),
+        latents.blocks(table),
+        (len(own), own.shape[1] * own.shape[2]),
+        own.dtype,
+    )

@@ -12,16 +12,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
-from embcomp.backends.codebooks.clustering import cluster, encode, id_weights, share_cold_rows
-from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, pack_codes
+from embcomp.backends.codebooks.clustering import (
+    Latents,
+    cluster,
+    cut_rows,
+    id_weights,
+    share_cold_rows,
+)
+from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
 from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.low_rank import DENSE
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
@@ -84,22 +92,25 @@ class PQ(VectorQuantized):
     ) -> MethodState:
         tables = by_name(tables)
         layout = self.layout(tables)
-        weights = list(id_weights(tables, past.counts).values())
-        latents = [
-            layout.cut(share_cold_rows(past.before.rows(table.name), mass))
-            for table, mass in zip(tables, weights)
-        ]
+        latents = share_cold_rows(
+            Latents(
+                layout=layout,
+                rows={t.name: cut_rows(layout, past.before.rows(t.name)) for t in tables},
+                weights=id_weights(tables, past.counts),
+                work=past.work,
+            )
+        )
         found = cluster(
-            layout,
             latents,
-            weights,
             count=self.codewords,
             seed=self.seed,
             scaled=self.scaled,
             backend=self.clustering,
         )
-        tensors = codebook_rows(self.serving, tables, found.words)
-        tensors["route.codes"] = pack_codes(encode(layout, latents, found), self.serving, tables)
+        tensors: dict[str, Tensor | RowSource] = {
+            **codebook_rows(self.serving, tables, found.words),
+            "route.codes": write_codes(self.serving, latents, found),
+        }
         if self.scaled:
             tensors["combine.scales.weight"] = torch.tensor(found.scales)
-        return MethodState(config=self.serving, tensors=tensors)
+        return MethodState.of(self.serving, tensors)

@@ -55,7 +55,9 @@ from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
+from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -182,13 +184,15 @@ class DNIS(BackendConfig):
         if stage.name == "search":
             return self._search(tables, past)
         initial = None if self.inherit else past.initial()
-        return self.pruned_form(tables, past.before, past.counts, initial)
+        return self.pruned_form(tables, past.before, past.counts, initial, past.work)
 
     def _search(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         cuts = {table.name: self._cuts(table, past.counts.get(table.name)) for table in tables}
         search = replace(self._as_search(), cuts=cuts)
-        rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
-        return MethodState(config=search, tensors=rows | search.fresh_selections(tables))
+        tensors: dict[str, Tensor | RowSource] = {
+            f"rows.{table.name}": past.before.rows(table.name) for table in tables
+        }
+        return MethodState.of(search, tensors | search.fresh_selections(tables))
 
     def _cuts(self, table: TableSpec, counts: Tensor | None) -> tuple[int, ...]:
         given = self.cuts.get(table.name)
@@ -202,6 +206,7 @@ class DNIS(BackendConfig):
         searched: MethodState,
         counts: Mapping[str, Tensor] | None = None,
         initial: MethodState | None = None,
+        work: Work = IN_MEMORY,
     ) -> MethodState:
         """The tables cut to `serve_bytes`, selections absorbed by the weights that are left.
 
@@ -211,6 +216,7 @@ class DNIS(BackendConfig):
             counts: for each table, (num_embeddings,) how often each id occurs; Zipf's law where
                 nobody counted.
             initial: full tables whose weights are kept in place of the searched ones, as they are.
+            work: does it.
 
         Raises:
             BudgetError: when not even one weight fits.
@@ -227,7 +233,7 @@ class DNIS(BackendConfig):
         if initial is not None:
             fresh = {table.name: initial.rows(table.name) for table in tables}
         if self.structure == "element":
-            return elements_form(tables, rows, selections, cuts, budget, fresh)
+            return elements_form(tables, rows, selections, cuts, budget, fresh, work)
         scores = {
             table.name: column_scores(
                 table,
@@ -235,6 +241,7 @@ class DNIS(BackendConfig):
                 selections[table.name],
                 cuts[table.name],
                 nested=self.selection == "prefix",
+                work=work,
             )
             for table in tables
         }
@@ -242,7 +249,7 @@ class DNIS(BackendConfig):
         own = {name: selections[name][source] for name, source in chosen.source.items()}
         if fresh is not None:
             own = {name: torch.ones_like(selection) for name, selection in own.items()}
-        return blocks_form(tables, fresh or rows, own, chosen.kept, chosen.cuts)
+        return blocks_form(tables, fresh or rows, own, chosen.kept, chosen.cuts, work)
 
     def _as_search(self) -> DNISSearch:
         """What a collection holds that was built without stages: the search from its beginning."""

@@ -16,7 +16,9 @@ from torch import Tensor
 from embcomp.backends.base import MethodState
 from embcomp.backends.blocks import Blocks, block_table, column_dtype
 from embcomp.errors import BudgetError
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.frequency_blocks import block_ranges
+from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.tables.specs import TableSpec, by_name
 
 Cuts = Mapping[str, tuple[int, ...]]
@@ -49,7 +51,13 @@ class _Candidate:
 
 
 def column_scores(
-    table: TableSpec, rows: Tensor, selections: Tensor, cuts: Sequence[int], *, nested: bool
+    table: TableSpec,
+    rows: RowSource | Tensor,
+    selections: Tensor,
+    cuts: Sequence[int],
+    *,
+    nested: bool,
+    work: Work = IN_MEMORY,
 ) -> Tensor:
     """How much the columns of a table's blocks contribute: selection times root mean square.
 
@@ -59,15 +67,29 @@ def column_scores(
         selections: (blocks, embedding_dim) what multiplies them.
         cuts: the first ids of the blocks but the first.
         nested: whether no column may score above one before it.
+        work: measures the rows.
 
     Returns:
         (blocks, embedding_dim) float64.
     """
-    means = [
-        rows[low:high].to(torch.float64).square().mean(0)
-        for low, high in block_ranges(cuts, table.num_embeddings)
+    source, ranges = as_rows(rows), block_ranges(cuts, table.num_embeddings)
+
+    def squares(block: RowBlock) -> dict[str, Tensor]:
+        return {"sum": source.read(block.start, block.stop).to(torch.float64).square().sum(0)}
+
+    parts = [
+        (place, part)
+        for place, (low, high) in enumerate(ranges)
+        for part in row_blocks(
+            table.name, table.num_embeddings, table.embedding_dim, start=low, stop=high
+        )
     ]
-    scores = torch.stack(means).sqrt() * selections.to(torch.float64)
+    sums = torch.zeros(len(ranges), table.embedding_dim, dtype=torch.float64)
+    found = work.map(f"squares-{table.name}", squares, [part for _, part in parts])
+    for (place, _), each in zip(parts, found):
+        sums[place] += each["sum"]
+    lengths = torch.tensor([high - low for low, high in ranges], dtype=torch.float64)
+    scores = (sums / lengths[:, None]).sqrt() * selections.to(torch.float64)
     return scores.cummin(1).values if nested else scores
 
 
@@ -83,11 +105,25 @@ def block_traffic(
         cuts: the first ids of the blocks but the first.
         most: what the shares add up to.
     """
-    if counts is None or not counts.numel() or not bool(counts.any()):
-        counts = 1 / torch.arange(1, table.num_embeddings + 1, dtype=torch.float64)
-    total = float(counts.sum())
     ranges = block_ranges(cuts, table.num_embeddings)
-    return [most * float(counts[low:high].sum()) / total for low, high in ranges]
+    if counts is None or not counts.numel() or not bool(counts.any()):
+        sums = [sum(map(_of_zipf, *_bounds(low, high))) for low, high in ranges]
+    else:
+        sums = [float(counts[low:high].sum()) for low, high in ranges]
+    return [most * own / sum(sums) for own in sums]
+
+
+_AT_ONCE = 1 << 20  # ids whose shares are in memory together
+
+
+def _bounds(low: int, high: int) -> tuple[list[int], list[int]]:
+    starts = list(range(low, high, _AT_ONCE))
+    return starts, [min(start + _AT_ONCE, high) for start in starts]
+
+
+def _of_zipf(low: int, high: int) -> float:
+    """What ids of a range occur together, where the id of rank r occurs in proportion to 1 / r."""
+    return float((1 / torch.arange(low + 1, high + 1, dtype=torch.float64)).sum())
 
 
 def choose_columns(
@@ -199,10 +235,11 @@ def _keep_one(chosen: Chosen, tables: Sequence[TableSpec], budget: int, index: i
 
 def blocks_form(
     tables: Sequence[TableSpec],
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, RowSource | Tensor],
     selections: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     cuts: Cuts,
+    work: Work = IN_MEMORY,
 ) -> MethodState:
     """Dense blocks of the columns that are kept, selections absorbed.
 
@@ -213,12 +250,13 @@ def blocks_form(
         kept: for each by name, (blocks, embedding_dim) whether a column is kept; if none is at
             all, a column of the smallest block is, so that there is something to look up.
         cuts: for each by name, the first ids of all its blocks but the first.
+        work: does it.
     """
     if not any(bool(each.any()) for each in kept.values()):
         kept = _with_one(tables, kept, cuts)
     widths: dict[str, tuple[int, ...]] = {}
     starts: dict[str, tuple[int, ...]] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | RowSource] = {}
     columns: list[Tensor] = []
     for table in by_name(tables):
         name = table.name
@@ -230,13 +268,55 @@ def blocks_form(
             own = kept[name][blocks[0]].nonzero().flatten()
             if len(own):
                 columns.append(own)
-                parts = [
-                    rows[name][slice(*ranges[b])][:, own] * selections[name][b, own] for b in blocks
-                ]
-                stored = torch.cat(parts).to(rows[name].dtype)
-                tensors[f"rows.{block_table(name, index)}"] = stored
+                made = _BlockRows(
+                    rows=as_rows(rows[name]),
+                    ranges=[ranges[b] for b in blocks],
+                    selections=selections[name][blocks][:, own],
+                    columns=own,
+                )
+                physical = block_table(name, index)
+                tensors[f"rows.{physical}"] = made.write(work, physical)
     tensors["combine.columns"] = torch.cat(columns).to(column_dtype(tables))
-    return MethodState(config=Blocks(widths=widths, cuts=starts), tensors=tensors)
+    return MethodState.of(Blocks(widths=widths, cuts=starts), tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlockRows:
+    """The rows of a physical table: some columns of blocks that follow each other.
+
+    Args:
+        rows: (num_embeddings, embedding_dim) of the logical table.
+        ranges: the blocks' ids.
+        selections: (blocks, columns) what multiplies them.
+        columns: (columns,) those that are kept.
+    """
+
+    rows: RowSource
+    ranges: Sequence[tuple[int, int]]
+    selections: Tensor
+    columns: Tensor
+
+    def write(self, work: Work, physical: str) -> RowSource:
+        """Absorb the selections.
+
+        Args:
+            work: does it.
+            physical: the physical table's name.
+        """
+        places = {
+            part: place
+            for place, (low, high) in enumerate(self.ranges)
+            for part in row_blocks(
+                physical, len(self.rows), self.rows.shape[1], start=low, stop=high
+            )
+        }
+
+        def absorb(part: RowBlock) -> Tensor:
+            rows = self.rows.read(part.start, part.stop)[:, self.columns]
+            return (rows * self.selections[places[part]]).to(self.rows.dtype)
+
+        shape = (self.ranges[-1][1] - self.ranges[0][0], len(self.columns))
+        return work.write(f"rows.{physical}", absorb, list(places), shape, self.rows.dtype)
 
 
 def _equal_neighbours(kept: Tensor) -> list[list[int]]:

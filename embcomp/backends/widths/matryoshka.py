@@ -34,6 +34,7 @@ from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le
+from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
 
@@ -193,7 +194,7 @@ class Matryoshka(SearchedSize):
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
-        return self.slice_columns(tables, past.before, past.results["search"]["widths"])
+        return self._cut(tables, past.before, past.results["search"]["widths"], past.work)
 
     def slice_columns(
         self, tables: Sequence[TableSpec], form: MethodState, widths: Mapping[str, int]
@@ -220,8 +221,14 @@ class Matryoshka(SearchedSize):
                 raise ConfigError(
                     f"matryoshka: table {name!r} has widths from 1 to {dims[name]}, got {width}"
                 )
+        return self._cut(tables, form, widths, IN_MEMORY)
+
+    @staticmethod
+    def _cut(
+        tables: Sequence[TableSpec], form: MethodState, widths: Mapping[str, int], work: Work
+    ) -> MethodState:
         weights = {table.name: form.rows(table.name) for table in tables}
-        return low_dim_form(tables, weights, {}, widths)
+        return low_dim_form(tables, weights, {}, widths, work)
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Whole tables without the machinery of training.

@@ -47,6 +47,8 @@ from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_norms
 from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.io.constraints import Ge, Le
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
+from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec, by_name
 
@@ -187,10 +189,7 @@ class OptEmbed(SearchedSize):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
-        places = context.shared(
-            "row_order", lambda: self._places(tables, context.form, context.counts)
-        )
-        order = RowRanking(tables, places)
+        order = self.ranking(tables, context.form, context.counts, context.work)
         trial = Trial(tables, context)
         progress = context.load() or {}
         if "kept" not in progress:
@@ -265,10 +264,11 @@ class OptEmbed(SearchedSize):
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
         found = past.results["search"]
-        masks = self.ranking(tables, past.before, past.counts).masks(found["kept"])
+        order = self.ranking(tables, past.before, past.counts, past.work)
+        masks = order.masks(found["kept"])
         source = past.before if self.inherit else past.initial()
         weights = {table.name: source.rows(table.name) for table in tables}
-        return low_dim_form(tables, weights, masks, found["widths"])
+        return low_dim_form(tables, weights, masks, found["widths"], past.work)
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The supernet without the rows that its thresholds prune.
@@ -289,7 +289,11 @@ class OptEmbed(SearchedSize):
         return low_dim_form(tables, weights, order.masks(kept), widths)
 
     def ranking(
-        self, tables: Sequence[TableSpec], form: MethodState, counts: Mapping[str, Tensor]
+        self,
+        tables: Sequence[TableSpec],
+        form: MethodState,
+        counts: Mapping[str, Tensor],
+        work: Work = IN_MEMORY,
     ) -> RowRanking:
         """The order in which rows are kept, by their importance; those that thresholds prune are out.
 
@@ -297,38 +301,71 @@ class OptEmbed(SearchedSize):
             tables: the group, without those that stay full.
             form: what training left.
             counts: how often each id of each table occurs; ranks stand for it where nobody counted.
+            work: measures the rows.
         """
-        return RowRanking(tables, self._places(tables, form, counts))
+        gates = self._gates(tables, form)
 
-    def _places(
-        self, tables: Sequence[TableSpec], form: MethodState, counts: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """All rows by importance; those that learnt thresholds prune, or nobody saw, are out."""
-        if self.prune == "widths":
-            ones = {table.name: torch.ones(table.num_embeddings) for table in tables}
-            return RowRanking.places_of(tables, ones)
-        passing = self._passing(tables, form)
-        importance = {}
-        for table in tables:
-            seen = counts_or_ranks(table, counts)
-            value = row_norms(form.rows(table.name).float(), self.norm).double()
+        def importance(block: RowBlock) -> Tensor:
+            seen = counts_or_ranks(named[block.table], counts, block.start, block.stop)
+            rows = form.rows(block.table).read(block.start, block.stop)
+            value = row_norms(rows.float(), self.norm).double()
             if self.importance == "norm_and_count":
                 value = value * seen
-            keeps = passing[table.name] & (seen > 0)
-            importance[table.name] = torch.where(keeps, value, -torch.inf)
-        return RowRanking.places_of(tables, importance)
+            keeps = gates[block.table].passing(rows) & (seen > 0)
+            return torch.where(keeps, value, -torch.inf)
 
-    def _passing(self, tables: Sequence[TableSpec], form: MethodState) -> dict[str, Tensor]:
+        def alike(block: RowBlock) -> Tensor:
+            return torch.ones(len(block), dtype=torch.float64)
+
+        named = {table.name: table for table in tables}
+        measure = alike if self.prune == "widths" else importance
+        values = {
+            name: work.write(
+                f"importance-{name}",
+                measure,
+                row_blocks(name, table.num_embeddings, table.embedding_dim),
+                (table.num_embeddings,),
+                torch.float64,
+            )
+            for name, table in named.items()
+        }
+        return RowRanking(tables, values, work)
+
+    def _passing(self, tables: Sequence[TableSpec], form: MethodState) -> dict[str, RowSource]:
         """For each table, (N,) bool which rows are above the threshold; nothing without gates."""
+        return {
+            name: _passing_rows(form.rows(name), gate)
+            for name, gate in self._gates(tables, form).items()
+        }
+
+    def _gates(self, tables: Sequence[TableSpec], form: MethodState) -> dict[str, _Gate]:
+        """Each table's threshold; nothing without gates."""
         if self.prune == "widths":
             return {}
         thresholds = form.tensors["combine.thresholds.values"]
         means = form.tensors["combine.norms.means"]
         return {
-            table.name: relative_norms(row_norms(form.rows(table.name), self.norm), mean) - limit
-            > 0
+            table.name: _Gate(norm=self.norm, mean=mean, limit=limit)
             for table, mean, limit in zip(by_name(tables), means, thresholds)
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gate:
+    """A table's threshold, and the mean of its norms."""
+
+    norm: Norm
+    mean: Tensor
+    limit: Tensor
+
+    def passing(self, rows: Tensor) -> Tensor:
+        return relative_norms(row_norms(rows, self.norm), self.mean) - self.limit > 0
+
+
+def _passing_rows(rows: RowSource, gate: _Gate) -> RowSource:
+    return ComputedRows(
+        (len(rows),), torch.bool, lambda a, b: gate.passing(rows.read(a, b)), of=[rows]
+    )
 
 
 def _number_each(tables: Sequence[TableSpec], what: str) -> TensorFootprint:

@@ -18,6 +18,7 @@ from embcomp.backends.widths.width_space import Widths
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
 
 
@@ -122,9 +123,9 @@ class Trial:
         self._names = [table.name for table in tables]
         self._context, self._supernet = context, supernet
 
-    def fix_rows(self, masks: Mapping[str, Tensor]) -> None:
+    def fix_rows(self, masks: Mapping[str, RowSource]) -> None:
         """From now on these rows pass: for each table, (N,) bool."""
-        self._supernet.fix_rows([masks[name] for name in self._supernet.names])
+        self._supernet.fix_rows([masks[name].whole() for name in self._supernet.names])
 
     def score(self, widths: Widths, rows: int | None) -> float:
         """Of the tables at these widths, on so many search-validation rows or on all."""

@@ -209,7 +209,7 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
         ) from None
     tensors: dict[str, Tensor] = {}
     for table in each.tables:
-        rows, place = form.rows(table.name), places[table.name]
+        rows, place = form.rows(table.name).whole(), places[table.name]
         renumbering = features.get(table.name)
         if renumbering is None:
             tensors[f"rows.{table.name}"] = rows

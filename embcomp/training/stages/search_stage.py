@@ -17,6 +17,7 @@ from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
+from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.training.build import check_precision, shard_model
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
@@ -97,6 +98,11 @@ class StageSearch:
     def form(self) -> MethodState:
         """The form that the stage before left, whole and on the CPU."""
         return self._form
+
+    @property
+    def work(self) -> Work:
+        """Does what is to be done for every block of rows."""
+        return IN_MEMORY
 
     @property
     def combine(self) -> nn.Module:
