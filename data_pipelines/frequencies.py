@@ -16,6 +16,8 @@ from embcomp.data_pipelines.schema import (
 )
 from embcomp.errors import DataError, one_line
 
+_AT_ONCE = 1 << 17  # values of a vocabulary that are read together
+
 
 def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
     """For each categorical feature that has a vocabulary file, (num_embeddings,) train counts.
@@ -24,33 +26,46 @@ def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
     missing rows are counted over all splits in `dataset.json` and taken here in proportion, and
     what is left of the train rows is rare.
     """
-    return {
-        feature.name: _counts_of(info, feature)
-        for feature in info.categorical
-        if feature.vocabulary
-    }
+    found = {}
+    for feature in counted_features(info):
+        found[feature.name] = np.zeros(feature.num_embeddings, dtype=np.int64)
+        fill_counts(info, feature, found[feature.name])
+    return found
 
 
-def _counts_of(info: DatasetInfo, feature: CategoricalFeature) -> NDArray[np.int64]:
+def counted_features(info: DatasetInfo) -> list[CategoricalFeature]:
+    """The features whose ids were counted."""
+    return [feature for feature in info.categorical if feature.vocabulary]
+
+
+def fill_counts(info: DatasetInfo, feature: CategoricalFeature, counts: NDArray[np.int64]) -> None:
+    """Write down how often each id of a feature occurs, a part of its vocabulary at a time.
+
+    Args:
+        info: the dataset.
+        feature: one of `counted_features`.
+        counts: (num_embeddings,) zeros, in memory or in a file.
+    """
     path = info.folder / feature.vocabulary
     try:
-        table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=["id", "count"]):
+                ids = batch["id"].to_numpy()
+                if len(ids) and not FIRST_ID <= ids.min() <= ids.max() < len(counts):
+                    raise DataError(
+                        f"{path} has ids outside [{FIRST_ID}, {feature.num_embeddings}) of feature "
+                        f"{feature.name!r} in dataset.json; prepare the dataset again"
+                    )
+                counts[ids] = batch["count"].to_numpy()
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise DataError(
             f"{path} is not a readable vocabulary ({one_line(error)}); prepare the dataset again"
         ) from None
-    ids = table["id"].to_numpy()
-    if len(ids) and not FIRST_ID <= ids.min() <= ids.max() < feature.num_embeddings:
-        raise DataError(
-            f"{path} has ids outside [{FIRST_ID}, {feature.num_embeddings}) of feature "
-            f"{feature.name!r} in dataset.json; prepare the dataset again"
-        )
-    counts = np.zeros(feature.num_embeddings, dtype=np.int64)
-    counts[ids] = table["count"].to_numpy()
     train = info.split("train").rows
     rows = sum(split.rows for split in info.splits.values())
     missing = round(feature.missing * train / rows) if rows else 0
     values = round(train * feature.mean_length) if feature.multi_valued else train
     counts[MISSING_ID] = 0 if feature.multi_valued else missing
     counts[UNSEEN_ID] = max(0, values - int(counts.sum()))
-    return counts

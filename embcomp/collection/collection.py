@@ -34,6 +34,7 @@ from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
 from embcomp.layers.learned_buffers import overwriting, penalty_of
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
 
@@ -215,10 +216,11 @@ class _Compressed(AssembledTables):
         with overwriting(self, came):
             state = self.state_dict()
             for name, tensor in came.items():
-                state[name] = pad_columns(tensor, state[name])
+                whole = tensor.whole() if isinstance(tensor, RowSource) else tensor
+                state[name] = pad_columns(whole, state[name])
             self.load_state_dict(state)
 
-    def state_of(self, states: Sequence[GroupState]) -> dict[str, Tensor]:
+    def state_of(self, states: Sequence[GroupState]) -> dict[str, Tensor | RowSource]:
         """The forms' tensors by their names in the collection's state dict, without padding."""
         return {
             name: tensor

@@ -17,6 +17,7 @@ from embcomp.backends.base import MethodState
 from embcomp.collection.groups import Group
 from embcomp.layers.learned_buffers import fill_buffers
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
 
 
@@ -51,18 +52,19 @@ def read_states(groups: Sequence[Group], weights: Mapping[str, Tensor]) -> list[
     return found
 
 
-def state_tensors(group: Group, form: MethodState) -> dict[str, Tensor]:
+def state_tensors(group: Group, form: MethodState) -> dict[str, Tensor | RowSource]:
     """Those of a form's tensors that a built group has, as the collection's state dict has them."""
+    came: dict[str, Tensor | RowSource] = {**form.tensors, **form.sources}
     found = {
-        group.rows_name(table.name): form.tensors[f"rows.{table.name}"]
+        group.rows_name(table.name): came[f"rows.{table.name}"]
         for table in group.backend.physical_tables
-        if f"rows.{table.name}" in form.tensors
+        if f"rows.{table.name}" in came
     }
     for part, module in group.modules():
         own = {
-            name: form.tensors[f"{part}.{name}"]
+            name: came[f"{part}.{name}"]
             for name in persistent_tensors(module)
-            if f"{part}.{name}" in form.tensors
+            if f"{part}.{name}" in came
         }
         for name, tensor in stored_tensors(module, own).items():
             found[group.state_name(part, name)] = tensor

@@ -37,9 +37,10 @@ from embcomp.io.yaml_reading import (
     did_you_mean,
     listed,
 )
-from embcomp.tables.budget import why_unreadable
+from embcomp.tables.budget import format_bytes, parse_budget, why_unreadable
 
 MOST_EPOCHS = 10**6
+LEAST_HANDOVER_MEMORY = 64 << 20
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: at 1 it would never move
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=0, le=1000)]
@@ -270,6 +271,8 @@ class RunConfig(Section):
         stages: for methods that are trained in stages: stage name to what differs in it.
         start_from: folder of a finished run whose best weights stand for the first stage, which is
             then not trained. Its tables must be stored as that stage stores them.
+        handover_memory: what a rank may hold beside its shards while tables are handed from one stage
+            to the next: a number of bytes, at least 64MiB. No result depends on it.
     """
 
     epochs: Annotated[int, Field(gt=0, le=MOST_EPOCHS)] = 1
@@ -292,6 +295,17 @@ class RunConfig(Section):
     rank_timeout: Annotated[float, Field(gt=0, le=10**6)] = 30.0
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
+    handover_memory: Bytes = "256MiB"
+
+    @field_validator("handover_memory")
+    @classmethod
+    def _holds_a_block(cls, value: int | str) -> int | str:
+        if parse_budget(value) < LEAST_HANDOVER_MEMORY:
+            raise config_error(
+                f"expected a number of bytes, at least {format_bytes(LEAST_HANDOVER_MEMORY)}, which a "
+                f"block of rows may take; got {value!r}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _rows_can_be_placed(self) -> RunConfig:

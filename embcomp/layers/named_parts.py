@@ -8,10 +8,14 @@ name of its own, `<tensor>@<table>`, so that tables can be reordered, added and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from embcomp.layers.row_sources import RowSource
+
+Long = TypeVar("Long", bound=Tensor | RowSource)
 
 
 class NamedParts(nn.Module):
@@ -39,12 +43,12 @@ class NamedParts(nn.Module):
             return [tensor]
         return [part_name(tensor, name) for name, _ in self._parts[tensor]]
 
-    def parts_of(self, tensor: str, whole: Tensor) -> dict[str, Tensor]:
+    def parts_of(self, tensor: str, whole: Long) -> dict[str, Long]:
         """A tensor's parts by the names that they are stored under.
 
         Args:
             tensor: name of a parameter or buffer.
-            whole: its values.
+            whole: its values, in memory or read by range.
         """
         if tensor not in self._parts:
             return {tensor: whole}
@@ -129,7 +133,7 @@ def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def stored_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored_tensors(module: nn.Module, tensors: Mapping[str, Long]) -> dict[str, Long]:
     """Whole tensors of a module as its state dict has them, in parts.
 
     Args:
@@ -139,7 +143,7 @@ def stored_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     return dict(_stored(module, tensors))
 
 
-def _stored(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _stored(module: nn.Module, tensors: Mapping[str, Long]) -> Iterator[tuple[str, Long]]:
     for name, tensor in tensors.items():
         path, dot, local = name.rpartition(".")
         owner = module.get_submodule(path)

@@ -29,8 +29,8 @@ from embcomp.training.reporting.report import Report
 from embcomp.training.run import run_stages
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.served_rows import check_served_types, round_rows, served_types
-from embcomp.training.stages.handover import check_other_run
 from embcomp.training.stages.loading import best_step
+from embcomp.training.stages.other_run import check_other_run
 from embcomp.training.stages.run_context import RunContext
 
 

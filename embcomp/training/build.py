@@ -22,12 +22,19 @@ from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import AddPenalty
+from embcomp.layers.row_sources import RowSource
 from embcomp.models.base import ModelInputs
 from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of, table_configs
+from embcomp.tables.specs import PhysicalTable, padded_dim
 from embcomp.training.distributed.batch_weights import of_mean_one
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.sharding_plan import make_sharder, plan_sharding
-from embcomp.training.optim.initial_rows import fill_function, initialize_rows
+from embcomp.training.optim.initial_rows import (
+    InitFn,
+    InitialRows,
+    fill_function,
+    initialize_rows,
+)
 from embcomp.training.optim.optimizers import attach_fused_optimizer
 from embcomp.training.optim.precision import Precision, check_bf16
 
@@ -204,38 +211,48 @@ def draw_rows(state: Mapping[str, Any], unsharded: UnshardedModel, config: Train
         unsharded: the model that they belong to.
         config: the run, whose seed the rows follow.
     """
+    physical = physical_rows(unsharded, config)
+    drawn = 0
+    for name, weight in state.items():
+        found = physical.get(name.removeprefix(TASK_PREFIX))
+        if found is not None:
+            drawn += 1
+            table, init_fn = found
+            initialize_rows(
+                weight, init_fn, seed=config.seed, name=name, used_columns=table.embedding_dim
+            )
+    assert 2 * drawn == len(physical), "every physical table is found in the state"
+
+
+def physical_rows(
+    unsharded: UnshardedModel, config: TrainConfig
+) -> dict[str, tuple[PhysicalTable, InitFn]]:
+    """Every physical table and what draws its rows, by the names that its weight may have."""
     init = config.tables.init
     chosen = None if init.scale is None else fill_function(init.name, init.scale)
-    physical = {
-        f"{path}.{inner}.embedding_bags.{table.name}.weight": table
+    return {
+        f"{path}.{inner}.embedding_bags.{table.name}.weight": (table, chosen or table.init_fn)
         for path, module in unsharded.model.named_modules()
         if isinstance(module, CompressedEmbeddingBagCollection)
         for table in module.physical_tables
         for inner in ("rows", "unpooled_rows")
     }
-    drawn = 0
-    for name, weight in state.items():
-        table = physical.get(name.removeprefix(TASK_PREFIX))
-        if table is not None:
-            drawn += 1
-            initialize_rows(
-                weight,
-                chosen or table.init_fn,
-                seed=config.seed,
-                name=name,
-                used_columns=table.embedding_dim,
-            )
-    assert 2 * drawn == len(physical), "every physical table is found in the state"
 
 
-def initial_model(
-    config: TrainConfig,
-    info: DatasetInfo,
-    plan: ResolvedPlan | None,
-    first_order: ResolvedPlan | None = None,
-) -> UnshardedModel:
-    """A model before its first step, whole and on the CPU."""
-    unsharded = build_model(config, info, torch.device("cpu"), plan, first_order)
-    state = unsharded.model.state_dict()
-    draw_rows({TASK_PREFIX + name: tensor for name, tensor in state.items()}, unsharded, config)
-    return unsharded
+def initial_rows(name: str, unsharded: UnshardedModel, config: TrainConfig) -> RowSource:
+    """The rows of a physical table before the first step, drawn whenever they are read.
+
+    Args:
+        name: of the table's weight in the model.
+        unsharded: the model.
+        config: the run, whose seed the rows follow.
+    """
+    table, init_fn = physical_rows(unsharded, config)[name]
+    return InitialRows(
+        table.num_embeddings,
+        padded_dim(table.embedding_dim),
+        init_fn,
+        seed=config.seed,
+        name=TASK_PREFIX + name,
+        used_columns=table.embedding_dim,
+    ).first_columns(table.embedding_dim)

@@ -28,6 +28,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embcomp.errors import CheckpointError, one_line
+from embcomp.layers.block_work import Work
 from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.distributed.process import Process
@@ -35,9 +36,11 @@ from embcomp.training.files.checkpoint_files import (
     INDEX_FILE,
     CheckpointPlanner,
     CheckpointReader,
+    check_file_of,
     check_files,
     checked_bytes,
     random_file,
+    read_checksums,
     write_checksums,
     write_own_checksums,
 )
@@ -179,6 +182,23 @@ def _read_into(tensors: dict[str, Any], folder: Path, process: Process | None) -
             planner=CheckpointPlanner(),
             no_dist=process is None,
         )
+
+
+def checked_by_ranks(folder: Path, work: Work) -> None:
+    """Check every file of a checkpoint; ranks share the work, however long it takes.
+
+    Raises:
+        CheckpointError: a file is missing or not the one that was written.
+    """
+    way_out = _way_back(folder)
+    names = sorted(read_checksums(folder, way_out))
+
+    def check(name: str) -> dict[str, torch.Tensor]:
+        check_file_of(folder, name, way_out)
+        return {}
+
+    for _ in work.map(f"checked-{folder.name}", check, names):
+        pass
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -56,8 +56,9 @@ from embcomp.training.reporting.report import Report, as_record
 from embcomp.training.reporting.stage_result import StageResult, write_outcome
 from embcomp.training.second_order import UnrolledSteps
 from embcomp.training.served_rows import round_rows, served_types
-from embcomp.training.stages.handover import load_start, path_of
+from embcomp.training.stages.left_model import path_of
 from embcomp.training.stages.run_context import RunContext
+from embcomp.training.stages.start_files import load_start
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 
 
@@ -282,7 +283,7 @@ class Training:
         steps = saved_steps(self.checkpoints)
         if not steps:
             if self.setup.index > self.setup.schedule.trained[0]:
-                load_start(self.setup.folder, self.sharded)
+                load_start(self.setup.folder.start, self.sharded, checks=self.process.is_main)
             return False
         folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)

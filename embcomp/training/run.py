@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from embcomp.training.checkpoint import saved_steps
 from embcomp.training.distributed.process import Process
 from embcomp.training.loop import Training
 from embcomp.training.reporting.console import RunConsole
@@ -41,8 +42,8 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
             if process.is_main:
                 write_outcome(place, outcomes[-1], log_sizes)
         else:
-            if index > schedule.trained[0] and process.is_main:
-                prepare_start(run, index)
+            if index > schedule.trained[0] and not saved_steps(place.checkpoints):
+                prepare_start(run, index, process, console)
             dist.barrier()
             training = Training(run, index, process, console, log_sizes)
             training.train()

@@ -21,6 +21,7 @@ from embcomp.training.files.run_checksums import read_checked, rewrite_checked, 
 REPORT_FILE = "report.json"
 _CONFIG_FILE = "config.yaml"
 _DATASET_FILE = "dataset.json"
+_FREE = ("train.handover_memory",)  # settings that nothing in a run depends on
 
 
 class StageFolder:
@@ -29,7 +30,7 @@ class StageFolder:
     Attributes:
         checkpoints: the stage's checkpoints.
         forms: how the tables are stored in this stage; written last of what a stage begins with.
-        start: tensors that the stage begins with, where they are not drawn afresh.
+        start: folder of the tensors that the stage begins with, where they are not drawn afresh.
         progress: what an unfinished search can go on from.
         done: what the stage ended with; its presence says that the stage is finished.
 
@@ -41,7 +42,7 @@ class StageFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.forms = path / "forms.json"
-        self.start = path / "start.safetensors"
+        self.start = path / "start"
         self.progress = path / "progress.json"
         self.done = path / "done.json"
 
@@ -150,7 +151,7 @@ class RunFolder:
         changed = [
             f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
             for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and key not in _FREE
         ]
         if changed:
             raise ConfigError(

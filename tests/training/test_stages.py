@@ -26,10 +26,11 @@ from embcomp.training.export.export import export_run
 from embcomp.training.files.checkpoint_files import CHECKSUMS_FILE, write_checksums
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.handover import path_of
+from embcomp.training.stages.left_model import path_of
 from embcomp.training.stages.loading import forms_of_run, load_unsharded
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule, StageSetup
+from embcomp.training.stages.start_files import SMALL_FILE, long_tensors
 from tests.helpers.joined_batches import batches_of_ranks
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import train_on_ranks, write_dataset
@@ -87,6 +88,12 @@ def life_of(run: Path) -> tuple[TrainConfig, DatasetInfo, StageSchedule, RunFold
     config = folder.config()
     info = DatasetInfo.load(config.data.path)
     return config, info, StageSchedule.of(config, info), folder
+
+
+def start_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a stage began with, whole."""
+    small = safetensors.torch.load_file(folder / SMALL_FILE)
+    return small | {name: rows.whole() for name, rows in long_tensors(folder).items()}
 
 
 def weights_at(run: Path, index: int, step: int) -> dict[str, torch.Tensor]:
@@ -173,21 +180,29 @@ import torch
 torch.set_num_threads(1)
 from embcomp.config.train_config import load_config
 from embcomp.training import api, loop
-from embcomp.training.stages import search_stage
+from embcomp.training.stages import folder_work, search_stage
 
 def run(path, runs, kill):
     stage, _, step = kill.partition(":")
+    number = int(step) if step.isdigit() else None
     train_step, evaluate = loop.Training._train_step, search_stage.StageSearch.evaluate
+    write_piece, pieces = folder_work.write_piece, []
+    def write_and_die(path, tensors, item):
+        write_piece(path, tensors, item)
+        pieces.extend([path] * path.parts[-4].endswith(f"-{stage}"))
+        if step == f"piece{len(pieces)}":
+            os.kill(os.getpid(), 9)
     def train_and_die(self, batches):
         train_step(self, batches)
-        if self.stage.name == stage and self.state.step == int(step):
+        if self.stage.name == stage and self.state.step == number:
             os.kill(os.getpid(), 9)
     def evaluate_and_die(self, rows=None):
-        if self._schedule.stages[self._index].name == stage and self.evaluations == int(step):
+        if self._schedule.stages[self._index].name == stage and self.evaluations == number:
             os.kill(os.getpid(), 9)
         return evaluate(self, rows)
     loop.Training._train_step = train_and_die
     search_stage.StageSearch.evaluate = evaluate_and_die
+    folder_work.write_piece = write_and_die
     api.train(load_config(path), runs=runs, quiet=True)
     os._exit(0)
 
@@ -221,17 +236,21 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
         if stage.kind == "search":
             if outcome["stopped"] not in ("0 evaluations", "1 evaluations"):
                 kills.append(f"{stage.name}:2")
-        elif outcome["steps"] >= 3:
+        elif index > schedule.trained[0]:
+            kills.append(f"{stage.name}:piece5")
+        if stage.kind == "train" and outcome["steps"] >= 3:
             kills.append(f"{stage.name}:3")
     codes = attempt(*((path, tmp_path, kill) for kill in [*kills, "none:0"]))
     assert codes == [-9] * len(kills) + [0]
     again = RunFolder(tmp_path / method)
     assert again.metrics.read_bytes() == folder.metrics.read_bytes()
+    assert not [path for kind in ("work", "done-*", "failed-*") for path in again.path.rglob(kind)]
     for index in schedule.trained:
         setup, other = (StageSetup.of(schedule, index, f) for f in (folder, again))
         if setup.folder.start.exists():
-            started = safetensors.torch.load_file(setup.folder.start)
-            for name, tensor in safetensors.torch.load_file(other.folder.start).items():
+            started, begun = (start_tensors(each.folder.start) for each in (setup, other))
+            assert started.keys() == begun.keys()
+            for name, tensor in begun.items():
                 assert torch.equal(tensor, started[name]), (schedule.names[index], name)
         last = saved_steps(setup.folder.checkpoints)[-1]
         there = weights_at(tmp_path / method, index, last)

@@ -86,6 +86,22 @@ def check_files(folder: Path, way_out: str, process: Process = _ALONE) -> None:
             raise CheckpointError(found)
 
 
+def check_file_of(folder: Path, name: str, way_out: str) -> None:
+    """Check one file of a checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        name: the file's, one of `read_checksums`.
+        way_out: what to do about a damaged one.
+
+    Raises:
+        CheckpointError: it is missing or not the one that was written.
+    """
+    problem = _first_problem(folder, {name: read_checksums(folder, way_out)[name]}, way_out)
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
 def checked_bytes(folder: Path, name: str, way_out: str) -> bytes:
     """A small file's bytes, which are those that were written."""
     files = read_checksums(folder, way_out)

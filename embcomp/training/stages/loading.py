@@ -43,12 +43,21 @@ def load_trained(run: RunContext, step: int | None = None) -> nn.Module:
     index = run.latest_stage()
     place = run.place(index)
     chosen = best_step(run.folder, place) if step is None else step
-    if not checkpoint_folder(place.checkpoints, chosen).exists():
-        raise EmbcompError(
-            f"{checkpoint_folder(place.checkpoints, chosen)} does not exist; steps with a "
-            f"checkpoint: {_listed(place)}"
-        )
+    _existing(place, chosen)
     return load_unsharded(run, index, chosen).model.eval()
+
+
+def best_checkpoint(run: RunContext) -> Path:
+    """The checkpoint of a run's best weights, in its last stage that has one."""
+    place = run.place(run.latest_stage())
+    return _existing(place, best_step(run.folder, place))
+
+
+def _existing(place: StageFolder, step: int) -> Path:
+    folder = checkpoint_folder(place.checkpoints, step)
+    if not folder.exists():
+        raise EmbcompError(f"{folder} does not exist; steps with a checkpoint: {_listed(place)}")
+    return folder
 
 
 def forms_of_run(run: str | Path, data: str | Path | None = None) -> ResolvedPlan | None:

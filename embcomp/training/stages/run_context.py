@@ -10,7 +10,7 @@ import torch
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.training.build import UnshardedModel, build_model, initial_model
+from embcomp.training.build import UnshardedModel, build_model
 from embcomp.training.checkpoint import saved_steps
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.stages.schedule import StageSchedule, StageSetup
@@ -75,8 +75,3 @@ class RunContext:
     def build(self, device: torch.device, plan: ResolvedPlan | None) -> UnshardedModel:
         """The network around tables that are stored as `plan` says, rows on a device."""
         return build_model(self.config, self.info, device, plan, self.schedule.first_order)
-
-    def initial(self) -> UnshardedModel:
-        """The model before the first step of the first stage, whole and on the CPU."""
-        plan = self.schedule.first_plan()
-        return initial_model(self.config, self.info, plan, self.schedule.first_order)

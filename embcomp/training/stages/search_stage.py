@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.errors import EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.json_values import without_nan
-from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.block_work import Work
 from embcomp.training.build import check_precision, shard_model
+from embcomp.training.checkpoint import load_weights
 from embcomp.training.data import SEARCH, evaluation_batches
 from embcomp.training.distributed.process import Process
 from embcomp.training.files.run_checksums import read_sealed_json, sealed_json
@@ -28,19 +31,20 @@ from embcomp.training.reporting.report import metrics_record
 from embcomp.training.reporting.stage_result import StageResult
 from embcomp.training.run_folder import StageFolder
 from embcomp.training.stages.batch_norm import refit, running_norms
-from embcomp.training.stages.handover import counts_of, left_by, load_tensors_of, state_of_method
+from embcomp.training.stages.handover import counts_of, left_by, work_in
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.shared_tensors import SharedTensors
 
+_WORK = "work"
 _REFITTED = 2  # batches that a structure's batch-norm statistics are taken from
 
 
 class StageSearch:
     """Runs a method's search; it is a `SearchContext`.
 
-    Every rank runs the same search on the same scores, over tensors that the ranks of a host have in
-    memory once. The batches are kept in memory, since each candidate looks at all of them. Batch norms
-    are fitted to each structure before it is scored.
+    Every rank runs the same search on the same scores. As many batches as a candidate is scored on are
+    kept in memory; where all rows are asked for, the rest is read anew. Batch norms are fitted to each
+    structure before it is scored.
 
     Args:
         run: the run.
@@ -63,15 +67,15 @@ class StageSearch:
         before = run.schedule.last_trained_before(index)
         plan = run.plan_of(before)
         self._tensors = SharedTensors(self._place.path, process)
-        left = self._tensors.get("model", lambda: left_by(run, before).model.state_dict())
-        whole = run.build(torch.device("meta"), plan)
-        whole.model.load_state_dict(left, assign=True)
-        self._form = state_of_method(whole, run.schedule)
+        self._work = work_in(self._place.path / _WORK, run, process, console)
+        left = left_by(run, before)
+        self._form = left.state_of(run.schedule)
         self._unsharded = run.build(torch.device("meta"), plan)
         self._sharded = shard_model(self._unsharded, run.config, process)
-        load_tensors_of(left, self._sharded)
+        load_weights(left.folder, self._sharded)
         self._norms = running_norms(self._sharded)
-        self._batches: list[Batch] | None = None
+        self._batches: list[Batch] = []
+        self._all_kept = False
         self._counts: dict[str, Tensor] | None = None
         self._progress, self.evaluations, self._seconds = self._read_progress()
 
@@ -83,8 +87,11 @@ class StageSearch:
         stage = self._schedule.stages[self._index]
         self._console.say(f"{stage.name}: {stage.purpose}")
         self._place.path.mkdir(parents=True, exist_ok=True)
-        result = method.search(stage, self._schedule.tables, self)
+        with self._work:
+            result = method.search(stage, self._schedule.tables, self)
         self._tensors.release()
+        if self._process.is_main:
+            shutil.rmtree(self._place.path / _WORK)
         seconds = self._seconds_so_far()
         return StageResult(
             name=stage.name,
@@ -96,13 +103,13 @@ class StageSearch:
 
     @property
     def form(self) -> MethodState:
-        """The form that the stage before left, whole and on the CPU."""
+        """The form that the stage before left; rows are read by range."""
         return self._form
 
     @property
     def work(self) -> Work:
-        """Does what is to be done for every block of rows."""
-        return IN_MEMORY
+        """Does what is to be done for every block of rows, on all ranks together."""
+        return self._work
 
     @property
     def combine(self) -> nn.Module:
@@ -120,7 +127,8 @@ class StageSearch:
     def counts(self) -> Mapping[str, Tensor]:
         """How often each id of each table occurs in the training rows."""
         if self._counts is None:
-            self._counts = counts_of(self._info)
+            folder = self._place.path / _WORK
+            self._counts = counts_of(self._info, folder, self._work)
         return self._counts
 
     @property
@@ -135,11 +143,11 @@ class StageSearch:
     def evaluate(self, rows: int | None = None) -> float:
         """Score the model as it is now on search-validation rows; more is better."""
         self.evaluations += 1
-        batches = self._first(rows)
         with self._precision():
             if self._norms:
-                refit(self._sharded, self._norms, batches[:_REFITTED], self._process)
-            found = evaluate_batches(self._sharded, batches, self._process)
+                first = list(islice(self._first(rows), _REFITTED))
+                refit(self._sharded, self._norms, first, self._process)
+            found = evaluate_batches(self._sharded, self._first(rows), self._process)
         monitor = self._config.train.monitor
         value: float = metrics_record(found.metrics, found.weighted)[monitor]
         if math.isnan(value):
@@ -149,13 +157,23 @@ class StageSearch:
             )
         return -value if is_loss(monitor) else value
 
-    def _first(self, rows: int | None) -> list[Batch]:
-        """The batches of the first so many rows, in whole batches; the same number on each rank."""
-        if self._batches is None:
-            loader = evaluation_batches(self._config, self._info, SEARCH, self._process)
-            self._batches = list(loader)
+    def _first(self, rows: int | None) -> Iterator[Batch]:
+        """The batches of the first so many rows, in whole batches; the same number on each rank.
+
+        They are kept for the next candidate, unless all rows are asked for.
+        """
         each = self._config.data.eval_batch_size
-        return self._batches if rows is None else self._batches[: max(1, -(-rows // each))]
+        wanted = 2**62 if rows is None else max(1, -(-rows // each))
+        yield from self._batches[:wanted]
+        if self._all_kept or len(self._batches) >= wanted:
+            return
+        loader = evaluation_batches(self._config, self._info, SEARCH, self._process)
+        loader.load_state_dict(loader.state_dict(len(self._batches)))
+        for batch in islice(loader, wanted - len(self._batches)):
+            if rows is not None:
+                self._batches.append(batch)
+            yield batch
+        self._all_kept = len(self._batches) == len(loader)
 
     def load(self) -> dict[str, Any] | None:
         """What `save` was last given, after an interruption; None at the beginning."""
