@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
+
+from embcomp.io.piece_checksums import SUMS64
 
 _PIECE = 8 << 20  # bytes that a thread checks at once; zlib lets the others run meanwhile
 _THREADS = max(1, min(8, len(os.sched_getaffinity(0)) - 1))  # one core is left to the caller
@@ -39,12 +41,6 @@ class Checksums:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def of_tensor(self, tensor: Tensor) -> Callable[[], str]:
-        """Begin with a tensor's bytes, on the CPU; what is returned waits for the end."""
-        data = bytes_of(tensor)
-        pieces = range(0, len(data), _PIECE)
-        return self._joined([_submit(self._pool, data, start) for start in pieces])
-
     def of_file(self, path: Path, *, start: int = 0, stop: int | None = None) -> Callable[[], str]:
         """Begin with a file's bytes, or those from `start` to `stop`."""
         end = path.stat().st_size if stop is None else stop
@@ -58,10 +54,6 @@ class Checksums:
             return f"{zlib.crc32(struct.pack(f'<{len(numbers)}I', *numbers)):08x}"
 
         return wait
-
-
-def _submit(pool: ThreadPoolExecutor, data: NDArray[np.uint8], start: int) -> Future[int]:
-    return pool.submit(zlib.crc32, data[start : start + _PIECE].data)
 
 
 def _crc_of_file(path: Path, start: int, stop: int) -> int:
@@ -83,8 +75,7 @@ def file_checksums(paths: Iterable[Path]) -> dict[Path, str]:
         return {path: wait() for path, wait in begun.items()}
 
 
-def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The checksums of tensors by name."""
-    with Checksums() as checksums:
-        begun = {name: checksums.of_tensor(tensor) for name, tensor in tensors.items()}
-        return {name: wait() for name, wait in begun.items()}
+def checksum_of(tensor: Tensor) -> str:
+    """The checksum of a tensor's bytes, as artefacts hold it."""
+    data = bytes_of(tensor)
+    return SUMS64.text(SUMS64.numbers(data))

@@ -7,7 +7,7 @@ themselves with a pure function of the config where nobody has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from embcomp.layers.named_parts import NamedParts
+from embcomp.layers.named_parts import NamedParts, persistent_tensors, stored_tensors
 
 
 class LearnedBuffers(NamedParts):
@@ -64,6 +64,10 @@ class LearnedBuffers(NamedParts):
         """The names of the buffers, or of their parts, in the module's own state dict."""
         own = [name for name in self._buffers if name != "filled"]
         return [part for name in own for part in self.names_of(name)]
+
+    def mark_filled(self) -> None:
+        """Say that the buffers hold what they are to hold."""
+        self.filled.fill_(1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.ensure_filled()
@@ -119,6 +123,22 @@ def fill_buffers(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LearnedBuffers):
             part.ensure_filled()
+
+
+@torch.no_grad()
+def fill_stored(module: nn.Module, fill: Callable[[str, Tensor], None]) -> None:
+    """Fill every tensor that a module stores, in place: no copy of it is made.
+
+    Args:
+        module: on the CPU.
+        fill: called with each name in the module's state dict, and the contiguous tensor to fill; of
+            a tensor that is stored in parts, with views of it.
+    """
+    for name, tensor in stored_tensors(module, persistent_tensors(module)).items():
+        fill(name, tensor)
+    for part in module.modules():
+        if isinstance(part, LearnedBuffers):
+            part.mark_filled()
 
 
 class Penalised(nn.Module):

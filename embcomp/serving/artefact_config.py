@@ -25,9 +25,12 @@ from embcomp.tables.row_types import RowType
 from embcomp.tables.specs import TableSpec, specs_from_configs
 
 FORMAT = "embcomp artefact"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READ_VERSIONS = (2, 3)  # format 2 knew no other checksum than the CRC-32, and one file of tensors
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
+TENSORS_SUFFIX = ".safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 PROGRAM_FILE = "program.pt2"
 
 
@@ -143,7 +146,7 @@ class ProgramRecord(_Strict):
 
 
 class FileChecksum(_Strict):
-    """A file's size and checksum; that of the tensors' file covers its header only."""
+    """A file's size and CRC-32; that of a file of tensors covers its header only."""
 
     bytes: int = Field(ge=0)
     crc32: str
@@ -222,14 +225,15 @@ class ArtefactConfig(_Strict):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ArtefactError(f"{path} does not describe an artefact of embcomp")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _READ_VERSIONS:
             way_out = (
                 "it knew tables by their places, not their names; train and export again"
                 if version == 1
                 else "export the run again"
             )
+            known = " and ".join(map(str, _READ_VERSIONS))
             raise ArtefactError(
-                f"{path} has format_version {version!r}; this embcomp reads {FORMAT_VERSION}: "
+                f"{path} has format_version {version!r}; this embcomp reads {known}: "
                 f"{way_out}, or use the embcomp that wrote it "
                 f"({content.get('embcomp_version', 'unknown')})"
             )

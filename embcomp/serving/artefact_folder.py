@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError, one_line
+from embcomp.io.tensor_files import StoredTensor, files_of_index, tensors_of_file
 from embcomp.io.unfinished import remove_unfinished, unfinished_folder
-from embcomp.serving.artefact_config import TENSORS_FILE, DatasetRecord
+from embcomp.serving.artefact_config import INDEX_FILE, TENSORS_FILE, DatasetRecord
 from embcomp.tables.budget import format_bytes
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -78,26 +79,57 @@ def _flush(file: Path) -> None:
 
 def header_bytes(file: Path) -> dict[str, int]:
     """Bytes of a safetensors file's tensors by the first part of their names, from its header."""
+    return bytes_by_role(tensors_of_file(file))
+
+
+def bytes_by_role(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Bytes of tensors by the first part of their names."""
     sizes: dict[str, int] = {}
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            role = name.partition(".")[0]
-            sizes[role] = sizes.get(role, 0) + stop - start
+    for name, tensor in tensors.items():
+        role = name.partition(".")[0]
+        sizes[role] = sizes.get(role, 0) + tensor.nbytes
     return sizes
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an artefact, by their names in the file; mapped, so nothing is read yet."""
-    file = folder / TENSORS_FILE
-    if not file.is_file():
-        raise ArtefactError(f"{folder} has no {TENSORS_FILE}; copy the whole folder")
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of an artefact are, by their names; none is read yet.
+
+    Raises:
+        ArtefactError: a file is missing or damaged.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / TENSORS_FILE).is_file():
+            raise ArtefactError(f"{folder} has no {TENSORS_FILE}; copy the whole folder")
+        return _of_file(folder / TENSORS_FILE)
+    places = _reading(folder / INDEX_FILE, files_of_index)
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(set(places.values())):
+        if not (folder / name).is_file():
+            raise ArtefactError(
+                f"{folder} has no {name}, which {INDEX_FILE} lists; copy the whole folder"
+            )
+        found |= _of_file(folder / name)
+    odd = sorted(name for name in {*places, *found} if _file_of(found, name) != places.get(name))
+    if odd:
+        raise ArtefactError(
+            f"{folder / INDEX_FILE} is damaged or was changed: it says of the tensor {odd[0]} that it "
+            f"is in {places.get(odd[0], 'no file')}; export the run again"
+        )
+    return found
+
+
+def _file_of(found: Mapping[str, StoredTensor], name: str) -> str | None:
+    return found[name].file.name if name in found else None
+
+
+def _of_file(file: Path) -> dict[str, StoredTensor]:
+    return _reading(file, tensors_of_file)
+
+
+def _reading(file: Path, read: Callable[[Path], _T]) -> _T:
     try:
-        return safetensors.torch.load_file(file)
-    except (SafetensorError, ValueError, OSError) as error:
+        return read(file)
+    except (SafetensorError, ValueError, LookupError, TypeError, OSError, RecursionError) as error:
         raise ArtefactError(
             f"{file} is damaged ({one_line(error)}); export the run again"
         ) from None

@@ -1,12 +1,12 @@
 """Whether an artefact is the one that was written: a checksum for each tensor and each file.
 
 `config.json` holds them all and a digest of itself, so that one number stands for the whole folder.
-Checksums are computed in threads while the tables are built from the same tensors.
+A tensor's is computed when its bytes are in the cache anyway, those of files in threads beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,31 +16,36 @@ from torch import Tensor
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.tensor_checksums import Checksums
-from embcomp.serving.artefact_config import CONFIG_FILE, TENSORS_FILE, ArtefactConfig, FileChecksum
+from embcomp.io.tensor_files import header_size
+from embcomp.serving.artefact_config import (
+    CONFIG_FILE,
+    TENSORS_SUFFIX,
+    ArtefactConfig,
+    FileChecksum,
+)
+from embcomp.serving.artefact_tensors import WAY_OUT
 
-_WAY_OUT = "copy the whole folder again, or export the run again"
 _CHUNK = 1 << 22  # elements that are looked at together
 
 
 def with_checksums(
-    config: ArtefactConfig, folder: Path, tensors: Mapping[str, Tensor]
+    config: ArtefactConfig, folder: Path, tensors: Mapping[str, str]
 ) -> ArtefactConfig:
     """The description with a checksum of each tensor and of each other file in the folder.
 
     Args:
         config: the artefact's description so far.
         folder: where all files but `config.json` lie.
-        tensors: what was written, by the names in the file.
+        tensors: the checksums of what was written, by the names in the files.
     """
     files = sorted(
         file for file in folder.rglob("*") if file.is_file() and file != folder / CONFIG_FILE
     )
     with Checksums() as checksums:
-        begun = {name: checksums.of_tensor(tensor) for name, tensor in tensors.items()}
         own = {file: checksums.of_file(file, stop=_covered(file)) for file in files}
         return config.model_copy(
             update={
-                "tensors": {name: wait() for name, wait in begun.items()},
+                "tensors": dict(tensors),
                 "files": {
                     file.relative_to(folder).as_posix(): FileChecksum(
                         bytes=file.stat().st_size, crc32=wait()
@@ -52,11 +57,8 @@ def with_checksums(
 
 
 def _covered(file: Path) -> int | None:
-    """How many bytes a file's own checksum covers: of the tensors' file, its header."""
-    if file.name != TENSORS_FILE:
-        return None
-    with file.open("rb") as stream:
-        return min(8 + int.from_bytes(stream.read(8), "little"), file.stat().st_size)
+    """How many bytes a file's own checksum covers: of a file of tensors, its header."""
+    return header_size(file) if file.suffix == TENSORS_SUFFIX else None
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -77,44 +79,31 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def checked(folder: Path, config: ArtefactConfig, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check every byte of an artefact while it is used to build something.
+def checked(folder: Path, config: ArtefactConfig) -> Iterator[None]:
+    """Check every file of an artefact while it is used; tensors are checked as they are read.
 
     Args:
         folder: the artefact's.
         config: its description, whose own digest was checked.
-        tensors: what was read, by the names in the file.
 
     Raises:
-        ArtefactError: at the end, for a file or tensor that is not the one that was written.
+        ArtefactError: at the end, for a file that is not the one that was written.
     """
     with Checksums() as checksums:
-        check = _begin(checksums, folder, config, tensors)
+        files = [_begin_file(checksums, folder, name, config) for name in config.files]
         try:
             yield
         except EmbcompError:  # it names the damage better than a checksum can
             raise
         except Exception:
-            check()  # damaged values may break anything; then this is why
+            _check_all(files)  # damaged values may break anything; then this is why
             raise
+        _check_all(files)
+
+
+def _check_all(files: Iterable[Callable[[], None]]) -> None:
+    for check in files:
         check()
-
-
-def _begin(
-    checksums: Checksums, folder: Path, config: ArtefactConfig, tensors: Mapping[str, Tensor]
-) -> Callable[[], None]:
-    """Start all checksums; what is returned waits for them and raises for the first odd one."""
-    begun = {name: checksums.of_tensor(tensors[name]) for name in config.tensors if name in tensors}
-    files = [_begin_file(checksums, folder, name, config) for name in config.files]
-
-    def check() -> None:
-        for name, wait in begun.items():
-            if wait() != config.tensors[name]:
-                raise ArtefactError(_changed_tensor(folder, name, tensors[name]))
-        for check_file in files:
-            check_file()
-
-    return check
 
 
 def _begin_file(
@@ -123,12 +112,12 @@ def _begin_file(
     """Start with one file; what is returned waits, and raises where it is another than written."""
     path, record = folder / name, config.files[name]
     if not path.is_file():
-        return _failing(f"{folder} has no {name}, which {CONFIG_FILE} lists; {_WAY_OUT}")
+        return _failing(f"{folder} has no {name}, which {CONFIG_FILE} lists; {WAY_OUT}")
     size = path.stat().st_size
     if size != record.bytes:
         return _failing(
             f"{path} is damaged or was changed: it has {size:,} bytes, {record.bytes:,} were "
-            f"written; {_WAY_OUT}"
+            f"written; {WAY_OUT}"
         )
     wait = checksums.of_file(path, stop=_covered(path))
 
@@ -136,7 +125,7 @@ def _begin_file(
         if wait() != record.crc32:
             raise ArtefactError(
                 f"{path} is damaged or was changed: its checksum is not the one in {CONFIG_FILE}; "
-                f"{_WAY_OUT}"
+                f"{WAY_OUT}"
             )
 
     return check
@@ -149,14 +138,6 @@ def _failing(text: str) -> Callable[[], None]:
         raise ArtefactError(text)
 
     return check
-
-
-def _changed_tensor(folder: Path, name: str, tensor: Tensor) -> str:
-    odd = "" if _is_finite(tensor) else ", and it holds NaN or infinities"
-    return (
-        f"{folder / TENSORS_FILE} is damaged or was changed: the checksum of the tensor {name} is "
-        f"not the one in {CONFIG_FILE}{odd}; {_WAY_OUT}"
-    )
 
 
 def check_vocabularies(config: ArtefactConfig, info: DatasetInfo, source: Path) -> None:
@@ -187,6 +168,6 @@ def check_file(folder: Path, config: ArtefactConfig, name: str) -> None:
         ArtefactError: the file is not the one that was written.
     """
     if name not in config.files:
-        raise ArtefactError(f"{folder / CONFIG_FILE} lists no {name}; {_WAY_OUT}")
+        raise ArtefactError(f"{folder / CONFIG_FILE} lists no {name}; {WAY_OUT}")
     with Checksums() as checksums:
         _begin_file(checksums, folder, name, config)()

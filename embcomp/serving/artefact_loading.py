@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic_core import PydanticCustomError
-from torch import Tensor
 
 from embcomp.errors import ArtefactError, ConfigError
 from embcomp.io.yaml_reading import bind_dataclass, did_you_mean, listed
 from embcomp.layers.named_parts import persistent_tensors
 from embcomp.models import MODELS, ModelInputs
 from embcomp.serving.artefact_config import CONFIG_FILE, ArtefactConfig, ModelRecord, TablesRecord
-from embcomp.serving.artefact_folder import read_tensors
+from embcomp.serving.artefact_folder import find_tensors
 from embcomp.serving.artefact_integrity import checked
+from embcomp.serving.artefact_tensors import ArtefactTensor, TensorReader, lazily
 from embcomp.serving.modules import (
     MakeRows,
     ServingEmbeddingBagCollection,
@@ -36,6 +36,7 @@ def load(
     device: str | torch.device = "cpu",
     rows: Literal["auto", "fused", "fbgemm", "torch"] = "auto",
     verify: bool = True,
+    mmap: bool = False,
 ) -> Serving:
     """Read an artefact as a module that answers; no training code is imported.
 
@@ -45,8 +46,11 @@ def load(
         rows: what reads the rows: one compiled call for all features (`fused`, CPU, built on first
             use where there is a C++ compiler), FBGEMM's inference kernel (CPU), plain torch
             operations, or the fastest that there is.
-        verify: whether to check, while the tables are built, that every file and tensor is the one
-            that was written.
+        verify: whether to check, while they are read, that every file and tensor is the one that
+            was written.
+        mmap: whether rows stay in their files, mapped, so that memory holds what look-ups touch and
+            the system may drop it again. A file must not change while it is served from. With
+            `verify` every byte is still read once, through a small buffer.
 
     Returns:
         A ServingModel for a model; for a collection alone a ServingEmbeddingBagCollection or
@@ -58,15 +62,15 @@ def load(
     """
     folder, on = Path(path), torch.device(device)
     config = ArtefactConfig.read(folder, verify=verify)
-    tensors = read_tensors(folder)
     make_rows = rows_class(rows, on)
-    with checked(folder, config, tensors) if verify else nullcontext():
+    with checked(folder, config) if verify else nullcontext(), TensorReader(mapped=mmap) as reader:
+        tensors = lazily(find_tensors(folder), config.tensors if verify else {}, reader)
         return _build(config, tensors, make_rows, on, str(folder / CONFIG_FILE))
 
 
 def _build(
     config: ArtefactConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, ArtefactTensor],
     make_rows: MakeRows,
     on: torch.device,
     source: str,
@@ -78,14 +82,14 @@ def _build(
     return _model(config, config.model, tensors, make_rows, on, source)
 
 
-def _own(tensors: Mapping[str, Tensor], role: str) -> dict[str, Tensor]:
+def _own(tensors: Mapping[str, ArtefactTensor], role: str) -> dict[str, ArtefactTensor]:
     prefix = f"{role}."
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _collection(
     record: TablesRecord,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, ArtefactTensor],
     role: str,
     make_rows: MakeRows,
     device: torch.device,
@@ -108,7 +112,7 @@ def _collection(
 def _model(
     config: ArtefactConfig,
     record: ModelRecord,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, ArtefactTensor],
     make_rows: MakeRows,
     device: torch.device,
     source: str,
@@ -143,7 +147,6 @@ def _model(
     came = _own(tensors, "network")
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in dense.items()}
     check_shapes(wanted, came, f"{source}: network")
-    with torch.no_grad():
-        for name, tensor in dense.items():
-            tensor.copy_(came[name])
+    for name, tensor in dense.items():
+        came[name].read_into(tensor.detach())
     return ServingModel(network, record.feature_names, record.num_dense, device)

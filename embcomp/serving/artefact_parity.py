@@ -126,7 +126,7 @@ def _sampled_ids(size: int, draw: torch.Generator) -> Tensor:
         (
             torch.arange(quarter) % size,
             size - 1 - torch.arange(quarter) % size,
-            torch.linspace(0, size - 1, quarter).long(),
+            torch.linspace(0, size - 1, quarter, dtype=torch.float64).long(),
             torch.randint(0, size, (quarter,), generator=draw),
         )
     )

@@ -29,6 +29,7 @@ from embcomp.collection.collection import (
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, BudgetError
+from embcomp.io.tensor_checksums import checksum_of
 from embcomp.io.yaml_reading import plain
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.models import MODELS, ModelConfig, ModelInputs
@@ -295,17 +296,18 @@ def _write(
         )
         if info is not None:
             check_vocabularies(config, info if rewritten is None else rewritten.info, path)
-        config = _write_config(folder, config, tensors)
+        checksums = {n: checksum_of(t) for n, t in tensors.items()}
+        config = _write_config(folder, config, checksums)
         if extra is not None:
-            config = _write_config(folder, extra(folder, config), tensors)
+            config = _write_config(folder, extra(folder, config), checksums)
     errors = {role: part.row_error for role, part in parts.items()}
     return Saved(path=path, config=config, row_error=errors)
 
 
 def _write_config(
-    folder: Path, config: ArtefactConfig, tensors: Mapping[str, Tensor]
+    folder: Path, config: ArtefactConfig, checksums: Mapping[str, str]
 ) -> ArtefactConfig:
     """Describe all that is in the folder; returns the description with its digest."""
-    text = with_checksums(config, folder, tensors).to_json()
+    text = with_checksums(config, folder, checksums).to_json()
     (folder / CONFIG_FILE).write_bytes(text.encode("utf-8"))
     return ArtefactConfig.read(folder)

@@ -7,6 +7,7 @@ same `route`, the same `combine`, nothing that training needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -22,12 +23,15 @@ from embcomp.collection.assembled import (
 )
 from embcomp.collection.groups import Group, table_features
 from embcomp.errors import ArtefactError, DataError
+from embcomp.layers.learned_buffers import fill_stored
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
+from embcomp.serving.artefact_tensors import ArtefactTensor
 from embcomp.serving.fused.fused_lookup import FusedLookup
 from embcomp.serving.fused.library import why_missing
+from embcomp.serving.fused.program import is_fusable
 from embcomp.serving.serving_features import Features, as_features
-from embcomp.serving.serving_rows import FusedRows, KernelRows, StoredTable, TorchRows
+from embcomp.serving.serving_rows import FusedRows, StoredTable, TorchRows, kernel_rows
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.row_types import served_footprint, stored_dtype, stored_shape
 
@@ -50,7 +54,7 @@ def rows_class(rows: str, device: torch.device) -> MakeRows:
     missing = None if rows == "fbgemm" else why_missing()
     if rows == "fused" and missing is not None:
         raise ArtefactError(f"rows='fused' needs compiled code: {missing}; or take rows='auto'")
-    return KernelRows if rows == "fbgemm" or missing is not None else FusedRows
+    return kernel_rows if rows == "fbgemm" or missing is not None else FusedRows
 
 
 class _Serving(AssembledTables):
@@ -59,7 +63,7 @@ class _Serving(AssembledTables):
     Args:
         record: the collection's description.
         tensors: its tensors, named as `rows.<table>`, `route.<method>.<name>` and
-            `combine.<method>.<name>`.
+            `combine.<method>.<name>`; read here.
         make_rows: what reads the rows.
         device: where to serve.
         source: where the description stands, for errors.
@@ -68,7 +72,7 @@ class _Serving(AssembledTables):
     def __init__(
         self,
         record: TablesRecord,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, ArtefactTensor],
         *,
         make_rows: MakeRows,
         device: torch.device,
@@ -86,7 +90,7 @@ class _Serving(AssembledTables):
         _check_tensors(groups, record, tensors, source)
         for group in groups:
             for part, module in group.modules():
-                _load(module, tensors, f"{part}.{group.label}.")
+                fill_stored(module, partial(_read_into, tensors, f"{part}.{group.label}."))
         stored = {
             table.name: StoredTable(
                 name=table.name,
@@ -97,11 +101,8 @@ class _Serving(AssembledTables):
             for group in groups
             for table in group.backend.physical_tables
         }
-        self._instances = table_features(plan.tables)
-        self._groups, self._stored = groups, stored if make_rows is FusedRows else None
-        self._fused = self._fuse()
-        if make_rows is FusedRows and self._fused is None:
-            make_rows = KernelRows
+        if make_rows is FusedRows and not is_fusable(groups):
+            make_rows = kernel_rows
         self._assemble(
             plan.tables,
             plan,
@@ -111,6 +112,8 @@ class _Serving(AssembledTables):
             is_weighted=record.is_weighted,
             need_indices=record.need_indices,
         )
+        self._instances = table_features(plan.tables)
+        self._fused = self._fuse()
         dims = [instance.table.embedding_dim for instance in self._instances]
         self._output = ([instance.key for instance in self._instances], dims)
         self.requires_grad_(False)
@@ -133,9 +136,11 @@ class _Serving(AssembledTables):
         self._fused = self._fuse()
 
     def _fuse(self) -> FusedLookup | None:
-        if self._stored is None:
+        held = [part for part in (self.rows, self.unpooled_rows) if part is not None]
+        if not held or not all(isinstance(part, FusedRows) for part in held):
             return None
-        return FusedLookup.of(self._groups, self._stored, self._instances)
+        tables = {name: table for part in held for name, table in part.tables().items()}
+        return FusedLookup(self._groups, tables, self._instances)
 
     def _by_modules(self, batch: KeyedJaggedTensor) -> Any:
         pooled, unpooled, selected = self.route(batch)
@@ -284,6 +289,10 @@ class ServingModel(nn.Module):
         return self.network(dense.to(self._device, torch.float32), batch)
 
 
+def _read_into(tensors: Mapping[str, ArtefactTensor], prefix: str, name: str, own: Tensor) -> None:
+    tensors[prefix + name].read_into(own)
+
+
 def expected_tensors(
     groups: Sequence[Group], record: TablesRecord
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -304,7 +313,10 @@ def expected_tensors(
 
 
 def _check_tensors(
-    groups: Sequence[Group], record: TablesRecord, tensors: Mapping[str, Tensor], source: str
+    groups: Sequence[Group],
+    record: TablesRecord,
+    tensors: Mapping[str, ArtefactTensor],
+    source: str,
 ) -> None:
     physical = {table.name for group in groups for table in group.backend.physical_tables}
     if physical != set(record.row_types):
@@ -315,7 +327,7 @@ def _check_tensors(
 
 def check_shapes(
     wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, ArtefactTensor],
     source: str,
 ) -> None:
     """Raise an ArtefactError unless the tensors are the wanted ones."""
@@ -331,13 +343,3 @@ def check_shapes(
     odd = sorted(set(tensors) - set(wanted))
     if odd:
         raise ArtefactError(f"{source}: no method wants the tensors {', '.join(odd)}")
-
-
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    own = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    if own:
-        module.load_state_dict(own)

@@ -1,6 +1,6 @@
 """Physical rows of a serving module: stored tables in place of a trained TorchRec collection.
 
-`KernelRows` hands them to FBGEMM's inference kernel, one call for all tables of all types.
+`kernel_rows` hands them to FBGEMM's inference kernel, one call for all tables of all types.
 `TorchRows` reads the same bytes with plain torch operations, on any device and in exported
 programs. Both take what `route` makes and return what `combine` wants.
 """
@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 from embcomp.collection.groups import Group
 from embcomp.errors import EmbcompError
+from embcomp.serving.artefact_tensors import ArtefactTensor
 from embcomp.tables.row_types import RowType, padded_width, unpack
 
 
@@ -37,13 +38,13 @@ class StoredTable:
         name: the physical table's.
         dim: weights of a row, without padding.
         row_type: how rows are stored.
-        rows: the stored rows.
+        rows: the stored rows, not read yet.
     """
 
     name: str
     dim: int
     row_type: RowType
-    rows: Tensor
+    rows: ArtefactTensor
 
 
 def lookups(groups: Sequence[Group]) -> dict[str, str]:
@@ -52,46 +53,77 @@ def lookups(groups: Sequence[Group]) -> dict[str, str]:
     return {key: owners[key] for group in groups for key in group.backend.keys}
 
 
-class KernelRows(nn.Module):
-    """Rows in FBGEMM's inference kernel for the CPU.
+def kernel_rows(groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> nn.Module:
+    """Rows in FBGEMM's inference kernel for the CPU: one kernel, or one for each mapped file.
 
     Args:
         groups: the methods whose look-ups are made here.
         tables: their physical tables, by name.
     """
+    owners = lookups(groups)
+    by_file: dict[object, dict[str, StoredTable]] = {}
+    for key, name in owners.items():
+        rows = tables[name].rows
+        by_file.setdefault(rows.stored.file if rows.mapped else None, {})[key] = tables[name]
+    kernels = [KernelRows(own) for own in by_file.values()]
+    return kernels[0] if len(kernels) == 1 else SeveralKernels(kernels)
 
-    def __init__(self, groups: Sequence[Group], tables: Mapping[str, StoredTable]) -> None:
+
+class KernelRows(nn.Module):
+    """Rows in one kernel of FBGEMM.
+
+    Args:
+        owners: the physical table of each look-up; mapped ones are in one file.
+    """
+
+    def __init__(self, owners: Mapping[str, StoredTable]) -> None:
         super().__init__()
-        owners = lookups(groups)
-        stored = [tables[name] for name in dict.fromkeys(owners.values())]
+        stored = list({table.name: table for table in owners.values()}.values())
+        mapped = stored[0].rows.mapped
+        if mapped:  # the kernel wants the tables of one piece of memory in their order there
+            stored.sort(key=lambda table: table.rows.stored.start)
         place = {table.name: n for n, table in enumerate(stored)}
+        owners = (
+            dict(sorted(owners.items(), key=lambda own: place[own[1].name])) if mapped else owners
+        )
         self._keys = list(owners)
-        self._dims = [tables[name].dim for name in owners.values()]
+        self._dims = [table.dim for table in owners.values()]
         widths = [padded_width(table.dim, table.row_type) for table in stored]
-        self._widths = [widths[place[name]] for name in owners.values()]
+        self._widths = [widths[place[table.name]] for table in owners.values()]
         self.kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
                 (
                     table.name,
-                    len(table.rows),
+                    table.rows.shape[0],
                     width,
                     SparseType(table.row_type),
                     EmbeddingLocation.HOST,
                 )
                 for table, width in zip(stored, widths)
             ],
-            feature_table_map=[place[name] for name in owners.values()],
+            feature_table_map=[place[table.name] for table in owners.values()],
             pooling_mode=PoolingMode.SUM,
             bounds_check_mode=BoundsCheckMode.FATAL,  # a damaged code must not read other memory
             output_dtype=SparseType.FP32,
             row_alignment=1,
             device=torch.device("cpu"),
         )
-        self.kernel.initialize_weights()
-        bytes_of = self.kernel.split_embedding_weights(split_scale_shifts=False)
-        for (own, _), table in zip(bytes_of, stored):
-            own.copy_(table.rows.contiguous().view(torch.uint8))
+        if mapped:
+            self._serve_from_file(stored)
+        else:
+            self.kernel.initialize_weights()
+            memory = self.kernel.split_embedding_weights(split_scale_shifts=False)
+            for (own, _), table in zip(memory, stored):
+                table.rows.read_into(own)
         self._columns = self._kept_columns()
+
+    def _serve_from_file(self, stored: Sequence[StoredTable]) -> None:
+        """Point the kernel, which reads all tables from one piece of memory, at the mapped file."""
+        places = [table.rows.file_bytes() for table in stored]
+        self.kernel.weights_physical_offsets = [start for _, start in places]
+        self.kernel.initialize_logical_weights_placements_and_offsets()
+        self.kernel.weights_host = places[0][0]
+        self.kernel.weight_initialized = True
 
     def _kept_columns(self) -> Tensor | None:
         if self._widths == self._dims:
@@ -116,9 +148,40 @@ class KernelRows(nn.Module):
             values = values.index_select(1, self._columns)
         return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
 
+    @property
+    def keys(self) -> list[str]:
+        """The look-ups in the order of the output."""
+        return self._keys
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         _refuse_to_move(fn)
         return self  # nor is there anything that another float type could change
+
+
+class SeveralKernels(nn.Module):
+    """Look-ups in several kernels.
+
+    Args:
+        kernels: them.
+    """
+
+    def __init__(self, kernels: Sequence[KernelRows]) -> None:
+        super().__init__()
+        self.kernels = nn.ModuleList(kernels)
+        self._keys = [kernel.keys for kernel in kernels]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Sum the rows of every bag, weighted where the bags are: (B, sum of dims)."""
+        keys = features.keys()
+        found = [
+            kernel(features.permute([keys.index(key) for key in own]))
+            for kernel, own in zip(self.kernels, self._keys)
+        ]
+        return KeyedTensor(
+            keys=[key for part in found for key in part.keys()],
+            length_per_key=[width for part in found for width in part.length_per_key()],
+            values=torch.cat([part.values() for part in found], dim=1),
+        )
 
 
 class TorchRows(nn.Module):
@@ -136,7 +199,7 @@ class TorchRows(nn.Module):
         self._formats = {name: (tables[name].dim, tables[name].row_type) for name in names}
         self._buffer = {name: f"stored_{n}" for n, name in enumerate(names)}
         for name in names:
-            self.register_buffer(self._buffer[name], tables[name].rows)
+            self.register_buffer(self._buffer[name], tables[name].rows.tensor())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `module.half()` must not change what is stored: rows are moved, never cast.
@@ -198,8 +261,32 @@ class TorchRows(nn.Module):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldTable:
+    """A physical table in memory, or mapped there.
+
+    Args:
+        dim: weights of a row, without padding.
+        row_type: how rows are stored.
+        rows: the stored rows.
+    """
+
+    dim: int
+    row_type: RowType
+    rows: Tensor
+
+
 class FusedRows(TorchRows):
     """Rows that compiled code reads where they lie, and torch where that cannot."""
+
+    def tables(self) -> dict[str, HeldTable]:
+        """The physical tables by name."""
+        found = {}
+        for name, (dim, row_type) in self._formats.items():
+            rows = self._buffers[self._buffer[name]]
+            assert rows is not None
+            found[name] = HeldTable(dim=dim, row_type=row_type, rows=rows)
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         _refuse_to_move(fn)

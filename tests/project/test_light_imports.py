@@ -61,6 +61,7 @@ LIGHT = (
 HEAVY = (
     "embcomp.cli.__main__",
     "embcomp.io.tensor_checksums",
+    "embcomp.io.tensor_files",
     "embcomp.cli.demo_steps",
     "embcomp.data_pipelines.loader.batch",
     "embcomp.data_pipelines.loader.parquet_loader",

@@ -46,12 +46,14 @@ def test_an_artefact_answers_as_what_was_saved(case, rows, tmp_path):
     collection = pooled(CASES[case], tables)
     save(collection, tmp_path / "a")
     serving = load(tmp_path / "a", rows=rows)
+    mapped = load(tmp_path / "a", rows=rows, mmap=True)
     for shape in ("single", "ragged", "empty"):
         batch = random_batch(tables, seed=3, shape=shape)
         wanted, found = collection(batch), serving(batch)
         assert list(found.keys()) == list(wanted.keys())
         assert found.length_per_key() == wanted.length_per_key()
         torch.testing.assert_close(found.values(), wanted.values(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(mapped(batch).values(), found.values())
     there = embed_ids(serving, tables)
     for key, embeddings in embed_ids(collection, tables).items():
         torch.testing.assert_close(there[key], embeddings, rtol=1e-5, atol=1e-6)
@@ -254,10 +256,13 @@ def edit_tensors(path, change):
         (lambda p: (p / "config.json").unlink(), "is not an artefact: it has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
         (lambda p: (p / "config.json").write_text("{}"), "does not describe an artefact"),
-        (lambda p: edit_config(p, format_version=3), "format_version 3; this embcomp reads 2"),
+        (
+            lambda p: edit_config(p, format_version=4),
+            "format_version 4; this embcomp reads 2 and 3",
+        ),
         (
             lambda p: edit_config(p, format_version=1),
-            "format_version 1; this embcomp reads 2: it knew tables by their places, .* export again",
+            "format_version 1; this embcomp reads 2 and 3: it knew tables by their places, .* export again",
         ),
         (lambda p: edit_config(p, tables__kind="x"), "damaged: tables.kind"),
         (lambda p: edit_config(p, tables=None), "neither tables nor a model"),

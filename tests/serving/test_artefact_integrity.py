@@ -16,14 +16,16 @@ from embcomp import load, load_program, save
 from embcomp.cli import app
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
-from embcomp.io.tensor_checksums import bytes_of, file_checksums, tensor_checksums
+from embcomp.io.tensor_checksums import bytes_of, file_checksums
 from embcomp.serving.artefact_config import ArtefactConfig
+from embcomp.serving.artefact_folder import find_tensors
 from embcomp.serving.artefact_integrity import check_vocabularies
+from embcomp.serving.artefact_tensors import TensorReader, lazily
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables
 from embcomp.training import train
 from embcomp.training.export.export import export_run
-from tests.helpers.artefact_damage import DAMAGES
+from tests.helpers.artefact_damage import DAMAGES, flip_a_bit_of_a_weight
 from tests.helpers.backends_under_test import CASES
 from tests.helpers.training_cases import toy_config, write_dataset
 
@@ -197,22 +199,30 @@ def test_nan_in_a_tensor_is_named(collections, tmp_path):
         load(tmp_path / "a")
 
 
-def test_tables_of_every_type_have_checksums_of_their_bytes(tmp_path):
-    """Pieces of large tensors, bits, and tensors without elements."""
-    torch.manual_seed(0)
-    large = torch.randint(0, 255, (20 << 20,), dtype=torch.uint8)
-    tensors = {
-        "large": large,
-        "empty": torch.zeros(0, 4),
-        "number": torch.tensor(3),
-        "bits": torch.tensor([True, False]),
-        "half": torch.ones(3, 3, dtype=torch.float16),
-    }
-    first = tensor_checksums(tensors)
-    for name, tensor in tensors.items():
-        (tmp_path / name).write_bytes(bytes_of(tensor).tobytes())
-    assert first == {p.name: c for p, c in file_checksums(tmp_path / n for n in tensors).items()}
-    for place in (0, 9 << 20, len(large) - 1):
-        changed = large.clone()
-        changed[place] ^= 4
-        assert tensor_checksums({"large": changed})["large"] != first["large"]
+@pytest.mark.parametrize("options", [{}, {"rows": "torch"}, {"mmap": True}])
+def test_artefacts_of_format_2_are_checked_by_their_crc32s(collections, tmp_path, options):
+    """Their tensors' checksums are CRC-32s of pieces, as those of files are."""
+    shutil.copytree(collections / "coded", tmp_path / "a")
+    tensors = safetensors.torch.load_file(tmp_path / "a/model.safetensors")
+    for n, tensor in enumerate(tensors.values()):
+        (tmp_path / f"{n}.bin").write_bytes(bytes_of(tensor).tobytes())
+    crcs = file_checksums(tmp_path / f"{n}.bin" for n in range(len(tensors)))
+    own = {name: crcs[tmp_path / f"{n}.bin"] for n, name in enumerate(tensors)}
+    config = ArtefactConfig.read(tmp_path / "a")
+    older = config.model_copy(update={"tensors": own, "format_version": 2})
+    (tmp_path / "a/config.json").write_text(older.to_json())
+    load(tmp_path / "a", **options)
+    flip_a_bit_of_a_weight(tmp_path / "a", random.Random(0))
+    with pytest.raises(ArtefactError, match="checksum of the tensor tables.* is not the one"):
+        load(tmp_path / "a", **options)
+    load(tmp_path / "a", verify=False, **options)
+
+
+def test_a_tensor_that_is_cut_short_under_its_reader_is_named(collections, tmp_path):
+    shutil.copytree(collections / "full", tmp_path / "a")
+    stored = find_tensors(tmp_path / "a")
+    last = max(stored.values(), key=lambda tensor: tensor.start)
+    with last.file.open("r+b") as file:
+        file.truncate(last.start)
+    with TensorReader() as reader, pytest.raises(ArtefactError, match="it ends too early"):
+        lazily(stored, {}, reader)[last.name].tensor()

@@ -12,7 +12,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingCollection,
 )
 from embcomp.errors import ParityError
-from embcomp.serving.artefact_parity import sampled_batches
+from embcomp.serving.artefact_parity import _sampled_ids, sampled_batches
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables
 from tests.helpers.backends_under_test import CASES
@@ -72,3 +72,9 @@ def test_sampled_ids_reach_both_ends_of_every_table():
                 smallest = min(t.rows for t in tables if name in t.features)
                 assert ids.min() == 0 and ids.max() == smallest - 1
                 assert len(ids.unique()) == smallest
+
+
+@pytest.mark.parametrize("size", [1, 300, 2**24 + 1, 24 << 20, 2**31 + 3])
+def test_ids_are_sampled_within_tables_of_any_size(size):
+    ids = _sampled_ids(size, torch.Generator().manual_seed(0))
+    assert len(ids) == 1024 and int(ids.min()) == 0 and int(ids.max()) == size - 1

@@ -12,8 +12,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.serving.fused.library import library
-from embcomp.serving.fused.program import FEATURE, HEADER, STEP, Program, make_program
-from embcomp.serving.serving_rows import StoredTable
+from embcomp.serving.fused.program import FEATURE, HEADER, STEP, make_program
+from embcomp.serving.serving_rows import HeldTable
 
 _RAGGED = 2
 
@@ -24,46 +24,33 @@ class FusedLookup:
     Calls may come from many threads at the same time; they hold no lock of the interpreter.
 
     Args:
-        program: the collection's.
-        sources: the features that it looks up, in the order that the program knows.
+        groups: the collection's methods, loaded, which all say what they do.
+        tables: their physical tables.
         declared: the (table, feature) pairs in the order of the output.
+
+    Raises:
+        MissingKernelError: there is no compiled code on this machine.
     """
 
     def __init__(
-        self, program: Program, sources: Sequence[str], declared: Sequence[TableFeature]
+        self,
+        groups: Sequence[Group],
+        tables: Mapping[str, HeldTable],
+        declared: Sequence[TableFeature],
     ) -> None:
         built = library()
         assert built.embcomp_step_bytes() == STEP.itemsize
         assert built.embcomp_feature_bytes() == FEATURE.itemsize
         assert built.embcomp_program_bytes() == HEADER.itemsize
         self._lookup = built.embcomp_lookup
-        self._program, self._sources = program, list(sources)
+        self._sources = list(dict.fromkeys(instance.feature for instance in declared))
+        self._program = program = make_program(groups, tables, self._sources)
         place = {instance.key: n for n, instance in enumerate(program.instances)}
         self._features = program.features[[place[instance.key] for instance in declared]]
         widths = self._features["dim"].astype(np.int64)
         self._features["out"] = np.cumsum(widths) - widths
         self._total = int(widths.sum())
         self._bound: dict[tuple[str, ...], _Bound | None] = {}
-
-    def __deepcopy__(self, memo: object) -> FusedLookup:
-        return self  # nothing in it ever changes
-
-    @classmethod
-    def of(
-        cls,
-        groups: Sequence[Group],
-        stored: Mapping[str, StoredTable],
-        declared: Sequence[TableFeature],
-    ) -> FusedLookup | None:
-        """The look-up of a collection; None where some method must be served by its modules.
-
-        Raises:
-            MissingKernelError: there is no compiled code on this machine.
-        """
-        library()
-        sources = list(dict.fromkeys(instance.feature for instance in declared))
-        program = make_program(groups, stored, sources)
-        return None if program is None else cls(program, sources, declared)
 
     def pooled(self, features: KeyedJaggedTensor, *, is_weighted: bool) -> Tensor | None:
         """(B, sum of embedding_dims) float32; None for what the modules must answer or refuse."""

@@ -33,7 +33,7 @@ from embcomp.layers.fused_lookups import (
     side_by_side,
 )
 from embcomp.layers.hashing import to_signed
-from embcomp.serving.serving_rows import StoredTable
+from embcomp.serving.serving_rows import HeldTable
 from embcomp.tables.row_types import ROW_TYPES, row_bytes
 
 _POINTERS = ("rows", "state", "counts", "columns", "projection")
@@ -90,9 +90,9 @@ class _Writer:
 
 
 def make_program(
-    groups: Sequence[Group], stored: Mapping[str, StoredTable], sources: Sequence[str]
-) -> Program | None:
-    """The program of a collection; None where some method does not say what it does.
+    groups: Sequence[Group], stored: Mapping[str, HeldTable], sources: Sequence[str]
+) -> Program:
+    """The program of a collection whose methods all say what they do.
 
     Args:
         groups: the methods, loaded.
@@ -102,9 +102,8 @@ def make_program(
     writer = _Writer()
     instances: list[TableFeature] = []
     for group in groups:
-        told = _told(group, stored)
-        if told is None:
-            return None
+        told = _told(group)
+        assert told is not None, "it was asked before"
         routes, embeddings = told
         for instance, limit, embedding in zip(group.instances, routes.limits, embeddings):
             _add_feature(writer, group.backend, stored, routes, embedding)
@@ -134,9 +133,12 @@ def _array(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
     return found
 
 
-def _told(
-    group: Group, stored: Mapping[str, StoredTable]
-) -> tuple[FusedRoutes, Sequence[FusedEmbedding]] | None:
+def is_fusable(groups: Sequence[Group]) -> bool:
+    """Whether all methods of a collection say what they do."""
+    return all(_told(group) is not None for group in groups)
+
+
+def _told(group: Group) -> tuple[FusedRoutes, Sequence[FusedEmbedding]] | None:
     """What a method says of its routes and embeddings; None where it says nothing."""
     backend = group.backend
     if backend.needs_context or not isinstance(backend.route, FusableRoute):
@@ -144,10 +146,11 @@ def _told(
     routes = backend.route.fused_routes()
     if routes is None:
         return None
-    widths = [stored[table].dim for table in _owners(backend)]
+    dims = {table.name: table.embedding_dim for table in backend.physical_tables}
+    widths = [dims[table] for table in _owners(backend)]
     if isinstance(backend.combine, nn.Identity):
-        dims = [instance.table.embedding_dim for instance in group.instances]
-        return routes, side_by_side(widths, dims)
+        wanted = [instance.table.embedding_dim for instance in group.instances]
+        return routes, side_by_side(widths, wanted)
     if not isinstance(backend.combine, FusableCombine):
         return None
     embeddings = backend.combine.fused_embeddings(widths)
@@ -163,7 +166,7 @@ def _owners(backend: Backend) -> list[str]:
 def _add_feature(
     writer: _Writer,
     backend: Backend,
-    stored: Mapping[str, StoredTable],
+    stored: Mapping[str, HeldTable],
     routes: FusedRoutes,
     embedding: FusedEmbedding,
 ) -> None:
@@ -196,7 +199,7 @@ def _add_feature(
     )
 
 
-def _step(writer: _Writer, table: StoredTable, placed: PlacedRow) -> dict[str, Any]:
+def _step(writer: _Writer, table: HeldTable, placed: PlacedRow) -> dict[str, Any]:
     rows = table.rows.detach().contiguous()
     writer.held.append(rows)
     asked = min(row_bytes(table.dim, table.row_type), _MOST_ASKED)
