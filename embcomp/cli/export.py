@@ -51,6 +51,9 @@ def export(
         float | None,
         typer.Option(min=0, help="Allowed difference of a probability; by type by default."),
     ] = None,
+    max_file_size: Annotated[
+        str, typer.Option(help="Bytes of tensors in a file; larger artefacts have several.")
+    ] = "4GiB",
 ) -> None:
     """Export a run's best weights, checked against the trained model on real rows."""
     from embcomp.collection.table_row_types import RowTypes
@@ -68,6 +71,7 @@ def export(
             rows=rows,
             tolerance=tolerance,
             data=data,
+            max_file_size=max_file_size,
         )
     print_export(found)
 

@@ -18,6 +18,7 @@ from embcomp.data_pipelines.integrity import check_digests, record_of
 from embcomp.data_pipelines.schema import FILE_NAME as DATASET_FILE, DatasetInfo
 from embcomp.errors import ArtefactError, one_line
 from embcomp.io.tensor_files import StoredTensor, files_of_index, tensors_of_file
+from embcomp.io.tensor_writing import NewTensor
 from embcomp.io.unfinished import remove_unfinished, unfinished_folder
 from embcomp.serving.artefact_config import INDEX_FILE, TENSORS_FILE, DatasetRecord
 from embcomp.tables.budget import format_bytes
@@ -82,7 +83,7 @@ def header_bytes(file: Path) -> dict[str, int]:
     return bytes_by_role(tensors_of_file(file))
 
 
-def bytes_by_role(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+def bytes_by_role(tensors: Mapping[str, StoredTensor | NewTensor]) -> dict[str, int]:
     """Bytes of tensors by the first part of their names."""
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():

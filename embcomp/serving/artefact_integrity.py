@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.tensor_checksums import Checksums
@@ -59,23 +56,6 @@ def with_checksums(
 def _covered(file: Path) -> int | None:
     """How many bytes a file's own checksum covers: of a file of tensors, its header."""
     return header_size(file) if file.suffix == TENSORS_SUFFIX else None
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise an ArtefactError for a tensor that holds NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise ArtefactError(
-                f"the tensor {name} holds NaN or infinities, so that nothing was written; look for "
-                "the step at which training diverged, and save weights from before it"
-            )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    flat = tensor.detach().reshape(-1)
-    return all(bool(torch.isfinite(part).all()) for part in flat.split(_CHUNK))
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import nn
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FILE_NAME, MISSING_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import DataError
-from embcomp.serving.artefact_config import TENSORS_FILE, ArtefactConfig
-from embcomp.serving.artefact_folder import header_bytes
+from embcomp.serving.artefact_config import ArtefactConfig
+from embcomp.serving.artefact_folder import bytes_by_role, find_tensors
 from embcomp.serving.artefact_integrity import check_vocabularies
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.inspection import TableFacts, inspect_tables
@@ -100,7 +100,7 @@ def inspect_artefact(
     """
     folder = Path(path)
     config = ArtefactConfig.read(folder)
-    loaded = load(folder, rows="torch")
+    loaded = load(folder, rows="torch", mmap=True)
     info = DatasetInfo.load(folder) if (folder / FILE_NAME).is_file() else None
     if info is not None:
         check_vocabularies(config, info, folder)
@@ -108,7 +108,7 @@ def inspect_artefact(
     counts = {} if info is None else {n: torch.from_numpy(c) for n, c in id_counts(info).items()}
     return ArtefactReport(
         config=config,
-        bytes=header_bytes(folder / TENSORS_FILE),
+        bytes=bytes_by_role(find_tensors(folder)),
         files={
             str(file.relative_to(folder)): file.stat().st_size
             for file in sorted(folder.rglob("*"))

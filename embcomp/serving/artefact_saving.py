@@ -2,7 +2,7 @@
 
     config.json         what it is, versioned
     model.safetensors   tables under `tables.`, first-order ones under `first_order.`, the
-                        network under `network.`
+                        network under `network.`; of a large artefact several files and an index
     dataset.json        features and counts of the dataset, where there is one
     vocabulary/         from raw values to ids, where the dataset has them
 
@@ -17,9 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from embcomp.collection.collection import (
@@ -28,27 +26,33 @@ from embcomp.collection.collection import (
 )
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ArtefactError, BudgetError
-from embcomp.io.tensor_checksums import checksum_of
+from embcomp.errors import ArtefactError, BudgetError, ConfigError
+from embcomp.io.tensor_writing import write_tensors
 from embcomp.io.yaml_reading import plain
-from embcomp.layers.named_parts import persistent_tensors, stored_tensors
+from embcomp.layers.named_parts import persistent_tensors
 from embcomp.models import MODELS, ModelConfig, ModelInputs
 from embcomp.serving.artefact_config import (
     CONFIG_FILE,
     TENSORS_FILE,
     ArtefactConfig,
     ModelRecord,
-    TablesRecord,
 )
-from embcomp.serving.artefact_folder import RewrittenDataset, copy_dataset, header_bytes, new_folder
-from embcomp.serving.artefact_integrity import check_finite, check_vocabularies, with_checksums
+from embcomp.serving.artefact_folder import (
+    RewrittenDataset,
+    bytes_by_role,
+    copy_dataset,
+    new_folder,
+)
+from embcomp.serving.artefact_integrity import check_vocabularies, with_checksums
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_parity import check_answers
+from embcomp.serving.artefact_parts import ArtefactPart, network_tensors
 from embcomp.tables.budget import parse_budget
-from embcomp.tables.row_types import RowType, largest_error, pack, served_footprint
 
 Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 Extra = Callable[[Path, ArtefactConfig], ArtefactConfig]
+MAX_FILE_SIZE = "4GiB"
+"""Bytes of tensors in a file, unless a caller says otherwise."""
 AnyRowTypes = str | Mapping[str, str] | RowTypes
 
 
@@ -77,6 +81,7 @@ def save(
     *,
     row_type: AnyRowTypes = "fp32",
     budget: str | int | None = None,
+    max_file_size: str | int = MAX_FILE_SIZE,
 ) -> Saved:
     """Write a collection's serving form, which `load` reads back, and compare its answers.
 
@@ -86,6 +91,8 @@ def save(
         row_type: `fp32`, `fp16`, `int8` or `int4`, for every method's rows; or a mapping
             from table to type, in which `default` stands for the others.
         budget: serving bytes that the tables may take.
+        max_file_size: bytes of tensors in a file, as `4GiB`; larger artefacts have several files and
+            an index. A tensor is never split.
 
     Raises:
         ConfigError: a type or a table does not exist, or tables that share rows have several types.
@@ -94,12 +101,16 @@ def save(
         ParityError: the serving form answers otherwise than the collection; nothing is left.
     """
     wanted = RowTypes.of(row_type)
-    part = _Part.of(collection, wanted)
+    _check_collection(collection)
+    wanted.check([table.name for table in collection.plan.tables])
+    compacted = collection.compact()
+    part = ArtefactPart.of(compacted, wanted, "tables")
     errors: dict[str, float] = {}
 
     def compare(folder: Path, config: ArtefactConfig) -> ArtefactConfig:
         types = part.record.row_types
-        errors.update(check_answers(collection, part.compacted, load(folder, rows="torch"), types))
+        serving = load(folder, rows="torch", mmap=True)
+        errors.update(check_answers(collection, compacted, serving, types))
         return config
 
     saved = _write(
@@ -111,6 +122,7 @@ def save(
         model=None,
         info=None,
         extra=compare,
+        file_bytes=_file_bytes(max_file_size),
     )
     return dataclasses.replace(saved, answer_error=errors)
 
@@ -126,6 +138,7 @@ def save_model(
     dataset: DatasetInfo | None = None,
     rewritten: RewrittenDataset | None = None,
     extra: Extra | None = None,
+    max_file_size: str | int = MAX_FILE_SIZE,
 ) -> Saved:
     """Write a CTR model of `embcomp.models` with its tables' serving forms.
 
@@ -140,10 +153,11 @@ def save_model(
         rewritten: what of them differs.
         extra: is called with the folder and its description before the folder gets its name. It
             may read the artefact, write further files and describe them, or raise.
+        max_file_size: as for `save`.
     """
     wanted = RowTypes.of(row_type)
     children = dict(model.named_children())
-    parts: dict[str, _Part] = {}
+    parts: dict[str, ArtefactPart] = {}
     for role, child in (("tables", "tables"), ("first_order", "first_order_tables")):
         collection = children.get(child)
         if collection is None:
@@ -153,7 +167,8 @@ def save_model(
                 f"the model's {child} are a {type(collection).__name__}; expected a "
                 "CompressedEmbeddingBagCollection, unsharded"
             )
-        parts[role] = _Part.of(collection, wanted)
+        wanted.check([table.name for table in collection.plan.tables])
+        parts[role] = ArtefactPart.of(collection.compact(), wanted, role)
     network = {
         name: tensor.detach()
         for name, tensor in persistent_tensors(model).items()
@@ -182,67 +197,26 @@ def save_model(
         info=dataset,
         rewritten=rewritten,
         extra=extra,
+        file_bytes=_file_bytes(max_file_size),
     )
 
 
 _COLLECTIONS = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A compacted collection, its tensors as they are stored."""
-
-    compacted: Collection
-    record: TablesRecord
-    tensors: Mapping[str, Tensor]
-    predicted: int
-    row_error: Mapping[str, float]
-
-    @classmethod
-    def of(cls, collection: Collection, wanted: RowTypes) -> _Part:
-        if not isinstance(collection, _COLLECTIONS):
-            raise ArtefactError(
-                "expected a CompressedEmbeddingBagCollection or CompressedEmbeddingCollection, "
-                f"got {type(collection).__name__}"
-            )
-        wanted.check([table.name for table in collection.plan.tables])
-        compacted = collection.compact()
-        types: dict[str, RowType] = {}
-        tensors: dict[str, Tensor] = {}
-        errors: dict[str, float] = {}
-        for each, group in zip(compacted.states(), compacted.groups):
-            own = wanted.of_physical(group.tables, group.backend.physical_tables)
-            types |= own
-            for name, row_type in own.items():
-                rows = each.form.rows(name).whole().detach().cpu()
-                tensors[f"rows.{name}"] = stored = pack(rows, row_type)
-                if row_type != "fp32":
-                    errors[name] = largest_error(rows, stored, row_type)
-            for part, module in group.modules():
-                for name, tensor in stored_tensors(module, persistent_tensors(module)).items():
-                    tensors[f"{part}.{group.label}.{name}"] = tensor.detach().cpu().contiguous()
-        kind: Literal["pooled", "unpooled"] = "unpooled"
-        is_weighted = need_indices = False
-        if isinstance(compacted, CompressedEmbeddingBagCollection):
-            kind, is_weighted = "pooled", compacted.is_weighted()
-        else:
-            need_indices = compacted.need_indices()
-        predicted = served_footprint(compacted.footprint, types).serve_bytes
-        record = TablesRecord.of(
-            compacted.plan,
-            types,
-            kind=kind,
-            is_weighted=is_weighted,
-            need_indices=need_indices,
-            size=predicted,
+def _check_collection(collection: object) -> None:
+    if not isinstance(collection, _COLLECTIONS):
+        raise ArtefactError(
+            "expected a CompressedEmbeddingBagCollection or CompressedEmbeddingCollection, "
+            f"got {type(collection).__name__}"
         )
-        return cls(
-            compacted=compacted,
-            record=record,
-            tensors=tensors,
-            predicted=predicted,
-            row_error=errors,
-        )
+
+
+def _file_bytes(size: str | int) -> int:
+    found = parse_budget(size, name="max_file_size")
+    if not found:
+        raise ConfigError(f"max_file_size: expected bytes, as '4GiB'; got the share {size!r}")
+    return found
 
 
 def _budget(budget: str | int | None, collection: Collection) -> int | None:
@@ -253,7 +227,7 @@ def _budget(budget: str | int | None, collection: Collection) -> int | None:
 
 def _write(
     path: Path,
-    parts: Mapping[str, _Part],
+    parts: Mapping[str, ArtefactPart],
     network: Mapping[str, Tensor],
     *,
     row_type: RowTypes,
@@ -262,27 +236,18 @@ def _write(
     info: DatasetInfo | None,
     rewritten: RewrittenDataset | None = None,
     extra: Extra | None = None,
+    file_bytes: int,
 ) -> Saved:
-    tensors = {
-        f"{role}.{name}": t for role, part in parts.items() for name, t in part.tensors.items()
-    }
-    tensors |= {f"network.{name}": t.cpu().clone().contiguous() for name, t in network.items()}
-    check_finite(tensors)
+    tensors = [*network_tensors(network), *(new for part in parts.values() for new in part.tensors)]
+    sizes = bytes_by_role({tensor.name: tensor for tensor in tensors})
     with new_folder(path) as folder:
-        file = folder / TENSORS_FILE
-        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-        sizes = header_bytes(file)
-        for role, part in parts.items():
-            measured = sizes.get(role, 0)
-            assert measured == part.predicted, (
-                f"{role} take {measured} bytes in the file, {part.predicted} were predicted"
-            )
         if budget is not None and sizes.get("tables", 0) > budget:
             raise BudgetError(
                 f"the tables take {sizes['tables']:,} bytes as {row_type} rows, over the budget of "
                 f"{budget:,} bytes; nothing was written. Export narrower rows (int8, int4) or "
                 "widths, or raise the budget"
             )
+        checksums = write_tensors(folder, TENSORS_FILE, tensors, file_bytes=file_bytes)
         dataset = None if info is None else copy_dataset(info, rewritten, folder)
         config = ArtefactConfig(
             embcomp_version=version("embcomp"),
@@ -296,7 +261,6 @@ def _write(
         )
         if info is not None:
             check_vocabularies(config, info if rewritten is None else rewritten.info, path)
-        checksums = {n: checksum_of(t) for n, t in tensors.items()}
         config = _write_config(folder, config, checksums)
         if extra is not None:
             config = _write_config(folder, extra(folder, config), checksums)

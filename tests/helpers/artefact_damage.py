@@ -23,7 +23,7 @@ def flip_a_bit(folder: Path, draw: random.Random) -> None:
 
 def flip_a_bit_of_a_weight(folder: Path, draw: random.Random) -> None:
     """Where a file is longest, and nothing but a number changes."""
-    file = folder / "model.safetensors"
+    file = draw.choice(sorted(folder.glob("*.safetensors")))
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     content[draw.randrange(start, len(content))] ^= 1 << draw.randrange(8)
@@ -42,7 +42,7 @@ def remove_a_file(folder: Path, draw: random.Random) -> None:
 
 def swap_two_tensors(folder: Path, draw: random.Random) -> None:
     """Of one shape and type where there are such; rows of one table otherwise."""
-    file = folder / "model.safetensors"
+    file = draw.choice(sorted(folder.glob("*.safetensors")))
     tensors = safetensors.torch.load_file(file)
     pairs = [
         (a, b)
@@ -61,7 +61,7 @@ def swap_two_tensors(folder: Path, draw: random.Random) -> None:
 
 
 def insert_nan(folder: Path, draw: random.Random) -> None:
-    file = folder / "model.safetensors"
+    file = draw.choice(sorted(folder.glob("*.safetensors")))
     tensors = safetensors.torch.load_file(file)
     floats = sorted(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
     name = draw.choice(floats)

@@ -226,7 +226,7 @@ def test_nothing_is_left_when_writing_fails(saved, tmp_path, monkeypatch):
     def fail(*_args, **_options):
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr("embcomp.serving.artefact_saving.write_tensors", fail)
     with pytest.raises(ArtefactError, match="b could not be written: no space .* free. Nothing"):
         save(collection, tmp_path / "b")
     assert [entry.name for entry in tmp_path.iterdir()] == ["artefact"]

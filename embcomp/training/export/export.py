@@ -28,7 +28,7 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, ParityError
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.artefact_loading import load
-from embcomp.serving.artefact_saving import AnyRowTypes, Saved, save_model
+from embcomp.serving.artefact_saving import MAX_FILE_SIZE, AnyRowTypes, Saved, save_model
 from embcomp.serving.exported_program import Program, program_inputs, write_program
 from embcomp.serving.modules import ServingModel
 from embcomp.tables.budget import parse_budget
@@ -113,6 +113,7 @@ def export_run(
     rows: int = 16_384,
     tolerance: float | None = None,
     data: str | Path | None = None,
+    max_file_size: str | int = MAX_FILE_SIZE,
 ) -> Export:
     """Write the artefact of a finished run's best weights.
 
@@ -128,6 +129,7 @@ def export_run(
         tolerance: how far a probability may be from the trained model's; by the narrowest row type
             by default.
         data: where the run's dataset lies now; where its config says by default.
+        max_file_size: bytes of tensors in a file, as for `embcomp.save`.
 
     Raises:
         ConfigError: a row type or its table does not exist.
@@ -170,6 +172,7 @@ def export_run(
             dataset=info,
             rewritten=None if rewritten is None else rewritten.dataset,
             extra=check,
+            max_file_size=max_file_size,
         )
     return found
 
@@ -239,7 +242,7 @@ class _Checks:
 
 
 def _load(folder: Path, rows: Literal["auto", "torch"]) -> ServingModel:
-    serving = load(folder, rows=rows)
+    serving = load(folder, rows=rows, mmap=True)
     assert isinstance(serving, ServingModel)
     return serving
 
