@@ -30,6 +30,7 @@ from embcomp.collection.combine import Combine
 from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
 from embcomp.collection.groups import Group
 from embcomp.collection.plan import Plan, ResolvedPlan
+from embcomp.collection.reforming import compacted_states, sliced_states
 from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
@@ -164,14 +165,8 @@ class _Compressed(AssembledTables):
         A collection whose methods are serving forms already is returned as it is. Only for a
         collection that is not sharded.
         """
-        forms = self.states()
-        compacted = [
-            GroupState(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
-            for each in forms
-        ]
-        if all(new.form is old.form for new, old in zip(compacted, forms)):
-            return self
-        return self._with_states(compacted)
+        compacted = compacted_states(self.states())
+        return self if compacted is None else self._with_states(compacted)
 
     def sliced(self, widths: Mapping[str, int]) -> Self:
         """The same tables with fewer columns, of methods that train every prefix of a row.
@@ -182,18 +177,7 @@ class _Compressed(AssembledTables):
         Raises:
             ConfigError: for a table or a width that is not there, or a method that cannot.
         """
-        known = [table.name for table in self._plan.tables]
-        unknown = [name for name in widths if name not in known]
-        if unknown:
-            raise ConfigError(
-                f"no table is called {', '.join(unknown)}; the tables are {', '.join(known)}"
-            )
-        cut: list[GroupState] = []
-        for each in self.states():
-            own = {t.name: widths[t.name] for t in each.tables if t.name in widths}
-            form = each.form.config.slice_columns(each.tables, each.form, own) if own else each.form
-            cut.append(GroupState(tables=each.tables, form=form))
-        return self._with_states(cut)
+        return self._with_states(sliced_states(self._plan, self.states(), widths))
 
     def _with_states(self, states: Sequence[GroupState]) -> Self:
         """This collection rebuilt from other forms of its tables."""

@@ -136,6 +136,11 @@ def fill_stored(module: nn.Module, fill: Callable[[str, Tensor], None]) -> None:
     """
     for name, tensor in stored_tensors(module, persistent_tensors(module)).items():
         fill(name, tensor)
+    mark_filled(module)
+
+
+def mark_filled(module: nn.Module) -> None:
+    """Say that the learnt buffers inside a module hold what they are to hold."""
     for part in module.modules():
         if isinstance(part, LearnedBuffers):
             part.mark_filled()

@@ -24,6 +24,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
+from embcomp.collection.sourced import SourcedTables
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, BudgetError, ConfigError
@@ -143,7 +144,8 @@ def save_model(
     """Write a CTR model of `embcomp.models` with its tables' serving forms.
 
     Args:
-        model: unsharded, as `settings.build` made it around compressed collections.
+        model: unsharded, as `settings.build` made it around compressed collections, or `SourcedTables`
+            in their place.
         path: the folder to make.
         settings: the model's.
         inputs: what it was built for.
@@ -162,7 +164,7 @@ def save_model(
         collection = children.get(child)
         if collection is None:
             continue
-        if not isinstance(collection, CompressedEmbeddingBagCollection):
+        if not isinstance(collection, (CompressedEmbeddingBagCollection, SourcedTables)):
             raise ArtefactError(
                 f"the model's {child} are a {type(collection).__name__}; expected a "
                 "CompressedEmbeddingBagCollection, unsharded"
@@ -186,7 +188,7 @@ def save_model(
         pooling=inputs.pooling,
     )
     main = children.get("tables")
-    allowed = _budget(budget, main) if isinstance(main, _COLLECTIONS) else None
+    allowed = _budget(budget, main) if isinstance(main, (*_COLLECTIONS, SourcedTables)) else None
     return _write(
         Path(path),
         parts,
@@ -219,7 +221,7 @@ def _file_bytes(size: str | int) -> int:
     return found
 
 
-def _budget(budget: str | int | None, collection: Collection) -> int | None:
+def _budget(budget: str | int | None, collection: Collection | SourcedTables) -> int | None:
     if budget is None:
         return None
     return parse_budget(budget, full_bytes=collection.plan.full_bytes)

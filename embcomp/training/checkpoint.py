@@ -44,6 +44,7 @@ from embcomp.training.files.checkpoint_files import (
     write_checksums,
     write_own_checksums,
 )
+from embcomp.training.files.checkpoint_rows import CheckpointTensors
 from embcomp.training.files.random_state import random_state, restore_random_state
 from embcomp.training.loop_state import LoopState
 
@@ -162,6 +163,17 @@ def load_whole(folder: Path, state: dict[str, Any]) -> None:
         CheckpointError: When the checkpoint is damaged or another model's.
     """
     _read_into({"model": state}, folder, None)
+
+
+def open_whole(folder: Path) -> CheckpointTensors:
+    """The tensors of a model, read by range; needs no process group.
+
+    Raises:
+        CheckpointError: When the checkpoint is damaged, or of another version.
+    """
+    read_state(folder)  # refuses other formats
+    check_files(folder, _way_back(folder))
+    return CheckpointTensors(folder)
 
 
 def _process_of_group() -> Process:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.collection.sourced import SourcedTables
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import check_quickly
@@ -38,7 +39,7 @@ from embcomp.training.distributed.quiet import quiet_libraries
 from embcomp.training.export.vocabulary_rewrite import Rewrite, rewrite_vocabulary
 from embcomp.training.reporting.metrics import Metrics, compute_metrics
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.loading import load_trained
+from embcomp.training.stages.opened_model import open_trained
 from embcomp.training.stages.run_context import RunContext
 
 Format = Literal["safetensors", "pt2"]
@@ -148,7 +149,7 @@ def export_run(
     wanted.check(info.categorical_names, "--dtype" if row_type is not None else "tables.row_types")
     found = Export()
     with quiet_libraries():
-        model = load_trained(opened)
+        model = open_trained(opened)
         allowed = _allowed(model, _budget_of(config) if budget is None else budget)
         if dims:
             model = sliced_model(model, dims)
@@ -184,7 +185,7 @@ def _tolerance(wanted: RowTypes, info: DatasetInfo) -> float:
 def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
     """The same model around embedding tables with fewer columns."""
     tables = dict(model.named_children()).get("tables")
-    if not isinstance(tables, CompressedEmbeddingBagCollection):
+    if not isinstance(tables, (CompressedEmbeddingBagCollection, SourcedTables)):
         raise ArtefactError("the model has no embedding tables to cut")
     cut = copy.copy(model)
     cut._modules = dict(model._modules)
@@ -195,7 +196,7 @@ def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
 def _allowed(model: nn.Module, budget: str | int | None) -> int | None:
     """A budget in bytes; a share is one of the run's own tables, whatever is cut from them."""
     tables = dict(model.named_children()).get("tables")
-    if budget is None or not isinstance(tables, CompressedEmbeddingBagCollection):
+    if budget is None or not isinstance(tables, (CompressedEmbeddingBagCollection, SourcedTables)):
         return None
     return parse_budget(budget, full_bytes=tables.plan.full_bytes)
 

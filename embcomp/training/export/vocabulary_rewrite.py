@@ -27,9 +27,11 @@ from embcomp.backends.base import BackendConfig, MethodState
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import ResolvedPlan
+from embcomp.collection.sourced import SourcedTables
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
+from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.serving.artefact_folder import RewrittenDataset
 
 _CHUNK = 1 << 16  # rows that are averaged together
@@ -134,7 +136,7 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
     """
     children = dict(model.named_children())
     main = children.get("tables")
-    if not isinstance(main, CompressedEmbeddingBagCollection):
+    if not isinstance(main, (CompressedEmbeddingBagCollection, SourcedTables)):
         raise ConfigError("--rewrite-vocabulary: the model has no embedding tables")
     main = main.compact()
     counts = {name: torch.from_numpy(count) for name, count in id_counts(info).items()}
@@ -151,7 +153,7 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
     rewritten._modules = dict(model._modules)
     rewritten.add_module("tables", renumbered(main, features))
     first_order = children.get("first_order_tables")
-    if isinstance(first_order, CompressedEmbeddingBagCollection):
+    if isinstance(first_order, (CompressedEmbeddingBagCollection, SourcedTables)):
         rewritten.add_module("first_order_tables", renumbered(first_order.compact(), features))
     return Rewrite(model=rewritten, dataset=_dataset(info, features, counts), features=features)
 
@@ -165,9 +167,10 @@ def _check_vocabularies(info: DatasetInfo, features: Mapping[str, Renumbering]) 
 
 
 def renumbered(
-    collection: CompressedEmbeddingBagCollection, features: Mapping[str, Renumbering]
-) -> CompressedEmbeddingBagCollection:
-    """A compacted collection for the new ids.
+    collection: CompressedEmbeddingBagCollection | SourcedTables,
+    features: Mapping[str, Renumbering],
+) -> SourcedTables:
+    """A compacted collection for the new ids; its rows are read from the old ones.
 
     Args:
         collection: of serving forms.
@@ -190,9 +193,7 @@ def renumbered(
     methods: dict[str, BackendConfig] = {
         table.name: each.form.config for each in moved for table in each.tables
     }
-    made = CompressedEmbeddingBagCollection(configs, ResolvedPlan(tuple(specs.values()), methods))
-    made.load_states(moved)
-    return made.eval()
+    return SourcedTables.of_states(configs, ResolvedPlan(tuple(specs.values()), methods), moved)
 
 
 def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> GroupState:
@@ -207,25 +208,42 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
             f"--rewrite-vocabulary: {', '.join(t.name for t in own)} are also held by "
             f"{config.name}, whose rows follow from the old ids; export without it"
         ) from None
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | RowSource] = {}
     for table in each.tables:
-        rows, place = form.rows(table.name).whole(), places[table.name]
+        rows, place = form.rows(table.name), places[table.name]
         renumbering = features.get(table.name)
         if renumbering is None:
             tensors[f"rows.{table.name}"] = rows
             continue
-        moved = rows[place[renumbering.kept]].clone()
-        moved[UNSEEN_ID] = _mean_row(rows, place, renumbering.weights)
-        tensors[f"rows.{table.name}"] = moved
-    whole = MethodState(config=config.without_pruning(each.tables), tensors=tensors)
+        tensors[f"rows.{table.name}"] = _moved(rows, place, renumbering)
+    whole = MethodState.of(config.without_pruning(each.tables), tensors)
     return GroupState(tables=each.tables, form=whole)
 
 
-def _mean_row(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+def _moved(rows: RowSource, place: Tensor, renumbering: Renumbering) -> RowSource:
+    """A table's rows in the order of the new ids, the mean of what is dropped in that of id 1."""
+    unseen = _mean_row(rows, place, renumbering.weights)
+
+    def read(start: int, stop: int) -> Tensor:
+        found = _taken(rows, place[renumbering.kept[start:stop]])
+        if start <= UNSEEN_ID < stop:
+            found[UNSEEN_ID - start] = unseen
+        return found
+
+    return ComputedRows((len(renumbering.kept), rows.shape[1]), rows.dtype, read, of=[rows])
+
+
+def _taken(rows: RowSource, places: Tensor) -> Tensor:
+    """Rows by their numbers, in any order and perhaps several times; a copy."""
+    ids, back = torch.unique(places, return_inverse=True)
+    return rows.take(ids)[back]
+
+
+def _mean_row(rows: RowSource, place: Tensor, weights: Tensor) -> Tensor:
     ids = torch.nonzero(weights)[:, 0]
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
     for part in ids.split(_CHUNK):
-        total += weights[part] @ rows[place[part]].double()
+        total += weights[part] @ _taken(rows, place[part]).double()
     return total.to(rows.dtype)
 
 
