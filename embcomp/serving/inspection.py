@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from embcomp.collection.groups import Group
-from embcomp.serving.neighbours import NO_DIRECTION, Tables, embeddings
+from embcomp.serving.id_statistics import IdStatistics
+from embcomp.serving.neighbours import Tables
 from embcomp.serving.row_sharing import RowSharing
 from embcomp.tables.specs import TableSpec
 
@@ -121,15 +122,12 @@ def _facts(
         uses.placed[table.name],
         uses.reached[table.name],
     )
-    rows = embeddings(serving, table)
-    is_set = rows != 0
-    norms = rows.norm(dim=1)
-    alive = norms > NO_DIRECTION
-    skipped = torch.ones(len(rows), dtype=torch.bool)
+    ids = IdStatistics.of(serving, table)
+    skipped = torch.ones(table.num_embeddings, dtype=torch.bool)
     for _, places in placed:
         skipped &= places < 0
     pruned = skipped if pruned is None else skipped | pruned.cpu()
-    together = _together(placed, len(rows))
+    together = _together(placed, table.num_embeddings)
     others = torch.bincount(together)[together] > 1
     count = sum(len(part) for part in reached.values())
     shared = sum(int((uses.users[name][part] > 1).sum()) for name, part in reached.items())
@@ -140,13 +138,13 @@ def _facts(
         ids=table.num_embeddings,
         rows=count,
         row_type="/".join(sorted({serving.record.row_types[name] for name in reached})),
-        width=int(is_set.any(dim=0).sum()),
-        mean_width=_weighted(is_set.sum(dim=1).double(), traffic),
+        width=ids.width,
+        mean_width=_weighted(ids.columns.double(), traffic),
         bytes=round(size),
         pruned=int(pruned.sum()),
         pruned_traffic=_share(pruned, traffic),
-        dead=int((~alive).sum()),
-        norm=_spread(norms[alive]),
+        dead=int((~ids.alive).sum()),
+        norm=_spread(ids.norms[ids.alive]),
         collided=int((others & ~pruned).sum()),
         collided_traffic=_share(_follows(together, traffic) & ~pruned, traffic),
         shared_rows=shared / count if count else 0.0,

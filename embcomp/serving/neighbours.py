@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ Tables = ServingEmbeddingBagCollection | ServingEmbeddingCollection
 
 NO_DIRECTION = 1e-12  # embeddings whose norm is no larger are taken for zero
 
-_CHUNK = 1 << 16  # ids that are looked up together
+_AT_ONCE = 8 << 20  # bytes of the embeddings that are looked up together, those of other tables too
 
 
 def embeddings(serving: Tables, table: TableSpec) -> Tensor:
@@ -25,20 +26,34 @@ def embeddings(serving: Tables, table: TableSpec) -> Tensor:
 
     Args:
         serving: tables that were loaded with `rows="torch"`.
+        table: one of them, that may be held whole.
+    """
+    return torch.cat([rows for _, rows in embedding_blocks(serving, table)])
+
+
+def embedding_blocks(
+    serving: Tables, table: TableSpec, *, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """The first id and the float32 embeddings of each block of a table's ids, on the CPU.
+
+    Args:
+        serving: tables that were loaded with `rows="torch"`.
         table: one of them.
+        start: the first id.
+        stop: the one after the last; all by default.
     """
     index = next(n for n, group in enumerate(serving.groups) if table in group.tables)
     instances = serving.groups[index].instances
     own = next(n for n, instance in enumerate(instances) if instance.table == table)
-    start = sum(instance.table.embedding_dim for instance in instances[:own])
+    column = sum(instance.table.embedding_dim for instance in instances[:own])
     single = SingleIds(serving)
-    parts = []
-    for first in range(0, table.num_embeddings, _CHUNK):
-        last = min(first + _CHUNK, table.num_embeddings)
+    end = table.num_embeddings if stop is None else stop
+    size = max(256, _AT_ONCE // (4 * sum(each.table.embedding_dim for each in instances)))
+    for first in range(start, end, size):
+        last = min(first + size, end)
         ids = torch.zeros(len(instances), last - first, dtype=torch.int64, device=serving.device)
         ids[own] = torch.arange(first, last)
-        parts.append(single(index, ids)[:, start : start + table.embedding_dim].cpu())
-    return torch.cat(parts)
+        yield first, single(index, ids)[:, column : column + table.embedding_dim].cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +85,29 @@ def nearest(serving: Tables, table: TableSpec, id_: int, count: int) -> list[Nei
     """
     if not 0 <= id_ < table.num_embeddings:
         raise DataError(f"table {table.name!r} has ids in [0, {table.num_embeddings}); got {id_}")
-    rows = embeddings(serving, table).double()
-    own = rows[id_]
+    own = next(embedding_blocks(serving, table, start=id_, stop=id_ + 1))[1][0].double()
     if not float(own.norm()) > NO_DIRECTION:
         raise DataError(f"the embedding of id {id_} of table {table.name!r} is zero: no direction")
+    best: list[Neighbour] = []
+    for start, block in embedding_blocks(serving, table):
+        best += _nearest_of(block.double(), start, own, id_, count)
+        best = sorted(best, key=lambda each: (-each.cosine, each.id))[:count]
+    return best
+
+
+def _nearest_of(rows: Tensor, start: int, own: Tensor, id_: int, count: int) -> list[Neighbour]:
+    """The nearest among a block's rows, of which the first is that of the id `start`."""
     norms = rows.norm(dim=1)
     cosines = torch.where(
         norms > NO_DIRECTION, rows @ own / (norms * own.norm()).clamp(min=NO_DIRECTION), -math.inf
     )
-    cosines[id_] = -math.inf
+    if start <= id_ < start + len(rows):
+        cosines[id_ - start] = -math.inf
     order = torch.argsort(cosines, descending=True, stable=True)[:count]
     return [
-        Neighbour(id=int(i), cosine=float(cosines[i]), distance=float((rows[i] - own).norm()))
+        Neighbour(
+            id=start + int(i), cosine=float(cosines[i]), distance=float((rows[i] - own).norm())
+        )
         for i in order
         if math.isfinite(float(cosines[i]))
     ]

@@ -62,6 +62,7 @@ HEAVY = (
     "embcomp.cli.__main__",
     "embcomp.io.tensor_checksums",
     "embcomp.io.tensor_files",
+    "embcomp.io.tensor_writing",
     "embcomp.cli.demo_steps",
     "embcomp.data_pipelines.loader.batch",
     "embcomp.data_pipelines.loader.parquet_loader",
