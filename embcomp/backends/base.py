@@ -329,7 +329,7 @@ class BackendConfig(Constrained, ABC):
 
         Args:
             tables: the group, without those that stay full.
-            form: a form of this method, its tensors whole and on the CPU.
+            form: a form of this method; rows are read by range, and long results left to `form.work`.
         """
         return form
 
@@ -390,11 +390,13 @@ class MethodState:
             method's own modules as `route.<name>` and `combine.<name>`. An empty mapping
             stands for fresh weights. There may be more than the method asked for.
         sources: those of them that are not in memory, but read by range.
+        work: makes what is as long as a table when this form becomes another, outside stages.
     """
 
     config: BackendConfig
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     sources: Mapping[str, RowSource] = field(default_factory=dict)
+    work: Work = IN_MEMORY
 
     @classmethod
     def of(cls, config: BackendConfig, tensors: Mapping[str, Tensor | RowSource]) -> Self:

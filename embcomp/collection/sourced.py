@@ -7,6 +7,7 @@ methods learn beside their rows (codes, bitmaps, projections) is in memory; of r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.groups import Group
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
+from embcomp.layers.lazy_work import LAZY
 from embcomp.layers.learned_buffers import fill_buffers, fill_stored, mark_filled
 from embcomp.layers.named_parts import persistent_tensors
 from embcomp.layers.row_sources import RowSource
@@ -130,7 +132,7 @@ class SourcedTables(PooledTables):
                 fill_buffers(module)
                 own = persistent_tensors(module)
                 tensors |= {f"{part}.{name}": tensor.detach() for name, tensor in own.items()}
-            form = MethodState.of(group.config, tensors)
+            form = replace(MethodState.of(group.config, tensors), work=LAZY)
             found.append(GroupState(tables=group.tables, form=form))
         return found
 

@@ -63,7 +63,7 @@ from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Between, Ge, Le
-from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.block_work import Work
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
@@ -339,7 +339,7 @@ class LR2VQ(VectorQuantized):
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """Freeze the code of every id, and fold the projections into the codewords."""
-        return self.frozen(tables, form, IN_MEMORY)
+        return self.frozen(tables, form, form.work)
 
     def frozen(self, tables: Sequence[TableSpec], form: MethodState, work: Work) -> MethodState:
         """The serving form, as `compact` gives it.

@@ -195,6 +195,7 @@ class DNISSearch(BackendConfig):
             selections,
             {name: values > 0 for name, values in selections.items()},
             {table.name: self.cuts_of(table) for table in tables},
+            form.work,
         )
 
 

@@ -34,7 +34,7 @@ from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le
-from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.block_work import Work
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
 
@@ -221,7 +221,7 @@ class Matryoshka(SearchedSize):
                 raise ConfigError(
                     f"matryoshka: table {name!r} has widths from 1 to {dims[name]}, got {width}"
                 )
-        return self._cut(tables, form, widths, IN_MEMORY)
+        return self._cut(tables, form, widths, form.work)
 
     @staticmethod
     def _cut(

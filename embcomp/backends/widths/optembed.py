@@ -278,7 +278,7 @@ class OptEmbed(SearchedSize):
         """
         weights = {table.name: form.rows(table.name) for table in tables}
         if self.target_bytes is None:
-            return low_dim_form(tables, weights, self._passing(tables, form), {})
+            return low_dim_form(tables, weights, self._passing(tables, form), {}, form.work)
         order = self.ranking(tables, form, {})
         fewest = order.most if self.prune == "widths" else 0
         space = self._space(tables, order.counts(fewest))
@@ -286,7 +286,7 @@ class OptEmbed(SearchedSize):
         widths = space.named(widest)
         kept = order.within(self.target_bytes, widths)
         assert kept is not None, "no rows at these widths fit"
-        return low_dim_form(tables, weights, order.masks(kept), widths)
+        return low_dim_form(tables, weights, order.masks(kept), widths, form.work)
 
     def ranking(
         self,
