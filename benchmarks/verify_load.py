@@ -4,9 +4,9 @@
 
 An artefact of full float32 tables, one of which holds most of the rows, is saved once and loaded in
 turn with `verify=True` and `verify=False`, so that a machine that slows down slows both. The files
-are in the page cache, where checking costs most beside reading; a first pair is not counted. Checks
-run in threads beside the loading, so wall time shows them where there is a second core, and
-processor time shows what they cost in all.
+are in the page cache, where checking costs most beside reading; a first pair is not counted. A piece
+is checked by the thread that has just read it, so processor time shows what checking costs, and wall
+time what else the machine does.
 """
 
 from __future__ import annotations

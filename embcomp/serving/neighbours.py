@@ -18,7 +18,7 @@ Tables = ServingEmbeddingBagCollection | ServingEmbeddingCollection
 
 NO_DIRECTION = 1e-12  # embeddings whose norm is no larger are taken for zero
 
-_AT_ONCE = 8 << 20  # bytes of the embeddings that are looked up together, those of other tables too
+_AT_ONCE = 2 << 20  # bytes of the embeddings that are looked up together, those of other tables too
 
 
 def embeddings(serving: Tables, table: TableSpec) -> Tensor:

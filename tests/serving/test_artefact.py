@@ -302,10 +302,11 @@ def test_a_flipped_bit_is_found_unless_nobody_wants_to_know(saved):
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (path / "model.safetensors").write_bytes(content)
-    for options in ({}, {"verify": True}, {"rows": "torch"}):
+    for options in ({}, {"verify": True}, {"rows": "torch"}, {"mmap": True}):
         with pytest.raises(ArtefactError, match="checksum of the tensor tables.rows.* is not the"):
             load(path, **options)
     load(path, verify=False)
+    load(path, verify=False, mmap=True)
 
 
 def test_other_row_types_and_modules_are_refused(saved, tmp_path):

@@ -52,11 +52,11 @@ print(json.dumps(found))
 
 
 def test_an_export_and_an_inspection_hold_no_table(tmp_path):
-    """A table of 73 MiB, beside which the vocabulary of its 150,000 values is small."""
-    data, values = tmp_path / "data", (150_000, 60, 8)
-    write_toy_dataset(data, rows=(150_000, 256, 256), num_values=values, row_group_rows=50_000)
-    for name, dim in (("small", 4), ("large", 128)):
-        settings = [f"name={name}", f"tables.embedding_dim={dim}", "data.batch_size=30000"]
+    """A table of 73 MiB, beside which the vocabulary of its 50,000 values is small."""
+    data, values = tmp_path / "data", (50_000, 60, 8)
+    write_toy_dataset(data, rows=(50_000, 256, 256), num_values=values, row_group_rows=50_000)
+    for name, dim in (("small", 4), ("large", 384)):
+        settings = [f"name={name}", f"tables.embedding_dim={dim}", "data.batch_size=25000"]
         config = toy_config(data, *settings, "model={name: fm}")
         train(config, runs=tmp_path, quiet=True)
     command = [sys.executable, "-c", CHILD, tmp_path]
