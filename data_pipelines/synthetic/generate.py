@@ -20,7 +20,11 @@ from embcomp.data_pipelines.preparing.workspace import disk_errors
 from embcomp.data_pipelines.splits import SPLITS, ChronologicalSplit, FileSplit, SplitRule
 from embcomp.data_pipelines.synthetic.click_model import ClickModel, RawRows
 from embcomp.data_pipelines.synthetic.criteo_text import to_lines
-from embcomp.data_pipelines.synthetic.synthetic_rows import CHUNK_ROWS, RowSource, SyntheticConfig
+from embcomp.data_pipelines.synthetic.synthetic_rows import (
+    CHUNK_ROWS,
+    SyntheticConfig,
+    SyntheticRows,
+)
 from embcomp.errors import ConfigError
 from embcomp.io.atomic_files import atomic_path
 
@@ -85,7 +89,7 @@ def draw(
     config: SyntheticConfig,
 ) -> Iterator[tuple[RawRows, NDArray[np.float64], NDArray[np.bool_]]]:
     """Yield rows, their true click probabilities and their labels, a chunk at a time."""
-    source = RowSource(config)
+    source = SyntheticRows(config)
     model = ClickModel(
         sample=source.sample(),
         seed=config.seed,

@@ -109,7 +109,7 @@ class SyntheticConfig:
         ]
 
 
-class RowSource:
+class SyntheticRows:
     """Draws the rows of a log, chunk by chunk, each from a random stream of its own."""
 
     def __init__(self, config: SyntheticConfig) -> None:

@@ -13,8 +13,8 @@ from embcomp.data_pipelines.synthetic.click_model import MISSING
 from embcomp.data_pipelines.synthetic.generate import draw, write_criteo_log
 from embcomp.data_pipelines.synthetic.synthetic_rows import (
     CRITEO_CARDINALITIES,
-    RowSource,
     SyntheticConfig,
+    SyntheticRows,
 )
 from embcomp.errors import ConfigError, DataError
 
@@ -251,6 +251,6 @@ def test_meter_counts_ties_as_half_and_needs_both_labels():
 
 
 def test_chunks_do_not_repeat():
-    source = RowSource(SMALL)
+    source = SyntheticRows(SMALL)
     first, second = source.chunk(0)[0], source.chunk(1)[0]
     assert (first.values[2] == second.values[2]).mean() < 0.5

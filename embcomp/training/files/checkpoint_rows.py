@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from typing_extensions import override
 
 from embcomp.errors import CheckpointError
-from embcomp.io.ranged_files import RangedFiles
+from embcomp.layers.ranged_files import RangedFiles
 from embcomp.layers.row_sources import RowSource
 from embcomp.training.files.checkpoint_files import CheckpointReader
 

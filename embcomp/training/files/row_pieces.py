@@ -22,8 +22,8 @@ from typing_extensions import override
 
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import atomic_path
-from embcomp.io.ranged_files import RangedFiles
 from embcomp.io.tensor_checksums import bytes_of
+from embcomp.layers.ranged_files import RangedFiles
 from embcomp.layers.row_sources import RowSource
 
 _LENGTH = 8  # bytes at the beginning of a safetensors file that say how long its header is
@@ -84,7 +84,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class RowPiece:
     """Consecutive rows in a file.
 
     Attributes:
@@ -115,7 +115,7 @@ class PieceRows(RowSource):
 
     def __init__(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[RowPiece],
         shape: Sequence[int],
         dtype: torch.dtype,
         *,

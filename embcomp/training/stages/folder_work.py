@@ -29,7 +29,7 @@ from embcomp.layers.block_work import BLOCK_BYTES, Item, Statistics
 from embcomp.layers.row_sources import RowSource
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.rank_watchdog import RankFailedError
-from embcomp.training.files.row_pieces import Piece, PieceRows, read_piece, write_piece
+from embcomp.training.files.row_pieces import PieceRows, RowPiece, read_piece, write_piece
 from embcomp.training.stages.work_progress import WorkProgress
 
 BLOCK_COST = 16 * BLOCK_BYTES
@@ -108,7 +108,7 @@ class FolderWork(AbstractContextManager["FolderWork"]):
             return {"rows": made}
 
         folder = self._do(name, part, items)
-        pieces = [Piece(path=_piece(folder, n), rows=rows) for n, rows in enumerate(own)]
+        pieces = [RowPiece(path=_piece(folder, n), rows=rows) for n, rows in enumerate(own)]
         return PieceRows(
             pieces, shape, dtype, way_out="Run the same command again, and it is made anew"
         )

@@ -23,7 +23,7 @@ from embcomp.layers.block_work import Work, row_blocks
 from embcomp.layers.learned_buffers import overwriting
 from embcomp.layers.row_sources import MemoryRows, RowSource
 from embcomp.training.checkpoint import model_state
-from embcomp.training.files.row_pieces import Piece, PieceRows, checksum_of
+from embcomp.training.files.row_pieces import PieceRows, RowPiece, checksum_of
 from embcomp.training.files.run_checksums import (
     announce_file,
     check_file,
@@ -159,7 +159,7 @@ def _long_tensors(folder: Path) -> dict[str, RowSource]:
     return {
         name: PieceRows(
             [
-                Piece(path=folder / path, rows=rows, checksum=checksum)
+                RowPiece(path=folder / path, rows=rows, checksum=checksum)
                 for path, rows, checksum in entry["pieces"]
             ],
             entry["shape"],
