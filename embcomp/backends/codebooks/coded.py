@@ -125,11 +125,14 @@ class CodedRoute(LearnedBuffers):
                 steps += [positions] * positions
                 offsets += [place * count for place in layout.places(n)]
                 source += 1
-            first += padded_codes(layout, table, bits)
+            first += padded_codes(table.num_embeddings * positions, bits)
         self.copies = RepeatFeatures(self._keys, sources)
         self._starts, self._steps = Constant(starts), Constant(steps)
         self._offsets = Constant(offsets)
-        sizes = [(table.name, code_bytes(layout, table, bits)) for table in layout.tables]
+        sizes = [
+            (table.name, code_bytes(table.num_embeddings * layout.positions(table), bits))
+            for table in layout.tables
+        ]
         self.store_in_parts("codes", sizes)
         packed = torch.zeros(sum(size for _, size in sizes), dtype=torch.uint8)
         self.register_buffer("codes", packed)
@@ -221,7 +224,10 @@ def codebook_rows(config: Coded, tables: Sequence[TableSpec], words: Tensor) -> 
 
 def _packed(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -> Tensor:
     """Codes that come table after table, each table's ending with a byte."""
-    counts = [padded_codes(layout, table, bits) for table in layout.tables]
+    counts = [
+        padded_codes(table.num_embeddings * layout.positions(table), bits)
+        for table in layout.tables
+    ]
     return pack_parts(_with_padding(parts, layout, bits), bits, sum(counts))
 
 
@@ -229,7 +235,7 @@ def _with_padding(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -
     came = iter(parts)
     for table in layout.tables:
         left = table.num_embeddings * layout.positions(table)
-        padding = padded_codes(layout, table, bits) - left
+        padding = padded_codes(left, bits) - left
         while left:
             part = next(came)
             left -= part.numel()

@@ -27,14 +27,13 @@ from embcomp.backends.codebooks.clustering import (
     find_scales,
     sample_size,
 )
+from embcomp.backends.codebooks.expected_error import NOT_REGAINED
 from embcomp.backends.codebooks.kmeans import Clustering, kmeans
 from embcomp.backends.codebooks.low_rank import Moments
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.layers.row_sources import RowSource
 
-NOT_REGAINED = 1 / 3
-"""The share of the low-rank residual that further training is taken to leave."""
 TOLERANCE = 1.05
 """A narrower latent is preferred as long as its error is at most this many times the least."""
 

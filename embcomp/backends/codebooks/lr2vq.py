@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from embcomp.backends.base import (
     Backend,
@@ -33,6 +33,7 @@ from embcomp.backends.base import (
     StageInputs,
     full_table,
 )
+from embcomp.backends.codebooks.clustered import MEASURE, Clustered
 from embcomp.backends.codebooks.clustering import (
     Codebooks,
     Latents,
@@ -42,7 +43,6 @@ from embcomp.backends.codebooks.clustering import (
 )
 from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
 from embcomp.backends.codebooks.codewords import Codewords, Quantize
-from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
 from embcomp.backends.codebooks.low_rank import (
     DENSE,
@@ -54,7 +54,6 @@ from embcomp.backends.codebooks.low_rank import (
 )
 from embcomp.backends.codebooks.subvectors import Decode, Sharing
 from embcomp.backends.codebooks.vector_quantized import (
-    VectorQuantized,
     mean_init_std,
     projection_footprint,
     scales_footprint,
@@ -69,10 +68,11 @@ from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 _AUTO = "auto"
+_LATENT_SHARES = 4  # a budget chooses among latents of a quarter, half... of a sub-vector
 
 
 @dataclass(frozen=True, kw_only=True)
-class LR2VQ(VectorQuantized):
+class LR2VQ(Clustered):
     """Latents snapped to codewords, then widened. Ids must lie in `[0, num_embeddings)`.
 
     Args:
@@ -85,7 +85,6 @@ class LR2VQ(VectorQuantized):
         commitment: weight of the squared distance of latents from their codewords.
         decay: of the moving means that codewords are, in a step.
         revive_every: steps between two searches for codewords that nobody chose.
-        clustering: what runs k-means: `torch`, or `faiss` where it is installed.
         from_dense: whether to begin with full tables and their low-rank approximation, rather
             than from random latents.
     """
@@ -96,7 +95,6 @@ class LR2VQ(VectorQuantized):
     commitment: Annotated[float, Ge(0), Le(10**6)] = 0.25
     decay: Annotated[float, Between(0, 1, "[)")] = 0.99
     revive_every: Annotated[int, Ge(1)] = 100
-    clustering: Clustering = "torch"
     from_dense: bool = True
 
     name: ClassVar[str] = "lr2vq"
@@ -107,6 +105,11 @@ class LR2VQ(VectorQuantized):
             raise ConfigError(
                 f"{self.name}: latent_dim: auto looks at trained full tables, which from_dense: "
                 "false never has; give a number"
+            )
+        if self.learns_size and not self.from_dense:
+            raise ConfigError(
+                f"{self.name}: choose: measured looks at trained full tables, which from_dense: false "
+                "never has; give a number"
             )
 
     @property
@@ -125,8 +128,26 @@ class LR2VQ(VectorQuantized):
         return self.latent if apart < whole else None
 
     @override
-    def missing(self) -> str | None:
-        return missing_for(self.clustering)
+    def latents(self, width: int) -> Sequence[int | None]:
+        if self.latent_dim is not None:
+            return (None,)
+        shares = range(1, _LATENT_SHARES + 1)
+        return sorted({-(-width * share // _LATENT_SHARES) for share in shares})
+
+    @override
+    def _sized(self, width: int, count: int, latent: int | None) -> Self:
+        return replace(
+            self,
+            budget=None,
+            subvector_dim=width,
+            num_codewords=count,
+            latent_dim=self.latent_dim if latent is None else latent,
+        )
+
+    @property
+    @override
+    def expected_latent(self) -> int:
+        return self.width if self.latent_dim == _AUTO else self.latent
 
     @property
     def serving(self) -> Coded:
@@ -178,7 +199,7 @@ class LR2VQ(VectorQuantized):
         total = footprint_of(full_table(table) for table in tables if self.keeps_full(table))
         if small:
             total += footprint_of(self.physical_tables(small), served=False)
-            total += self.dense_footprint(small)
+            total += self.dense_footprint(small) + self._spare(small)
         return total
 
     @override
@@ -225,13 +246,16 @@ class LR2VQ(VectorQuantized):
         freeze = replace(FREEZE, learning_rate=0.001)
         choice = Stage(name="latent_dim", purpose="choose the width of latents", kind="search")
         chosen = (choice,) if self.latent_dim == _AUTO else ()
+        if self.learns_size:
+            chosen = (MEASURE,)
         narrow = (NARROW,) if self._may_narrow else ()
         return (DENSE, *chosen, *narrow, quantize, freeze)
 
     @property
     def _may_narrow(self) -> bool:
         """Whether latents may be narrower than sub-vectors; else no approximation is to be trained."""
-        return self.latent_dim == _AUTO or self.subvector_dim is None or self.latent < self.width
+        known = self.subvector_dim is not None and not self.learns_size
+        return self.latent_dim == _AUTO or not known or self.latent < self.width
 
     @override
     def first_method(self) -> BackendConfig:
@@ -258,6 +282,8 @@ class LR2VQ(VectorQuantized):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
+        if stage.name == MEASURE.name:
+            return super().search(stage, tables, context)
         tables = by_name(tables)
         choice = choose_latent_dim(
             self.layout(tables),
@@ -281,12 +307,13 @@ class LR2VQ(VectorQuantized):
             assert isinstance(past.before.config, LR2VQ)
             return past.before.config.frozen(tables, past.before, past.work)
         weights, work = id_weights(tables, past.counts), past.work
+        settled = self.settled(past.results)
         if isinstance(past.before.config, LowRank):
-            return self._quantized(tables, past.before, weights, work)
-        chosen = past.results.get("latent_dim", {}).get("latent_dim", self.latent)
-        found = factorise(self._low_rank(chosen), tables, past.before, weights, work)
+            return settled._quantized(tables, past.before, weights, work)
+        chosen = past.results.get("latent_dim", {}).get("latent_dim", settled.latent)
+        found = factorise(settled._low_rank(chosen), tables, past.before, weights, work)
         if stage.name == "quantize":
-            return self._quantized(tables, found, weights, work)
+            return settled._quantized(tables, found, weights, work)
         return written(found, tables, work)
 
     def _quantized(

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
+from embcomp.backends.codebooks.clustered import MEASURE, Clustered
 from embcomp.backends.codebooks.clustering import (
     Latents,
     cluster,
@@ -24,9 +25,7 @@ from embcomp.backends.codebooks.clustering import (
     share_cold_rows,
 )
 from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
-from embcomp.backends.codebooks.kmeans import Clustering, missing_for
 from embcomp.backends.codebooks.low_rank import DENSE
-from embcomp.backends.codebooks.vector_quantized import VectorQuantized
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
 from embcomp.layers.row_sources import RowSource
@@ -35,20 +34,10 @@ from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class PQ(VectorQuantized):
-    """Full tables, clustered when trained. Ids must lie in `[0, num_embeddings)`.
-
-    Args:
-        clustering: what runs k-means: `torch`, or `faiss` where it is installed.
-    """
-
-    clustering: Clustering = "torch"
+class PQ(Clustered):
+    """Full tables, clustered when trained. Ids must lie in `[0, num_embeddings)`."""
 
     name: ClassVar[str] = "pq"
-
-    @override
-    def missing(self) -> str | None:
-        return missing_for(self.clustering)
 
     @property
     def serving(self) -> Coded:
@@ -76,7 +65,7 @@ class PQ(VectorQuantized):
 
     @override
     def stages(self) -> tuple[Stage, ...]:
-        return (DENSE, FREEZE)
+        return (DENSE, MEASURE, FREEZE) if self.learns_size else (DENSE, FREEZE)
 
     @override
     def first_method(self) -> BackendConfig:
@@ -90,7 +79,9 @@ class PQ(VectorQuantized):
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
-        tables = by_name(tables)
+        return self.settled(past.results)._clustered(by_name(tables), past)
+
+    def _clustered(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         layout = self.layout(tables)
         latents = share_cold_rows(
             Latents(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from typing import Annotated, ClassVar
 
@@ -13,6 +12,7 @@ from typing_extensions import Self, override
 
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.codebooks.bit_packing import MAX_BITS, bits_for, packed_bytes
+from embcomp.backends.codebooks.expected_error import Points, expected_error
 from embcomp.backends.codebooks.subvectors import (
     GROUP,
     Sharing,
@@ -22,7 +22,7 @@ from embcomp.backends.codebooks.subvectors import (
 )
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Between, Ge, Le
-from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
+from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, UniformInit, shared_name
 
 DEFAULT_CODEWORDS = 256
@@ -145,7 +145,7 @@ class VectorQuantized(BackendConfig):
             TensorFootprint(
                 name=f"{table.name}.codes",
                 role="codes",
-                rows=code_bytes(layout, table, self.bits),
+                rows=code_bytes(table.num_embeddings * layout.positions(table), self.bits),
                 columns=1,
                 itemsize=1,
                 train_columns=1,
@@ -165,81 +165,124 @@ class VectorQuantized(BackendConfig):
         own = self.layout(tables).shared_by(tables.index(table))
         return len(set(own)) * self.codewords
 
+    @override
     def keeps_full(self, table: TableSpec) -> bool:
         """Whether a table's codes, and codewords if it had to bear them alone, are no smaller."""
-        served = footprint_of(self.codebook_tables([table]))
-        served += self.beside_codewords([table], trained=True)
-        return served.serve_bytes >= table.full_bytes
+        positions = -(-table.embedding_dim // self.width)
+        shared = 1 if self.codebooks == "all" else positions
+        codes = code_bytes(table.num_embeddings * positions, self.bits)
+        return codes + self._shared_bytes(shared, [table]) >= table.full_bytes
 
-    def _sizes(self, tables: Sequence[TableSpec]) -> Iterator[Self]:
-        """The configurations among which a budget chooses."""
+    def serve_bytes(self, tables: Sequence[TableSpec]) -> int:
+        """What `footprint` says that the serving form takes, as a sum: budgets ask for many sizes."""
+        coded = [table for table in tables if not self.keeps_full(table)]
+        full = sum(table.full_bytes for table in tables) - sum(t.full_bytes for t in coded)
+        return full + self.coded_bytes(coded) if coded else full
+
+    def coded_bytes(self, tables: Sequence[TableSpec]) -> int:
+        """Serving bytes of tables without those that stay full."""
+        layout = self.layout(tables)
+        codes = sum(code_bytes(t.num_embeddings * layout.positions(t), self.bits) for t in tables)
+        return codes + self._shared_bytes(layout.num_shared, tables)
+
+    def _shared_bytes(self, shared: int, tables: Sequence[TableSpec]) -> int:
+        """Bytes of so many codebooks, their projections, and the tables' factors."""
+        latent = self.stored_latent
+        total = shared * self.codewords * (latent or self.width) * tables[0].itemsize
+        total += 0 if latent is None else shared * latent * self.width * 4
+        return total + 4 * len(tables) if self.scaled else total
+
+    def sizes(self, tables: Sequence[TableSpec]) -> Iterator[Sequence[Self]]:
+        """The configurations among which a budget chooses.
+
+        Those of one width of sub-vectors and latents at a time, most codewords first: that is the
+        order of what they are expected to lose.
+        """
         dims = {table.embedding_dim for table in tables}
-        widths = sorted({m for dim in dims for m in range(1, dim + 1) if dim % m == 0})
+        widths = sorted({-(-dim // count) for dim in dims for count in range(1, dim + 1)})
         given = self.num_codewords
+        counts = [given] if given else [1 << bits for bits in reversed(_BITS_CHOSEN)]
         for width in widths:
-            for count in [given] if given else [1 << bits for bits in _BITS_CHOSEN]:
-                yield replace(self.with_size(subvector_dim=width), num_codewords=count)
+            for latent in self.latents(width):
+                yield [self._sized(width, count, latent) for count in counts]
+
+    def latents(self, width: int) -> Sequence[int | None]:
+        """The widths of latents that a budget may choose for sub-vectors, narrower ones first."""
+        return (None,)
+
+    def _sized(self, width: int, count: int, latent: int | None) -> Self:
+        """One of the `sizes`; methods without latents do not look at their width."""
+        return replace(self, budget=None, subvector_dim=width, num_codewords=count)
+
+    @property
+    def expected_latent(self) -> int:
+        """Width of latents in which rows are expected to be coded."""
+        return self.width
 
     def expected_distortion(self, tables: Sequence[TableSpec]) -> float:
-        """Squared error relative to the rows' variance, to rank sizes before any training."""
+        """Squared error relative to the rows' variance, to rank sizes before any training.
+
+        Tables that stay full lose nothing.
+        """
         rows = sum(table.num_embeddings for table in tables)
-        coded = sum(t.num_embeddings for t in tables if not self.keeps_full(t))
-        return coded / rows * quantisation_error(self.width, self.codewords)
+        coded = [table for table in tables if not self.keeps_full(table)]
+        if not coded:
+            return 0.0
+        layout = self.layout(coded)
+        lost = (
+            table.num_embeddings
+            * expected_error(
+                self._points(layout, n),
+                width=self.width,
+                latent=self.expected_latent,
+                codewords=self.codewords,
+            )
+            for n, table in enumerate(coded)
+        )
+        return sum(lost) / rows
+
+    def _points(self, layout: SubvectorLayout, table: int) -> Points:
+        """What shares a codebook with a table's sub-vectors."""
+        dim = layout.tables[table].embedding_dim
+        sharers = layout.members(layout.unit_of(table))
+        every = self.codebooks == "all"
+        each = [layout.positions(sharer) if every else 1 for sharer in sharers]
+        count = sum(n * sharer.num_embeddings for n, sharer in zip(each, sharers))
+        return Points(dim=dim, kinds=sum(each), count=count)
 
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
         """The size of least expected distortion; of equals, that of the fewest bytes."""
-        sizes = [(size.footprint(tables).serve_bytes, size) for size in self._sizes(tables)]
-        fitting = [(size.expected_distortion(tables), cost) for cost, size in sizes]
-        best = [
-            (distortion, cost, size)
-            for (distortion, cost), (_, size) in zip(fitting, sizes)
-            if cost <= budget
-        ]
-        return min(best, key=lambda found: found[:2])[2] if best else None
+        best: tuple[float, int] | None = None
+        found = None
+        for alike in self.sizes(tables):
+            for size in alike:
+                cost = size.serve_bytes(tables)
+                if cost > budget:
+                    continue
+                rank = (size.expected_distortion(tables), cost)
+                if best is not None and rank[0] > best[0]:
+                    break  # fewer codewords lose no less
+                if best is None or rank < best:
+                    best, found = rank, size
+        return found
 
     @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return min(
-            self._sizes(tables),
-            key=lambda size: (
-                size.footprint(tables).serve_bytes,
-                size.expected_distortion(tables),
-            ),
+            (size for alike in self.sizes(tables) for size in alike),
+            key=lambda size: (size.serve_bytes(tables), size.expected_distortion(tables)),
         )
 
 
-@lru_cache
-def quantisation_error(width: int, count: int) -> float:
-    """What the best codewords lose of a sub-vector's variance, as high-resolution theory has it.
-
-    Zador's law for a Gaussian, `kappa(d) * d * (product of variances) ** (1 / d) * k ** (-2 / d)`
-    with a fit of kappa, over as many axes as pay; those left out lose their variance. The variances
-    fall as `axis ** -1.5`: with equal ones the law ranks sub-vectors of 2 with 8 codewords before
-    sub-vectors of 8 with 256, which on MovieLens-1M lose half as much; with a faster fall it would
-    have whole rows as sub-vectors, which lose more.
-    """
-    variances = [axis**-1.5 for axis in range(1, width + 1)]
-    whole = left = sum(variances)
-    least, logarithms = 1.0, 0.0
-    for axes, variance in enumerate(variances, 1):
-        left -= variance
-        logarithms += math.log(variance)
-        kappa = 1 + 1.72 * axes**-0.73
-        within = kappa * axes * math.exp(logarithms / axes) * count ** (-2 / axes)
-        least = min(least, (within + max(left, 0.0)) / whole)
-    return least
-
-
-def padded_codes(layout: SubvectorLayout, table: TableSpec, bits: int) -> int:
-    """A table's codes, and so many more that they end with a byte."""
-    codes = table.num_embeddings * layout.positions(table)
+def padded_codes(codes: int, bits: int) -> int:
+    """So many codes, and as many more as end with a byte."""
     whole = 8 // math.gcd(8, bits)
     return -(-codes // whole) * whole
 
 
-def code_bytes(layout: SubvectorLayout, table: TableSpec, bits: int) -> int:
-    """Bytes of a table's codes, which begin and end with a byte."""
-    return packed_bytes(padded_codes(layout, table, bits), bits)
+def code_bytes(codes: int, bits: int) -> int:
+    """Bytes of so many codes, which begin and end with a byte."""
+    return packed_bytes(padded_codes(codes, bits), bits)
 
 
 def mean_init_std(tables: Sequence[TableSpec]) -> float:
