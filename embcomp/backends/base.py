@@ -241,6 +241,20 @@ class BackendConfig(Constrained, ABC):
         first = self.first_method()
         return (self,) if first == self else (first, self)
 
+    @property
+    def needs_ranked_ids(self) -> bool:
+        """Whether ids must be ranked by frequency, the most frequent first: see `check_ids`."""
+        return False
+
+    def check_ids(self, tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
+        """Raise a ConfigError where ids that must be ranked by frequency are not.
+
+        Args:
+            tables: the group, without those that stay full.
+            counts: for each table, (num_embeddings,) how often each id occurs; nothing is checked
+                of tables that nobody counted.
+        """
+
     def start_stage(
         self, stage: Stage, tables: Sequence[TableSpec], past: StageInputs
     ) -> MethodState:
@@ -391,12 +405,15 @@ class MethodState:
             stands for fresh weights. There may be more than the method asked for.
         sources: those of them that are not in memory, but read by range.
         work: makes what is as long as a table when this form becomes another, outside stages.
+        counts: for each table, (num_embeddings,) how often each id occurs, as `compact` was told;
+            empty where nobody counted.
     """
 
     config: BackendConfig
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     sources: Mapping[str, RowSource] = field(default_factory=dict)
     work: Work = IN_MEMORY
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: BackendConfig, tensors: Mapping[str, Tensor | RowSource]) -> Self:

@@ -29,10 +29,17 @@ from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.fused_lookups import FusedEmbedding, FusedRoutes, PlacedRow, RowWithin
+from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
+
+UNRANKED = (
+    "Blocks are ranges of ids, and a list of which id comes where would take more bytes than they "
+    "save; number ids by falling frequency, as embcomp prepare does"
+)
+"""What to do about ids that are in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,16 @@ class Blocks(BackendConfig):
                     f"blocks: table {table!r} has {len(cuts) + 1} block(s), so widths must be as "
                     f"many numbers of columns, at least 0; got {list(widths)}"
                 )
+
+    @property
+    def needs_ranked_ids(self) -> bool:
+        """Whether ids must be ranked by frequency, as blocks are ranges of them."""
+        return bool(self.cuts)
+
+    @override
+    def check_ids(self, tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
+        for table in tables:
+            check_ranked(self.name, table, counts, self.cuts.get(table.name, ()), UNRANKED)
 
     @override
     def keeps_full(self, table: TableSpec) -> bool:

@@ -25,6 +25,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
+from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.pruned_route import (
     WORDS,
     PrunedRoute,
@@ -70,6 +71,21 @@ class LowDim(BackendConfig):
     def require_size(self) -> None:
         if not self.widths and not self.kept:
             super().require_size()
+
+    @property
+    def needs_ranked_ids(self) -> bool:
+        """Whether the first ids must be the most frequent, which are kept until told otherwise."""
+        return bool(self.kept)
+
+    @override
+    def check_ids(self, tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
+        for table in tables:
+            if self.is_pruned(table) and self.kept[table.name]:
+                way_out = (
+                    "It keeps the first until a pruning method says which; number ids by falling "
+                    "frequency, as embcomp prepare does, or train optembed"
+                )
+                check_ranked(self.name, table, counts, (self.kept[table.name],), way_out)
 
     @override
     def keeps_full(self, table: TableSpec) -> bool:

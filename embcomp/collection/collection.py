@@ -34,6 +34,7 @@ from embcomp.collection.reforming import compacted_states, sliced_states
 from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
+from embcomp.layers.id_counts import check_counts
 from embcomp.layers.learned_buffers import overwriting, penalty_of
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint
@@ -159,13 +160,24 @@ class _Compressed(AssembledTables):
             tensors |= {f"{part}.{key}": value for key, value in state if not is_mark(key)}
         return tensors
 
-    def compact(self) -> Self:
+    def compact(self, counts: Mapping[str, Tensor] | None = None) -> Self:
         """The same answers from serving forms alone: nothing pruned is left, no mask is kept.
 
         A collection whose methods are serving forms already is returned as it is. Only for a
         collection that is not sharded.
+
+        Args:
+            counts: for each table by name, (num_embeddings,) how often each id occurs in what was
+                trained on. Where a method's `target_bytes` prune rows, they are ranked by norm times
+                count, and ids that never occur go first; rows of tables that are not named are
+                ranked by norm alone.
+
+        Raises:
+            ConfigError: for counts of tables that are not there, or that cannot be counts.
         """
-        compacted = compacted_states(self.states())
+        known = counts or {}
+        check_counts(self._plan.tables, known)
+        compacted = compacted_states(self.states(), known)
         return self if compacted is None else self._with_states(compacted)
 
     def sliced(self, widths: Mapping[str, int]) -> Self:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
 
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.errors import ConfigError
 
 
-def compacted_states(states: Sequence[GroupState]) -> list[GroupState] | None:
-    """The serving forms of all groups; None where all are serving forms already."""
+def compacted_states(
+    states: Sequence[GroupState], counts: Mapping[str, Tensor] | None = None
+) -> list[GroupState] | None:
+    """The serving forms of all groups; None where all are serving forms already.
+
+    Args:
+        states: the forms of all groups.
+        counts: for each table by name, (num_embeddings,) how often each id occurs.
+    """
+    if counts:
+        states = [replace(each, form=replace(each.form, counts=counts)) for each in states]
     compacted = [
         GroupState(tables=each.tables, form=each.form.config.compact(each.tables, each.form))
         for each in states

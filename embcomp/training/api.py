@@ -66,6 +66,7 @@ def train(
     check_monitor(config, info)
     run = RunContext.of(config, info, folder)
     run.schedule.check_installed()
+    run.schedule.check_ids(info)
     check_other_run(run)
     check_served_types(config, [run.schedule.plan, run.schedule.first_order])
     if not folder.is_new:

@@ -305,7 +305,7 @@ def test_weights_of_ids():
     specs = [spec("a", 4, 2), spec("b", 4, 2)]
     weights = id_weights(specs, {"a": torch.tensor([4, 0, 9, 1])})
     assert weights["a"].whole().tolist() == [2, 0, 3, 1]
-    assert weights["b"].whole().tolist() == pytest.approx([(1 / n) ** 0.5 for n in (1, 2, 3, 4)])
+    assert weights["b"].whole().tolist() == [1, 1, 1, 1]  # nobody counted them
     rows = torch.tensor([[1.0], [50.0], [4.0], [4.0]])
     layout = SubvectorLayout(tables=specs[:1], width=1, sharing="all")
     shared = share_cold_rows(
@@ -354,7 +354,8 @@ def test_a_budget_buys_the_least_distortion():
         assert made.keeps_full(tables[2])
         others = [
             other
-            for other in made._sizes(tables)
+            for alike in made.sizes(tables)
+            for other in alike
             if other.footprint(tables).serve_bytes <= 250_007 * 64 * share // 100
         ]
         assert len(others) >= 2

@@ -18,6 +18,7 @@ from embcomp.backends.codebooks.row_samples import sample_rows
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, add_up, row_blocks
 from embcomp.layers.hashing import salt
+from embcomp.layers.id_counts import counts_of_range, was_counted
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.name_hash import name64
 from embcomp.tables.specs import TableSpec
@@ -32,17 +33,16 @@ _FEWEST_PER_CENTROID = 32
 def id_weights(tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> dict[str, RowSource]:
     """What each id counts: (num_embeddings,) float64 for each table.
 
-    Where nobody counted, ids are taken to be ranked by frequency and to follow Zipf's law.
+    Where nobody counted, all ids count alike.
     """
 
     def weights(table: TableSpec) -> RowSource:
-        own = counts.get(table.name)
+        known = was_counted(table, counts)
 
         def of_range(start: int, stop: int) -> Tensor:
-            if own is not None:
-                return own[start:stop].double() ** FREQUENCY_EXPONENT
-            ranks = torch.arange(start + 1, stop + 1, dtype=torch.float64)
-            return (1 / ranks) ** FREQUENCY_EXPONENT
+            if not known:
+                return torch.ones(stop - start, dtype=torch.float64)
+            return counts_of_range(table, counts, start, stop) ** FREQUENCY_EXPONENT
 
         return ComputedRows((table.num_embeddings,), torch.float64, of_range)
 

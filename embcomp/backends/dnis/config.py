@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
-from embcomp.backends.blocks import Blocks, column_dtype
+from embcomp.backends.blocks import UNRANKED, Blocks, column_dtype
 from embcomp.backends.dnis.elements import elements_form, least_element_bytes, most_elements
 from embcomp.backends.dnis.optimizer import SelectionSGD
 from embcomp.backends.dnis.pruning import blocks_form, choose_columns, column_scores
@@ -57,6 +57,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, check_cuts, traffic_cuts
+from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
@@ -187,12 +188,24 @@ class DNIS(BackendConfig):
         return self.pruned_form(tables, past.before, past.counts, initial, past.work)
 
     def _search(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        self.check_ids(tables, past.counts)
         cuts = {table.name: self._cuts(table, past.counts.get(table.name)) for table in tables}
         search = replace(self._as_search(), cuts=cuts)
         tensors: dict[str, Tensor | RowSource] = {
             f"rows.{table.name}": past.before.rows(table.name) for table in tables
         }
         return MethodState.of(search, tensors | search.fresh_selections(tables))
+
+    @property
+    def needs_ranked_ids(self) -> bool:
+        """Whether ids must be ranked by frequency; its blocks are ranges of ids."""
+        return True
+
+    @override
+    def check_ids(self, tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
+        for table in tables:
+            cuts = self._cuts(table, counts.get(table.name))
+            check_ranked(self.name, table, counts, cuts, UNRANKED)
 
     def _cuts(self, table: TableSpec, counts: Tensor | None) -> tuple[int, ...]:
         given = self.cuts.get(table.name)
@@ -213,8 +226,8 @@ class DNIS(BackendConfig):
         Args:
             tables: the group.
             searched: what the search left: a form of `DNISSearch`.
-            counts: for each table, (num_embeddings,) how often each id occurs; Zipf's law where
-                nobody counted.
+            counts: for each table, (num_embeddings,) how often each id occurs; all ids alike
+                where nobody counted.
             initial: full tables whose weights are kept in place of the searched ones, as they are.
             work: does it.
 

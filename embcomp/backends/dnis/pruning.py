@@ -100,30 +100,16 @@ def block_traffic(
 
     Args:
         table: the table.
-        counts: (num_embeddings,) how often each id occurs. Where nobody counted, the id of rank r
-            is taken to occur in proportion to 1 / r.
+        counts: (num_embeddings,) how often each id occurs; alike where nobody counted.
         cuts: the first ids of the blocks but the first.
         most: what the shares add up to.
     """
     ranges = block_ranges(cuts, table.num_embeddings)
     if counts is None or not counts.numel() or not bool(counts.any()):
-        sums = [sum(map(_of_zipf, *_bounds(low, high))) for low, high in ranges]
+        sums = [float(high - low) for low, high in ranges]
     else:
         sums = [float(counts[low:high].sum()) for low, high in ranges]
     return [most * own / sum(sums) for own in sums]
-
-
-_AT_ONCE = 1 << 20  # ids whose shares are in memory together
-
-
-def _bounds(low: int, high: int) -> tuple[list[int], list[int]]:
-    starts = list(range(low, high, _AT_ONCE))
-    return starts, [min(start + _AT_ONCE, high) for start in starts]
-
-
-def _of_zipf(low: int, high: int) -> float:
-    """What ids of a range occur together, where the id of rank r occurs in proportion to 1 / r."""
-    return float((1 / torch.arange(low + 1, high + 1, dtype=torch.float64)).sum())
 
 
 def choose_columns(

@@ -36,7 +36,7 @@ from embcomp.backends.low_dim import LowDim, low_dim_form, pruned_bytes
 from embcomp.backends.stages import Stage
 from embcomp.backends.widths.evolution import Evolution, evolve
 from embcomp.backends.widths.masks import WidthDraws, draws_footprint
-from embcomp.backends.widths.row_ranking import RowRanking, counts_or_ranks
+from embcomp.backends.widths.row_ranking import RowRanking
 from embcomp.backends.widths.searched_size import (
     Candidates,
     FirstCandidates,
@@ -48,6 +48,7 @@ from embcomp.backends.widths.threshold_gate import Norm, relative_norms, row_nor
 from embcomp.backends.widths.width_space import WidthSpace
 from embcomp.io.constraints import Ge, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
+from embcomp.layers.id_counts import counts_of_range, was_counted
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec, by_name
@@ -72,7 +73,8 @@ class OptEmbed(SearchedSize):
         norm: 1 or 2, of the rows' norms that are held against the thresholds.
         alpha: weight of `exp(-threshold)` in the loss, which pushes thresholds up.
         threshold_learning_rate: of the plain SGD that thresholds have to themselves.
-        importance: by what a budget ranks rows: norm times count, or norm alone.
+        importance: by what a budget ranks rows: norm times count, or norm alone. Of tables whose
+            ids nobody counted it is the norm alone.
         width_grid: widths that a table may have: multiples of this, or a list. Its full width is
             always among them.
         inherit: whether the retraining goes on from trained weights rather than initial ones.
@@ -275,11 +277,12 @@ class OptEmbed(SearchedSize):
 
         Where `target_bytes` is given and this is larger, the least important rows go too, and
         columns where rows alone do not do: for those who train by themselves, without stages.
+        They give `compact` the ids' counts; without, norms alone rank the rows.
         """
         weights = {table.name: form.rows(table.name) for table in tables}
         if self.target_bytes is None:
             return low_dim_form(tables, weights, self._passing(tables, form), {}, form.work)
-        order = self.ranking(tables, form, {})
+        order = self.ranking(tables, form, form.counts)
         fewest = order.most if self.prune == "widths" else 0
         space = self._space(tables, order.counts(fewest))
         widest = space.power_law(0) or space.narrowest
@@ -300,18 +303,23 @@ class OptEmbed(SearchedSize):
         Args:
             tables: the group, without those that stay full.
             form: what training left.
-            counts: how often each id of each table occurs; ranks stand for it where nobody counted.
+            counts: how often each id of each table occurs; norms alone rank the rows of tables
+                that nobody counted.
             work: measures the rows.
         """
         gates = self._gates(tables, form)
 
+        known = {table.name for table in tables if was_counted(table, counts)}
+
         def importance(block: RowBlock) -> Tensor:
-            seen = counts_or_ranks(named[block.table], counts, block.start, block.stop)
             rows = form.rows(block.table).read(block.start, block.stop)
             value = row_norms(rows.float(), self.norm).double()
-            if self.importance == "norm_and_count":
-                value = value * seen
-            keeps = gates[block.table].passing(rows) & (seen > 0)
+            keeps = gates[block.table].passing(rows)
+            if block.table in known:
+                seen = counts_of_range(named[block.table], counts, block.start, block.stop)
+                keeps = keeps & (seen > 0)
+                if self.importance == "norm_and_count":
+                    value = value * seen
             return torch.where(keeps, value, -torch.inf)
 
         def alike(block: RowBlock) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from embcomp.backends.low_dim import pruned_bytes
@@ -12,27 +11,6 @@ from embcomp.layers.best_values import BestValues, Cut
 from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.tables.specs import TableSpec, by_name
-
-
-def counts_or_ranks(
-    table: TableSpec, counts: Mapping[str, Tensor], start: int = 0, stop: int | None = None
-) -> Tensor:
-    """How often ids occur: (n,) float64.
-
-    Where nobody has counted, ids are taken to be ranked by frequency, as in prepared datasets, and
-    counts to fall as one over the rank.
-
-    Args:
-        table: the ids' table.
-        counts: by table, (num_embeddings,) how often each of its ids occurs.
-        start: the first id.
-        stop: the one after the last; all that follow when None.
-    """
-    stop = table.num_embeddings if stop is None else stop
-    found = counts.get(table.name)
-    if found is None or not found.numel():
-        return 1 / torch.arange(start + 1, stop + 1, dtype=torch.float64)
-    return found[start:stop].to(torch.float64)
 
 
 class RowRanking:

@@ -6,12 +6,15 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.stages import Stage
 from embcomp.collection.groups import group_labels
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document
 from embcomp.config.train_config import TrainConfig
+from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError, EmbcompError, one_line
 from embcomp.io.yaml_reading import listed
@@ -84,6 +87,16 @@ class StageSchedule:
         missing = self.method.missing()
         if missing is not None:
             raise ConfigError(f"{self.method.name}: {missing}")
+
+    def check_ids(self, info: DatasetInfo) -> None:
+        """Raise before any training where ids are not ranked as a method needs them to be."""
+        groups = [] if self.plan is None else self.plan.groups
+        needing = [(method, tables) for method, tables in groups if method.needs_ranked_ids]
+        if not needing:
+            return
+        counts = {name: torch.from_numpy(own) for name, own in id_counts(info).items()}
+        for method, tables in needing:
+            method.check_ids(tables, counts)
 
     @property
     def names(self) -> list[str]:
