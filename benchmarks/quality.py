@@ -55,7 +55,15 @@ METHODS: dict[str, dict[str, object]] = {
     "dnis": {"name": "dnis"},
     "dnis-fresh": {"name": "dnis", "inherit": False},
     "matryoshka": {"name": "matryoshka", "width_grid": 1},
+    "pq-kmeans": {"name": "pq"},
+    "lr2vq-kmeans": {"name": "lr2vq"},
 }
+
+UNTRAINED: dict[str, tuple[str, ...]] = {
+    "pq-kmeans": ("codes",),
+    "lr2vq-kmeans": ("low_rank", "quantize", "codes"),
+}
+"""Stages without a step: what k-means found of the full tables is all that is left."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def run_cell(args: argparse.Namespace, method: str, budget: str | None) -> Cell:
             f"tables.method={METHODS[method]}",
             f"tables.budget={'null' if budget is None else budget}",
         ]
+        overrides += [f"train.stages.{stage}.epochs=0" for stage in UNTRAINED.get(method, ())]
         full = args.runs / f"{args.recipe.stem}_full_{seed}"
         shared = begins_with_full_tables(method)
         if shared:

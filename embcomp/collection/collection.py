@@ -35,7 +35,7 @@ from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.errors import ConfigError
 from embcomp.io.lazy_names import warn_renamed
 from embcomp.layers.id_counts import check_counts
-from embcomp.layers.learned_buffers import overwriting, penalty_of
+from embcomp.layers.learned_buffers import Penalised, overwriting, penalty_of
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
@@ -109,6 +109,20 @@ class _Compressed(AssembledTables):
         A training loop of your own adds it to its loss; `embcomp train` does.
         """
         return penalty_of(self.combine)
+
+    def plan_steps(self, steps: int) -> None:
+        """Say how many steps a training will have, for methods that pull at their structure in each.
+
+        A training loop of your own calls it before the first step; `embcomp train` does.
+        """
+        for part in self.combine.modules():
+            if isinstance(part, Penalised):
+                part.planned_steps = steps
+
+    @property
+    def may_stop_rows(self) -> bool:
+        """Whether a method has learnt thresholds that rows may not pass."""
+        return any(isinstance(p, Penalised) and p.stops_rows for p in self.combine.modules())
 
     def lookup_features(self) -> dict[str, str]:
         """The feature of each physical look-up, by the name that TorchRec knows it by."""

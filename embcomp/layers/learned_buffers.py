@@ -151,9 +151,25 @@ class Penalised(nn.Module):
 
     Attributes:
         penalty: () the term of the last forward pass in training mode; None where there is none.
+        planned_steps: of the training; None where nobody said.
     """
 
     penalty: Tensor | None = None
+    planned_steps: int | None = None
+
+    @property
+    def stops_rows(self) -> bool:
+        """Whether `keeps_row` has an answer."""
+        return False
+
+    def keeps_row(self, table: str, rows: Tensor) -> Tensor | None:
+        """Which rows of a table pass as it is now: (N,) bool; None where none can be stopped.
+
+        Args:
+            table: its name.
+            rows: (N, at least its width) any of its rows, zeros behind.
+        """
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # A penalty hangs on the graph of a forward pass, which no copy of the module can have.

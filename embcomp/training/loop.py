@@ -50,6 +50,7 @@ from embcomp.training.optim.lazy_decay import LazyDecay
 from embcomp.training.optim.optimizers import Learners, Optimizers, Phase
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import Evaluation, evaluate_batches
+from embcomp.training.reporting.kept_rows import kept_rows
 from embcomp.training.reporting.logs import RunLogs
 from embcomp.training.reporting.loss_record import LossRecord
 from embcomp.training.reporting.report import Report, as_record
@@ -101,6 +102,8 @@ class Training:
         self.updates = Updates(self.optimizers, self.decay)
         self.steps = make_steps(self, pipelined=process.device.type == "cuda")
         self.total_steps = self._planned_steps()
+        if self.unsharded.tables is not None:
+            self.unsharded.tables.plan_steps(self.total_steps)
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
         self.state = LoopState(row_order=STATE_VERSION, log_sizes=dict(log_sizes))
@@ -168,6 +171,7 @@ class Training:
             end_of_epoch = state.step_in_epoch == len(self.batches)
             if end_of_epoch:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                self._record_kept_rows()
             if state.step == self.total_steps:
                 state.stopped = f"{state.step} steps done"
             evaluate = _is_due(train.eval_every, state.step) or bool(state.stopped)
@@ -213,6 +217,19 @@ class Training:
         self.logs.metrics("train", self.state.step, {"loss": loss})
         self.logs.timing(self.state.step, {"train_rows_per_second": speed})
         self.console.loss(self.state.step, loss, speed)
+
+    def _record_kept_rows(self) -> None:
+        """Logs the share of rows that a method's thresholds let pass, where it has some."""
+        tables = self.unsharded.tables
+        if tables is None or not tables.may_stop_rows:
+            return
+        self.settle()
+        kept = kept_rows(self.sharded, tables, self.process.device)
+        if kept is None:
+            return
+        self.state.kept_rows.append(kept)
+        self.logs.metrics("structure", self.state.step, {"kept_rows": kept})
+        self.console.say(f"{self._place}: {kept:.1%} of rows pass their thresholds")
 
     def _validate(self) -> None:
         """Evaluate the validation split: best step, learning rates, early stop."""
@@ -323,16 +340,14 @@ class Training:
 
     def hand_on(self) -> None:
         """Write down that the stage is finished and what it leaves."""
-        state = self.state
+        state, result = self.state, StageResult.of(self.stage, self.state, self.kept_step)
         self.logs.close()
         dist.barrier()
         if self.process.is_main:
-            write_outcome(
-                self.setup.folder,
-                StageResult.of(self.stage, state, self.kept_step),
-                state.log_sizes,
-            )
+            write_outcome(self.setup.folder, result, state.log_sizes)
         dist.barrier()
+        if result.verdict:
+            self.console.say(f"{self.folder.path}: {result.verdict}")
         self.console.say(f"{self._place}: {state.stopped}; hands on step {self.kept_step}")
 
     def finish(self, before: Sequence[StageResult]) -> Report:
@@ -355,13 +370,14 @@ class Training:
             self.logs.metrics("test", best, test)
         self.logs.close()
         state.wall_seconds = time.perf_counter() - self.started
+        last = StageResult.of(self.stage, state, best)
         report = Report.of(
             config,
             self.info,
             self.unsharded,
             self.process,
             state,
-            stages=[*before, StageResult.of(self.stage, state, best)],
+            stages=[*before, last],
             best_step=best,
             valid=valid,
             test=test,
@@ -372,6 +388,8 @@ class Training:
         if self.process.is_main:
             report.save(self.folder.path)
         dist.barrier()
+        if last.verdict and self.setup.label:
+            self.console.say(f"{self.folder.path}: {last.verdict}")
         self.console.say(f"{self.folder.path}: {state.stopped}; best at step {best}")
         return report
 

@@ -26,6 +26,8 @@ class LoopState:
         recorded_seconds: `train_seconds` when the training loss was last recorded.
         wall_seconds: time of everything so far, interruptions left out.
         log_sizes: bytes of the run's logs.
+        kept_rows: the share of rows that passed learnt thresholds at the end of each epoch; empty
+            where a method has none.
         row_order: the version of the loader's order of rows; 2 where a checkpoint does not say.
     """
 
@@ -44,6 +46,7 @@ class LoopState:
     recorded_seconds: float = 0.0
     wall_seconds: float = 0.0
     log_sizes: dict[str, int] = field(default_factory=dict)
+    kept_rows: list[float] = field(default_factory=list)
     row_order: int = 2
 
     def see(self, value: float | None, valid: dict[str, Any], min_delta: float) -> bool:

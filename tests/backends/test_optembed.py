@@ -18,6 +18,7 @@ from tests.helpers.learned_cases import SEARCH, TRAIN, Clicks, Memory, auc, begi
 USELESS = plant(useful_share=0.4)
 NARROW = plant(num_values=(60, 60, 300, 300), rank=4, seed=1)
 LEARN = {"epochs": 3, "decay": 0.1, "structure_rate": 1.0}
+PACE = {"structure_rate": 0.1}
 QUICK = {"alpha": 0.005, "generations": 4, "population": 10, "mutants": 6, "crossovers": 6}
 
 
@@ -69,6 +70,52 @@ def test_thresholds_prune_useless_ids_and_the_table_without_them_is_better(usele
     full = Clicks(USELESS, Full(), 8)
     fit(full, USELESS, **LEARN)
     assert auc(retrained, USELESS) > auc(full, USELESS)
+
+
+def kept_after(epochs):
+    """The share of rows that pass after trainings that decay rows alike in all, and the thresholds."""
+    method = OptEmbed(prune="rows")
+    model, _ = supernet(USELESS, method, epochs=epochs, decay=0.3 / epochs, plans=True, **PACE)
+    gate = model.eval().tables.combine.combines["optembed"]
+    rows = {name: bag.weight for name, bag in model.tables.unpooled_rows.embedding_bags.items()}
+    kept = torch.cat([gate.keeps_row(name, rows[name]) for name in gate.names])
+    return kept.float().mean().item(), gate.thresholds().detach()
+
+
+def test_the_pruned_share_does_not_follow_from_the_number_of_steps():
+    short, at_short = kept_after(1)
+    long, at_long = kept_after(3)
+    assert 0.3 < short < 0.9
+    assert abs(short - long) < 0.15
+    torch.testing.assert_close(at_short, at_long, rtol=0.2, atol=0)
+
+
+def test_steps_together_pull_as_far_whatever_their_number():
+    method = OptEmbed(prune="rows")
+    model = Clicks(USELESS, method, 8)
+    supernet_of = model.tables.combine.combines["optembed"]
+    pulls = []
+    for steps in (None, 500, 5_000, 50_000):
+        if steps is not None:
+            model.tables.plan_steps(steps)
+        model(USELESS.features(slice(0, 20)))
+        pulls.append(float(supernet_of.penalty.detach()) * (steps or 5_000))
+    assert pulls == pytest.approx([pulls[0]] * 4)
+
+
+def test_kept_rows_are_those_whose_norm_is_above_the_threshold():
+    model = Clicks(USELESS, OptEmbed(prune="rows"), 8).eval()
+    gate = model.tables.combine.combines["optembed"]
+    with torch.no_grad():
+        gate.norms.ensure_filled()
+        gate.norms.means.fill_(2.0)
+        gate.thresholds.values.copy_(torch.tensor([0.5, 1.5, 0.5, 0.5]))
+    rows = torch.tensor([[2.0] + [0.0] * 7, [0.9] + [0.0] * 7, [0.0] * 8])
+    assert gate.keeps_row("t0", rows).tolist() == [True, False, False]
+    assert gate.keeps_row("t1", rows).tolist() == [False, False, False]
+    assert model.tables.may_stop_rows
+    whole = Clicks(USELESS, OptEmbed(prune="widths"), 8).tables
+    assert not whole.may_stop_rows
 
 
 @pytest.mark.parametrize("prune", ["rows", "both"])

@@ -69,6 +69,7 @@ def fit(
     rate: float = 0.1,
     decay: float = 0.0,
     structure_rate: float = 0.1,
+    plans: bool = False,
 ) -> None:
     """Train as `embcomp train` does, with whole rows decayed in each step."""
     inside = dict(model.tables.named_parameters())
@@ -82,6 +83,8 @@ def fit(
         optimizers.append(torch.optim.SGD(structure, lr=structure_rate))
     random = torch.Generator().manual_seed(0)
     model.train()
+    if plans:
+        model.tables.plan_steps(epochs * -(-(rows.stop - rows.start) // 250))
     for _ in range(epochs):
         order = torch.arange(len(planted.labels))[rows]
         for batch in order[torch.randperm(len(order), generator=random)].split(250):

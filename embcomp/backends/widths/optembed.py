@@ -10,6 +10,10 @@ Where we depart from the paper and its code:
 
 - norms are measured in units of their mean (`embcomp.backends.widths.threshold_gate`), so that thresholds learn whatever
   the width and the initial weights are;
+- thresholds are pulled up by `alpha` in each step of a training of 5,000 steps, and by more or less in
+  shorter or longer ones, so that how many rows are pruned does not follow from the number of steps. With
+  the paper's settings the pull is some 1e-9 a step and thresholds move by the task's gradient alone; ours,
+  in units of mean norms, moves them by 1e-4, to 0.4 at the end where nothing holds against it;
 - with a budget, rows are ranked by norm times count and widths are searched within the bytes; how
   many rows to keep is tried out. Without one, thresholds decide as they were learnt, and the search
   looks at the score alone: that is the paper's method;
@@ -71,7 +75,8 @@ class OptEmbed(SearchedSize):
         target_bytes: serving bytes of the compressed tables together; what a budget comes to.
         prune: `rows` alone (OptEmbed-E), `widths` alone (OptEmbed-D), or both.
         norm: 1 or 2, of the rows' norms that are held against the thresholds.
-        alpha: weight of `exp(-threshold)` in the loss, which pushes thresholds up.
+        alpha: weight of `exp(-threshold)` in the loss, which pushes thresholds up; of a training of
+            5,000 steps, and so much more or less of another that all steps together push alike.
         threshold_learning_rate: of the plain SGD that thresholds have to themselves.
         importance: by what a budget ranks rows: norm times count, or norm alone. Of tables whose
             ids nobody counted it is the norm alone.

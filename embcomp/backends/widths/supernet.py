@@ -13,13 +13,23 @@ from typing_extensions import override
 
 from embcomp.backends.base import SearchContext
 from embcomp.backends.widths.masks import GroupColumns, WidthDraws
-from embcomp.backends.widths.threshold_gate import Norm, NormMeans, Step, Thresholds, relative_norms
+from embcomp.backends.widths.threshold_gate import (
+    Norm,
+    NormMeans,
+    Step,
+    Thresholds,
+    relative_norms,
+    row_norms,
+)
 from embcomp.backends.widths.width_space import Widths
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
+
+STEPS_OF_ALPHA = 5_000
+"""The steps of a training in which thresholds are pulled up by `alpha` itself in each."""
 
 
 class Supernet(Penalised):
@@ -35,7 +45,7 @@ class Supernet(Penalised):
         draws: draws widths in training; None leaves embeddings whole.
         gates: whether there are thresholds.
         norm: 1 or 2; which norm is held against the thresholds.
-        alpha: weight of `exp(-threshold)` in the loss.
+        alpha: weight of `exp(-threshold)` in the loss of a training of `STEPS_OF_ALPHA` steps.
     """
 
     def __init__(
@@ -80,7 +90,7 @@ class Supernet(Penalised):
         if self.training:
             rows = self._gated(rows, looked_up)
             if self.thresholds is not None:
-                self.penalty = self._alpha * torch.exp(-self.thresholds()).sum()
+                self.penalty = self._pull * torch.exp(-self.thresholds()).sum()
             if self.draws is not None:
                 rows = rows * self._columns.prefixes(self.draws(looked_up))
             return rows
@@ -94,6 +104,27 @@ class Supernet(Penalised):
             widths = self._fixed_widths.to(rows.device)[self._tables.on(rows.device)]
             rows = rows * self._columns.prefixes(widths.unsqueeze(0))
         return rows
+
+    @property
+    def _pull(self) -> float:
+        """How hard thresholds are pulled up, so that a training's steps together pull alike."""
+        if not self.planned_steps:
+            return self._alpha
+        return self._alpha * STEPS_OF_ALPHA / self.planned_steps
+
+    @property
+    @override
+    def stops_rows(self) -> bool:
+        return self.thresholds is not None
+
+    @override
+    @torch.no_grad()
+    def keeps_row(self, table: str, rows: Tensor) -> Tensor | None:
+        if self.thresholds is None or self.norms is None:
+            return None
+        place = self.names.index(table)
+        norms = relative_norms(row_norms(rows.float(), self._norm), self.norms()[place])
+        return norms > self.thresholds()[place]
 
     def _gated(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         if self.thresholds is None or self.norms is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,9 @@ class StageResult:
         train_seconds: time of the training steps, or of the search.
         wall_seconds: time of everything in the stage, interruptions left out.
         result: what a search found.
+        kept_training: of a stage that hands on the best weights or those that it began with, whether
+            training was better; None for other stages.
+        kept_rows: the share of rows that passed learnt thresholds at the end of each epoch.
     """
 
     name: str
@@ -39,6 +42,8 @@ class StageResult:
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
+    kept_training: bool | None = None
+    kept_rows: Sequence[float] = ()
 
     @classmethod
     def of(cls, stage: Stage, state: LoopState, keeps_step: int) -> StageResult:
@@ -51,6 +56,21 @@ class StageResult:
             valid=state.best_valid,
             train_seconds=state.train_seconds,
             wall_seconds=state.wall_seconds,
+            kept_training=keeps_step > 0 if stage.keeps == "best_or_start" else None,
+            kept_rows=tuple(state.kept_rows),
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether a stage's training was worth keeping, for people; empty where none asks."""
+        if self.kept_training is None:
+            return ""
+        if not self.steps:
+            return f"{self.name}: nothing was trained"
+        if self.kept_training:
+            return f"{self.name}: training was kept, as of step {self.keeps_step} of {self.steps}"
+        return (
+            f"{self.name}: training was not kept, as no evaluation beat what the stage began with"
         )
 
 
