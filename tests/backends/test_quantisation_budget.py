@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from embcomp.layers.block_work import IN_MEMORY
 from embcomp.tables.specs import by_name, specs_from_configs
 
 SHARES = (1, 2, 3, 5, 10, 20, 30)
+WRONG: Any = "best"
 
 
 def specs(*sizes):
@@ -231,7 +233,7 @@ def test_measured_latents_follow_the_rank():
         (lambda: LR2VQ(choose="measured", latent_dim="auto"), "chooses latent_dim itself"),
         (lambda: LR2VQ(choose="measured", from_dense=False), "from_dense: false"),
         (lambda: PQ(choose="measured", num_codewords=16), "chooses num_codewords itself"),
-        (lambda: PQ(choose="best"), "choose must be one of expected, measured"),
+        (lambda: PQ(choose=WRONG), "choose must be one of expected, measured"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(make, wanted):
