@@ -30,6 +30,7 @@ from embcomp.tables.specs import TableSpec
 
 STEPS_OF_ALPHA = 5_000
 """The steps of a training in which thresholds are pulled up by `alpha` itself in each."""
+_HARDEST = 100  # times `alpha`, as the norms of the first few steps say nothing yet
 
 
 class Supernet(Penalised):
@@ -110,7 +111,7 @@ class Supernet(Penalised):
         """How hard thresholds are pulled up, so that a training's steps together pull alike."""
         if not self.planned_steps:
             return self._alpha
-        return self._alpha * STEPS_OF_ALPHA / self.planned_steps
+        return self._alpha * min(STEPS_OF_ALPHA / self.planned_steps, _HARDEST)
 
     @property
     @override
