@@ -55,6 +55,26 @@ def test_prefixes_are_better_than_those_of_an_ordinary_table(nested, ordinary):
     assert auc(cut(nested, widths), NARROW) > auc(nested, NARROW) - 0.005
 
 
+def test_whole_and_least_widths_are_drawn_for_all_fields_of_a_sample():
+    tables = plain_tables(8, rows=(50, 60, 70))
+    pairs = [(table.name, feature) for table in tables for feature in table.features]
+    choices = [(2, 4, 6, 8)] * len(pairs)
+    draws = WidthDraws(pairs, choices, None, 7, full=0.3, least=0.2)
+    batch = random_batch(tables, seed=0, batch_size=400, shape="single")
+    widths = torch.cat(
+        [draws(LookupContext(batch, slice(0, len(pairs)), 400, False))[:400] for _ in range(5)]
+    )
+    whole, least = (widths == 8).all(1).float().mean(), (widths == 2).all(1).float().mean()
+    assert whole == pytest.approx(0.3 + 0.5 / 4 ** len(pairs), abs=0.03)
+    assert least == pytest.approx(0.2 + 0.5 / 4 ** len(pairs), abs=0.03)
+    assert {2, 4, 6, 8} == set(widths.flatten().tolist())
+
+
+def test_shares_of_samples_are_no_more_than_all():
+    with pytest.raises(ConfigError, match="together at most 1"):
+        Matryoshka(full_share=0.7, least_share=0.6)
+
+
 def test_a_slice_holds_prefixes_and_names_mistakes(nested):
     form = Matryoshka().slice_columns(nested.specs, nested.form, {"t1": 3})
     assert torch.equal(form.rows("t1").whole(), nested.form.rows("t1").whole()[:, :3])

@@ -21,6 +21,7 @@ from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.name_hash import name64
 
 _FINENESS = 1 << 30  # of probabilities
+_SANDWICH = "\0sandwich"  # no table is called so
 
 
 class GroupColumns:
@@ -67,6 +68,8 @@ class WidthDraws(LearnedBuffers):
         choices: for each (table, feature), the widths to draw from.
         weights: for each, the probability of each width up to a factor; equal when None.
         seed: of the draws.
+        full: share of the samples whose embeddings are all left whole.
+        least: share of the samples whose embeddings are all cut to their least width.
     """
 
     step: Tensor
@@ -77,8 +80,13 @@ class WidthDraws(LearnedBuffers):
         choices: Sequence[Sequence[int]],
         weights: Sequence[Sequence[float]] | None,
         seed: int,
+        *,
+        full: float = 0.0,
+        least: float = 0.0,
     ) -> None:
         super().__init__()
+        self._whole, self._cut = round(full * _FINENESS), round((full + least) * _FINENESS)
+        self._sandwich = Constant([table_salt(seed, _SANDWICH, 0)])
         most = max(len(widths) for widths in choices)
         shape = (len(choices), most)
         self._choices = Constant(
@@ -111,7 +119,17 @@ class WidthDraws(LearnedBuffers):
         with torch.no_grad():
             self.step += 1
         pairs = torch.arange(samples.shape[1], device=device)
-        return self._choices.on(device)[pairs, index]
+        choices = self._choices.on(device)
+        return self._sandwiched(choices[pairs, index], choices, key)
+
+    def _sandwiched(self, drawn: Tensor, choices: Tensor, key: Tensor) -> Tensor:
+        """Drawn widths, but for the samples that are whole or least in all their embeddings."""
+        if not self._cut:
+            return drawn
+        salts = self._sandwich.on(key.device)
+        role = hash_rows(key, salts, torch.full_like(salts, _FINENESS))
+        least = torch.where(role < self._cut, choices[:, 0], drawn)
+        return torch.where(role < self._whole, choices[:, -1], least)
 
 
 def _bounds(weights: Sequence[float], length: int) -> list[int]:

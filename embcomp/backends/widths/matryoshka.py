@@ -1,10 +1,13 @@
 """Matryoshka tables: trained once so that every prefix of an embedding is an embedding.
 
 Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, https://arxiv.org/abs/2205.13147,
-brought to tables: in training each embedding is cut to a width drawn for its sample and field and padded
-by zeros, so that its first columns learn what matters most. The paper sums the losses of all widths,
-one forward pass each; drawing one width per sample and field costs one pass and lets every field have
-a width of its own afterwards. Which widths, a search finds that trains nothing; they can also be given
+brought to tables: in training embeddings are cut to widths and padded by zeros, so that their first
+columns learn what matters most. The paper sums the losses of all widths, one forward pass each. We take
+one pass, by the sandwich rule of Yu and Huang, "Universally Slimmable Networks", ICCV 2019, spread over
+the samples of a step: some are whole in all fields, some cut to the least width in all, and those between
+have a width drawn for each field, so that fields can have widths of their own afterwards. Drawn widths
+alone would never train what an uncut table serves: 26 fields are all whole once in 10^23 samples. Which
+widths, a search finds that trains nothing; they can also be given
 by hand, again and again, from one training (`slice_columns`).
 """
 
@@ -33,7 +36,7 @@ from embcomp.backends.widths.searched_size import (
 from embcomp.backends.widths.supernet import Supernet, Trial
 from embcomp.backends.widths.width_space import Widths, WidthSpace
 from embcomp.errors import ConfigError
-from embcomp.io.constraints import Ge, Le
+from embcomp.io.constraints import Between, Ge, Le
 from embcomp.layers.block_work import Work
 from embcomp.tables.footprint import TensorFootprint
 from embcomp.tables.specs import TableSpec
@@ -53,6 +56,8 @@ class Matryoshka(SearchedSize):
         width_grid: widths that are trained and may be chosen: multiples of this, or a list. A
             table's full width is always among them.
         weights: by width, how often it is drawn in training, where others have 1.
+        full_share: share of the samples that are whole in all fields.
+        least_share: share of the samples that have the least width in all fields.
         choose: how widths are found: `greedy` scores each field's widths alone, `evolution`
             whole candidates.
         finetune_epochs: passes over the training rows after the widths are chosen; 0 only cuts.
@@ -68,6 +73,8 @@ class Matryoshka(SearchedSize):
 
     width_grid: WidthGrid = 2
     weights: Annotated[Mapping[int, float], Le(10**9)] = field(default_factory=dict)
+    full_share: Annotated[float, Between(0, 1, "[]")] = 0.2
+    least_share: Annotated[float, Between(0, 1, "[]")] = 0.02
     choose: Choose = "greedy"
     finetune_epochs: Rounds = 1
     search_rows: Annotated[int, Ge(1)] = 200_000
@@ -86,6 +93,12 @@ class Matryoshka(SearchedSize):
                 raise ConfigError(
                     f"matryoshka: the weight of width {width} must be positive, got {weight}"
                 )
+
+        if self.full_share + self.least_share > 1:
+            raise ConfigError(
+                "matryoshka: full_share and least_share are shares of the same samples, together at "
+                f"most 1; got {self.full_share} and {self.least_share}"
+            )
 
     def _evolution(self) -> Evolution:
         return Evolution(
@@ -110,7 +123,14 @@ class Matryoshka(SearchedSize):
         choices = [self.choices(table) for table in tables for _ in table.feature_names]
         weights = [[self.weights.get(width, 1.0) for width in widths] for widths in choices]
         pairs = [(table.name, feature) for table in tables for feature in table.feature_names]
-        draws = WidthDraws(pairs, choices, weights if self.weights else None, self.seed)
+        draws = WidthDraws(
+            pairs,
+            choices,
+            weights if self.weights else None,
+            self.seed,
+            full=self.full_share,
+            least=self.least_share,
+        )
         return Backend(
             physical_tables=physical,
             keys=keys,
