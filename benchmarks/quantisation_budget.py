@@ -30,7 +30,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from embcomp.backends import LR2VQ, PQ
 from embcomp.backends.codebooks.clustered import Clustered
 from embcomp.backends.codebooks.clustering import id_weights
-from embcomp.backends.codebooks.measured_size import RowSample, Size, choose_size
+from embcomp.backends.codebooks.measured_size import Size, TrainedSample, choose_size
 from embcomp.config.train_config import parse_config
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.prepare import prepare
@@ -39,6 +39,7 @@ from embcomp.data_pipelines.synthetic.generate import write_criteo_log
 from embcomp.data_pipelines.synthetic.synthetic_rows import SyntheticConfig
 from embcomp.errors import BudgetError, EmbcompError
 from embcomp.io.atomic_files import write_atomically
+from embcomp.layers.row_sources import MemoryRows
 from embcomp.tables.specs import TableSpec, specs_from_configs
 from embcomp.training import load_model, train
 
@@ -164,15 +165,21 @@ def trained(data: Path, folder: Path, dim: int) -> Iterator[Case]:
     counts = {name: torch.from_numpy(own) for name, own in counted.items()}
     longest = sorted(state.tables, key=lambda table: -table.num_embeddings)[:LONGEST]
     for table in longest:
-        rows = state.form.rows(table.name).detach()
-        weights = id_weights([table], counts)[table.name]
+        rows = state.form.rows(table.name).whole().detach()
+        weights = id_weights([table], counts)[table.name].whole()
         yield Case(f"trained {table.name}", table, rows, weights)
 
 
 def compare(
     case: Case, make: type[Clustered], method: str, budgets: list[float]
 ) -> Iterator[Outcome]:
-    sample = RowSample([case.rows], [case.weights])
+    name = case.table.name
+    sample = TrainedSample.of(
+        [case.table],
+        {name: MemoryRows(case.rows)},
+        {name: MemoryRows(case.weights)},
+        seed=make().seed,
+    )
     errors: dict[tuple[int, int, int, int], float] = {}
 
     def error(size: Size, seed: int) -> float:

@@ -197,7 +197,9 @@ def write_codes(config: Coded, latents: Latents, codebooks: Codebooks) -> RowSou
         table = latents.tables[places[block.table]]
         if block.stop < table.num_embeddings:
             return len(block) * layout.positions(table)
-        return padded_codes(layout, table, bits) - block.start * layout.positions(table)
+        positions = layout.positions(table)
+        whole = padded_codes(table.num_embeddings * positions, bits)
+        return whole - block.start * positions
 
     def packed(block: RowBlock) -> Tensor:
         rows = latents.rows[block.table].read(block.start, block.stop).float()
