@@ -148,7 +148,8 @@ def test_chosen_columns_stay_within_any_budget_and_use_it(drawn):
 def test_a_column_that_no_longer_fits_goes_to_the_most_frequent_ids():
     table = spec(rows=100, dim=2)
     scores = {"t0": torch.tensor([[4.0, 3.0], [2.0, 0.0]], dtype=torch.float64)}
-    chosen = choose_columns([table], scores, {"t0": (10,)}, 2 * 41 + 4 * 30 + 2)
+    counts = {"t0": 1 / torch.arange(1, 101)}
+    chosen = choose_columns([table], scores, {"t0": (10,)}, 2 * 41 + 4 * 30 + 2, counts)
     assert chosen.cuts == {"t0": (10, 40)}
     assert chosen.kept["t0"].tolist() == [[True, True], [True, False], [False, False]]
     assert chosen.source == {"t0": [0, 1, 1]}

@@ -101,7 +101,7 @@ def test_ids_that_nobody_counted_count_alike_everywhere():
     (table,) = specs_from_configs(tables(rows=10))
     for none in ({}, {"t0": torch.zeros(10)}, {"t0": torch.zeros(0)}):
         assert counted(table, none) is None
-        assert id_weights([table], none)["t0"].tolist() == [1.0] * 10
+        assert id_weights([table], none)["t0"].whole().tolist() == [1.0] * 10
     assert block_traffic(table, None, (4,), 1.0) == [0.4, 0.6]
 
 
@@ -114,7 +114,7 @@ def test_an_ids_number_does_not_matter_where_nobody_counted():
     for each in (rows, rows.flip(0)):
         form = MethodState(config=Full(), tensors={"rows.t0": each})
         past = StageInputs(before=form, initial=lambda form=form: form)
-        found.append(method.start_stage(method.stages()[-1], own, past).rows("t0"))
+        found.append(method.start_stage(method.stages()[-1], own, past).rows("t0").whole())
     torch.testing.assert_close(found[0], found[1].flip(0))
 
 

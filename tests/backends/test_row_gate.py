@@ -60,5 +60,5 @@ def test_rows_of_zeros_are_pruned_from_the_start_and_all_others_pass():
     with torch.no_grad():
         weight[5] = 0
     masks = OptEmbed()._passing(collection.plan.tables, collection.states()[0].form)
-    assert masks["t0"].logical_not().nonzero().tolist() == [[5]]
-    assert masks["t1"].all() and masks["t2"].all()
+    assert masks["t0"].whole().logical_not().nonzero().tolist() == [[5]]
+    assert masks["t1"].whole().all() and masks["t2"].whole().all()

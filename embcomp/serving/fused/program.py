@@ -58,7 +58,7 @@ _HOW = {"set": 0, "add": 1, "multiply": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class FusedProgram:
     """What the compiled look-up is given of a collection.
 
     Args:
@@ -91,7 +91,7 @@ class _Writer:
 
 def make_program(
     groups: Sequence[Group], stored: Mapping[str, HeldTable], sources: Sequence[str]
-) -> Program:
+) -> FusedProgram:
     """The program of a collection whose methods all say what they do.
 
     Args:
@@ -116,7 +116,7 @@ def make_program(
             instances.append(instance)
     steps, features = _array(writer.steps, STEP), _array(writer.features, FEATURE)
     sizes = [*steps["width"], *steps["out_width"], *features["dim"], 1]
-    return Program(
+    return FusedProgram(
         steps=steps,
         features=features,
         instances=instances,
