@@ -40,6 +40,8 @@ struct Feature {
   int32_t mean, zero;        // whether bags are averaged; whether the steps leave columns unset
   float scale;
   int32_t linear;            // whether rows of a bag may be summed before they make an embedding
+  int32_t plain;             // whether every step writes columns of its own, side by side
+  int32_t coded;             // whether moreover every step is a code that names a row there is
 };
 
 constexpr int64_t kTile = 16;
@@ -145,37 +147,59 @@ inline float half(uint16_t bits) {
 #endif
 }
 
-// A stored row as floats; where it can be used as it lies, nothing is copied.
+inline void widen_halves(float* to, const uint16_t* halves, int32_t width) {
+  int32_t i = 0;
+#if defined(__F16C__) && defined(__AVX__)
+  for (; i + 8 <= width; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(halves + i))));
+  for (; i + 4 <= width; i += 4)
+    _mm_storeu_ps(to + i, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(halves + i))));
+#endif
+  for (; i < width; ++i) to[i] = half(halves[i]);
+}
+
+inline void widen_bytes(float* to, const uint8_t* codes, int32_t width, float scale, float bias) {
+  int32_t i = 0;
+#if defined(__AVX2__)
+  const __m256 scales = _mm256_set1_ps(scale), biases = _mm256_set1_ps(bias);
+  for (; i + 8 <= width; i += 8) {
+    const __m256i eight = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
+    const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(eight), scales);
+    _mm256_storeu_ps(to + i, _mm256_add_ps(product, biases));
+  }
+#endif
+  for (; i < width; ++i) {
+    const float product = float(codes[i]) * scale;
+    to[i] = product + bias;
+  }
+}
+
+// Writes the used columns of a stored row as floats.
+inline void restore(const Step& s, const uint8_t* row, float* to) {
+  if (s.row_type == kFp32) {
+    copy(to, reinterpret_cast<const float*>(row) + s.from, s.width);
+  } else if (s.row_type == kFp16) {
+    widen_halves(to, reinterpret_cast<const uint16_t*>(row) + s.from, s.width);
+  } else {
+    uint16_t head[2];
+    std::memcpy(head, row, 4);
+    const float scale = half(head[0]), bias = half(head[1]);
+    if (s.row_type == kInt8) {
+      widen_bytes(to, row + 4 + s.from, s.width, scale, bias);
+    } else {
+      for (int32_t i = 0; i < s.width; ++i) {
+        const int32_t at = s.from + i;
+        const float product = float((row[4 + (at >> 1)] >> (4 * (at & 1))) & 15) * scale;
+        to[i] = product + bias;
+      }
+    }
+  }
+}
+
+// The same where it can be used as it lies: nothing is copied then.
 inline const float* restored(const Step& s, const uint8_t* row, float* scratch) {
   if (s.row_type == kFp32) return reinterpret_cast<const float*>(row) + s.from;
-  if (s.row_type == kFp16) {
-    const uint16_t* values = reinterpret_cast<const uint16_t*>(row) + s.from;
-    int32_t i = 0;
-#if defined(__F16C__) && defined(__AVX__)
-    for (; i + 8 <= s.width; i += 8) {
-      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i));
-      _mm256_storeu_ps(scratch + i, _mm256_cvtph_ps(eight));
-    }
-#endif
-    for (; i < s.width; ++i) scratch[i] = half(values[i]);
-    return scratch;
-  }
-  uint16_t head[2];
-  std::memcpy(head, row, 4);
-  const float scale = half(head[0]), bias = half(head[1]);
-  const uint8_t* codes = row + 4;
-  const int32_t from = s.from;
-  if (s.row_type == kInt8) {
-    for (int32_t i = 0; i < s.width; ++i) {
-      const float product = float(codes[from + i]) * scale;
-      scratch[i] = product + bias;
-    }
-  } else {
-    for (int32_t i = 0; i < s.width; ++i) {
-      const float product = float((codes[(from + i) >> 1] >> (4 * ((from + i) & 1))) & 15) * scale;
-      scratch[i] = product + bias;
-    }
-  }
+  restore(s, row, scratch);
   return scratch;
 }
 
@@ -244,12 +268,60 @@ inline const uint8_t* address(const Step& s, int64_t id, bool* bad) {
   return at;
 }
 
+// The addresses of the rows of some ids; the kind is fixed, so that nothing is asked in the loop.
+template <Kind kind>
+bool find_rows_of(Step s, const int64_t* ids, int64_t size, const uint8_t** rows, int64_t stride) {
+  s.kind = kind;
+  bool bad = false;
+  for (int64_t i = 0; i < size; ++i) rows[i * stride] = address(s, ids[i], &bad);
+  return !bad;
+}
+
+bool find_rows(const Step& s, const int64_t* ids, int64_t size, const uint8_t** rows,
+               int64_t stride) {
+  switch (s.kind) {
+    case kIdentity: return find_rows_of<kIdentity>(s, ids, size, rows, stride);
+    case kHashed: return find_rows_of<kHashed>(s, ids, size, rows, stride);
+    case kQuotient: return find_rows_of<kQuotient>(s, ids, size, rows, stride);
+    case kRemainder: return find_rows_of<kRemainder>(s, ids, size, rows, stride);
+    case kRanked: return find_rows_of<kRanked>(s, ids, size, rows, stride);
+    case kCode: return find_rows_of<kCode>(s, ids, size, rows, stride);
+    case kWithin: return find_rows_of<kWithin>(s, ids, size, rows, stride);
+  }
+  return false;
+}
+
+// Embeddings of codes, which need no addresses: their rows are in a cache.
+void decode(const Feature& f, const Step* steps, const int64_t* ids, int64_t size, float* out,
+            int64_t stride) {
+  for (int32_t n = 0; n < f.count; ++n) {
+    const Step s = steps[f.first + n];
+    const uint8_t* rows = s.rows + s.c * s.row_bytes;
+    float* to = out + s.into;
+    if (s.d == 8 && s.row_type == kFp32 && s.width == 4) {
+      const uint8_t* codes = s.state + s.b;
+      rows += 4 * s.from;
+      for (int64_t i = 0; i < size; ++i)
+        std::memcpy(to + i * stride, rows + codes[ids[i] * s.a] * s.row_bytes, 16);
+      continue;
+    }
+    for (int64_t i = 0; i < size; ++i)
+      restore(s, rows + code_at(s, ids[i] * s.a + s.b) * s.row_bytes, to + i * stride);
+  }
+  for (int64_t i = 0; f.scale != 1.0f && i < size; ++i)
+    for (int32_t j = 0; j < f.dim; ++j) out[i * stride + j] *= f.scale;
+}
+
 inline void embed(const Feature& f, const Step* steps, const uint8_t* const* rows, float* out,
                   Scratch& scratch) {
   if (f.zero) std::memset(out, 0, 4 * size_t(f.dim));
   for (int32_t n = 0; n < f.count; ++n) {
     if (!rows[n]) continue;
     const Step& s = steps[f.first + n];
+    if (f.plain) {
+      restore(s, rows[n], out + s.into);
+      continue;
+    }
     place(s, restored(s, rows[n], scratch.row.data()), out, scratch.projected.data());
   }
   if (f.scale != 1.0f)
@@ -258,35 +330,41 @@ inline void embed(const Feature& f, const Step* steps, const uint8_t* const* row
 
 // Samples [begin, end) where every bag holds one id without a weight.
 bool singles(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
-  bool bad = false;
+  const Program& p = c.program;
   const int64_t size = end - begin;
-  for (int64_t n = 0; n < c.program.num_features; ++n) {
-    const Feature& f = c.program.features[n];
-    const int64_t* ids = c.values + c.program.places[f.source] * c.batch + begin;
-    for (int64_t i = 0; i < size; ++i) {
-      if (f.limit >= 0 && (ids[i] < 0 || ids[i] >= f.limit)) return false;
+  for (int64_t n = 0; n < p.num_features; ++n) {
+    const Feature& f = p.features[n];
+    const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
+    if (f.limit >= 0) {
+      uint64_t out_of_range = 0;
+      for (int64_t i = 0; i < size; ++i) out_of_range |= uint64_t(ids[i]) >= uint64_t(f.limit);
+      if (out_of_range) return false;
     }
     for (int32_t k = 0; k < f.count; ++k) {
-      const Step& s = c.program.steps[f.first + k];
+      const Step& s = p.steps[f.first + k];
       if (!s.state || (k && s.state == (&s)[-1].state)) continue;
       for (int64_t i = 0; i < size; ++i) ask_for_state(s, ids[i]);
     }
   }
-  for (int64_t n = 0; n < c.program.num_features; ++n) {
-    const Feature& f = c.program.features[n];
-    const int64_t* ids = c.values + c.program.places[f.source] * c.batch + begin;
+  for (int64_t n = 0; n < p.num_features; ++n) {
+    const Feature& f = p.features[n];
+    if (f.coded) continue;
+    const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
     const uint8_t** rows = scratch.rows.data() + kTile * f.first;
     for (int32_t k = 0; k < f.count; ++k)
-      for (int64_t i = 0; i < size; ++i)
-        rows[i * f.count + k] = address(c.program.steps[f.first + k], ids[i], &bad);
+      if (!find_rows(p.steps[f.first + k], ids, size, rows + k, f.count)) return false;
   }
-  if (bad) return false;
-  for (int64_t i = 0; i < size; ++i) {
-    float* out = c.out + (begin + i) * c.program.stride;
-    for (int64_t n = 0; n < c.program.num_features; ++n) {
-      const Feature& f = c.program.features[n];
-      embed(f, c.program.steps, scratch.rows.data() + kTile * f.first + i * f.count, out + f.out, scratch);
+  for (int64_t n = 0; n < p.num_features; ++n) {
+    const Feature& f = p.features[n];
+    float* out = c.out + begin * p.stride + f.out;
+    if (f.coded) {
+      const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
+      decode(f, p.steps, ids, size, out, p.stride);
+      continue;
     }
+    const uint8_t** rows = scratch.rows.data() + kTile * f.first;
+    for (int64_t i = 0; i < size; ++i)
+      embed(f, p.steps, rows + i * f.count, out + i * p.stride, scratch);
   }
   return true;
 }

@@ -46,7 +46,7 @@ STEP = np.dtype(
 FEATURE = np.dtype(
     [(name, "<i8") for name in ("limit", "out")]
     + [(name, "<i4") for name in ("source", "first", "count", "dim", "mean", "zero")]
-    + [("scale", "<f4"), ("linear", "<i4")]
+    + [("scale", "<f4"), ("linear", "<i4"), ("plain", "<i4"), ("coded", "<i4")]
 )
 HEADER = np.dtype(
     [(name, "<u8") for name in ("features", "steps", "places")]
@@ -186,6 +186,9 @@ def _add_feature(
         for placed in embedding.rows
         for route in routes.by_key[backend.keys[placed.key]]
     )
+    own = writer.steps[first:]
+    plain = all(s["how"] == 0 and not s.get("columns") and not s.get("projection") for s in own)
+    coded = all(s["kind"] == 5 and s["c"] + 2 ** s["d"] <= s["num_rows"] for s in own)
     before = sum(feature["dim"] for feature in writer.features)
     writer.features.append(
         {
@@ -195,6 +198,8 @@ def _add_feature(
             "dim": embedding.width,
             "zero": int(skips or covered < embedding.width),
             "scale": embedding.scale,
+            "plain": int(plain),
+            "coded": int(plain and coded),
         }
     )
 
