@@ -29,6 +29,7 @@ from embcomp.collection.assembled import (
 from embcomp.collection.combine import Combine
 from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
 from embcomp.collection.groups import Group
+from embcomp.collection.held_rows import HeldRows
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
 from embcomp.collection.table_identity import check_tables, is_mark
@@ -102,6 +103,10 @@ class _Compressed(AssembledTables):
         for inner in (self.rows, self.unpooled_rows):
             if inner is not None:
                 yield inner
+
+    def _tell_route(self) -> None:
+        """Let it know what holds the rows by now: TorchRec puts sharded collections in our place."""
+        self.route.held = HeldRows.by(self.unpooled_rows)
 
     def penalty(self) -> Tensor | None:
         """What the last forward pass in training mode adds to the loss, where a method says so.
@@ -292,6 +297,7 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
             `feature@table` when a feature is in several tables. Empty bags give zeros.
         """
         # Traced by the train pipeline: no look at the batch here, and no call but of children.
+        self._tell_route()
         x = self.route(features)
         if self.unpooled_rows is None:
             return self.combine(self.rows(x[0]), None, x[2])
@@ -342,6 +348,7 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
             For each feature (`feature@table` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) values in B bags.
         """
+        self._tell_route()
         x = self.route(features)
         return self.combine(None, self.unpooled_rows(x[1]), x[2])
 

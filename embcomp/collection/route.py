@@ -11,17 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
+from embcomp.collection.held_rows import HeldRows
 from embcomp.collection.table_identity import marks
 from embcomp.layers.host_values import known_equal, on_device
 
 
 class CompositeRoute(nn.Module):
     """Picks each method's features by name, routes them, and lays out the physical look-ups.
+
+    Attributes:
+        held: how the rows of look-ups in bags of one are held; the collection keeps it true.
 
     Args:
         groups: the methods, in order.
@@ -39,6 +42,7 @@ class CompositeRoute(nn.Module):
         self._features = [i.feature for group in groups for i in group.instances]
         self._is_weighted = is_weighted
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
+        self.held = HeldRows()
 
     def forward(
         self, features: KeyedJaggedTensor
@@ -64,7 +68,7 @@ class CompositeRoute(nn.Module):
             else:
                 pooled.append(route(parts[i]))
         skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
-        rows = _bags_of_one(unpooled, is_weighted=self._is_weighted, skips=skips)
+        rows = _bags_of_one(unpooled, self.held, is_weighted=self._is_weighted, skips=skips)
         return _concatenated(pooled) if pooled else None, rows, features
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -153,7 +157,7 @@ def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 
 def _bags_of_one(
-    parts: list[tuple[KeyedJaggedTensor, int]], *, is_weighted: bool, skips: bool
+    parts: list[tuple[KeyedJaggedTensor, int]], held: HeldRows, *, is_weighted: bool, skips: bool
 ) -> KeyedJaggedTensor | None:
     """Give each value a bag of its own, the keys padded by empty bags to one stride.
 
@@ -162,6 +166,7 @@ def _bags_of_one(
 
     Args:
         parts: look-ups, and how many physical ids stand for one value in them.
+        held: what holds the rows.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
         skips: whether bags of negative ids are to be empty.
     """
@@ -172,7 +177,7 @@ def _bags_of_one(
     counts = [count // ids for count, ids in zip(physical, sizes)]
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
-    stride = _common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
+    stride = held.common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
     if known_equal(counts, stride) and len(set(sizes)) == 1:
         lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
     else:
@@ -191,13 +196,3 @@ def _bags_of_one(
         stride=stride,
         length_per_key=None if skips else physical,
     )
-
-
-def _common_stride(stride: int, device: torch.device) -> int:
-    """The largest stride over the ranks: row-wise sharded tables need the same on each of them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return stride
-    on = device if dist.get_backend() == "nccl" else torch.device("cpu")
-    largest = torch.tensor(stride, device=on)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest.item())

@@ -229,14 +229,6 @@ def row_collections(model: nn.Module) -> Iterator[tuple[str, EmbeddingBagCollect
             yield path, module
 
 
-def is_unpooled(path: str) -> bool:
-    """Whether a collection at this path looks up single values, as many as each rank happens to have.
-
-    Row-wise wants equal batches on all ranks.
-    """
-    return path.endswith("unpooled_rows")
-
-
 def pooling_factors(model: nn.Module, mean_lengths: Mapping[str, float]) -> dict[str, float]:
     """Mean bag length for each physical look-up of a model.
 
@@ -255,12 +247,14 @@ def pooling_factors(model: nn.Module, mean_lengths: Mapping[str, float]) -> dict
 def _constraints(model: nn.Module, query: PlacementRequest) -> dict[str, ParameterConstraints]:
     return {
         config.name: ParameterConstraints(
-            sharding_types=["table_wise"]
-            if is_unpooled(path)
-            else allowed_sharding(config.num_embeddings, query.sharding, query.world_size),
+            sharding_types=allowed_sharding(
+                config.num_embeddings, query.sharding, query.world_size
+            ),
+            min_partition=config.embedding_dim
+            // column_pieces(config.embedding_dim, query.world_size),
             pooling_factors=[query.pooling_factors.get(key, 1.0) for key in config.feature_names],
         )
-        for path, collection in row_collections(model)
+        for _, collection in row_collections(model)
         for config in collection.embedding_bag_configs()
     }
 
@@ -270,6 +264,14 @@ def allowed_sharding(num_embeddings: int, sharding: Sequence[str], world_size: i
     if splits_by_rows(num_embeddings, world_size):
         return list(sharding)
     return [kind for kind in sharding if kind != "row_wise"] or ["table_wise"]
+
+
+def column_pieces(embedding_dim: int, world_size: int) -> int:
+    """Into how many parts of one width a table is split by columns.
+
+    Fused kernels want parts of a multiple of 4 columns; a width that has none stays whole.
+    """
+    return max(n for n in range(1, world_size + 1) if n == 1 or embedding_dim % (4 * n) == 0)
 
 
 @contextmanager

@@ -82,7 +82,15 @@ class Codewords(LearnedBuffers):
         self.masses.fill_(1 / self.masses.numel())
 
     @torch.no_grad()
-    def learn(self, latents: Tensor, codes: Tensor, which: Tensor, chosen: Tensor | None) -> None:
+    def learn(
+        self,
+        latents: Tensor,
+        codes: Tensor,
+        which: Tensor,
+        chosen: Tensor | None,
+        *,
+        shared: bool,
+    ) -> None:
         """Move codewords towards the latents that chose them; the same on every rank.
 
         Args:
@@ -90,10 +98,11 @@ class Codewords(LearnedBuffers):
             codes: (R, K).
             which: (K,) the codebook of each column.
             chosen: (R, K) whether a row was looked up, or only pads; None when all were.
+            shared: whether other ranks have the rest of the step's rows.
         """
         slots = (which * self.words.shape[1] + codes).reshape(-1)
         latents = latents.reshape(-1, self.words.shape[2]).float()
-        uses, sums, errors = self._totals(latents, slots, chosen)
+        uses, sums, errors = self._totals(latents, slots, chosen, shared=shared)
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
         # A moving mean: masses weigh what the codeword was by how much of them is old.
         share = ((1 - self._decay) * uses / self.masses).clamp_(max=1)
@@ -117,7 +126,7 @@ class Codewords(LearnedBuffers):
         return step + 1
 
     def _totals(
-        self, latents: Tensor, slots: Tensor, chosen: Tensor | None
+        self, latents: Tensor, slots: Tensor, chosen: Tensor | None, *, shared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks, per codeword: share of uses, sums of latents, squared errors alike."""
         count, size, width = self.words.shape
@@ -126,7 +135,8 @@ class Codewords(LearnedBuffers):
         if chosen is not None:
             columns = torch.where(chosen.reshape(-1, 1), columns, 0.0)
         totals = columns.new_zeros(count * size, width + 2).index_add_(0, slots, columns)
-        totals = _over_ranks(totals)
+        if shared:
+            totals = _over_ranks(totals)
         # Shares, not numbers: a process that sees the whole batch must count as its ranks do.
         totals /= totals[:, 0].sum().clamp(min=1)
         uses, sums, errors = totals.view(count, size, -1).split([1, width, 1], dim=2)
@@ -166,7 +176,7 @@ class Codewords(LearnedBuffers):
 
 
 def _over_ranks(totals: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if dist.get_world_size() == 1:
         return totals
     on = totals if dist.get_backend() == "nccl" else totals.cpu()
     dist.all_reduce(on)
@@ -213,7 +223,7 @@ class Quantize(Penalised):
             if chosen is not None:
                 gaps = gaps * chosen
             self.penalty = self._commitment * gaps.sum() / looked_up.features.stride()
-            self.codewords.learn(latents.detach(), codes, which, chosen)
+            self.codewords.learn(latents.detach(), codes, which, chosen, shared=looked_up.sharded)
             found = latents + (found - latents).detach()
         return self.decode(found.flatten(1))
 

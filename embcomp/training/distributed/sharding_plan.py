@@ -30,8 +30,8 @@ from embcomp.planning.planner import (
     PlacementError,
     PlacementRequest,
     RowSharder,
+    column_pieces,
     find_plan,
-    is_unpooled,
     pooling_factors,
     row_collections,
 )
@@ -78,7 +78,7 @@ def plan_sharding(
     plan, loads = {}, [0] * process.world_size
     for path, collection in row_collections(model):
         generators = {
-            table: _place(weight, sharding, is_unpooled(path), loads)
+            table: _place(weight, sharding, loads)
             for table, weight in sharder.shardable_parameters(collection).items()
         }
         plan[path] = construct_module_sharding_plan(
@@ -93,16 +93,14 @@ def plan_sharding(
 
 
 def _place(
-    weight: nn.Parameter, sharding: Sharding, unpooled: bool, loads: list[int]
+    weight: nn.Parameter, sharding: Sharding, loads: list[int]
 ) -> ParameterShardingGenerator:
     if sharding == "data_parallel":
         return data_parallel()
-    if sharding == "row_wise" and not unpooled and splits_by_rows(len(weight), len(loads)):
+    if sharding == "row_wise" and splits_by_rows(len(weight), len(loads)):
         return row_wise()
     if sharding == "column_wise":
-        # Fused kernels want pieces of a multiple of 4 columns, all of one width.
-        width = weight.shape[1]
-        pieces = max(n for n in range(1, len(loads) + 1) if n == 1 or width % (4 * n) == 0)
+        pieces = column_pieces(weight.shape[1], len(loads))
         return column_wise(
             ranks=[_least_loaded(loads, weight.numel() // pieces) for _ in range(pieces)]
         )
