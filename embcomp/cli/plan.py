@@ -154,7 +154,7 @@ def _place(
     reserve: str,
     device: Literal["cuda", "cpu"],
 ) -> None:
-    from embcomp.planning.placement import SHARDING, PlacementError, PlacementRequest, place
+    from embcomp.planning.placement import SHARDING, PlacementError, PlacementRequest, place_stages
     from embcomp.planning.suggestions import for_devices
     from embcomp.tables.budget import reserved_bytes
 
@@ -171,36 +171,49 @@ def _place(
         pooling_factors=found.pooling_factors(),
     )
     try:
-        placement = place(found.on_meta(), query)
+        placements = place_stages(found.on_meta(), query)
     except PlacementError as error:
         console.fail(str(error))
         _print_ways_out(for_devices(config, sizes, found, query))
         raise typer.Exit(1) from None
-    _print_placement(placement)
+    _print_placements(found.stage_names(), placements)
 
 
-def _print_placement(placement: Placement) -> None:
-    from embcomp.tables.budget import format_bytes
-
+def _print_placements(names: Sequence[str], placements: Sequence[Placement]) -> None:
+    """One section a stage, one line for ranks that hold the same."""
     table = Table(box=console.BOX, pad_edge=False)
+    table.add_column("stage")
     table.add_column("rank", justify="right")
     table.add_column("tables")
     for name in ("weights", "optimizer", "buffers", "beside", "total", "of device"):
         table.add_column(name, justify="right")
-    for rank, total in enumerate(placement.bytes_per_rank()):
-        shards = placement.on_rank(rank)
-        kinds = [shard.sharding for shard in shards]
-        table.add_row(
-            str(rank),
-            ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
-            format_bytes(sum(shard.weight_bytes for shard in shards)),
-            format_bytes(sum(shard.optimizer_bytes for shard in shards)),
-            format_bytes(sum(shard.buffer_bytes for shard in shards)),
-            format_bytes(placement.beside),
-            format_bytes(total),
-            f"{(total + placement.reserved) / placement.device_memory:.1%}",
-        )
+    for number, (name, placement) in enumerate(zip(names, placements), 1):
+        for first, last in placement.equal_ranks():
+            label = f"{number} {name}".rstrip() if first == 0 else ""
+            table.add_row(label, *_rank_cells(placement, first, last))
+        table.add_section()
     console.stdout().print(table, highlight=False)
+
+
+def _rank_cells(placement: Placement, first: int, last: int) -> list[str]:
+    """Of ranks that hold equally much."""
+    from embcomp.tables.budget import format_bytes
+
+    shards, total = placement.on_rank(first), placement.bytes_per_rank()[first]
+    kinds = [shard.sharding for shard in shards]
+    sizes = [
+        sum(shard.weight_bytes for shard in shards),
+        sum(shard.optimizer_bytes for shard in shards),
+        sum(shard.buffer_bytes for shard in shards),
+        placement.beside,
+        total,
+    ]
+    return [
+        str(first) if first == last else f"{first}-{last}",
+        ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))),
+        *(format_bytes(size) for size in sizes),
+        f"{(total + placement.reserved) / placement.device_memory:.1%}",
+    ]
 
 
 def _replicate(found: ConfigPlan, world_size: int, free: int) -> None:

@@ -186,6 +186,15 @@ class ConfigPlan:
             for plans in self._stages()
         ]
 
+    def stage_names(self) -> list[str]:
+        """For each form of `on_meta`, the methods that hold the embedding tables in it."""
+        if self.main is None:
+            return [""]
+        return [
+            ", ".join(sorted({method.name for method, _ in plan.groups}))
+            for plan in training_plans(self.main)
+        ]
+
     def pooling_factors(self) -> dict[str, float]:
         """Mean bag length for each physical look-up."""
         lengths = {size.name: size.mean_length for size in self.sizes}

@@ -48,6 +48,7 @@ __all__ = [
     "Tables",
     "attach_optimizer",
     "place",
+    "place_stages",
     "row_wise_bytes",
     "smallest_memory",
     "smallest_world",
@@ -119,6 +120,22 @@ class Placement:
         """The parts on one rank."""
         return [shard for shard in self.shards if shard.rank == rank]
 
+    def equal_ranks(self) -> list[tuple[int, int]]:
+        """First and last rank of every run of ranks that hold equally much in equal ways."""
+        runs: list[tuple[int, int]] = []
+        before: object = None
+        for rank in range(self.world_size):
+            held = sorted(
+                (s.sharding, s.weight_bytes, s.optimizer_bytes, s.buffer_bytes)
+                for s in self.on_rank(rank)
+            )
+            if held == before:
+                runs[-1] = (runs[-1][0], rank)
+            else:
+                runs.append((rank, rank))
+            before = held
+        return runs
+
     def bytes_per_rank(self) -> list[int]:
         """Bytes on each rank, the reserved ones left out."""
         totals = [self.beside] * self.world_size
@@ -149,6 +166,24 @@ def place(tables: Tables, query: PlacementRequest) -> Placement:
     for stage in _stages(tables):
         attach_optimizer(stage, query.optimizer)
     return _ask(tables, query)
+
+
+def place_stages(tables: Sequence[nn.Module], query: PlacementRequest) -> list[Placement]:
+    """Ask for a placement of every stage of one training, as `place` does.
+
+    Raises:
+        PlacementError: when the tables of a stage cannot be placed; the text says of which.
+    """
+    placements = []
+    for number, stage in enumerate(tables, 1):
+        attach_optimizer(stage, query.optimizer)
+        try:
+            placements.append(_placement(stage, query))
+        except PlacementError as error:
+            if len(tables) == 1:
+                raise
+            raise PlacementError(f"stage {number} of {len(tables)}: {error}") from None
+    return placements
 
 
 def smallest_memory(tables: Tables, query: PlacementRequest, most: int) -> int | None:

@@ -11,6 +11,9 @@ from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOpt
 from torchrec.distributed.types import ShardingType
 from typing_extensions import override
 
+_LEAST_PROPOSALS = 16
+_OPTIONS_TRIED = 12_000  # all of a greedy proposer's proposals up to about 55 tables of two options
+
 _ORDER = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
 
 
@@ -49,12 +52,49 @@ class RowsSplitWhereTheyCan(Proposer):
         return self._proposal
 
 
+class Bounded(Proposer):
+    """Another proposer, cut short where tables are many.
+
+    A greedy proposer makes as many proposals as there are options, and each takes time in
+    proportion to them: a minute for a few hundred tables, to no better plan.
+
+    Args:
+        inner: the proposer.
+    """
+
+    def __init__(self, inner: Proposer) -> None:
+        self._inner = inner
+        self._left = 0
+
+    @override
+    def load(
+        self, search_space: list[ShardingOption], enumerator: Enumerator | None = None
+    ) -> None:
+        self._left = max(_LEAST_PROPOSALS, _OPTIONS_TRIED // max(1, len(search_space)))
+        self._inner.load(search_space, enumerator)
+
+    @override
+    def feedback(
+        self,
+        partitionable: bool,
+        plan: list[ShardingOption] | None = None,
+        perf_rating: float | None = None,
+        storage_constraint: Topology | None = None,
+    ) -> None:
+        self._left -= 1
+        self._inner.feedback(partitionable, plan, perf_rating, storage_constraint)
+
+    @override
+    def propose(self) -> list[ShardingOption] | None:
+        return self._inner.propose() if self._left > 0 else None
+
+
 def proposers() -> list[Proposer]:
     """TorchRec's own, and this one."""
     return [
         GridSearchProposer(),
-        GreedyProposer(),
-        GreedyProposer(use_depth=False),
+        Bounded(GreedyProposer()),
+        Bounded(GreedyProposer(use_depth=False)),
         UniformProposer(),
         RowsSplitWhereTheyCan(),
     ]
