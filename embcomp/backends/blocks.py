@@ -31,6 +31,7 @@ from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.fused_lookups import FusedEmbedding, FusedRoutes, PlacedRow, RowWithin
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -308,7 +309,8 @@ class SpreadColumns(LearnedBuffers):
         self._picked = Constant([n for first, count in pairs for n in range(first, first + count)])
         self._offsets = Constant([s for s, (_, count) in zip(starts, pairs) for _ in range(count)])
         self._total = total
-        self._pairs, self._embedding_starts = list(pairs), list(starts)
+        self._pairs = list(pairs)
+        self._dims = [end - start for start, end in zip(starts, [*starts[1:], total])]
         self.store_in_parts("columns", tables)
         self.register_buffer("columns", torch.zeros(len(self._first), dtype=dtype))
 
@@ -320,8 +322,7 @@ class SpreadColumns(LearnedBuffers):
         """The row of one block, its columns where they belong."""
         self.ensure_filled()
         found, key = [], 0
-        ends = [*self._embedding_starts[1:], self._total]
-        for (place, count), start, end in zip(self._pairs, self._embedding_starts, ends):
+        for (place, count), dim in zip(self._pairs, self._dims):
             rows = []
             last = place + count
             while place < last:
@@ -329,7 +330,7 @@ class SpreadColumns(LearnedBuffers):
                 rows.append(PlacedRow(key=key, columns=own))
                 place += widths[key]
                 key += 1
-            found.append(FusedEmbedding(rows=rows, width=end - start))
+            found.append(FusedEmbedding(rows=rows, width=dim))
         return found
 
     @override
@@ -338,3 +339,13 @@ class SpreadColumns(LearnedBuffers):
         picked = self._picked.on(rows.device)
         places = self.columns.index_select(0, picked).long() + self._offsets.on(rows.device)
         return rows.new_zeros(rows.shape[0], self._total).index_add(1, places, rows)
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        self.ensure_filled()
+        return [
+            part.new_zeros(len(part), dim).index_add(
+                1, self.columns[first : first + count].long(), part
+            )
+            for part, dim, (first, count) in zip(parts, self._dims, self._pairs)
+        ]

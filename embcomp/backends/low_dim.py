@@ -26,6 +26,7 @@ from embcomp.io.constraints import Count, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.id_counts import check_ranked
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.pruned_route import (
     WORDS,
     PrunedRoute,
@@ -233,6 +234,13 @@ class PadColumns(nn.Module):
             if missing:
                 pieces.append(zeros[:, :missing])
         return torch.cat(pieces, dim=1)
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        return [
+            nn.functional.pad(part, (0, missing)) if missing else part
+            for part, missing in zip(parts, self._missing)
+        ]
 
 
 def pruned_bytes(table: TableSpec, kept: int, width: int) -> int:

@@ -39,6 +39,7 @@ from embcomp.layers.fused_lookups import (
     fitted,
     side_by_side,
 )
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -281,6 +282,10 @@ class Product(nn.Module):
         parts = rows.split(self._splits, dim=1)
         return torch.cat([q * r for q, r in zip(parts[::2], parts[1::2])], dim=1)
 
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        return [PairProduct.apply(part.unflatten(1, (1, 2, -1))).flatten(1) for part in parts]
+
 
 class PairProduct(torch.autograd.Function):
     """`pairs[:, :, 0] * pairs[:, :, 1]`, whose gradient takes the place of the pairs.
@@ -314,6 +319,7 @@ class ConcatenatedHalves(nn.Module):
 
     def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
         super().__init__()
+        self._dims = [dim for _, dim in widths]
         kept: list[int] = []
         start = 0
         for half, dim in widths:
@@ -332,3 +338,7 @@ class ConcatenatedHalves(nn.Module):
         if self._columns is None:
             return rows
         return rows.index_select(1, self._columns.on(rows.device))
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        return [part[:, :dim] for part, dim in zip(parts, self._dims)]

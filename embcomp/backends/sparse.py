@@ -27,6 +27,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, per_value, renamed
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -277,3 +278,10 @@ class ZeroColumns(nn.Module):
             for width, comes in self._widths
         ]
         return torch.cat(parts, dim=1)
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        return [
+            part if comes else part.new_zeros(len(part), width)
+            for part, (width, comes) in zip(parts, self._widths)
+        ]

@@ -28,6 +28,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
@@ -263,7 +264,13 @@ class FitWidths(nn.Module):
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
-        parts = rows.split([came for _, came, _ in self._widths], dim=1)
+        return torch.cat(self._fitted(rows.split([came for _, came, _ in self._widths], dim=1)), 1)
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        return self._fitted(parts)
+
+    def _fitted(self, parts: Sequence[Tensor]) -> list[Tensor]:
         fitted = []
         for part, (name, came, wanted) in zip(parts, self._widths):
             if name in self._projected:
@@ -272,7 +279,7 @@ class FitWidths(nn.Module):
                 fitted.append(F.pad(part, (0, wanted - came)))
             else:
                 fitted.append(part[:, :wanted])
-        return torch.cat(fitted, dim=1)
+        return fitted
 
 
 class Projection(nn.Module):

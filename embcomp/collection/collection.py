@@ -29,7 +29,7 @@ from embcomp.collection.assembled import (
 from embcomp.collection.combine import Combine
 from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
 from embcomp.collection.groups import Group
-from embcomp.collection.held_rows import HeldRows
+from embcomp.collection.held_rows import HeldRows, read_rows
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
 from embcomp.collection.table_identity import check_tables, is_mark
@@ -104,9 +104,22 @@ class _Compressed(AssembledTables):
             if inner is not None:
                 yield inner
 
-    def _tell_route(self) -> None:
-        """Let it know what holds the rows by now: TorchRec puts sharded collections in our place."""
-        self.route.held = HeldRows.by(self.unpooled_rows)
+    def _tell_route(self, features: KeyedJaggedTensor) -> None:
+        """Let it know what holds the rows by now: TorchRec puts sharded collections in our place.
+
+        A tracer records one call of the inner collection, which takes keys of one length.
+        """
+        held = HeldRows.by(self.unpooled_rows)
+        if isinstance(features, torch.fx.Proxy):
+            held = dataclasses.replace(held, takes_keys_of_any_length=False)
+        if held != self.route.held:
+            self.route.held = held
+
+    def _read_unpooled(self, bags: KeyedJaggedTensor) -> Any:
+        """Rows of look-ups in bags of one."""
+        if self.route.held.reads_by_key and bags.variable_stride_per_key():
+            return read_rows(self.unpooled_rows, bags)
+        return self.unpooled_rows(bags)
 
     def penalty(self) -> Tensor | None:
         """What the last forward pass in training mode adds to the loss, where a method says so.
@@ -297,13 +310,13 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
             `feature@table` when a feature is in several tables. Empty bags give zeros.
         """
         # Traced by the train pipeline: no look at the batch here, and no call but of children.
-        self._tell_route()
+        self._tell_route(features)
         x = self.route(features)
         if self.unpooled_rows is None:
             return self.combine(self.rows(x[0]), None, x[2])
         if self.rows is None:
-            return self.combine(None, self.unpooled_rows(x[1]), x[2])
-        return self.combine(self.rows(x[0]), self.unpooled_rows(x[1]), x[2])
+            return self.combine(None, self._read_unpooled(x[1]), x[2])
+        return self.combine(self.rows(x[0]), self._read_unpooled(x[1]), x[2])
 
 
 class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
@@ -348,9 +361,9 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
             For each feature (`feature@table` when it is in several tables) a JaggedTensor of
             (number of the feature's ids, embedding_dim) values in B bags.
         """
-        self._tell_route()
+        self._tell_route(features)
         x = self.route(features)
-        return self.combine(None, self.unpooled_rows(x[1]), x[2])
+        return self.combine(None, self._read_unpooled(x[1]), x[2])
 
 
 def _logical_configs(tables: Sequence, specs: Sequence[TableSpec]) -> list:

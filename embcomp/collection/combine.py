@@ -5,7 +5,7 @@ Like `embcomp.collection.route` it is a leaf for TorchRec's train pipeline, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import override
 
-from embcomp.backends.base import Backend
+from embcomp.collection.each_pair import EachPair, key_widths
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.host_values import known_equal, on_device, reads_wait
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.tables.specs import PhysicalTable
+from embcomp.layers.rows_by_key import RowsByKey, split_padded
 
 
 class LookupSplitter(nn.Module):
@@ -33,11 +33,7 @@ class LookupSplitter(nn.Module):
     def __init__(self, groups: Sequence[Group]) -> None:
         super().__init__()
         self._widths = [group.width for group in groups]
-        self._wanted = [
-            (key, table.embedding_dim)
-            for group in groups
-            for key, table in _in_order(group.backend)
-        ]
+        self._wanted = [(key, dim) for group in groups for key, dim in key_widths(group.backend)]
         self._columns: dict[tuple[str, ...], Constant | None] = {}
         self.detach = False
 
@@ -58,10 +54,22 @@ class LookupSplitter(nn.Module):
         picked = [starts[key] + column for key, dim in self._wanted for column in range(dim)]
         return None if picked == list(range(sum(dims))) else Constant(picked)
 
+    def by_key(self, rows: KeyedTensor | RowsByKey, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """(N, width) rows of each key.
 
-def _in_order(backend: Backend) -> list[tuple[str, PhysicalTable]]:
-    owner = {key: table for table in backend.physical_tables for key in table.keys}
-    return [(key, owner[key]) for key in backend.keys]
+        Args:
+            rows: as looked up, padded or not.
+            counts: for each key, how many values it has.
+        """
+        if isinstance(rows, RowsByKey):
+            found = {key: rows.rows[key][:, :dim] for key, dim in self._wanted}
+        else:
+            dims = rows.length_per_key()
+            starts = dict(zip(rows.keys(), [sum(dims[:i]) for i in range(len(dims))]))
+            places = [(counts[key], starts[key], dim) for key, dim in self._wanted]
+            parts = split_padded(rows.values(), places)
+            found = {key: part for (key, _), part in zip(self._wanted, parts)}
+        return {key: part.detach() for key, part in found.items()} if self.detach else found
 
 
 class Combine(nn.Module):
@@ -78,6 +86,7 @@ class Combine(nn.Module):
         self.pooled = LookupSplitter([group for group in groups if not group.unpooled])
         self.unpooled = LookupSplitter([group for group in groups if group.unpooled])
         self._groups = [(list(group.instances), group.unpooled) for group in groups]
+        self._each = [EachPair(group) for group in groups]
         self._needs_context = [group.backend.needs_context for group in groups]
         self._instances = list(instances)
         self._came = [instance for group in groups for instance in group.instances]
@@ -89,29 +98,60 @@ class Combine(nn.Module):
     def _rows(
         self,
         pooled: KeyedTensor | None,
-        unpooled: KeyedTensor | None,
+        unpooled: KeyedTensor | RowsByKey | None,
         features: KeyedJaggedTensor,
-    ) -> list[tuple[list[TableFeature], bool, Tensor]]:
+    ) -> list[tuple[list[TableFeature], bool, Tensor | list[Tensor]]]:
         """Each method's instances, whether they are unpooled, and its combined rows.
 
-        What a sharded collection returns is awaited by the first attribute read, so no isinstance.
+        Combined rows are one tensor, columns side by side, or one for each instance where these
+        have numbers of values of their own. What a sharded collection returns is awaited by the
+        first attribute read, so no isinstance.
         """
         sharded = isinstance(pooled, LazyAwaitable) or isinstance(unpooled, LazyAwaitable)
+        rectangle = unpooled is None or self._is_rectangle(unpooled, features)
         parts = iter(self.pooled(pooled) if pooled is not None else [])
-        rows = iter(self.unpooled(unpooled) if unpooled is not None else [])
-        found, start = [], 0
-        for (instances, is_unpooled), needs_context, combine in zip(
-            self._groups, self._needs_context, self.combines.values()
+        rows = iter(self.unpooled(unpooled) if unpooled is not None and rectangle else [])
+        by_key = {} if rectangle else self.unpooled.by_key(unpooled, self._counts(features))
+        found: list[tuple[list[TableFeature], bool, Tensor | list[Tensor]]] = []
+        start = 0
+        for (instances, is_unpooled), needs_context, combine, each in zip(
+            self._groups, self._needs_context, self.combines.values(), self._each
         ):
-            part = next(rows if is_unpooled else parts)
-            if needs_context:
-                own = slice(start, start + len(instances))
-                combined = combine(part, LookupContext(features, own, len(part), sharded))
+            own = slice(start, start + len(instances))
+            combined: Tensor | list[Tensor]
+            if is_unpooled and not rectangle:
+                most = max(features.length_per_key()[own])
+                context = LookupContext(features, own, most, sharded)
+                combined = each.combine(combine, by_key, context)
             else:
-                combined = combine(part)
+                part = next(rows if is_unpooled else parts)
+                if needs_context:
+                    combined = combine(part, LookupContext(features, own, len(part), sharded))
+                else:
+                    combined = combine(part)
             found.append((instances, is_unpooled, combined))
             start += len(instances)
         return found
+
+    def _is_rectangle(self, unpooled: KeyedTensor | RowsByKey, features: KeyedJaggedTensor) -> bool:
+        """Whether the look-ups in bags of one are combined side by side, keys padded or of one length."""
+        if isinstance(unpooled, RowsByKey):
+            return False
+        if torch.compiler.is_compiling():
+            return True  # numbers of values may be unknown, and keys were padded
+        unpooled_ones = [own for instances, own in self._groups for _ in instances]
+        own = [n for n, one in zip(features.length_per_key(), unpooled_ones) if one]
+        return known_equal(own, len(unpooled.values()))
+
+    def _counts(self, features: KeyedJaggedTensor) -> dict[str, int]:
+        """How many values each physical look-up in bags of one has."""
+        counts, start = {}, 0
+        lengths = features.length_per_key()
+        for (instances, is_unpooled), each in zip(self._groups, self._each):
+            if is_unpooled:
+                counts |= {key: lengths[start + n] for key, n in zip(each.keys, each.pairs)}
+            start += len(instances)
+        return counts
 
 
 class PooledCombine(Combine):
@@ -132,7 +172,7 @@ class PooledCombine(Combine):
     def forward(
         self,
         pooled: KeyedTensor | None,
-        unpooled: KeyedTensor | None,
+        unpooled: KeyedTensor | RowsByKey | None,
         features: KeyedJaggedTensor,
     ) -> KeyedTensor:
         parts: list[Tensor] = []
@@ -140,6 +180,7 @@ class PooledCombine(Combine):
         for instances, is_unpooled, rows in self._rows(pooled, unpooled, features):
             if is_unpooled:
                 rows = sum_bags(rows, instances, features, start)
+            assert isinstance(rows, Tensor)
             parts.append(rows)
             start += len(instances)
         values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -174,12 +215,16 @@ def _columns(came: Sequence[TableFeature], wanted: Sequence[TableFeature]) -> Co
 
 
 def sum_bags(
-    rows: Tensor, instances: Sequence[TableFeature], features: KeyedJaggedTensor, start: int
+    rows: Tensor | Sequence[Tensor],
+    instances: Sequence[TableFeature],
+    features: KeyedJaggedTensor,
+    start: int,
 ) -> Tensor:
     """Pool combined rows into the bags that they came from.
 
     Args:
-        rows: (stride, sum of dims); value `v` of an instance in row `v` of its columns.
+        rows: (values, sum of dims), value `v` of an instance in row `v` of its columns; or for each
+            instance (its values, dim).
         instances: the method's (table, feature) pairs.
         features: the batch's bags, and their weights if any.
         start: position of the first of the instances among the keys of `features`.
@@ -194,21 +239,25 @@ def sum_bags(
     weights = features.weights_or_none()
     dims = [instance.table.embedding_dim for instance in instances]
     own = slice(start, start + len(dims))
-    if reads_wait(rows.device):
-        if known_equal(counts[own], len(rows)):
-            values = None if weights is None else weights[offsets[start] : offsets[own.stop]]
-            return _sum_rectangle(rows, dims, lengths[own], values)
-    elif weights is None and known_equal(counts[own], batch) and bool((lengths[own] == 1).all()):
-        return rows[:batch]  # one value a bag: already in place
+    if isinstance(rows, Tensor):
+        if reads_wait(rows.device):
+            if known_equal(counts[own], len(rows)):
+                values = None if weights is None else weights[offsets[start] : offsets[own.stop]]
+                return _sum_rectangle(rows, dims, lengths[own], values)
+        elif (
+            weights is None and known_equal(counts[own], batch) and bool((lengths[own] == 1).all())
+        ):
+            return rows[:batch]  # one value a bag: already in place
+        rows = rows.split(dims, dim=1)
     pooled = []
-    for n, part in enumerate(rows.split(dims, dim=1), start):
+    for n, part in enumerate(rows, start):
         values = part[: counts[n]]
         if weights is not None:
             values = values * weights[offsets[n] : offsets[n + 1]].unsqueeze(1)
-        bags = torch.arange(batch, device=rows.device).repeat_interleave(
+        bags = torch.arange(batch, device=part.device).repeat_interleave(
             lengths[n], output_size=counts[n]
         )
-        pooled.append(rows.new_zeros(batch, part.shape[1]).index_add(0, bags, values))
+        pooled.append(part.new_zeros(batch, part.shape[1]).index_add(0, bags, values))
     return torch.cat(pooled, dim=1)
 
 
@@ -253,7 +302,7 @@ class UnpooledCombine(Combine):
     def forward(
         self,
         pooled: KeyedTensor | None,
-        unpooled: KeyedTensor | None,
+        unpooled: KeyedTensor | RowsByKey | None,
         features: KeyedJaggedTensor,
     ) -> dict[str, JaggedTensor]:
         batch = features.stride()
@@ -263,7 +312,8 @@ class UnpooledCombine(Combine):
         found: dict[str, JaggedTensor] = {}
         n = 0
         for instances, _, rows in self._rows(pooled, unpooled, features):
-            parts = rows.split([instance.table.embedding_dim for instance in instances], dim=1)
+            dims = [instance.table.embedding_dim for instance in instances]
+            parts = rows.split(dims, dim=1) if isinstance(rows, Tensor) else rows
             for instance, part in zip(instances, parts):
                 ids = features.values()[offsets[n] : offsets[n + 1]]
                 found[instance.key] = JaggedTensor(

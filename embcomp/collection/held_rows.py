@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingEnv2D, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embcomp.layers.rows_by_key import RowsByKey
 
 _SPLIT_BY_ROWS = {
     ShardingType.ROW_WISE.value,
@@ -26,17 +31,25 @@ class HeldRows:
     """What holds the rows.
 
     Args:
+        takes_keys_of_any_length: whether the rows can be read key by key, so that keys need not be
+            padded to one length.
         equal_among: the ranks that need equally many bags of each other; None when this rank's are
             its own affair.
     """
 
+    takes_keys_of_any_length: bool = False
     equal_among: dist.ProcessGroup | None = None
+
+    @property
+    def reads_by_key(self) -> bool:
+        """Whether keys may differ in length now; a compiled graph may not know whether they do."""
+        return self.takes_keys_of_any_length and not torch.compiler.is_compiling()
 
     @classmethod
     def by(cls, inner: nn.Module | None) -> HeldRows:
         """How an inner collection holds rows, sharded or not."""
         if not isinstance(inner, ShardedEmbeddingBagCollection):
-            return cls()
+            return cls(takes_keys_of_any_length=type(inner) is EmbeddingBagCollection)
         kinds = {each.sharding_type for each in inner.module_sharding_plan.values()}
         if kinds.isdisjoint(_SPLIT_BY_ROWS):
             return cls()
@@ -57,3 +70,31 @@ class HeldRows:
         largest = torch.tensor(stride, device=on)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         return int(largest.item())
+
+
+def read_rows(inner: EmbeddingBagCollection, bags: KeyedJaggedTensor) -> RowsByKey:
+    """Look up key by key in a collection that is not sharded, and pad nothing.
+
+    Args:
+        inner: what holds the rows.
+        bags: for each key as many bags as it has values.
+    """
+    owner = {
+        key: inner.embedding_bags[table.name].weight
+        for table in inner.embedding_bag_configs()
+        for key in table.feature_names
+    }
+    ids = bags.values().split(bags.length_per_key())
+    lengths = bags.lengths().split(bags.stride_per_key())
+    return RowsByKey(
+        {key: _read(owner[key], *own) for key, own in zip(bags.keys(), zip(ids, lengths))}
+    )
+
+
+def _read(weight: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """The rows of ids (N,), added up in bags of lengths (R,): (R, columns)."""
+    if len(ids) == len(lengths):
+        return F.embedding(ids, weight)
+    ends = lengths.cumsum(0)
+    offsets = torch.cat((ends.new_zeros(1), ends))
+    return F.embedding_bag(ids, weight, offsets, mode="sum", include_last_offset=True)

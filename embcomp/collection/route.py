@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
@@ -54,7 +54,9 @@ class CompositeRoute(nn.Module):
 
         Returns:
             Look-ups whose bags are pooled by TorchRec, look-ups in bags of one (either None when
-            no method wants it), and the features themselves, one key per (table, feature).
+            no method wants it), and the features themselves, one key per (table, feature). Look-ups
+            in bags of one have a stride for each key where what holds the rows takes that and keys
+            differ in length; else keys are padded by empty bags to one stride.
         """
         features = self._select(features)
         parts = features.split(self._sizes) if len(self._sizes) > 1 else [features]
@@ -159,7 +161,7 @@ def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
 def _bags_of_one(
     parts: list[tuple[KeyedJaggedTensor, int]], held: HeldRows, *, is_weighted: bool, skips: bool
 ) -> KeyedJaggedTensor | None:
-    """Give each value a bag of its own, the keys padded by empty bags to one stride.
+    """Give each value a bag of its own.
 
     An EmbeddingBagCollection over such bags hands out rows one by one, and trains many times
     faster on CPU than an EmbeddingCollection does.
@@ -177,12 +179,12 @@ def _bags_of_one(
     counts = [count // ids for count, ids in zip(physical, sizes)]
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
-    stride = held.common_stride(max(1, *counts), device)  # TorchRec has no batch of no rows
-    if known_equal(counts, stride) and len(set(sizes)) == 1:
-        lengths = torch.full((stride * len(counts),), sizes[0], dtype=torch.int32, device=device)
+    if held.reads_by_key and len(set(counts)) > 1:
+        strides = counts
     else:
-        filled = torch.arange(stride, device=device) < on_device(counts, device)[:, None]
-        lengths = (filled * on_device(sizes, device)[:, None]).to(torch.int32).view(-1)
+        # TorchRec has no batch of no rows.
+        strides = [held.common_stride(max(1, *counts), device)] * len(counts)
+    lengths = _lengths(counts, strides, sizes, device)
     joined = values[0] if len(values) == 1 else torch.cat(values)
     if skips:
         firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
@@ -193,6 +195,29 @@ def _bags_of_one(
         values=joined,
         weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
         lengths=lengths,
-        stride=stride,
         length_per_key=None if skips else physical,
+        stride=strides[0] if strides is not counts else None,
+        stride_per_key_per_rank=[[n] for n in strides] if strides is counts else None,
     )
+
+
+def _lengths(
+    counts: list[int], strides: list[int], sizes: list[int], device: torch.device
+) -> Tensor:
+    """The bags' lengths, key after key: (sum of strides,) int32.
+
+    Args:
+        counts: how many values each key has.
+        strides: how many bags each key has, those beyond its values empty: `counts` itself, or
+            equally many.
+        sizes: how many ids stand for a value of each key.
+        device: of the result.
+    """
+    full = strides is counts or known_equal(counts, strides[0])
+    if full and len(set(sizes)) == 1:
+        return torch.full((sum(strides),), sizes[0], dtype=torch.int32, device=device)
+    each = on_device(sizes, device).to(torch.int32)
+    if full:
+        return each.repeat_interleave(on_device(counts, device), output_size=sum(counts))
+    filled = torch.arange(strides[0], device=device) < on_device(counts, device)[:, None]
+    return (filled * each[:, None]).view(-1)

@@ -29,6 +29,19 @@ class LookupContext:
     rows: int
     sharded: bool = False
 
+    def each_ids(self) -> list[Tensor]:
+        """The logical ids, key by key: (N of the key's values,) int64."""
+        offsets = key_offsets(self.features)
+        ids = self.features.values()[offsets[self.own.start] : offsets[self.own.stop]]
+        return list(ids.to(torch.int64).split(self._counts()))
+
+    def each_global_sample(self) -> list[Tensor]:
+        """What `global_samples` says, key by key: (N of the key's values,) int64."""
+        samples = self._sample_of_each_value()
+        if self.sharded:
+            samples = samples + dist.get_rank() * self.features.stride()
+        return list(samples.split(self._counts()))
+
     def ids(self) -> Tensor:
         """The logical ids: (rows, number of keys) int64, 0 where a row only pads."""
         offsets, counts = key_offsets(self.features), self._counts()
@@ -37,6 +50,10 @@ class LookupContext:
 
     def samples(self) -> Tensor:
         """The rows of the batch that the ids belong to: (rows, number of keys) int64, in [0, B)."""
+        return self._by_row(self._sample_of_each_value(), self._counts())
+
+    def _sample_of_each_value(self) -> Tensor:
+        """(sum of N,) int64, key by key."""
         batch = self.features.stride()
         lengths = self.features.lengths().view(-1, batch)[self.own]
         one = torch.arange(batch, device=lengths.device)
@@ -45,7 +62,7 @@ class LookupContext:
         is_single = known_equal(counts, batch) and not reads_wait(lengths.device)
         if not (is_single and bool((lengths == 1).all())):
             each = each.repeat_interleave(lengths.reshape(-1).long(), output_size=sum(counts))
-        return self._by_row(each, counts)
+        return each
 
     def global_samples(self) -> Tensor:
         """The same, counted over the batches of all ranks in their order.

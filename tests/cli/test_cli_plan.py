@@ -94,8 +94,20 @@ def test_dataset_of_the_config_gives_the_tables(files, tmp_path):
 def test_placement_prints_bytes_of_each_rank(files):
     result = run(files, "--world-size", "4", "--device-memory", "1GiB")
     assert result.exit_code == 0, result.output
-    ranks = re.findall(r"^ *(\d) +\d+ (?:row|table)_wise", result.output, flags=re.MULTILINE)
-    assert ranks == ["0", "1", "2", "3"]
+    runs = re.findall(r"(\d)(?:-(\d))? +\d+ (?:row|table)_wise", result.output)
+    ranks = [n for first, last in runs for n in range(int(first), int(last or first) + 1)]
+    assert ranks == [0, 1, 2, 3]
+
+
+def test_placement_prints_every_stage_of_a_method(files):
+    memory = ("--world-size", "2", "--device-memory", "1GiB")
+    result = run(files, "tables.method={name: pq, subvector_dim: 4, num_codewords: 64}", *memory)
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"^ (\d \w+) ", result.output, re.MULTILINE) == ["1 full", "2 coded"]
+    small = ("--world-size", "2", "--device-memory", "2MiB")
+    result = run(files, "tables.method={name: pq, subvector_dim: 4, num_codewords: 64}", *small)
+    assert result.exit_code == 1
+    assert "stage 1 of 2: the tables" in result.stderr
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -9,6 +9,7 @@ chooses is moved beside one that fits badly, as in Linde, Buzo and Gray's splitt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -85,8 +86,7 @@ class Codewords(LearnedBuffers):
     def learn(
         self,
         latents: Tensor,
-        codes: Tensor,
-        which: Tensor,
+        slots: Tensor,
         chosen: Tensor | None,
         *,
         shared: bool,
@@ -94,15 +94,12 @@ class Codewords(LearnedBuffers):
         """Move codewords towards the latents that chose them; the same on every rank.
 
         Args:
-            latents: (R, K, d).
-            codes: (R, K).
-            which: (K,) the codebook of each column.
-            chosen: (R, K) whether a row was looked up, or only pads; None when all were.
+            latents: (N, d).
+            slots: (N,) the codeword that each chose, counted over all codebooks.
+            chosen: (N,) whether a row was looked up, or only pads; None when all were.
             shared: whether other ranks have the rest of the step's rows.
         """
-        slots = (which * self.words.shape[1] + codes).reshape(-1)
-        latents = latents.reshape(-1, self.words.shape[2]).float()
-        uses, sums, errors = self._totals(latents, slots, chosen, shared=shared)
+        uses, sums, errors = self._totals(latents.float(), slots, chosen, shared=shared)
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
         # A moving mean: masses weigh what the codeword was by how much of them is old.
         share = ((1 - self._decay) * uses / self.masses).clamp_(max=1)
@@ -133,7 +130,7 @@ class Codewords(LearnedBuffers):
         gaps = (latents - self.words.view(-1, width)[slots]).square().sum(1)
         columns = torch.cat([torch.ones_like(gaps)[:, None], latents, gaps[:, None]], dim=1)
         if chosen is not None:
-            columns = torch.where(chosen.reshape(-1, 1), columns, 0.0)
+            columns = torch.where(chosen.unsqueeze(1), columns, 0.0)
         totals = columns.new_zeros(count * size, width + 2).index_add_(0, slots, columns)
         if shared:
             totals = _over_ranks(totals)
@@ -201,9 +198,11 @@ class Quantize(Penalised):
     ) -> None:
         super().__init__()
         self._which = Constant(layout.columns)
-        self._positions = [
+        positions = [
             layout.positions(table) for table in layout.tables for _ in table.feature_names
         ]
+        ends = list(accumulate(positions))
+        self._own = [slice(end - count, end) for count, end in zip(positions, ends)]
         self._commitment = commitment
         self.codewords = codewords
         self.decode = decode
@@ -215,41 +214,86 @@ class Quantize(Penalised):
         which = self._which.on(rows.device)
         latents = rows.view(len(rows), len(which), -1)
         codes = self._nearest(latents.detach(), which, looked_up)
-        found = self.codewords.words[which, codes].to(latents.dtype)
-        self.penalty = None
-        if self.training and torch.is_grad_enabled():
-            chosen = self._chosen(looked_up, rows.device)
-            gaps = (latents - found).square().sum(2)
-            if chosen is not None:
-                gaps = gaps * chosen
-            self.penalty = self._commitment * gaps.sum() / looked_up.features.stride()
-            self.codewords.learn(latents.detach(), codes, which, chosen, shared=looked_up.sharded)
-            found = latents + (found - latents).detach()
+        chosen = self._chosen(looked_up, rows.device) if self._learns() else None
+        (found,) = self._found([latents], [codes], [which], looked_up, chosen)
         return self.decode(found.flatten(1))
 
-    def _nearest(self, latents: Tensor, which: Tensor, looked_up: LookupContext) -> Tensor:
-        """(R, K) codes; any, where a row only pads.
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        self.codewords.ensure_filled()
+        which = [self._which.on(parts[0].device)[own] for own in self._own]
+        latents = [part.unflatten(1, (len(own), -1)) for part, own in zip(parts, which)]
+        ids = looked_up.each_ids()
+        codes = [self._codes(z.detach(), own, i) for z, own, i in zip(latents, which, ids)]
+        found = self._found(latents, codes, which, looked_up, None)
+        return self.decode.each([each.flatten(1) for each in found], looked_up)
 
-        On CPU most of a step goes into the distances, so an id's are measured once in a batch. In
-        one dimension a search takes less than finding equal ids; elsewhere that would wait for the
-        device, once for each key.
+    def _found(
+        self,
+        latents: Sequence[Tensor],
+        codes: Sequence[Tensor],
+        which: Sequence[Tensor],
+        looked_up: LookupContext,
+        chosen: Tensor | None,
+    ) -> list[Tensor]:
+        """The codewords in the place of latents; in training both learn.
+
+        Args:
+            latents: (N, K, d) each.
+            codes: (N, K) each.
+            which: (K,) each, the codebooks.
+            looked_up: what they were looked up for.
+            chosen: (N, K) of one alone, whether a row was looked up for a value; None when none pads.
         """
         words = self.codewords.words
-        if reads_wait(latents.device) or latents.shape[2] == 1:
-            return nearest(latents, words, which)
+        found = [words[own, c].to(z.dtype) for own, c, z in zip(which, codes, latents)]
+        self.penalty = None
+        if not self._learns():
+            return found
+        gaps = [(z - word).square().sum(2) for z, word in zip(latents, found)]
+        if chosen is not None:
+            gaps = [own * chosen for own in gaps]
+        total = torch.stack([own.sum() for own in gaps]).sum()
+        self.penalty = self._commitment * total / looked_up.features.stride()
+        slots = [own * words.shape[1] + c for own, c in zip(which, codes)]
+        self.codewords.learn(
+            torch.cat([z.detach().reshape(-1, z.shape[2]) for z in latents]),
+            torch.cat([slot.reshape(-1) for slot in slots]),
+            None if chosen is None else chosen.reshape(-1),
+            shared=looked_up.sharded,
+        )
+        return [z + (word - z).detach() for z, word in zip(latents, found)]
+
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _nearest(self, latents: Tensor, which: Tensor, looked_up: LookupContext) -> Tensor:
+        """(R, K) codes; any, where a row only pads."""
+        if not self._measures_each_id_once(latents):
+            return nearest(latents, self.codewords.words, which)
         codes = torch.zeros(latents.shape[:2], dtype=torch.int64)
-        values = looked_up.features.values().split(looked_up.features.length_per_key())
-        start = 0
-        for ids, positions in zip(values[looked_up.own], self._positions):
-            own = slice(start, start + positions)
-            start += positions
-            distinct, place = ids.unique(return_inverse=True)
-            if len(distinct) > _MOSTLY_DISTINCT * len(ids):
-                codes[: len(ids), own] = nearest(latents[: len(ids), own], words, which[own])
-                continue
-            row = place.new_empty(len(distinct)).scatter_(0, place, torch.arange(len(ids)))
-            codes[: len(ids), own] = nearest(latents[row, own], words, which[own])[place]
+        for ids, own in zip(looked_up.each_ids(), self._own):
+            codes[: len(ids), own] = self._codes(latents[: len(ids), own], which[own], ids)
         return codes
+
+    def _codes(self, latents: Tensor, which: Tensor, ids: Tensor) -> Tensor:
+        """(N, K) codes of the latents of ids (N,)."""
+        words = self.codewords.words
+        if not self._measures_each_id_once(latents):
+            return nearest(latents, words, which)
+        distinct, place = ids.unique(return_inverse=True)
+        if len(distinct) > _MOSTLY_DISTINCT * len(ids):
+            return nearest(latents, words, which)
+        row = place.new_empty(len(distinct)).scatter_(0, place, torch.arange(len(ids)))
+        return nearest(latents[row], words, which)[place]
+
+    def _measures_each_id_once(self, latents: Tensor) -> bool:
+        """Whether an id's distances are measured once in a batch.
+
+        On CPU most of a step goes into them. In one dimension a search takes less than finding
+        equal ids; elsewhere that would wait for the device, once for each key.
+        """
+        return not reads_wait(latents.device) and latents.shape[2] > 1
 
     def _chosen(self, looked_up: LookupContext, device: torch.device) -> Tensor | None:
         """(R, K) whether a row was looked up for a value; None when none only pads."""
@@ -257,5 +301,5 @@ class Quantize(Penalised):
         if known_equal(counts, looked_up.rows):
             return None
         places = torch.arange(looked_up.rows, device=device)[:, None]
-        limits = [n for n, each in zip(counts, self._positions) for _ in range(each)]
+        limits = [n for n, own in zip(counts, self._own) for _ in range(own.start, own.stop)]
         return places < on_device(limits, device)

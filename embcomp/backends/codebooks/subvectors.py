@@ -16,6 +16,7 @@ from typing_extensions import override
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow
+from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import NamedParts
 from embcomp.tables.specs import LookupKey, TableSpec
 
@@ -197,6 +198,11 @@ class Decode(nn.Module):
         self._width, self._layout = layout.width, layout
         self._latent = layout.width if latent_dim is None else latent_dim
         self._which = Constant(layout.columns)
+        self._pairs = [
+            (n, layout.positions(table), table.embedding_dim)
+            for n, table in enumerate(layout.tables)
+            for _ in table.feature_names
+        ]
         self._kept = None if layout.kept is None else Constant(layout.kept)
         self.projections = (
             None
@@ -243,6 +249,20 @@ class Decode(nn.Module):
         if self._kept is not None:
             found = found.index_select(1, self._kept.on(found.device))
         return found if self.scales is None else self.scales(found)
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        decoded = []
+        start = 0
+        for part, (table, positions, dim) in zip(parts, self._pairs):
+            found = part
+            if self.projections is not None:
+                which = self._which.on(part.device)[start : start + positions]
+                found = self.projections(part.unflatten(1, (positions, -1)), which).flatten(1)
+            start += positions
+            found = found[:, :dim]
+            decoded.append(found if self.scales is None else found * self.scales.weight[table])
+        return decoded
 
 
 class Projections(NamedParts):

@@ -344,12 +344,37 @@ class BlockGate(Penalised):
         gates = parts[0] if self._order is None else torch.cat(parts, dim=1)
         if self._order is not None:
             gates = gates.index_select(1, self._order.on(gates.device))
+        self._penalise(penalties, taken)
+        return rows * gates
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        device = parts[0].device
+        penalties, taken, by_width = [], [], {}
+        for width, selections in self.selections.items():
+            by_width[int(width)] = values = selections()
+            penalties.append(values.sum())
+            taken.append(((values > 0).sum(1) * self._column_bytes[int(width)].on(device)).sum())
+        self._penalise(penalties, taken)
+        gated = []
+        firsts, cuts = self._first.on(device), self._cuts.on(device)
+        for n, (part, ids) in enumerate(zip(parts, looked_up.each_ids())):
+            block = firsts[n] + torch.bucketize(ids, cuts[n], right=True)
+            gated.append(part * by_width[part.shape[1]].index_select(0, block))
+        return gated
+
+    def _penalise(self, selected: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
+        """Set the penalty.
+
+        Args:
+            selected: the sum of the selections of each width.
+            taken: bytes of the columns that are not closed, of each width.
+        """
         self.penalty = None
         if self.training:
-            self.penalty = self._l1 * torch.stack(penalties).sum()
+            self.penalty = self._l1 * torch.stack(list(selected)).sum()
             if self._budget is not None:
-                self.penalty = self.penalty * (torch.stack(taken).sum() > self._budget)
-        return rows * gates
+                self.penalty = self.penalty * (torch.stack(list(taken)).sum() > self._budget)
 
 
 def _order(widths: Sequence[int]) -> Constant:

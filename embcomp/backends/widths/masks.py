@@ -33,6 +33,7 @@ class GroupColumns:
 
     def __init__(self, dims: Sequence[int]) -> None:
         self.dims = list(dims)
+        self.widest = max(dims)
         self._uniform = len(set(dims)) == 1
         self._owner = Constant([pair for pair, dim in enumerate(dims) for _ in range(dim)])
         self._place = Constant([column for dim in dims for column in range(dim)])
@@ -108,19 +109,33 @@ class WidthDraws(LearnedBuffers):
         """The widths of one training step: (rows, pairs) int64; bags of a sample have one width."""
         self.ensure_filled()
         samples = looked_up.global_samples()
+        pairs = torch.arange(samples.shape[1], device=samples.device)
+        widths = self._drawn(samples, pairs)
+        self._count_step()
+        return widths
+
+    def each(self, looked_up: LookupContext) -> list[Tensor]:
+        """The same, pair by pair: (N of the pair's values,) int64."""
+        self.ensure_filled()
+        samples = looked_up.each_global_sample()
+        pairs = torch.arange(len(samples), device=samples[0].device)
+        widths = [self._drawn(own, pair) for own, pair in zip(samples, pairs)]
+        self._count_step()
+        return widths
+
+    def _drawn(self, samples: Tensor, pairs: Tensor) -> Tensor:
+        """Widths for samples of pairs, whose shape broadcasts over the last axis."""
         device = samples.device
         key = self.step * (1 << 31) + samples
-        salts = self._salts.on(device)
+        salts = self._salts.on(device)[pairs]
         if self._bounds is None:
-            index = hash_rows(key, salts, self._counts.on(device))
+            index = hash_rows(key, salts, self._counts.on(device)[pairs])
         else:
             drawn = hash_rows(key, salts, torch.full_like(salts, _FINENESS))
-            index = (drawn.unsqueeze(2) >= self._bounds.on(device)).sum(2)
-        with torch.no_grad():
-            self.step += 1
-        pairs = torch.arange(samples.shape[1], device=device)
-        choices = self._choices.on(device)
-        return self._sandwiched(choices[pairs, index], choices, key)
+            index = (drawn.unsqueeze(-1) >= self._bounds.on(device)[pairs]).sum(-1)
+        choices = self._choices.on(device)[pairs]  # (pairs, widths), or (widths,) of one
+        drawn = self._choices.on(device)[pairs, index]
+        return self._sandwiched(drawn, choices, key)
 
     def _sandwiched(self, drawn: Tensor, choices: Tensor, key: Tensor) -> Tensor:
         """Drawn widths, but for the samples that are whole or least in all their embeddings."""
@@ -128,8 +143,12 @@ class WidthDraws(LearnedBuffers):
             return drawn
         salts = self._sandwich.on(key.device)
         role = hash_rows(key, salts, torch.full_like(salts, _FINENESS))
-        least = torch.where(role < self._cut, choices[:, 0], drawn)
-        return torch.where(role < self._whole, choices[:, -1], least)
+        least = torch.where(role < self._cut, choices[..., 0], drawn)
+        return torch.where(role < self._whole, choices[..., -1], least)
+
+    @torch.no_grad()
+    def _count_step(self) -> None:
+        self.step += 1
 
 
 def _bounds(weights: Sequence[float], length: int) -> list[int]:

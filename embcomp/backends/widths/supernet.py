@@ -127,6 +127,51 @@ class Supernet(Penalised):
         norms = relative_norms(row_norms(rows.float(), self._norm), self.norms()[place])
         return norms > self.thresholds()[place]
 
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Of each (table, feature) by itself (`CombinesEach`)."""
+        self.penalty = None
+        device = parts[0].device
+        places = torch.arange(self._columns.widest, device=device)
+        if self.training or self._fixed_rows is None:
+            parts = self._each_gated(parts, looked_up)
+        else:
+            passing = self._fixed_rows = self._fixed_rows.to(device)
+            starts = self._starts.on(device)
+            kept = [passing[ids + start] for ids, start in zip(looked_up.each_ids(), starts)]
+            parts = [part * own.unsqueeze(1) for part, own in zip(parts, kept)]
+        widths: Sequence[Tensor] = []
+        if self.training and self.thresholds is not None:
+            self.penalty = self._pull * torch.exp(-self.thresholds()).sum()
+        if self.training and self.draws is not None:
+            widths = [drawn.unsqueeze(1) for drawn in self.draws.each(looked_up)]
+        elif not self.training and self._fixed_widths is not None:
+            widths = list(self._fixed_widths.to(device)[self._tables.on(device)])
+        if not widths:
+            return list(parts)
+        return [part * (places[: part.shape[1]] < own) for part, own in zip(parts, widths)]
+
+    def _each_gated(self, parts: Sequence[Tensor], looked_up: LookupContext) -> Sequence[Tensor]:
+        if self.thresholds is None or self.norms is None:
+            return parts
+        norms = [self._norms(part.abs() if self._norm == 1 else part.square()) for part in parts]
+        tables = self._tables.on(parts[0].device)
+        if self.training:
+            counted = torch.stack([own.detach().sum() for own in norms])
+            counts = counted.new_tensor([len(own) for own in norms])
+            self.norms.update(torch.stack((counted, counts)), tables, shared=looked_up.sharded)
+        means, thresholds = self.norms()[tables], self.thresholds()[tables]
+        return [
+            part * Step.apply(relative_norms(own, mean) - threshold).unsqueeze(1)
+            for part, own, mean, threshold in zip(parts, norms, means, thresholds)
+        ]
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        """(N, D) absolute values or squares -> (N,)."""
+        norms = rows.sum(1)
+        if self._norm == 2:
+            norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
+        return norms
+
     def _gated(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         if self.thresholds is None or self.norms is None:
             return rows
@@ -135,8 +180,9 @@ class Supernet(Penalised):
         if self._norm == 2:
             norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
         if self.training:
-            values = looked_up.are_values()
-            self.norms.update(norms.detach(), values, tables, shared=looked_up.sharded)
+            values, seen = looked_up.are_values(), norms.detach()
+            counted = torch.stack(((seen * values).sum(0), values.sum(0).to(norms.dtype)))
+            self.norms.update(counted, tables, shared=looked_up.sharded)
         distances = relative_norms(norms, self.norms()[tables]) - self.thresholds()[tables]
         return rows * self._columns.spread(Step.apply(distances))
 

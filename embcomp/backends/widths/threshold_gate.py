@@ -76,18 +76,16 @@ class NormMeans(LearnedBuffers):
         self.means.zero_()
 
     @torch.no_grad()
-    def update(self, norms: Tensor, are_values: Tensor, tables: Tensor, *, shared: bool) -> None:
+    def update(self, counted: Tensor, tables: Tensor, *, shared: bool) -> None:
         """Take in the rows of a step.
 
         Args:
-            norms: (R, pairs).
-            are_values: (R, pairs) bool, which of them count.
+            counted: (2, pairs) the sum of the norms of each pair's rows, and how many they are.
             tables: (pairs,) the table of each pair.
             shared: whether other ranks have the rest of the step's rows.
         """
         self.ensure_filled()
-        counted = torch.stack(((norms * are_values).sum(0), are_values.sum(0).to(norms.dtype)))
-        total = norms.new_zeros(2, len(self.means)).index_add_(1, tables, counted)
+        total = counted.new_zeros(2, len(self.means)).index_add_(1, tables, counted)
         if shared and dist.get_world_size() > 1:
             dist.all_reduce(total)
         found = total[0] / total[1].clamp(min=1)

@@ -1,0 +1,82 @@
+"""Looked-up rows of keys that have numbers of values of their own, each key's rows by themselves.
+
+A rectangle with as many rows as the longest key has values would be mostly padding where one feature
+has a hundred values a sample and others have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from typing_extensions import override
+
+from embcomp.layers.lookup_context import LookupContext
+
+
+@runtime_checkable
+class CombinesEach(Protocol):
+    """A `combine` that also takes the rows of each (table, feature) by themselves."""
+
+    def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
+        """Make embeddings.
+
+        Args:
+            parts: for each (table, feature), (N of its values, physical columns).
+            looked_up: what they were looked up for.
+
+        Returns:
+            For each, (N, embedding_dim).
+        """
+
+
+@dataclass(frozen=True)
+class RowsByKey:
+    """Looked-up rows, each key's by themselves.
+
+    Args:
+        rows: for each key, (N, columns, padding included).
+    """
+
+    rows: dict[str, Tensor]
+
+
+def split_padded(values: Tensor, places: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """Cut keys' rows out of a rectangle.
+
+    Args:
+        values: (R, C).
+        places: for each key, how many rows it has, its first column and how many columns.
+
+    Returns:
+        For each key, (rows, columns) of its own, contiguous.
+    """
+    return list(SplitPadded.apply(values, places))
+
+
+class SplitPadded(torch.autograd.Function):
+    """Slices whose gradients are written into one rectangle, rather than padded and added up."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: FunctionCtx, values: Tensor, places: Sequence[tuple[int, int, int]]
+    ) -> tuple[Tensor, ...]:
+        ctx.places, ctx.shape = places, values.shape  # type: ignore[attr-defined]
+        return tuple(
+            values[:rows, first : first + columns].clone(memory_format=torch.contiguous_format)
+            for rows, first, columns in places
+        )
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].new_zeros(ctx.shape)
+        for grad, (rows, first, columns) in zip(grads, ctx.places):
+            whole[:rows, first : first + columns] = grad
+        return whole, None
