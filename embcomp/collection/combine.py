@@ -112,6 +112,7 @@ class Combine(nn.Module):
         parts = iter(self.pooled(pooled) if pooled is not None else [])
         rows = iter(self.unpooled(unpooled) if unpooled is not None and rectangle else [])
         by_key = {} if rectangle else self.unpooled.by_key(unpooled, self._counts(features))
+        counts = features.length_per_key()
         found: list[tuple[list[TableFeature], bool, Tensor | list[Tensor]]] = []
         start = 0
         for (instances, is_unpooled), needs_context, combine, each in zip(
@@ -120,8 +121,7 @@ class Combine(nn.Module):
             own = slice(start, start + len(instances))
             combined: Tensor | list[Tensor]
             if is_unpooled and not rectangle:
-                most = max(features.length_per_key()[own])
-                context = LookupContext(features, own, most, sharded)
+                context = LookupContext(features, own, max(counts[own]), sharded)
                 combined = each.combine(combine, by_key, context)
             else:
                 part = next(rows if is_unpooled else parts)
@@ -145,8 +145,8 @@ class Combine(nn.Module):
 
     def _counts(self, features: KeyedJaggedTensor) -> dict[str, int]:
         """How many values each physical look-up in bags of one has."""
-        counts, start = {}, 0
-        lengths = features.length_per_key()
+        counts: dict[str, int] = {}
+        start, lengths = 0, features.length_per_key()
         for (instances, is_unpooled), each in zip(self._groups, self._each):
             if is_unpooled:
                 counts |= {key: lengths[start + n] for key, n in zip(each.keys, each.pairs)}

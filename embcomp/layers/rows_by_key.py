@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 from typing_extensions import override
 
 from embcomp.layers.lookup_context import LookupContext
@@ -63,20 +62,34 @@ class SplitPadded(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(
-        ctx: FunctionCtx, values: Tensor, places: Sequence[tuple[int, int, int]]
-    ) -> tuple[Tensor, ...]:
-        ctx.places, ctx.shape = places, values.shape  # type: ignore[attr-defined]
+    def forward(ctx: Any, values: Tensor, places: Sequence[tuple[int, int, int]]) -> Any:
+        ctx.places, ctx.shape = places, values.shape
         return tuple(
             values[:rows, first : first + columns].clone(memory_format=torch.contiguous_format)
             for rows, first, columns in places
         )
 
     @staticmethod
-    @once_differentiable
     @override
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        whole = grads[0].new_zeros(ctx.shape)
-        for grad, (rows, first, columns) in zip(grads, ctx.places):
-            whole[:rows, first : first + columns] = grad
-        return whole, None
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return JoinPadded.apply(ctx.places, ctx.shape, *grads), None
+
+
+class JoinPadded(torch.autograd.Function):
+    """The rectangle of slices, zeros between them: what `SplitPadded` takes apart."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, places: Sequence[tuple[int, int, int]], shape: torch.Size, *parts: Tensor
+    ) -> Tensor:
+        ctx.places = places
+        whole = parts[0].new_zeros(shape)
+        for part, (rows, first, columns) in zip(parts, places):
+            whole[:rows, first : first + columns] = part
+        return whole
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, *SplitPadded.apply(grads[0], ctx.places)
