@@ -41,6 +41,7 @@ fix: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/long_bags.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/codes.py
 	$(BIN)/python benchmarks/serving.py

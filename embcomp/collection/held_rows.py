@@ -26,7 +26,7 @@ _SPLIT_BY_ROWS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldRows:
     """What holds the rows.
 
@@ -54,7 +54,8 @@ class HeldRows:
         if kinds.isdisjoint(_SPLIT_BY_ROWS):
             return cls()
         env = inner._env
-        return cls(env.sharding_pg if isinstance(env, ShardingEnv2D) else env.process_group)
+        group = env.sharding_pg if isinstance(env, ShardingEnv2D) else env.process_group
+        return cls(equal_among=group)
 
     def common_stride(self, stride: int, device: torch.device) -> int:
         """The number of bags that a look-up needs for each key.
