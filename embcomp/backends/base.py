@@ -39,11 +39,12 @@ class Backend:
             and no buffers but learnt ones (`embcomp.layers.constant_tensors`,
             `embcomp.layers.learned_buffers`), and never touches the weights.
         combine: module from looked-up rows `(B, sum of physical dims)` to embeddings
-            `(B, sum of logical dims)`, one for each (table, feature) in order.
+            `(B, sum of logical dims)`, one for each (table, feature) in order. One that has `each`
+            (`rows_by_key.CombinesEach`) takes features of different lengths without padding.
         needs_unpooled_rows: True when `combine` is not linear in the rows, so that it must see them one by
             one, before bags are pooled.
         ids_per_value: how many physical ids `route` makes of one id within one key.
-        needs_context: True when `combine` is called with the rows and a `lookup_context.LookedUp`, which
+        needs_context: True when `combine` is called with the rows and a `lookup_context.LookupContext`, which
             knows the logical ids and the samples that they were looked up for. Only with
             `needs_unpooled_rows`.
         skips_negative_ids: True when `route` gives a negative id where an id has no row under a key: nothing
