@@ -88,6 +88,8 @@ class _Compressed(AssembledTables):
             need_indices=need_indices,
         )
 
+        self._holder = self.route.holder
+
     @property
     def footprint(self) -> Footprint:
         """Predicted bytes; `serving_tensors` holds exactly `footprint.serve_bytes`."""
@@ -112,12 +114,12 @@ class _Compressed(AssembledTables):
         held = HeldRows.by(self.unpooled_rows)
         if isinstance(features, torch.fx.Proxy):
             held = dataclasses.replace(held, takes_keys_of_any_length=False)
-        if held != self.route.held:
-            self.route.held = held
+        if held != self._holder.held:
+            self._holder.held = held
 
     def _read_unpooled(self, bags: KeyedJaggedTensor) -> Any:
         """Rows of look-ups in bags of one."""
-        if self.route.held.reads_by_key and bags.variable_stride_per_key():
+        if self._holder.held.reads_by_key and bags.variable_stride_per_key():
             return read_rows(self.unpooled_rows, bags)
         return self.unpooled_rows(bags)
 

@@ -6,7 +6,7 @@ so no other waits for ranks: one of them may look something up on its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,17 @@ class HeldRows:
         largest = torch.tensor(stride, device=on)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         return int(largest.item())
+
+
+@dataclass
+class RowsHolder:
+    """What a collection tells its route, also once a train pipeline has wrapped the route.
+
+    Args:
+        held: how the rows are held by now.
+    """
+
+    held: HeldRows = field(default_factory=HeldRows)
 
 
 def read_rows(inner: EmbeddingBagCollection, bags: KeyedJaggedTensor) -> RowsByKey:

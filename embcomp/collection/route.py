@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
-from embcomp.collection.held_rows import HeldRows
+from embcomp.collection.held_rows import HeldRows, RowsHolder
 from embcomp.collection.table_identity import marks
 from embcomp.layers.host_values import known_equal, on_device
 
@@ -24,7 +24,7 @@ class CompositeRoute(nn.Module):
     """Picks each method's features by name, routes them, and lays out the physical look-ups.
 
     Attributes:
-        held: how the rows of look-ups in bags of one are held; the collection keeps it true.
+        holder: what holds the rows of look-ups in bags of one; the collection keeps it true.
 
     Args:
         groups: the methods, in order.
@@ -42,7 +42,7 @@ class CompositeRoute(nn.Module):
         self._features = [i.feature for group in groups for i in group.instances]
         self._is_weighted = is_weighted
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
-        self.held = HeldRows()
+        self.holder = RowsHolder()
 
     def forward(
         self, features: KeyedJaggedTensor
@@ -70,7 +70,7 @@ class CompositeRoute(nn.Module):
             else:
                 pooled.append(route(parts[i]))
         skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
-        rows = _bags_of_one(unpooled, self.held, is_weighted=self._is_weighted, skips=skips)
+        rows = _bags_of_one(unpooled, self.holder.held, is_weighted=self._is_weighted, skips=skips)
         return _concatenated(pooled) if pooled else None, rows, features
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

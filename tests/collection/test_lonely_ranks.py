@@ -24,7 +24,7 @@ def step_alone(setups):
     for setup in setups:
         model = setup.model(seed=1)
         train_step(model, reference_optimizer(setup, model), setup.batch(0, 0))
-        assert model.tables.route.held.equal_among is None, setup
+        assert model.tables.route.holder.held.equal_among is None, setup
 
 
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "unpooled"])
@@ -41,7 +41,7 @@ def groups_by_sharding(shardings):
         setup = Setup(plan=QR(divisor=9), sharding=sharding)
         model, _ = shard(setup, setup.model(seed=1))
         model(setup.batch(0, dist.get_rank()))
-        held = model.module.tables.route.held
+        held = model.module.tables.route.holder.held
         found[sharding] = held.equal_among is dist.group.WORLD
         assert found[sharding] or held.equal_among is None
     return found
