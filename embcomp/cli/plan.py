@@ -182,7 +182,7 @@ def _place(
 def _print_placements(names: Sequence[str], placements: Sequence[Placement]) -> None:
     """One section a stage, one line for ranks that hold the same."""
     table = Table(box=console.BOX, pad_edge=False)
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     table.add_column("rank", justify="right")
     table.add_column("tables")
     for name in ("weights", "optimizer", "buffers", "beside", "total", "of device"):
