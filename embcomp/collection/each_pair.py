@@ -50,7 +50,11 @@ class EachPair:
 
     def _parts(self, rows: Mapping[str, Tensor], looked_up: LookupContext) -> list[Tensor]:
         counts = looked_up.features.length_per_key()[looked_up.own]
-        return [_side_by_side([rows[key] for key in own], n) for own, n in zip(self._own, counts)]
+        none = next(iter(rows.values())).new_zeros
+        return [
+            _side_by_side([rows[key] for key in own]) if own else none(n, 0)
+            for own, n in zip(self._own, counts)
+        ]
 
     def _padded(
         self, combine: nn.Module, rows: Mapping[str, Tensor], looked_up: LookupContext
@@ -65,10 +69,8 @@ class EachPair:
         return [part[:n] for part, n in zip(found.split(self._dims, dim=1), counts)]
 
 
-def _side_by_side(rows: Sequence[Tensor], count: int) -> Tensor:
-    if len(rows) == 1:
-        return rows[0]
-    return torch.cat(list(rows), dim=1) if rows else torch.zeros(count, 0)
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows), dim=1)
 
 
 def _pairs_of_keys(group: Group) -> dict[str, int]:

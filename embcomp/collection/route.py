@@ -179,25 +179,27 @@ def _bags_of_one(
     counts = [count // ids for count, ids in zip(physical, sizes)]
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
-    if held.reads_by_key and len(set(counts)) > 1:
-        strides = counts
-    else:
-        # TorchRec has no batch of no rows.
-        strides = [held.common_stride(max(1, *counts), device)] * len(counts)
+    differ = held.reads_by_key and len(set(counts)) > 1
+    # TorchRec has no batch of no rows.
+    strides = counts if differ else [held.common_stride(max(1, *counts), device)] * len(counts)
     lengths = _lengths(counts, strides, sizes, device)
     joined = values[0] if len(values) == 1 else torch.cat(values)
+    known: list[int] | None = physical
     if skips:
         firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
         lengths[lengths > 0] *= torch.cat(firsts) >= 0
         joined = joined[joined >= 0]
+        known = [int(own.sum()) for own in lengths.split(strides)] if differ else None
+    # What the host knows already goes along: TorchRec would look for it in tensors.
     return KeyedJaggedTensor(
         keys=[key for part, _ in parts for key in part.keys()],
         values=joined,
         weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
         lengths=lengths,
-        length_per_key=None if skips else physical,
-        stride=strides[0] if strides is not counts else None,
-        stride_per_key_per_rank=[[n] for n in strides] if strides is counts else None,
+        length_per_key=known,
+        stride=max(strides) if differ else strides[0],
+        stride_per_key=counts if differ else None,
+        stride_per_key_per_rank=[[n] for n in counts] if differ else None,
     )
 
 

@@ -180,6 +180,10 @@ def _over_ranks(totals: Tensor) -> Tensor:
     return on.to(totals.device)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class Quantize(Penalised):
     """Puts the nearest codeword in the place of every looked-up latent, and decodes it.
 
@@ -253,12 +257,12 @@ class Quantize(Penalised):
         gaps = [(z - word).square().sum(2) for z, word in zip(latents, found)]
         if chosen is not None:
             gaps = [own * chosen for own in gaps]
-        total = torch.stack([own.sum() for own in gaps]).sum()
+        total = _joined([own.reshape(-1) for own in gaps]).sum()
         self.penalty = self._commitment * total / looked_up.features.stride()
         slots = [own * words.shape[1] + c for own, c in zip(which, codes)]
         self.codewords.learn(
-            torch.cat([z.detach().reshape(-1, z.shape[2]) for z in latents]),
-            torch.cat([slot.reshape(-1) for slot in slots]),
+            _joined([z.detach().reshape(-1, z.shape[2]) for z in latents]),
+            _joined([slot.reshape(-1) for slot in slots]),
             None if chosen is None else chosen.reshape(-1),
             shared=looked_up.sharded,
         )

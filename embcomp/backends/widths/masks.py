@@ -118,7 +118,7 @@ class WidthDraws(LearnedBuffers):
         """The same, pair by pair: (N of the pair's values,) int64."""
         self.ensure_filled()
         samples = looked_up.each_global_sample()
-        pairs = torch.arange(len(samples), device=samples[0].device)
+        pairs = torch.arange(len(samples), device=samples[0].device).split(1)
         widths = [self._drawn(own, pair) for own, pair in zip(samples, pairs)]
         self._count_step()
         return widths

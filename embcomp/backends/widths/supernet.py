@@ -23,6 +23,7 @@ from embcomp.backends.widths.threshold_gate import (
 )
 from embcomp.backends.widths.width_space import Widths
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.host_values import on_device
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.row_sources import RowSource
@@ -157,7 +158,7 @@ class Supernet(Penalised):
         tables = self._tables.on(parts[0].device)
         if self.training:
             counted = torch.stack([own.detach().sum() for own in norms])
-            counts = counted.new_tensor([len(own) for own in norms])
+            counts = on_device([len(own) for own in norms], counted.device).to(counted.dtype)
             self.norms.update(torch.stack((counted, counts)), tables, shared=looked_up.sharded)
         means, thresholds = self.norms()[tables], self.thresholds()[tables]
         return [
