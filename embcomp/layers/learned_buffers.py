@@ -7,13 +7,14 @@ themselves with a pure function of the config where nobody has.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from embcomp.layers.named_parts import NamedParts, persistent_tensors, stored_tensors
 
@@ -69,6 +70,13 @@ class LearnedBuffers(NamedParts):
         """Say that the buffers hold what they are to hold."""
         self.filled.fill_(1)
 
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not self.filled.is_meta and not _keeps_values(fn):
+            self.filled.zero_()  # `to_empty`: whatever lay in that memory, nobody filled it
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.ensure_filled()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -81,6 +89,14 @@ class LearnedBuffers(NamedParts):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if not self.filled.is_meta and len(came) == len(wanted):
             self.filled.fill_(1)
+
+
+@torch.no_grad()
+def _keeps_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function that is applied to all tensors of a module moves them with their values."""
+    mark = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8)
+    moved = fn(mark)
+    return not moved.is_meta and torch.equal(moved.to("cpu", torch.uint8), mark)
 
 
 @contextmanager

@@ -1,6 +1,12 @@
-"""Learnt buffers fill themselves where nobody has, and not where something is about to come."""
+"""Learnt buffers know whether anyone filled them, wherever their memory comes from.
+
+They fill themselves where nobody has, and not where something is about to come.
+"""
 
 from __future__ import annotations
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -11,8 +17,11 @@ from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.layers.learned_buffers import LearnedBuffers, overwriting
 from embcomp.testing.cases import embed_ids
 from embcomp.testing.check_data import plain_tables
+from tests.helpers.backends_under_test import CASES
 
 TABLES = plain_tables(8, rows=(200, 300))
+CONFIGS = [table.bag() for table in plain_tables(dim=16)]
+META = torch.device("meta")
 
 
 class Counted(LearnedBuffers):
@@ -75,3 +84,80 @@ def test_codes_are_not_hashed_to_be_replaced(monkeypatch):
     fresh.load_states([])
     embed_ids(fresh, TABLES)
     assert hashed == [1]
+
+
+def learned(collection):
+    return [module for module in collection.modules() if isinstance(module, LearnedBuffers)]
+
+
+def build(case, device=None):
+    torch.manual_seed(0)
+    return CompressedEmbeddingBagCollection(CONFIGS, CASES[case].config, device=device)
+
+
+def buffers_of(collection):
+    return {
+        f"{n}.{name}": value
+        for n, module in enumerate(learned(collection))
+        for name, value in module.state_dict().items()
+        if name in dict(module.named_buffers())
+    }
+
+
+WITH_BUFFERS = [case for case in CASES if learned(build(case, META))]
+
+
+def test_there_are_methods_with_learnt_buffers():
+    assert len(WITH_BUFFERS) > 3
+
+
+@pytest.fixture
+def memory_of_ones(monkeypatch):
+    """Memory that nobody initialised, as it often is: of what lay there before."""
+    full_like = torch.full_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **settings: full_like(t, 1, **settings))
+
+
+@pytest.mark.parametrize("start", [META, None], ids=["meta", "cpu"])
+@pytest.mark.parametrize("case", WITH_BUFFERS)
+def test_memory_that_nobody_initialised_is_not_taken_for_filled(case, start, memory_of_ones):
+    wanted = buffers_of(build(case))
+    found = buffers_of(build(case, start).to_empty(device="cpu"))
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda module: module.to("cpu"),
+        lambda module: module.double(),
+        lambda module: module.share_memory(),
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: torch.nn.ModuleList([module]).to_empty(device="cpu")[0],
+    ],
+    ids=["to", "double", "share_memory", "deepcopy", "pickle", "to_empty"],
+)
+def test_what_was_learnt_moves_with_its_module_unless_it_is_emptied(move, request):
+    case = build(WITH_BUFFERS[0])
+    for module in learned(case):
+        module.ensure_filled()
+    moved = move(case)
+    emptied = request.node.callspec.id == "to_empty"
+    assert {bool(module.filled) for module in learned(moved)} == {not emptied}
+
+
+def test_a_state_dict_fills_what_was_emptied(memory_of_ones):
+    source = build("coded")
+    collection = build("coded", META).to_empty(device="cpu")
+    for module in learned(source):
+        module.ensure_filled()
+        for name, buffer in module.named_buffers():
+            if name != "filled":
+                buffer.copy_(buffer.flip(0))
+    collection.load_state_dict(source.state_dict())
+    wanted = buffers_of(source)
+    for name, value in buffers_of(collection).items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)

@@ -81,6 +81,8 @@ class Codewords(LearnedBuffers):
             random = torch.Generator().manual_seed(salt(self._seed, name64(name), 0) >> 1)
             own.copy_(torch.empty(own.shape).uniform_(-bound, bound, generator=random))
         self.masses.fill_(1 / self.masses.numel())
+        for count in (self.uses, self.errors, self.steps):
+            count.zero_()
 
     @torch.no_grad()
     def learn(
