@@ -191,6 +191,13 @@ class BackendConfig(Constrained, ABC):
         """
         return None
 
+    def holds_whole(self, table: TableSpec) -> bool:
+        """Whether row i of the physical table of a table's own name belongs to id i, at full width.
+
+        Such a table is stored as TorchRec stores it, whatever else the method learns beside it.
+        """
+        return self.columns(table) == table.embedding_dim and not self.is_pruned(table)
+
     def is_pruned(self, table: TableSpec) -> bool:
         """Whether some of a table's ids are to have no row of their own."""
         return False

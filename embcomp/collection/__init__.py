@@ -16,12 +16,20 @@ if TYPE_CHECKING:
         CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection,
         CompressedEmbeddingCollection as CompressedEmbeddingCollection,
     )
+    from embcomp.collection.torchrec_states import (
+        own_optimizer_state as own_optimizer_state,
+        torchrec_optimizer_state as torchrec_optimizer_state,
+        torchrec_state_dict as torchrec_state_dict,
+    )
 
 _HOMES = {
     "AnyPlan": "embcomp.collection.collection",
     "CompressedEmbeddingBagCollection": "embcomp.collection.collection",
     "CompressedEmbeddingCollection": "embcomp.collection.collection",
     "build_groups": "embcomp.collection.assembled",
+    "own_optimizer_state": "embcomp.collection.torchrec_states",
+    "torchrec_optimizer_state": "embcomp.collection.torchrec_states",
+    "torchrec_state_dict": "embcomp.collection.torchrec_states",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

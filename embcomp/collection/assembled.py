@@ -66,6 +66,8 @@ class AssembledTables(nn.Module):
 
     unpooled: ClassVar[bool]
     """Whether every id gets an embedding, rather than every bag."""
+    torchrec_kind: ClassVar[str]
+    """What TorchRec's own collection calls the child that holds its tables."""
 
     def _assemble(
         self,
@@ -119,6 +121,7 @@ class PooledTables(AssembledTables, EmbeddingBagCollectionInterface):
     """One embedding for every bag, where TorchRec's EmbeddingBagCollection is used."""
 
     unpooled: ClassVar[bool] = False
+    torchrec_kind: ClassVar[str] = "embedding_bags"
     _configs: list[EmbeddingBagConfig]
 
     def _make_combine(self, instances: Sequence[TableFeature]) -> Combine:
@@ -137,6 +140,7 @@ class UnpooledTables(AssembledTables, EmbeddingCollectionInterface):
     """One embedding for every id, where TorchRec's EmbeddingCollection is used."""
 
     unpooled: ClassVar[bool] = True
+    torchrec_kind: ClassVar[str] = "embeddings"
     _configs: list[EmbeddingConfig]
 
     def _make_combine(self, instances: Sequence[TableFeature]) -> Combine:

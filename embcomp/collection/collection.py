@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import Self
 
@@ -33,8 +33,10 @@ from embcomp.collection.held_rows import HeldRows, read_rows
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
 from embcomp.collection.table_identity import check_tables, is_mark
-from embcomp.errors import ConfigError
+from embcomp.collection.torchrec_keys import refusals, take_over, warn_of_untouched
+from embcomp.errors import CheckpointError, ConfigError
 from embcomp.io.lazy_names import warn_renamed
+from embcomp.io.yaml_reading import listed
 from embcomp.layers.id_counts import check_counts
 from embcomp.layers.learned_buffers import Penalised, overwriting, penalty_of
 from embcomp.layers.row_sources import RowSource
@@ -261,8 +263,24 @@ class _Compressed(AssembledTables):
         }
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_over(self._groups, state_dict, prefix)
+        warn_of_untouched(self._groups, state_dict, prefix)
         check_tables(self._groups, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _filled_from(self, original: nn.Module, *, strict: bool) -> Self:
+        """This collection with the rows of one of TorchRec's."""
+        refused = refusals(self._groups, [table.name for table in self._declared])
+        if strict and refused:
+            raise CheckpointError(
+                f"whole rows cannot fill {listed(refused)}; hold them full, or by what a method in stages "
+                "begins with (method.first_method()), or let them start anew with strict=False"
+            )
+        state = original.state_dict()
+        if self.device.type != "meta" and not any(rows.is_meta for rows in state.values()):
+            self.load_state_dict(state, strict=strict)
+        self.train(original.training)
+        return self
 
 
 class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
@@ -297,6 +315,28 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
         specs = specs_from_configs(tables)
         self._configs = _logical_configs(tables, specs)
         self._set_up(specs, plan, device=device, is_weighted=is_weighted)
+
+    @classmethod
+    def from_embedding_bag_collection(
+        cls, collection: EmbeddingBagCollection, plan: AnyPlan = None, *, strict: bool = True
+    ) -> Self:
+        """The tables of one of TorchRec's collections, with their rows where these are held whole.
+
+        Args:
+            collection: not sharded; it is read, never changed.
+            plan: as for a new collection. Methods in stages begin with whole tables
+                (`method.first_method()`).
+            strict: whether methods that do not hold whole rows are an error. If not, their tables start
+                anew, and a warning names them.
+
+        Raises:
+            ConfigError: for tables or a plan that cannot be, or a collection of another kind.
+            CheckpointError: for tables that cannot take whole rows.
+        """
+        _expect(collection, EmbeddingBagCollection)
+        tables, weighted = collection.embedding_bag_configs(), collection.is_weighted()
+        new = cls(tables, plan, is_weighted=weighted, device=collection.device)
+        return new._filled_from(collection, strict=strict)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._is_weighted, self._device)
@@ -350,6 +390,28 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
         self._configs = _logical_configs(tables, specs)
         self._set_up(specs, plan, device=device, need_indices=need_indices)
 
+    @classmethod
+    def from_embedding_collection(
+        cls, collection: EmbeddingCollection, plan: AnyPlan = None, *, strict: bool = True
+    ) -> Self:
+        """The tables of one of TorchRec's collections, with their rows where these are held whole.
+
+        Args:
+            collection: not sharded; it is read, never changed.
+            plan: as for a new collection. Methods in stages begin with whole tables
+                (`method.first_method()`).
+            strict: whether methods that do not hold whole rows are an error. If not, their tables start
+                anew, and a warning names them.
+
+        Raises:
+            ConfigError: for tables or a plan that cannot be, or a collection of another kind.
+            CheckpointError: for tables that cannot take whole rows.
+        """
+        _expect(collection, EmbeddingCollection)
+        tables, indices = collection.embedding_configs(), collection.need_indices()
+        new = cls(tables, plan, device=collection.device, need_indices=indices)
+        return new._filled_from(collection, strict=strict)
+
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._device, self._need_indices)
 
@@ -366,6 +428,14 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
         self._tell_route(features)
         x = self.route(features)
         return self.combine(None, self._read_unpooled(x[1]), x[2])
+
+
+def _expect(collection: object, kind: type) -> None:
+    if not isinstance(collection, kind):
+        raise ConfigError(
+            f"expected TorchRec's {kind.__name__}, not sharded, got a {type(collection).__name__}; "
+            "of a sharded one, load the checkpoint"
+        )
 
 
 def _logical_configs(tables: Sequence, specs: Sequence[TableSpec]) -> list:

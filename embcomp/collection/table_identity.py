@@ -22,6 +22,7 @@ from embcomp.layers.named_parts import part_name, persistent_tensors, stored_ten
 
 MARK = "table"
 _PREFIX = part_name(MARK, "")
+_OWN = ("route.", "rows.", "unpooled_rows.", "combine.")
 
 Shape = tuple[int, ...]
 
@@ -77,7 +78,7 @@ def check_tables(groups: Sequence[Group], state: Mapping[str, object], prefix: s
         return
     there = {name.removeprefix(f"route.{_PREFIX}") for name in own if is_mark(name)}
     here = stored_shapes(groups)
-    if not there:
+    if not there and any(name.startswith(_OWN) for name in own):
         raise CheckpointError(
             f"the state does not say which tables it holds ({listed(sorted(here))} are wanted): an "
             "earlier embcomp wrote it, which knew a table by its place, so that ids would find "
@@ -96,9 +97,9 @@ def _check_whole(
 ) -> None:
     for name, shape in here[table].items():
         came = state.get(prefix + name)
-        if came is not None and _shape(came) == shape:
+        if came is not None and shape_of(came) == shape:
             continue
-        shown = "missing" if came is None else f"{_shown(_shape(came))} there"
+        shown = "missing" if came is None else f"{_shown(shape_of(came))} there"
         others = [
             f"{side} has {listed(sorted(names))} beside it"
             for side, names in (
@@ -114,7 +115,8 @@ def _check_whole(
         )
 
 
-def _shape(value: object) -> Shape:
+def shape_of(value: object) -> Shape:
+    """The shape of a tensor, sharded or not; of anything else, that of a number."""
     if isinstance(value, ShardedTensor):
         return tuple(value.metadata().size)
     return tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -271,6 +271,10 @@ class DNIS(BackendConfig):
         )
 
     @override
+    def holds_whole(self, table: TableSpec) -> bool:
+        return self._as_search().holds_whole(table)
+
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return self._as_search().physical_tables(tables)
 

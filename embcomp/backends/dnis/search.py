@@ -69,6 +69,10 @@ class DNISSearch(BackendConfig):
         return cuts
 
     @override
+    def holds_whole(self, table: TableSpec) -> bool:
+        return True
+
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         unknown = sorted(set(self.cuts) - {table.name for table in tables})
         if unknown:

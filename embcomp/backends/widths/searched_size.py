@@ -64,6 +64,10 @@ class SearchedSize(BackendConfig):
         return self.least_bytes(table) >= table.full_bytes
 
     @override
+    def holds_whole(self, table: TableSpec) -> bool:
+        return True
+
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [full_table(table) for table in tables]
 
