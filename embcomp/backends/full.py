@@ -102,6 +102,8 @@ class RangeCheck(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features; raise a ValueError that names the first bad id, its feature and its table."""
         ids = features.values()
+        if ids.is_meta:
+            return features
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             self._refuse_in_program(features)  # the number of ids may be unknown
             return features
@@ -152,10 +154,10 @@ class RangeCheck(nn.Module):
                 )
 
     def _refuse_in_program(self, features: KeyedJaggedTensor) -> None:
-        """The same for a program (compiled, or exported for rectangles of ids), which fails as a whole."""
+        """The same for a program (compiled or exported), which fails as a whole."""
         ids = features.values()
         limits = self._limits.on(ids.device)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and common_count(features) is not None:
             ids, limit = ids.view(len(self._instances), -1), limits.unsqueeze(1)
         else:
             limit = per_value(limits, features)

@@ -93,7 +93,7 @@ class AssembledTables(nn.Module):
         """
         self._declared, self._plan, self._groups = list(declared), plan, list(groups)
         self._device, self._is_weighted, self._need_indices = device, is_weighted, need_indices
-        self.route = CompositeRoute(groups, is_weighted=is_weighted)
+        self.route = CompositeRoute(groups, is_weighted=is_weighted, unpooled=self.unpooled)
         self.rows = _rows([group for group in groups if not group.unpooled], hold_rows)
         self.unpooled_rows = _rows([group for group in groups if group.unpooled], hold_rows)
         self.combine = self._make_combine(table_features(declared))

@@ -32,7 +32,9 @@ from embcomp.collection.groups import Group
 from embcomp.collection.held_rows import HeldRows, read_rows
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
+from embcomp.collection.scripted import ScriptedBags, ScriptedRows
 from embcomp.collection.table_identity import check_tables, is_mark
+from embcomp.collection.table_views import TableViews
 from embcomp.collection.torchrec_keys import refusals, take_over, warn_of_untouched
 from embcomp.errors import CheckpointError, ConfigError
 from embcomp.io.lazy_names import warn_renamed
@@ -40,6 +42,7 @@ from embcomp.io.yaml_reading import listed
 from embcomp.layers.id_counts import check_counts
 from embcomp.layers.learned_buffers import Penalised, overwriting, penalty_of
 from embcomp.layers.row_sources import RowSource
+from embcomp.layers.traced_leaves import with_types
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
 
@@ -75,8 +78,10 @@ class _Compressed(AssembledTables):
         is_weighted: bool = False,
         need_indices: bool = False,
     ) -> None:
-        place = device or torch.device("cpu")
-        resolved = plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
+        place = (
+            device or torch.empty(0).device
+        )  # of a `with torch.device(...)` around us, or the CPU
+        resolved = _resolved(plan, specs)
         with place:  # learnt buffers, as long as a vocabulary, are made where they belong
             groups = build_groups(resolved, unpooled=self.unpooled)
         self._physical = [t for group in groups for t in group.backend.physical_tables]
@@ -84,7 +89,7 @@ class _Compressed(AssembledTables):
             specs,
             resolved,
             groups,
-            partial(_inner, is_weighted=is_weighted, device=device),
+            partial(_inner, is_weighted=is_weighted, device=place),
             device=place,
             is_weighted=is_weighted,
             need_indices=need_indices,
@@ -145,6 +150,12 @@ class _Compressed(AssembledTables):
     def may_stop_rows(self) -> bool:
         """Whether a method has learnt thresholds that rows may not pass."""
         return any(isinstance(p, Penalised) and p.stops_rows for p in self.combine.modules())
+
+    def _scripted(self, rows: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The children as TorchScript compiles them."""
+        combine = self.combine
+        assert isinstance(combine, Combine)
+        return self.route.__prepare_scriptable__(), rows, combine.__prepare_scriptable__()
 
     def lookup_features(self) -> dict[str, str]:
         """The feature of each physical look-up, by the name that TorchRec knows it by."""
@@ -338,9 +349,19 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
         new = cls(tables, plan, is_weighted=weighted, device=collection.device)
         return new._filled_from(collection, strict=strict)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles in this module's place."""
+        return ScriptedBags(*self._scripted(self.rows))
+
+    @property
+    def embedding_bags(self) -> TableViews:
+        """The tables that are held whole, by name, to read; only while nothing is sharded."""
+        return TableViews(self._groups, self._inner_weights())
+
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._is_weighted, self._device)
 
+    @with_types
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool.
 
@@ -355,7 +376,7 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
         self._tell_route(features)
         x = self.route(features)
         if self.unpooled_rows is None:
-            return self.combine(self.rows(x[0]), None, x[2])
+            return self.combine(None if self.rows is None else self.rows(x[0]), None, x[2])
         if self.rows is None:
             return self.combine(None, self._read_unpooled(x[1]), x[2])
         return self.combine(self.rows(x[0]), self._read_unpooled(x[1]), x[2])
@@ -412,9 +433,19 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
         new = cls(tables, plan, device=collection.device, need_indices=indices)
         return new._filled_from(collection, strict=strict)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles in this module's place."""
+        return ScriptedRows(*self._scripted(self.unpooled_rows))
+
+    @property
+    def embeddings(self) -> TableViews:
+        """The tables that are held whole, by name, to read; only while nothing is sharded."""
+        return TableViews(self._groups, self._inner_weights())
+
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._device, self._need_indices)
 
+    @with_types
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Look up.
 
@@ -427,7 +458,15 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
         """
         self._tell_route(features)
         x = self.route(features)
-        return self.combine(None, self._read_unpooled(x[1]), x[2])
+        rows = None if self.unpooled_rows is None else self._read_unpooled(x[1])
+        return self.combine(None, rows, x[2])
+
+
+def _resolved(plan: AnyPlan, specs: Sequence[TableSpec]) -> ResolvedPlan:
+    """The plan with its sizes; of no tables, as TorchRec's collections may have, whatever the plan."""
+    if specs or isinstance(plan, ResolvedPlan):
+        return plan if isinstance(plan, ResolvedPlan) else Plan.of(plan).resolve(specs)
+    return ResolvedPlan((), {})
 
 
 def _expect(collection: object, kind: type) -> None:

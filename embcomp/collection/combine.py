@@ -13,12 +13,15 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import override
 
+from embcomp.collection.batch_shapes import one_bag_a_key, one_empty_row
 from embcomp.collection.each_pair import EachPair, key_widths
 from embcomp.collection.groups import Group, TableFeature
+from embcomp.collection.scripted import ScriptedPooled, ScriptedUnpooled, plain_lookups
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.host_values import known_equal, on_device, reads_wait
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.rows_by_key import RowsByKey, split_padded
+from embcomp.layers.traced_leaves import leaf_call
 
 
 class LookupSplitter(nn.Module):
@@ -85,11 +88,16 @@ class Combine(nn.Module):
         self.combines = nn.ModuleDict({group.label: group.backend.combine for group in groups})
         self.pooled = LookupSplitter([group for group in groups if not group.unpooled])
         self.unpooled = LookupSplitter([group for group in groups if group.unpooled])
+        self._built = list(groups)
         self._groups = [(list(group.instances), group.unpooled) for group in groups]
         self._each = [EachPair(group) for group in groups]
         self._needs_context = [group.backend.needs_context for group in groups]
         self._instances = list(instances)
         self._came = [instance for group in groups for instance in group.instances]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles in this module's place."""
+        raise NotImplementedError
 
     def detach_rows(self, detached: bool) -> None:
         """Keep gradients from the rows, or let them through again."""
@@ -175,20 +183,33 @@ class PooledCombine(Combine):
         unpooled: KeyedTensor | RowsByKey | None,
         features: KeyedJaggedTensor,
     ) -> KeyedTensor:
+        traced = leaf_call(self, pooled, unpooled, features)
+        if traced is not None:
+            return traced
+        if not self._keys:
+            nothing = features.lengths().new_zeros(features.stride(), 0, dtype=torch.float32)
+            return KeyedTensor(keys=[], length_per_key=[], values=nothing)
+        bags = features if features.stride() else one_empty_row(features)
         parts: list[Tensor] = []
         start = 0
-        for instances, is_unpooled, rows in self._rows(pooled, unpooled, features):
+        for instances, is_unpooled, rows in self._rows(pooled, unpooled, bags):
             if is_unpooled:
-                rows = sum_bags(rows, instances, features, start)
+                rows = sum_bags(rows, instances, bags, start)
             assert isinstance(rows, Tensor)
             parts.append(rows)
             start += len(instances)
         values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if self._means is not None:
-            values = values * self._bag_scales(features)
+            values = values * self._bag_scales(bags)
         if self._columns is not None:
             values = values.index_select(1, self._columns.on(values.device))
+        if bags is not features:
+            values = values[:0]
         return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
+
+    @override
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptedPooled(plain_lookups(self._built), self._instances)
 
     def _bag_scales(self, features: KeyedJaggedTensor) -> Tensor:
         """One over the bag's length for averaged columns, one for summed ones: (B, columns)."""
@@ -201,13 +222,13 @@ class PooledCombine(Combine):
 
 def _columns(came: Sequence[TableFeature], wanted: Sequence[TableFeature]) -> Constant | None:
     """Where the wanted columns are among those that came; None when they are in place."""
-    starts: dict[str, int] = {}
+    starts: dict[tuple[str, str], int] = {}
     start = 0
     for instance in came:
-        starts[instance.key] = start
+        starts[instance.pair] = start
         start += instance.table.embedding_dim
     picked = [
-        starts[instance.key] + column
+        starts[instance.pair] + column
         for instance in wanted
         for column in range(instance.table.embedding_dim)
     ]
@@ -283,6 +304,15 @@ def _sum_rectangle(
     return rows.new_zeros(batch, rows.shape[1]).scatter_add(0, bags, rows)
 
 
+def _own_bags(features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Sequence[Tensor]]:
+    """A batch as routes took it, and the lengths of the bags that each key really has."""
+    if features.variable_stride_per_key():
+        return one_bag_a_key(features), features.lengths().split(features.stride_per_key())
+    if not features.stride():
+        return one_empty_row(features), [features.lengths()] * len(features.keys())
+    return features, features.lengths().view(-1, features.stride()).unbind()
+
+
 class UnpooledCombine(Combine):
     """Ends in one embedding per id: a dict of JaggedTensors.
 
@@ -305,21 +335,28 @@ class UnpooledCombine(Combine):
         unpooled: KeyedTensor | RowsByKey | None,
         features: KeyedJaggedTensor,
     ) -> dict[str, JaggedTensor]:
-        batch = features.stride()
-        counts = features.length_per_key()
-        offsets = features.offset_per_key()
-        lengths = features.lengths().view(-1, batch)
-        found: dict[str, JaggedTensor] = {}
+        traced = leaf_call(self, pooled, unpooled, features)
+        if traced is not None:
+            return traced
+        bags, lengths = _own_bags(features)
+        counts = bags.length_per_key()
+        offsets = bags.offset_per_key()
+        found: dict[tuple[str, str], JaggedTensor] = {}
         n = 0
-        for instances, _, rows in self._rows(pooled, unpooled, features):
+        for instances, _, rows in self._rows(pooled, unpooled, bags):
             dims = [instance.table.embedding_dim for instance in instances]
             parts = rows.split(dims, dim=1) if isinstance(rows, Tensor) else rows
             for instance, part in zip(instances, parts):
                 ids = features.values()[offsets[n] : offsets[n + 1]]
-                found[instance.key] = JaggedTensor(
+                found[instance.pair] = JaggedTensor(
                     values=part[: counts[n]],
                     lengths=lengths[n],
                     weights=ids if self._need_indices else None,
                 )
                 n += 1
-        return {instance.key: found[instance.key] for instance in self._instances}
+        return {instance.key: found[instance.pair] for instance in self._instances}
+
+    @override
+    def __prepare_scriptable__(self) -> nn.Module:
+        lookups = plain_lookups(self._built)
+        return ScriptedUnpooled(lookups, self._instances, need_indices=self._need_indices)

@@ -20,6 +20,11 @@ class TableFeature:
     table: TableSpec
     key: str
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The names of table and feature, which say what is looked up; a table may show it twice."""
+        return self.table.name, self.feature
+
 
 def table_features(tables: Sequence[TableSpec]) -> list[TableFeature]:
     """The (table, feature) pairs in order, keyed as TorchRec keys them.

@@ -63,6 +63,7 @@ class Plan:
         """
         if not tables:
             raise ConfigError("a collection needs at least one table, got none")
+        tables = [table.without_repeats() for table in tables]
         refuse_twice(table.name for table in tables)
         check_known("plan", self.overrides, tables)
         for config in (self.default, *self.overrides.values()):
@@ -82,6 +83,7 @@ class Plan:
             for table in group
         }
         resolved = ResolvedPlan(tuple(tables), methods)
+        _check_init_fns(resolved)
         self._check_budget(resolved)
         return resolved
 
@@ -110,6 +112,19 @@ class Plan:
                 f"plan: the tables take {size:,} bytes, over the budget of {budget:,} bytes. "
                 "Raise the budget or compress more tables."
             )
+
+
+def _check_init_fns(plan: ResolvedPlan) -> None:
+    """Raise a ConfigError where a user's own initialisation would be given to no row."""
+    for config, group in plan.groups:
+        own = [table for table in group if table.init_fn is not None]
+        used = config.first_method().physical_tables(group) if own else []
+        for table in own:
+            if all(physical.init_fn is not table.init_fn for physical in used):
+                raise ConfigError(
+                    f"table {table.name!r}: {config.name} draws rows of its own shape, which an init_fn "
+                    "was not made for; leave init_fn out, or hold the table full"
+                )
 
 
 def check_known(source: str, named: Iterable[str], tables: Sequence[TableSpec]) -> None:
@@ -160,12 +175,16 @@ class ResolvedPlan:
     """A plan with every size fixed.
 
     Args:
-        tables: the logical tables, in the order declared.
+        tables: the logical tables, in the order declared. Here a table has a feature once, however often
+            it was declared.
         methods: the method of each, by name; none has a budget any more.
     """
 
     tables: tuple[TableSpec, ...]
     methods: Mapping[str, BackendConfig]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tables", tuple(table.without_repeats() for table in self.tables))
 
     @property
     def groups(self) -> list[tuple[BackendConfig, list[TableSpec]]]:
@@ -190,5 +209,7 @@ class ResolvedPlan:
 
     @property
     def compression_ratio(self) -> float:
-        """Full bytes over planned serving bytes."""
+        """Full bytes over planned serving bytes; 1 without tables."""
+        if not self.tables:
+            return 1.0
         return self.full_bytes / self.footprint.serve_bytes

@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from embcomp.collection.batch_shapes import expanded, one_bag_a_key, one_empty_row, picked
 from embcomp.collection.groups import Group
 from embcomp.collection.held_rows import HeldRows, RowsHolder
+from embcomp.collection.scripted import (
+    ScriptedPooledRoute,
+    ScriptedUnpooledRoute,
+    plain_lookups,
+)
 from embcomp.collection.table_identity import marks
 from embcomp.layers.host_values import known_equal, on_device
+from embcomp.layers.traced_leaves import leaf_call
 
 
 class CompositeRoute(nn.Module):
@@ -29,18 +37,22 @@ class CompositeRoute(nn.Module):
     Args:
         groups: the methods, in order.
         is_weighted: whether ids carry weights.
+        unpooled: whether the collection hands out single ids' embeddings.
     """
 
-    def __init__(self, groups: Sequence[Group], *, is_weighted: bool) -> None:
+    def __init__(
+        self, groups: Sequence[Group], *, is_weighted: bool, unpooled: bool = False
+    ) -> None:
         super().__init__()
         self.routes = nn.ModuleDict({group.label: group.backend.route for group in groups})
+        self._groups = list(groups)
         self._tables = [table.name for group in groups for table in group.tables]
         self._sizes = [len(group.instances) for group in groups]
         self._unpooled = [group.unpooled for group in groups]
         self._ids_per_value = [group.backend.ids_per_value for group in groups]
         self._skips = [group.backend.skips_negative_ids for group in groups]
         self._features = [i.feature for group in groups for i in group.instances]
-        self._is_weighted = is_weighted
+        self._is_weighted, self._is_unpooled = is_weighted, unpooled
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
         self.holder = RowsHolder()
 
@@ -58,8 +70,14 @@ class CompositeRoute(nn.Module):
             in bags of one have a stride for each key where what holds the rows takes that and keys
             differ in length; else keys are padded by empty bags to one stride.
         """
+        traced = leaf_call(self, features)
+        if traced is not None:
+            return traced
+        if not self._tables:
+            return None, None, features
         features = self._select(features)
-        parts = features.split(self._sizes) if len(self._sizes) > 1 else [features]
+        bags = self._as_bags(features)
+        parts = bags.split(self._sizes) if len(self._sizes) > 1 else [bags]
         pooled: list[KeyedJaggedTensor] = []
         unpooled: list[tuple[KeyedJaggedTensor, int]] = []
         for i, route in enumerate(self.routes.values()):
@@ -72,6 +90,11 @@ class CompositeRoute(nn.Module):
         skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
         rows = _bags_of_one(unpooled, self.holder.held, is_weighted=self._is_weighted, skips=skips)
         return _concatenated(pooled) if pooled else None, rows, features
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles in this module's place."""
+        kind = ScriptedUnpooledRoute if self._is_unpooled else ScriptedPooledRoute
+        return kind(plain_lookups(self._groups), is_weighted=self._is_weighted)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, mark in marks(self._tables).items():
@@ -98,20 +121,29 @@ class CompositeRoute(nn.Module):
 
     def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features that the tables want, in their order; never more, never fewer."""
-        if features.variable_stride_per_key():
-            raise ValueError(
-                "expected a KeyedJaggedTensor with one batch size for all keys, got a variable "
-                "stride per key; deduplicated (VBE) batches must be expanded first"
-            )
+        features = maybe_td_to_kjt(features, None)
+        own_bags = features.variable_stride_per_key()
+        if not self._is_unpooled and (own_bags or features.inverse_indices_or_none() is not None):
+            features, own_bags = expanded(features), False
         if self._is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, but the features carry no weights")
-        if not self._is_weighted:
-            features = _without_weights(features)
         keys = tuple(features.keys())
         if keys not in self._orders:
             self._orders[keys] = self._order(keys)
         order = self._orders[keys]
-        return features if order is None else features.permute(order)
+        if own_bags:
+            return picked(features, list(range(len(keys))) if order is None else order)
+        if not self._is_weighted:
+            features = _without_weights(features)
+        if order is None:
+            return features
+        return features.permute(order) if features.stride() else _without_rows(features, order)
+
+    def _as_bags(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features as routes take them: as many bags for each, and at least one."""
+        if self._is_unpooled and features.variable_stride_per_key():
+            return one_bag_a_key(features)
+        return features if features.stride() else one_empty_row(features)
 
     def _order(self, keys: tuple[str, ...]) -> list[int] | None:
         missing = [feature for feature in self._features if feature not in keys]
@@ -122,6 +154,17 @@ class CompositeRoute(nn.Module):
             )
         order = [keys.index(feature) for feature in self._features]
         return None if order == list(range(len(keys))) else order
+
+
+def _without_rows(features: KeyedJaggedTensor, order: list[int]) -> KeyedJaggedTensor:
+    """A batch of no rows with other keys."""
+    return KeyedJaggedTensor(
+        keys=[features.keys()[n] for n in order],
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=features.lengths(),
+        stride=0,
+    )
 
 
 def _without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -143,6 +186,10 @@ def _concatenated(parts: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
 
 def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """The look-ups less those with negative ids; bags grow shorter."""
+    if (
+        part.values().is_meta
+    ):  # where nothing says which are negative, and bags are all that matters
+        return part
     kept = part.values() >= 0
     weights = part.weights_or_none()
     ends = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=kept.device)
@@ -185,7 +232,7 @@ def _bags_of_one(
     lengths = _lengths(counts, strides, sizes, device)
     joined = values[0] if len(values) == 1 else torch.cat(values)
     known: list[int] | None = physical
-    if skips:
+    if skips and not joined.is_meta:
         firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
         lengths[lengths > 0] *= torch.cat(firsts) >= 0
         joined = joined[joined >= 0]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 AT_HAND = frozenset({"cpu"})
 """Types of devices whose values the host has at hand."""
@@ -23,9 +23,11 @@ def reads_wait(device: torch.device) -> bool:
 
 
 def known_equal(counts: Sequence[int], value: int) -> bool:
-    """Whether all counts are known to be a value: within a compiled graph they may not be known."""
+    """Whether all counts are known to be a value: a compiled or exported program may not know them."""
     if torch.compiler.is_dynamo_compiling():
         return all(guard_or_false(count == value) for count in counts)
+    if torch.compiler.is_exporting():
+        return all(statically_known_true(count == value) for count in counts)
     return all(count == value for count in counts)
 
 

@@ -41,9 +41,15 @@ class LearnedBuffers(NamedParts):
 
     def ensure_filled(self) -> None:
         """Fill the buffers unless that was done, or a state dict brought them."""
+        if torch.compiler.is_exporting():  # a program must not depend on values
+            if self._seen is None:
+                raise ValueError(
+                    "expected learnt buffers that are filled before they are exported; call the model "
+                    "once, or load a state dict"
+                )
+            return
         # Moving the module, or materialising it, makes another tensor: only then is it looked at.
-        # A program that is exported was filled before, and must not depend on values.
-        if self._seen is self.filled or self.filled.is_meta or torch.compiler.is_exporting():
+        if self._seen is self.filled or self.filled.is_meta:
             return
         if self._is_overwritten:
             return
@@ -69,12 +75,14 @@ class LearnedBuffers(NamedParts):
     def mark_filled(self) -> None:
         """Say that the buffers hold what they are to hold."""
         self.filled.fill_(1)
+        self._seen = self.filled
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if not self.filled.is_meta and not _keeps_values(fn):
             self.filled.zero_()  # `to_empty`: whatever lay in that memory, nobody filled it
+            self._seen = None
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -88,7 +96,7 @@ class LearnedBuffers(NamedParts):
             self.ensure_filled()  # parts that did not come stay as the config implies
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if not self.filled.is_meta and len(came) == len(wanted):
-            self.filled.fill_(1)
+            self.mark_filled()
 
 
 @torch.no_grad()
@@ -123,7 +131,7 @@ def overwriting(module: nn.Module, names: Collection[str] | None = None) -> Iter
             part._is_overwritten = False
     for part in parts:
         if not part.filled.is_meta:
-            part.filled.fill_(1)
+            part.mark_filled()
 
 
 def _is_among(path: str, names: Collection[str]) -> bool:

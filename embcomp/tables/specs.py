@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,14 @@ from torchrec.modules.embedding_configs import (
 
 from embcomp.errors import ConfigError
 from embcomp.tables.name_hash import name64
+from embcomp.tables.torchrec_settings import check_settings, uniform_bounds
 
 InitFn = Callable[[Tensor], Tensor | None]
 
+_OTHER_TYPES = {
+    # What would be trained depends on the device: nothing on a CPU, other rows before sharding.
+    DataType.BF16: "FBGEMM has no BF16 on a CPU, and TorchRec holds unsharded BF16 tables as FP16"
+}
 _ITEMSIZE = {DataType.FP32: 4, DataType.FP16: 2}
 
 
@@ -68,8 +72,13 @@ class TableSpec:
         if self.data_type not in _ITEMSIZE:
             raise ConfigError(
                 f"table {self.name!r}: rows are trained in FP32 or FP16, got {self.data_type}; "
-                "lower precisions are for the exported artefact"
+                f"{_OTHER_TYPES.get(self.data_type, 'lower precisions are for the exported artefact')}"
             )
+
+    def without_repeats(self) -> TableSpec:
+        """This table with each of its features once."""
+        features = tuple(dict.fromkeys(self.feature_names))
+        return self if features == self.feature_names else replace(self, feature_names=features)
 
     @property
     def itemsize(self) -> int:
@@ -134,9 +143,8 @@ def _spec(index: int, config: BaseEmbeddingConfig) -> TableSpec:
             f"table {config.name!r}: num_embeddings must be a positive int, "
             f"got {config.num_embeddings!r}"
         )
-    uniform = isinstance(config.init_fn, partial) and (
-        config.init_fn.func is torch.nn.init.uniform_
-    )
+    check_settings(config)
+    bounds = uniform_bounds(config)
     return TableSpec(
         name=config.name,
         num_embeddings=config.num_embeddings,
@@ -145,8 +153,8 @@ def _spec(index: int, config: BaseEmbeddingConfig) -> TableSpec:
         index=index,
         mean_pooling=pooling is PoolingType.MEAN,
         data_type=config.data_type,
-        init_bounds=(config.get_weight_init_min(), config.get_weight_init_max()),
-        init_fn=None if uniform else config.init_fn,
+        init_bounds=bounds or (config.get_weight_init_min(), config.get_weight_init_max()),
+        init_fn=config.init_fn if bounds is None else None,
     )
 
 

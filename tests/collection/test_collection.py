@@ -339,18 +339,6 @@ def test_weights_are_ignored_by_an_unweighted_collection():
         assert torch.equal(collection(weighted).values(), collection(plain).values())
 
 
-def test_batches_with_a_stride_per_key_are_refused():
-    collection = CompressedEmbeddingBagCollection([t.bag() for t in plain_tables(rows=(9, 9))])
-    batch = KeyedJaggedTensor(
-        keys=["f0", "f1"],
-        values=torch.arange(3),
-        lengths=torch.tensor([1, 1, 1]),
-        stride_per_key_per_rank=[[1], [2]],
-    )
-    with pytest.raises(ValueError, match="variable stride per key"):
-        collection(batch)
-
-
 def test_physical_names_that_clash_are_refused():
     def build(*names, plan):
         tables = [
