@@ -356,7 +356,7 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
     @property
     def embedding_bags(self) -> TableViews:
         """The tables that are held whole, by name, to read; only while nothing is sharded."""
-        return TableViews(self._groups, self._inner_weights())
+        return TableViews(self._groups, self._inner_weights)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._is_weighted, self._device)
@@ -440,7 +440,7 @@ class CompressedEmbeddingCollection(_Compressed, UnpooledTables):
     @property
     def embeddings(self) -> TableViews:
         """The tables that are held whole, by name, to read; only while nothing is sharded."""
-        return TableViews(self._groups, self._inner_weights())
+        return TableViews(self._groups, self._inner_weights)
 
     def _rebuilt(self, plan: ResolvedPlan) -> Self:
         return type(self)(self._configs, plan, self._device, self._need_indices)

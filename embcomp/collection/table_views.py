@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from typing_extensions import override
 
 from embcomp.collection.groups import Group
-from embcomp.collection.torchrec_keys import whole_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,31 +37,36 @@ class TableViews(Mapping[str, TableView]):
 
     Args:
         groups: the methods of a collection.
-        weights: the physical tables' weights by name.
+        weights: gives the physical tables' weights by name, when one is looked at.
     """
 
-    def __init__(self, groups: Sequence[Group], weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, groups: Sequence[Group], weights: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
         self._methods = {
             table.name: group.config.name for group in groups for table in group.tables
         }
-        widths = {table.name: table.embedding_dim for group in groups for table in group.tables}
-        self._views = {
-            name: TableView(weights[name].detach()[:, : widths[name]])
-            for name in whole_tables(groups)
+        self._weights = weights
+        self._widths = {
+            table.name: table.embedding_dim
+            for group in groups
+            for table in group.tables
+            if group.config.holds_whole(table)
         }
 
     @override
     def __getitem__(self, name: str) -> TableView:
-        if name not in self._views and name in self._methods:
+        if name not in self._widths and name in self._methods:
             raise KeyError(
                 f"table {name!r} has no row for each id to show: it is held by {self._methods[name]}"
             )
-        return self._views[name]
+        width = self._widths[name]
+        return TableView(self._weights()[name].detach()[:, :width])
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self._views)
+        return iter(self._widths)
 
     @override
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._widths)

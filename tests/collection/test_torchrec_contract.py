@@ -221,6 +221,14 @@ def test_a_table_without_rows_of_its_own_is_not_shown():
         ours.embedding_bags["t9"]
 
 
+def test_asking_for_views_of_what_is_not_there_is_no_error_before_one_is_read():
+    ours = CompressedEmbeddingBagCollection([table("pooled", "t1", ["f1"])])
+    ours.rows = nn.Identity()  # as where TorchRec put a sharded, or a quantised, collection
+    assert hasattr(ours, "embedding_bags") and list(ours.embedding_bags) == ["t1"]
+    with pytest.raises(TypeError, match="expected an unsharded collection"):
+        ours.embedding_bags["t1"]
+
+
 # --- tracing and scripting ------------------------------------------------------------------------
 
 
