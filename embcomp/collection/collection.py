@@ -114,19 +114,13 @@ class _Compressed(AssembledTables):
                 yield inner
 
     def _tell_route(self, features: KeyedJaggedTensor) -> None:
-        """Let it know what holds the rows by now: TorchRec puts sharded collections in our place.
-
-        A tracer records one call of the inner collection, which takes keys of one length.
-        """
-        held = HeldRows.by(self.unpooled_rows)
-        if isinstance(features, torch.fx.Proxy):
-            held = dataclasses.replace(held, takes_keys_of_any_length=False)
-        if held != self._holder.held:
-            self._holder.held = held
+        """Let it know what holds the rows by now: TorchRec puts sharded collections in our place."""
+        traced = isinstance(features, torch.fx.Proxy)
+        self._holder.tell(HeldRows.by(self.unpooled_rows), traced=traced)
 
     def _read_unpooled(self, bags: KeyedJaggedTensor) -> Any:
         """Rows of look-ups in bags of one."""
-        if self._holder.held.reads_by_key and bags.variable_stride_per_key():
+        if isinstance(bags, KeyedJaggedTensor) and bags.variable_stride_per_key():
             return read_rows(self.unpooled_rows, bags)
         return self.unpooled_rows(bags)
 

@@ -40,11 +40,6 @@ class HeldRows:
     takes_keys_of_any_length: bool = False
     equal_among: dist.ProcessGroup | None = None
 
-    @property
-    def reads_by_key(self) -> bool:
-        """Whether keys may differ in length now; a compiled graph may not know whether they do."""
-        return self.takes_keys_of_any_length and not torch.compiler.is_compiling()
-
     @classmethod
     def by(cls, inner: nn.Module | None) -> HeldRows:
         """How an inner collection holds rows, sharded or not."""
@@ -79,9 +74,30 @@ class RowsHolder:
 
     Args:
         held: how the rows are held by now.
+        by_key: whether the next look-up may have keys of different lengths. Whoever calls the route
+            without saying so, as a traced graph does, gets keys padded to one length.
     """
 
     held: HeldRows = field(default_factory=HeldRows)
+    by_key: bool = False
+
+    def tell(self, held: HeldRows, *, traced: bool) -> None:
+        """Say how rows are held in the look-up that follows.
+
+        Args:
+            held: how.
+            traced: whether a tracer records it, as one call of the inner collection for any batch.
+        """
+        if held != self.held:
+            self.held = held
+        # A compiled graph may not know whether keys differ in length.
+        compiling = torch.compiler.is_compiling()
+        self.by_key = held.takes_keys_of_any_length and not traced and not compiling
+
+    def take_by_key(self) -> bool:
+        """Whether the look-up that begins may have keys of different lengths; it alone."""
+        by_key, self.by_key = self.by_key, False
+        return by_key
 
 
 def read_rows(inner: EmbeddingBagCollection, bags: KeyedJaggedTensor) -> RowsByKey:

@@ -73,6 +73,7 @@ class CompositeRoute(nn.Module):
         traced = leaf_call(self, features)
         if traced is not None:
             return traced
+        by_key = self.holder.take_by_key()
         if not self._tables:
             return None, None, features
         features = self._select(features)
@@ -88,7 +89,13 @@ class CompositeRoute(nn.Module):
             else:
                 pooled.append(route(parts[i]))
         skips = any(skips and one for skips, one in zip(self._skips, self._unpooled))
-        rows = _bags_of_one(unpooled, self.holder.held, is_weighted=self._is_weighted, skips=skips)
+        rows = _bags_of_one(
+            unpooled,
+            self.holder.held,
+            by_key=by_key,
+            is_weighted=self._is_weighted,
+            skips=skips,
+        )
         return _concatenated(pooled) if pooled else None, rows, features
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -206,7 +213,12 @@ def _without_skipped(part: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 
 def _bags_of_one(
-    parts: list[tuple[KeyedJaggedTensor, int]], held: HeldRows, *, is_weighted: bool, skips: bool
+    parts: list[tuple[KeyedJaggedTensor, int]],
+    held: HeldRows,
+    *,
+    by_key: bool,
+    is_weighted: bool,
+    skips: bool,
 ) -> KeyedJaggedTensor | None:
     """Give each value a bag of its own.
 
@@ -216,6 +228,7 @@ def _bags_of_one(
     Args:
         parts: look-ups, and how many physical ids stand for one value in them.
         held: what holds the rows.
+        by_key: whether they are read key by key, so that no key is padded to another's length.
         is_weighted: whether the bags must carry weights (ones: the true ones come later).
         skips: whether bags of negative ids are to be empty.
     """
@@ -226,7 +239,7 @@ def _bags_of_one(
     counts = [count // ids for count, ids in zip(physical, sizes)]
     values = [part.values().to(torch.int64) for part, _ in parts]
     device = values[0].device
-    differ = held.reads_by_key and len(set(counts)) > 1
+    differ = by_key and len(set(counts)) > 1
     # TorchRec has no batch of no rows.
     strides = counts if differ else [held.common_stride(max(1, *counts), device)] * len(counts)
     lengths = _lengths(counts, strides, sizes, device)
