@@ -42,6 +42,12 @@ points = st.builds(
 codewords = st.integers(2, 1 << 16)
 
 
+def test_rounding_makes_no_narrower_sub_vector_lose_more():
+    own = Points(dim=18, kinds=3, count=1)
+    errors = [expected_error(own, width=w, latent=w, codewords=2) for w in range(1, 19)]
+    assert errors == [0.0] * 18
+
+
 @settings(max_examples=150, deadline=None)
 @given(points, codewords, codewords, st.integers(1, 24), st.integers(1, 24), st.data())
 def test_refinement_is_never_expected_to_lose_more(own, few, many, narrow, wide, data):

@@ -399,25 +399,27 @@ def test_tables_of_several_types_share_no_codewords():
 
 
 @pytest.mark.parametrize("latent_dim", [1, 3])
-def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim):
+def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim, monkeypatch):
     tables = plain_tables(8, rows=(40, 300, 5))
     config = LR2VQ(subvector_dim=4, num_codewords=16, latent_dim=latent_dim)
     specs = specs_of(tables)
     plan = ResolvedPlan(tuple(specs), dict.fromkeys((spec.name for spec in specs), config))
     collection = collection_of(tables, plan)
     module = collection.combine.combines["lr2vq"]
-    batch = random_batch(tables, seed=1, batch_size=64)  # ragged: short keys are padded
     seen = []
-    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    collection(batch)
-    rows, looked_up = seen[0]
-    which = module._which.on(rows.device)
-    latents = rows.view(len(rows), len(which), -1)
-    found = module._nearest(latents, which, looked_up)
-    wanted = nearest(latents, module.codewords.words, which)
-    real = looked_up.are_values().repeat_interleave(torch.tensor([2, 2, 2]), dim=1)
-    assert not bool(real.all())
-    assert torch.equal(found[real], wanted[real])
+    codes_of = module._codes
+
+    def kept(latents, which, ids):
+        codes = codes_of(latents, which, ids)
+        seen.append((latents, which, ids, codes))
+        return codes
+
+    monkeypatch.setattr(module, "_codes", kept)
+    collection(random_batch(tables, seed=1, batch_size=64))  # ragged: keys differ in length
+    assert len({len(ids) for _, _, ids, _ in seen}) == len(seen) == 3
+    assert any(len(ids.unique()) < len(ids) / 2 for _, _, ids, _ in seen)
+    for latents, which, _, codes in seen:
+        assert torch.equal(codes, nearest(latents, module.codewords.words, which))
 
 
 def test_codewords_that_nobody_chooses_are_moved_to_where_they_help():

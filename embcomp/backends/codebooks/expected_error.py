@@ -66,10 +66,11 @@ def _errors(points: Points, codewords: int) -> tuple[tuple[float, ...], ...]:
         each = _prefixes(points.dim, 1, width, apart)
         least, row = 1.0, []
         for (within, lost), (own, own_lost), wider in zip(together, each, rows[-1]):
-            one = lost * crowding + NOT_REGAINED * max(0.0, 1 - within)
-            other = own_lost * crowding + NOT_REGAINED * max(0.0, 1 - own)
+            whole = len(row) == width - 1  # a latent as wide as the sub-vector leaves nothing out
+            one = lost * crowding + NOT_REGAINED * (0.0 if whole else max(0.0, 1 - within))
+            other = own_lost * crowding + NOT_REGAINED * (0.0 if whole else max(0.0, 1 - own))
             least = min(least, one, other)
-            row.append(min(least, wider))
+            row.append(min(least, wider, rows[-1][-1]) if whole else min(least, wider))
         rows.append(tuple(row))
     return tuple(rows[:0:-1])
 
