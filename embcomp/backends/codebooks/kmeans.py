@@ -4,9 +4,10 @@ Seeds are drawn as by Arthur and Vassilvitskii, "k-means++: The Advantages of Ca
 2007, and refined by Lloyd's iterations, first on a few points a centroid and then on more: most of the
 way costs little so. Centroids move further than to the mean of their points, which halves the
 iterations (overrelaxed, as in Salakhutdinov and Roweis, "Adaptive Overrelaxed Bound Optimization
-Methods", ICML 2003), and only to it where the error would not fall otherwise, and at the end. At most 256 points per centroid take part by default; they are drawn by priority
-sampling (Duffield, Lund, Thorup, 2007), which keeps heavy points and gives light ones the weight of
-those that were left out. The same seed gives the same centroids.
+Methods", ICML 2003), and only to it at the end and where the error would not fall otherwise. At most
+256 points per centroid take part by default; they are drawn by priority sampling (Duffield, Lund,
+Thorup, 2007), which keeps heavy points and gives light ones the weight of those that were left out. The
+same seed gives the same centroids.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from embcomp.layers.host_values import reads_wait
 _Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _AT_ONCE = 1 << 17  # scores that a thread holds at a time: they stay in a core's cache
-_MAXIMA_AT_ONCE = 1 << 20
+_MAXIMA_AT_ONCE = 1 << 18
 _FEWEST_COLUMNS = 32  # of a product: narrower ones are slow
 _ROUNDING = 2.0**-24
 
