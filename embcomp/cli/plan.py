@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from embcomp.config.train_config import TrainConfig
     from embcomp.planning.config_plan import ConfigPlan, TableBytes, TableSize
     from embcomp.planning.placement import Placement
+    from embcomp.tables.specs import TableSpec
 
 NAMES_SHOWN = 3
 
@@ -89,6 +90,7 @@ def plan(
         _print_ways_out(for_budget(loaded, sizes))
         raise typer.Exit(1) from None
     _print_lines(found)
+    _print_stages(found)
     if memory is None:
         return
     kept = reserved_bytes(reserve, memory, name="--reserve")
@@ -123,13 +125,33 @@ def _print_lines(found: ConfigPlan) -> None:
     out.print(f"row optimizer: {found.optimizer} ({mode})", highlight=False)
 
 
+def _print_stages(found: ConfigPlan) -> None:
+    """The forms of several methods in stages, from one stage to the next."""
+    from embcomp.tables.budget import format_bytes
+
+    stages = found.stage_lines()
+    if not stages:
+        return
+    table = Table(box=console.BOX, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("tables are held as", overflow="fold")
+    table.add_column("training", justify="right")
+    for stage in stages:
+        forms = (f"{form} ({_named(names)})" for form, names in stage.forms)
+        table.add_row(escape(stage.name), escape("; ".join(forms)), format_bytes(stage.train))
+    console.stdout().print(table, highlight=False)
+
+
+def _named(tables: Sequence[TableSpec]) -> str:
+    names = [table.name for table in tables]
+    label = ", ".join(names[:NAMES_SHOWN])
+    return label + (f", ... ({len(names)} tables)" if len(names) > NAMES_SHOWN else "")
+
+
 def _cells(line: TableBytes, label: str = "") -> list[str]:
     from embcomp.tables.budget import format_bytes
 
-    names = [table.name for table in line.tables]
-    if not label:
-        label = ", ".join(names[:NAMES_SHOWN])
-        label += f", ... ({len(names)} tables)" if len(names) > NAMES_SHOWN else ""
+    label = label or _named(line.tables)
     dims = {table.embedding_dim for table in line.tables}
     sizes = [line.weights, line.indices, line.optimizer, line.train]
     return [

@@ -6,9 +6,9 @@ their remaining keys are the fields of that dataclass, so a new method or model 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -38,6 +38,9 @@ from embcomp.io.yaml_reading import (
     listed,
 )
 from embcomp.tables.budget import format_bytes, parse_budget, why_unreadable
+
+if TYPE_CHECKING:
+    from embcomp.backends.base import BackendConfig
 
 MOST_EPOCHS = 10**6
 LEAST_HANDOVER_MEMORY = 64 << 20
@@ -268,7 +271,9 @@ class RunConfig(Section):
         precision: `bf16` runs the dense part under autocast, on CUDA and on CPUs that have bfloat16.
         sharding: how tables are spread over ranks; `auto` asks TorchRec's planner.
         rank_timeout: seconds without a sign of life after which a rank counts as dead.
-        stages: for methods that are trained in stages: stage name to what differs in it.
+        stages: for methods that are trained in stages: stage name to what differs in it. Where several
+            are, the first stage's name is those of the methods' first stages (`dense+supernet`), and
+            later ones begin with their method's (`pq.codes`).
         start_from: folder of a finished run whose best weights stand for the first stage, which is
             then not trained. Its tables must be stored as that stage stores them.
         handover_memory: what a rank may hold beside its shards while tables are handed from one stage
@@ -296,6 +301,24 @@ class RunConfig(Section):
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
     handover_memory: Bytes = "256MiB"
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _joined_names(cls, value: object) -> object:
+        """`{pq: {codes: {...}}}` as `{pq.codes: {...}}`: what a dotted override is read as."""
+        if not isinstance(value, Mapping):
+            return value
+        found: dict[object, object] = {}
+        for name, own in value.items():
+            if (
+                isinstance(own, Mapping)
+                and own
+                and all(isinstance(e, Mapping) for e in own.values())
+            ):
+                found |= {f"{name}.{stage}": each for stage, each in own.items()}
+            else:
+                found[name] = own
+        return found
 
     @field_validator("handover_memory")
     @classmethod
@@ -344,10 +367,11 @@ class TrainConfig(YamlConfig):
     def _stages_exist(self) -> TrainConfig:
         if not self.train.stages:
             return self
-        methods = [self.tables.method, *self.tables.overrides.values()]
-        known = [stage.name for method in methods for stage in method.settings.stages()]
+        chosen = [self.tables.method, *self.tables.overrides.values()]
+        methods = [each.settings for each in chosen]
+        known = [stage.name for method in methods for stage in method.stages()]
         for name in self.train.stages:
-            if name not in known:
+            if name not in known and not _may_be_combined(name, methods):
                 raise config_error(
                     f"train.stages: unknown stage {name!r}{did_you_mean(name, known)}; the stages "
                     f"of {self.tables.method.name} are {listed(dict.fromkeys(known))}"
@@ -367,6 +391,21 @@ class TrainConfig(YamlConfig):
     def with_data(self, path: str | Path) -> TrainConfig:
         """The same config for a dataset that lies elsewhere."""
         return self.model_copy(update={"data": self.data.model_copy(update={"path": str(path)})})
+
+
+def is_combined(name: str) -> bool:
+    """Whether a stage's name is one of a run with several methods in stages: `a.b` or `a+b`."""
+    return "." in name or "+" in name
+
+
+def _may_be_combined(name: str, methods: Sequence[BackendConfig]) -> bool:
+    """Whether a run may have such a stage; which ones it has is known once tables are."""
+    owner, dot, stage = name.rpartition(".")
+    own = [each for each in methods if each.name == owner.partition("@")[0]]
+    if dot:
+        return any(stage == each.name for method in own for each in method.stages())
+    firsts = {method.stages()[0].name for method in methods}
+    return "+" in name and firsts.issuperset(name.split("+"))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

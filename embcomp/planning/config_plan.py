@@ -23,6 +23,7 @@ from embcomp.data_pipelines.integrity import open_dataset
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed, read_yaml
+from embcomp.planning.stage_order import forms_by_stage, staged_groups
 from embcomp.tables.footprint import Footprint, RowOptimizer, footprint_of
 from embcomp.tables.specs import TableSpec, specs_from_configs
 
@@ -142,6 +143,21 @@ class TableBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageBytes:
+    """What a stage of a run keeps of the embedding tables.
+
+    Attributes:
+        name: the stage.
+        forms: the methods that hold the tables in it, as far as is known, and which.
+        train: bytes that training keeps.
+    """
+
+    name: str
+    forms: Sequence[tuple[str, tuple[TableSpec, ...]]]
+    train: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfigPlan:
     """A config's tables with every size fixed.
 
@@ -207,6 +223,19 @@ class ConfigPlan:
                             str(key): lengths.get(key.feature, 1.0) for key in table.lookups
                         }
         return factors
+
+    def stage_lines(self) -> list[StageBytes]:
+        """What each stage that trains keeps; empty where no two methods are trained in stages."""
+        if self.main is None or len(staged_groups(self.main)) < 2:
+            return []
+        return [
+            StageBytes(
+                name=name,
+                forms=[(form.name, tuple(tables)) for form, tables in plan.groups],
+                train=plan.footprint.train_bytes(self.optimizer),
+            )
+            for name, plan in forms_by_stage(self.main)
+        ]
 
     def _plans(self) -> list[ResolvedPlan]:
         return [plan for plan in (self.main, self.first_order) if plan is not None]
@@ -385,6 +414,8 @@ def most_train_bytes(
 
 def training_plans(plan: ResolvedPlan) -> list[ResolvedPlan]:
     """How tables are stored from stage to stage; methods of fewer forms stay in their last."""
+    if len(staged_groups(plan)) > 1:
+        return [stored for _, stored in forms_by_stage(plan)]
     forms = [(config.training_forms(group), group) for config, group in plan.groups]
     return [
         ResolvedPlan(

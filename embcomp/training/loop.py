@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ from embcomp.training.data import (
 from embcomp.training.distributed.process import Process
 from embcomp.training.loop_state import LoopState
 from embcomp.training.optim.lazy_decay import LazyDecay
-from embcomp.training.optim.optimizers import Learners, Optimizers, Phase
+from embcomp.training.optim.optimizers import Learners, Optimizers, Phase, StructureLearner
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.evaluation import Evaluation, evaluate_batches
 from embcomp.training.reporting.kept_rows import kept_rows
@@ -128,15 +129,20 @@ class Training:
             self._search_batches = endless(self._search_loader, self.state.step)
 
     def _learners(self) -> Learners:
-        method, tables = self.setup.schedule.method, self.unsharded.tables
-        if method is None or tables is None:
+        tables, setup = self.unsharded.tables, self.setup
+        if tables is None:
             return Learners(stage=self.stage)
+        path = TASK_PREFIX + path_of(self.unsharded.model, tables)
         return Learners(
             stage=self.stage,
-            structure_prefix=self.setup.structure_prefix(
-                TASK_PREFIX + path_of(self.unsharded.model, tables)
-            ),
-            structure=lambda parameters: method.structure_optimizer(self.stage, parameters),
+            structures=[
+                StructureLearner(
+                    prefix=setup.structure_prefix(group, path),
+                    make=partial(group.method.structure_optimizer, setup.own_stage(group)),
+                )
+                for group in setup.owners
+            ],
+            waiting=[setup.structure_prefix(group, path) for group in setup.waiting],
         )
 
     def _planned_steps(self) -> int:
@@ -224,7 +230,8 @@ class Training:
         if tables is None or not tables.may_stop_rows:
             return
         self.settle()
-        kept = kept_rows(self.sharded, tables, self.process.device)
+        resting = [name for group in self.setup.waiting for name in group.names]
+        kept = kept_rows(self.sharded, tables, self.process.device, resting)
         if kept is None:
             return
         self.state.kept_rows.append(kept)

@@ -7,6 +7,7 @@ stages has a folder for each of them, stages/<number>-<name>/, with the stage's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,8 @@ class RunFolder:
         """
         if len(names) == 1:
             return StageFolder(self.path)
-        return StageFolder(self.path / "stages" / f"{index + 1}-{names[index]}")
+        name = re.sub(r"[^\w.@+-]", "_", names[index])  # a table's name may be in it
+        return StageFolder(self.path / "stages" / f"{index + 1}-{name}")
 
     def config(self, data: str | Path | None = None) -> TrainConfig:
         """The run's resolved config.

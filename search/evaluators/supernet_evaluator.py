@@ -177,7 +177,7 @@ class SupernetEvaluator(Evaluator):
         self._process = process
         console = self._open.enter_context(RunConsole(enabled=False, name=NAME))
         opened = RunContext.of(config, DatasetInfo.load(config.data.path), run)
-        self._tables = opened.schedule.tables
+        self._tables = opened.schedule.staged[0].tables
         context = StageSearch(opened, _SEARCH, process, console)
         self._trial = Trial(self._tables, context)
 

@@ -1,6 +1,6 @@
 """Methods that are trained in stages, as choices of a search: what a candidate can hold of them.
 
-A training has room for one such method. Its stages have steps of their own, so scores on the way
+A candidate holds one such method, in one setting, though a training may hold several. Its stages have steps of their own, so scores on the way
 mean other things than those of a method that is trained once.
 """
 
@@ -40,7 +40,7 @@ def check_stages(config: SearchConfig, space: Space) -> None:
     units = [unit for unit in space.units if _staged(unit)]
     if len(units) > 1 and len(methods) > 1:
         raise ConfigError(
-            f"groups: {names} is trained in stages, and one training has room for one such method "
+            f"groups: {names} is trained in stages, and a candidate of a search holds one such method "
             f"in one setting, but {units[0].name!r} and {units[1].name!r} could take different "
             "ones. Tie the group (tied: true), or give it one setting only"
         )

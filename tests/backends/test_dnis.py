@@ -217,7 +217,7 @@ def test_rare_ids_get_fewer_columns_than_frequent_ones(tmp_path):
     step = saved_steps(place.checkpoints)[-1]
     tables = load_unsharded(RunContext.opened(folder.path), 1, step).tables
     form = tables.states()[0].form
-    selections = form.config.selections(schedule.tables, form)["C1"]
+    selections = form.config.selections(schedule.staged[0].tables, form)["C1"]
     assert 0 <= selections.min() <= selections.max() <= 1
     selections = selections.mean(1)
     assert selections[0] > selections[-1] + 0.2

@@ -219,3 +219,22 @@ def test_missing_dataset_is_named(files):
 def test_wrong_usage_is_exit_code_2():
     assert CliRunner().invoke(app, ["plan"]).exit_code == 2
     assert CliRunner().invoke(app, ["nosuchverb"]).exit_code == 2
+
+
+def test_several_methods_in_stages_are_printed_stage_by_stage(files):
+    alone = "tables.method={name: pq, subvector_dim: 4, num_codewords: 16}"
+    chosen = (alone, "tables.overrides={genre: {name: optembed, budget: 50%}}")
+    plan, _ = lines_of(files, *chosen)
+    found = plan.stage_lines()
+    held = {s.name: {form: [t.name for t in tables] for form, tables in s.forms} for s in found}
+    assert held == {
+        "dense+supernet": {"full": ["item", "user"], "optembed": ["genre"]},
+        "optembed.retrain": {"full": ["item", "user"], "low_dim": ["genre"]},
+        "pq.codes": {"coded": ["item", "user"], "low_dim": ["genre"]},
+    }
+    printed = run(files, *chosen).stdout
+    for stage in held:
+        assert re.search(rf"^ *{re.escape(stage)} ", printed, re.MULTILINE)
+    assert found[0].train > found[-1].train
+    assert len(plan.on_meta()) == len(found)
+    assert not lines_of(files, alone)[0].stage_lines()

@@ -111,7 +111,7 @@ STAGED = [{"method": "pq", "subvector_dim": 2, "num_codewords": [8, 16]}, *WIDTH
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": [{"choices": STAGED}]}, r"one training has room .* Tie the group"),
+        ({"groups": [{"choices": STAGED}]}, r"a candidate of a search holds one .* Tie the group"),
         (
             {
                 "groups": [

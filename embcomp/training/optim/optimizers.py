@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,19 +64,31 @@ Phase = Literal["train", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructureLearner:
+    """What updates the parameters of one method's own modules.
+
+    Attributes:
+        prefix: what their names begin with.
+        make: makes their optimizer; None leaves them to the dense optimizer.
+    """
+
+    prefix: str
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer | None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learners:
-    """What learns in a stage, and what updates the parameters of a method's own modules.
+    """What learns in a stage, and what updates the parameters of methods' own modules.
 
     Attributes:
         stage: the stage; by default everything learns all the time.
-        structure_prefix: what the names of the method's own parameters begin with; None where no
-            method is trained in stages.
-        structure: makes their optimizer; None leaves them to the dense optimizer.
+        structures: of the methods whose stage it is; none where no method is trained in stages.
+        waiting: what the names of parameters begin with that rest, as their methods' turn is to come.
     """
 
     stage: Stage = field(default_factory=lambda: Stage(name="train"))
-    structure_prefix: str | None = None
-    structure: Callable[[list[nn.Parameter]], torch.optim.Optimizer | None] = lambda _: None
+    structures: Sequence[StructureLearner] = ()
+    waiting: Sequence[str] = ()
 
 
 class Optimizers:
@@ -86,7 +98,7 @@ class Optimizers:
         combined: TorchRec's view of them, for checkpoints.
         rows: row parameters that an ordinary optimizer updates; none where rows are fused.
         dense: every other parameter.
-        structure: those of them that belong to the method that is trained in stages.
+        structure: those of them that belong to the methods whose stage it is.
 
     Args:
         sharded: the model.
@@ -101,12 +113,15 @@ class Optimizers:
         named = dict(in_backward_optimizer_filter(sharded.named_parameters()))
         rows = {name: weight for name, weight in named.items() if _ROWS_PATH in name}
         dense = {name: weight for name, weight in named.items() if name not in rows}
-        prefix = learners.structure_prefix
-        structure = {n: w for n, w in dense.items() if prefix is not None and n.startswith(prefix)}
+        structures = [_named_under(each.prefix, dense) for each in learners.structures]
+        structure = {name: weight for own in structures for name, weight in own.items()}
+        waiting = {n: w for each in learners.waiting for n, w in _named_under(each, dense).items()}
         self.rows = list(rows.values())
         self.dense = list(dense.values())
         self.structure = list(structure.values())
-        self._network = [weight for name, weight in dense.items() if name not in structure]
+        self._waiting = list(waiting.values())
+        learning = {*dense} - structure.keys() - waiting.keys()
+        self._network = [weight for name, weight in dense.items() if name in learning]
         self._stage = learners.stage
         self._config = config
         self._row_optimizers: list[KeyedOptimizer] = [sharded.fused_optimizer]
@@ -115,13 +130,16 @@ class Optimizers:
             kind, options = _row_optimizer_kind(config.row_optimizer)
             self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
             parts.append(("rows", self._row_optimizers[-1]))
-        self._structure_optimizer: KeyedOptimizer | None = None
-        own = learners.structure(self.structure) if structure else None
-        if own is not None:
-            self._structure_optimizer = KeyedOptimizerWrapper(structure, lambda _: own)
-            self._structure_rates = [group["lr"] for group in own.param_groups]
-            parts.append(("structure", self._structure_optimizer))
-            dense = {name: weight for name, weight in dense.items() if name not in structure}
+        self._structure_optimizers: list[tuple[KeyedOptimizer, list[float]]] = []
+        for each, own in zip(learners.structures, structures):
+            made = each.make(list(own.values())) if own else None
+            if made is None:
+                continue
+            optimizer = KeyedOptimizerWrapper(own, lambda _, made=made: made)
+            rates = [group["lr"] for group in made.param_groups]
+            self._structure_optimizers.append((optimizer, rates))
+            parts.append(("structure", optimizer))
+            dense = {name: weight for name, weight in dense.items() if name not in own}
         # What never learns has no optimizer: its state would never exist, and checkpoints need it.
         at_rest = {id(weight) for weight in self._never_learning()}
         dense = {name: weight for name, weight in dense.items() if id(weight) not in at_rest}
@@ -160,10 +178,9 @@ class Optimizers:
             self._decay_whole_tables(row_rate)
         if self._dense_optimizer is not None:
             _set_learning_rate(self._dense_optimizer, dense_rate)
-        if self._structure_optimizer is not None:
-            factor = config.plateau.factor**reductions if config.plateau else 1.0
-            groups = self._structure_optimizer.param_groups
-            for group, rate in zip(groups, self._structure_rates):
+        factor = config.plateau.factor**reductions if config.plateau else 1.0
+        for optimizer, rates in self._structure_optimizers:
+            for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         self.combined.zero_grad()
         return row_rate
@@ -192,7 +209,7 @@ class Optimizers:
     def _never_learning(self) -> list[nn.Parameter]:
         """Dense parameters that rest in every step of the stage."""
         stage = self._stage
-        resting = [] if stage.network else list(self._network)
+        resting = [*self._waiting, *([] if stage.network else self._network)]
         if not (stage.structure or stage.alternate):
             resting += self.structure
         return resting
@@ -201,8 +218,8 @@ class Optimizers:
         """Parameters that do not learn in a step, though a gradient reaches them."""
         stage = self._stage
         if phase == "search":
-            return [*self.rows, *self._network]
-        resting: list[Tensor] = [] if stage.rows else list(self.rows)
+            return [*self.rows, *self._network, *self._waiting]
+        resting: list[Tensor] = [*self._waiting, *([] if stage.rows else self.rows)]
         if not stage.network:
             resting += self._network
         if stage.alternate or not stage.structure:
@@ -218,6 +235,10 @@ class Optimizers:
     def prepare_to_load(self, step: int) -> None:
         """Tells fused Adam how many steps were made: its kernel counts, checkpoints do not hold it."""
         self.combined.set_optimizer_step(step)
+
+
+def _named_under(prefix: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 _AT_REST = ("lr", "weight_decay")  # without them a step on zero gradients moves no parameter

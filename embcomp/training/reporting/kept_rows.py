@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +18,10 @@ _ROWS_AT_ONCE = 1 << 16
 
 @torch.no_grad()
 def kept_rows(
-    sharded: nn.Module, tables: CompressedEmbeddingBagCollection, device: torch.device
+    sharded: nn.Module,
+    tables: CompressedEmbeddingBagCollection,
+    device: torch.device,
+    resting: Collection[str] = (),
 ) -> float | None:
     """The share of rows that pass now; None where no method stops any, or columns are split.
 
@@ -24,9 +29,16 @@ def kept_rows(
         sharded: the model that trains.
         tables: its collection.
         device: of the process group's tensors.
+        resting: logical tables that are not asked, as their methods' turn is to come.
     """
     gates = [part for part in tables.combine.modules() if isinstance(part, Penalised)]
-    widths = {table.name: table.embedding_dim for table in tables.physical_tables}
+    asleep = {
+        physical.name
+        for group in tables.groups
+        for physical in group.backend.physical_tables
+        if not set(resting).isdisjoint(group.looked_up_in(physical))
+    }
+    widths = {t.name: t.embedding_dim for t in tables.physical_tables if t.name not in asleep}
     passed = total = 0
     split = asks = False
     for key, weight in model_state(sharded).items():

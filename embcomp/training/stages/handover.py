@@ -25,6 +25,7 @@ from embcomp.data_pipelines.frequencies import counted_features, fill_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.layers.block_work import Work
 from embcomp.layers.row_sources import RowSource
+from embcomp.planning.stage_order import StagedGroup, check_apart_now
 from embcomp.tables.budget import parse_budget
 from embcomp.training.build import UnshardedModel, initial_rows
 from embcomp.training.checkpoint import checked_by_ranks, saved_steps
@@ -36,7 +37,7 @@ from embcomp.training.stages.folder_work import FolderWork
 from embcomp.training.stages.left_model import LeftModel, path_of
 from embcomp.training.stages.other_run import of_another_run
 from embcomp.training.stages.run_context import RunContext
-from embcomp.training.stages.schedule import StageSchedule
+from embcomp.training.stages.schedule import with_form
 from embcomp.training.stages.start_files import (
     INDEX_FILE,
     remove_the_rest,
@@ -126,44 +127,49 @@ def prepare_start(run: RunContext, index: int, process: Process, console: RunCon
 def _begun(run: RunContext, index: int, work: Work) -> tuple[str, dict[str, Any]]:
     """How the tables are stored in the stage, and with what it begins."""
     schedule = run.schedule
-    assert schedule.method is not None
-    left = left_by(run, schedule.last_trained_before(index))
+    before, now = schedule.last_trained_before(index), schedule.run_stages[index]
+    left, owner = left_by(run, before), now.owner
     checked_by_ranks(left.folder, work)
-    form = schedule.method.start_stage(
-        schedule.stages[index],
-        schedule.tables,
+    form = owner.method.start_stage(
+        now.as_of(owner),
+        owner.tables,
         StageInputs(
-            before=left.state_of(schedule),
-            initial=lambda: _initial(run),
+            before=left.state_of(owner),
+            initial=lambda: _initial(run, owner),
             counts=counts_of(run.info, run.place(index).start, work),
-            results=search_results(run, index),
+            results=search_results(run, index, owner),
             seed=run.config.seed,
             work=work,
         ),
     )
-    plan = schedule.with_method(form.config)
+    plan_before = run.plan_of(before)
+    assert plan_before is not None
+    check_apart_now(owner, form.config, plan_before)
+    plan = with_form(plan_before, owner, form.config)
     begun = run.build(torch.device("meta"), plan)
-    tensors = _tables_start(left, begun, schedule, form, work)
-    if not schedule.stages[index].reinit_network:
+    tensors = _tables_start(left, begun, owner, form, work)
+    if not now.stage.reinit_network:
         outside = left.outside(begun.model.state_dict())
         tensors |= stored_in_pieces(outside, work)
     return json.dumps(plan_to_document(plan), indent=1) + "\n", tensors
 
 
-def search_results(run: RunContext, before: int) -> dict[str, Mapping[str, Any]]:
-    """What earlier search stages found, by their names."""
+def search_results(
+    run: RunContext, before: int, group: StagedGroup
+) -> dict[str, Mapping[str, Any]]:
+    """What a method's earlier search stages found, by the names that it calls them."""
     return {
-        stage.name: read_stage_result(run.place(index))[0].result
-        for index, stage in enumerate(run.schedule.stages[:before])
-        if stage.kind == "search"
+        each.as_of(group).name: read_stage_result(run.place(index))[0].result
+        for index, each in enumerate(run.schedule.run_stages[:before])
+        if each.stage.kind == "search" and each.is_of(group)
     }
 
 
-def _initial(run: RunContext) -> MethodState:
+def _initial(run: RunContext, owner: StagedGroup) -> MethodState:
     """The rows of the first stage before its first step."""
     unsharded = run.build(torch.device("meta"), run.schedule.first_plan())
     assert unsharded.tables is not None
-    own = run.schedule.tables[0].name
+    own = owner.names[0]
     path = path_of(unsharded.model, unsharded.tables)
     (group,) = (g for g in unsharded.tables.groups if own in [table.name for table in g.tables])
     rows: dict[str, Tensor | RowSource] = {
@@ -178,15 +184,13 @@ def _initial(run: RunContext) -> MethodState:
 def _tables_start(
     left: LeftModel,
     begun: UnshardedModel,
-    schedule: StageSchedule,
+    owner: StagedGroup,
     form: MethodState,
     work: Work,
 ) -> dict[str, Any]:
     """The tensors of all tables by their names in the model that begins."""
     assert begun.tables is not None
-    own = schedule.tables[0].name
-    forms = [GroupState(tables=schedule.tables, form=form)]
-    forms += [each for each in left.states() if own not in [table.name for table in each.tables]]
+    forms = [GroupState(tables=owner.tables, form=form), *left.states_beside(owner)]
     stored = [
         GroupState(
             tables=each.tables,

@@ -16,11 +16,11 @@ from embcomp.collection.groups import Group
 from embcomp.errors import EmbcompError
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.layers.row_sources import JoinedRows, RowSource
+from embcomp.planning.stage_order import StagedGroup
 from embcomp.training.build import UnshardedModel
 from embcomp.training.checkpoint import checkpoint_folder, read_state
 from embcomp.training.files.checkpoint_rows import CheckpointTensors
 from embcomp.training.stages.run_context import RunContext
-from embcomp.training.stages.schedule import StageSchedule
 
 _SMALL = 1 << 20  # bytes of a tensor that is read whole
 
@@ -78,12 +78,29 @@ class LeftModel:
         """The form of every method of the embedding tables, long tensors to be read by range."""
         return [self._state(group, path) for group, path in self.groups()]
 
-    def state_of(self, schedule: StageSchedule) -> MethodState:
-        """The form of the tables that are trained in stages."""
-        own = schedule.tables[0].name
+    def state_of(self, group: StagedGroup) -> MethodState:
+        """The form of the tables of a method that is trained in stages."""
         return next(
-            each.form for each in self.states() if own in [table.name for table in each.tables]
+            each.form
+            for each in self.states()
+            if group.names[0] in [table.name for table in each.tables]
         )
+
+    def states_beside(self, group: StagedGroup) -> list[GroupState]:
+        """The forms of all tables but a method's, which others may have been stored with."""
+        found = []
+        for each in self.states():
+            others = [table for table in each.tables if table.name not in group.names]
+            if len(others) < len(each.tables):
+                # Only tables that share nothing have been stored with those of another method.
+                names = {f"rows.{table.name}" for table in others}
+                came: dict[str, Tensor | RowSource]
+                came = {**each.form.tensors, **each.form.sources}
+                rows = {name: tensor for name, tensor in came.items() if name in names}
+                each = GroupState(tables=others, form=MethodState.of(each.form.config, rows))
+            if others:
+                found.append(each)
+        return found
 
     def _state(self, group: Group, path: str) -> GroupState:
         tensors: dict[str, Tensor | RowSource] = {}

@@ -1,8 +1,9 @@
-"""A run's stages: which method learns in them, and in which form its tables begin each of them."""
+"""A run's stages: which methods learn in them, and in which form its tables begin each of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,13 @@ from embcomp.backends.stages import Stage
 from embcomp.collection.groups import group_labels
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_from_document
-from embcomp.config.train_config import TrainConfig
+from embcomp.config.train_config import TrainConfig, is_combined
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import CheckpointError, ConfigError, EmbcompError, one_line
-from embcomp.io.yaml_reading import listed
+from embcomp.io.yaml_reading import did_you_mean, listed
 from embcomp.planning.config_plan import first_order_plan, main_plan, sizes_of
-from embcomp.tables.specs import TableSpec
+from embcomp.planning.stage_order import RunStage, StagedGroup, ordered_stages, staged_groups
 from embcomp.training.files.run_checksums import read_checked
 from embcomp.training.run_folder import RunFolder, StageFolder
 from embcomp.training.second_order import check_unrolled
@@ -32,61 +33,54 @@ class StageSchedule:
     Attributes:
         plan: the methods as the config has them, sizes fixed; None for a model without tables.
         first_order: the same of the first-order weights, which have no stages.
-        method: the method that is trained in stages; None where each is trained once.
-        stages: what is done, in order, with the config's own wishes for each.
+        staged: the methods that are trained in stages; none where each is trained once.
+        run_stages: what is done, in order, with the config's own wishes for each.
     """
 
     plan: ResolvedPlan | None
     first_order: ResolvedPlan | None
-    method: BackendConfig | None
-    stages: tuple[Stage, ...]
+    staged: Sequence[StagedGroup]
+    run_stages: Sequence[RunStage]
 
     @classmethod
     def of(cls, config: TrainConfig, info: DatasetInfo) -> StageSchedule:
         """The stages that a config's methods ask for.
 
         Raises:
-            ConfigError: When two methods want stages of their own, or first-order weights do.
+            ConfigError: When methods cannot be trained in one run, or first-order weights want stages.
         """
         sizes = sizes_of(info)
         plan = main_plan(config, sizes)
-        groups = [] if plan is None else plan.groups
-        staged = [method for method, _ in groups if len(method.stages()) > 1]
-        if len(staged) > 1:
-            raise ConfigError(
-                f"tables: {listed(dict.fromkeys(m.name for m in staged))} with different settings "
-                "are each trained in stages of their own; one run has room for one of them"
-            )
+        staged = staged_groups(plan)
+        stages = ordered_stages(staged)
         linear = config.tables.first_order.settings
         if config.model.settings.uses_first_order and len(linear.stages()) > 1:
             raise ConfigError(
                 f"tables.first_order: {linear.name} is trained in stages; first-order weights "
                 "take a method that is trained once"
             )
-        method = staged[0] if staged else None
-        stages = (Stage(name="train"),) if method is None else method.stages()
-        if config.train.start_from is not None and method is None:
+        if config.train.start_from is not None and not staged:
             raise ConfigError(
                 f"train.start_from: {config.tables.method.name} is trained in one stage, so that "
                 "another run's weights would leave nothing to do; it is for methods in stages"
             )
-        if method is not None and any(stage.second_order for stage in stages):
-            check_unrolled(method.name, config)
-        first_order = first_order_plan(config, sizes)
+        for group in staged:
+            if any(stage.second_order for stage in group.method.stages()):
+                check_unrolled(group.method.name, config)
+        _check_wishes(config, staged, [each.stage.name for each in stages])
         return cls(
             plan=plan,
-            first_order=first_order,
-            method=method,
-            stages=tuple(_wished(s, config) for s in stages),
+            first_order=first_order_plan(config, sizes),
+            staged=staged,
+            run_stages=[replace(each, stage=_wished(each.stage, config)) for each in stages],
         )
 
     def check_installed(self) -> None:
         """Raise before any training what a later stage would miss."""
-        if self.method is None:
-            return
-        missing = self.method.missing()
-        if missing is not None:
-            raise ConfigError(f"{self.method.name}: {missing}")
+        for group in self.staged:
+            missing = group.method.missing()
+            if missing is not None:
+                raise ConfigError(f"{group.method.name}: {missing}")
 
     def check_ids(self, info: DatasetInfo) -> None:
         """Raise before any training where ids are not ranked as a method needs them to be."""
@@ -99,30 +93,36 @@ class StageSchedule:
             method.check_ids(tables, counts)
 
     @property
+    def stages(self) -> list[Stage]:
+        """What is done, in order, under the names of the run."""
+        return [each.stage for each in self.run_stages]
+
+    @property
     def names(self) -> list[str]:
         """The stages' names."""
         return [stage.name for stage in self.stages]
-
-    @property
-    def tables(self) -> list[TableSpec]:
-        """The tables of the method that is trained in stages, in the order of their names."""
-        assert self.plan is not None
-        return next(tables for method, tables in self.plan.groups if method == self.method)
 
     @property
     def trained(self) -> list[int]:
         """The places of the stages that train."""
         return [index for index, stage in enumerate(self.stages) if stage.kind == "train"]
 
+    def waiting(self, index: int) -> list[StagedGroup]:
+        """The methods whose turn comes after a stage that is none of theirs."""
+        later = self.run_stages[index + 1 :]
+        return [
+            group
+            for group in self.staged
+            if not self.run_stages[index].is_of(group) and any(each.is_of(group) for each in later)
+        ]
+
     def first_plan(self) -> ResolvedPlan | None:
         """How the tables are stored in the first stage."""
-        return self.plan if self.method is None else self.with_method(self.method.first_method())
-
-    def with_method(self, form: BackendConfig) -> ResolvedPlan:
-        """The plan with another form of the method that is trained in stages."""
-        assert self.plan is not None
-        own = dict.fromkeys((table.name for table in self.tables), form)
-        return ResolvedPlan(self.plan.tables, {**self.plan.methods, **own})
+        plan = self.plan
+        for group in self.staged:
+            assert plan is not None
+            plan = with_form(plan, group, group.method.first_method())
+        return plan
 
     def plan_of(self, index: int, folder: StageFolder) -> ResolvedPlan | None:
         """How the tables are stored in a stage that has begun."""
@@ -135,6 +135,11 @@ class StageSchedule:
     def last_trained_before(self, index: int) -> int:
         """The stage whose weights a later one begins with."""
         return max(place for place in self.trained if place < index)
+
+
+def with_form(plan: ResolvedPlan, group: StagedGroup, form: BackendConfig) -> ResolvedPlan:
+    """A plan with another form of a method that is trained in stages."""
+    return ResolvedPlan(plan.tables, {**plan.methods, **dict.fromkeys(group.names, form)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,19 +174,35 @@ class StageSetup:
         """The stage's name for logs; empty where there is one stage only."""
         return self.stage.name if len(self.schedule.stages) > 1 else ""
 
-    def structure_prefix(self, collection_path: str) -> str | None:
-        """What the names of the method's own parameters begin with inside the model.
+    @property
+    def owners(self) -> list[StagedGroup]:
+        """The methods whose stage it is."""
+        return [group for group, _ in self.schedule.run_stages[self.index].owners]
+
+    def own_stage(self, group: StagedGroup) -> Stage:
+        """The stage as one of its owners knows it."""
+        return self.schedule.run_stages[self.index].as_of(group)
+
+    @property
+    def waiting(self) -> list[StagedGroup]:
+        """The methods whose turn is to come."""
+        return self.schedule.waiting(self.index)
+
+    def structure_prefix(self, group: StagedGroup, collection_path: str) -> str:
+        """What the names of a method's own parameters begin with inside the model.
 
         Args:
+            group: a method that is trained in stages.
             collection_path: the embedding tables' path inside the model.
         """
-        if self.schedule.method is None or self.plan is None:
-            return None
-        own = self.schedule.tables[0].name
-        for label, (_, tables) in zip(group_labels(self.plan.groups), self.plan.groups):
-            if own in [table.name for table in tables]:
-                return f"{collection_path}.combine.combines.{label}."
-        return None
+        assert self.plan is not None
+        labels = group_labels(self.plan.groups)
+        label = next(
+            label
+            for label, (_, tables) in zip(labels, self.plan.groups)
+            if group.names[0] in [table.name for table in tables]
+        )
+        return f"{collection_path}.combine.combines.{label}."
 
 
 def _forms(folder: StageFolder) -> list[dict[str, Any]]:
@@ -206,3 +227,13 @@ def _wished(stage: Stage, config: TrainConfig) -> Stage:
         max_steps=stage.max_steps if wish.max_steps is None else wish.max_steps,
         learning_rate=stage.learning_rate if wish.learning_rate is None else wish.learning_rate,
     )
+
+
+def _check_wishes(config: TrainConfig, staged: Sequence[StagedGroup], names: list[str]) -> None:
+    """Raise where `train.stages` names a stage that a run of several methods has not."""
+    for name in config.train.stages:
+        if name not in names and (len(staged) > 1 or is_combined(name)):
+            raise ConfigError(
+                f"train.stages: unknown stage {name!r}{did_you_mean(name, names)}; the stages of "
+                f"this run are {listed(names)}"
+            )

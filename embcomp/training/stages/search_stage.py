@@ -69,7 +69,8 @@ class StageSearch:
         self._tensors = SharedTensors(self._place.path, process)
         self._work = work_in(self._place.path / _WORK, run, process, console)
         left = left_by(run, before)
-        self._form = left.state_of(run.schedule)
+        self._owner = run.schedule.run_stages[index].owner
+        self._form = left.state_of(self._owner)
         self._unsharded = run.build(torch.device("meta"), plan)
         self._sharded = shard_model(self._unsharded, run.config, process)
         load_weights(left.folder, self._sharded)
@@ -81,14 +82,13 @@ class StageSearch:
 
     def run(self) -> StageResult:
         """Search to the end, or go on where an interrupted search was."""
-        method = self._schedule.method
-        assert method is not None
         self._begun = time.perf_counter()
-        stage = self._schedule.stages[self._index]
+        now, owner = self._schedule.run_stages[self._index], self._owner
+        stage = now.stage
         self._console.say(f"{stage.name}: {stage.purpose}")
         self._place.path.mkdir(parents=True, exist_ok=True)
         with self._work:
-            result = method.search(stage, self._schedule.tables, self)
+            result = owner.method.search(now.as_of(owner), owner.tables, self)
         self._tensors.release()
         if self._process.is_main:
             shutil.rmtree(self._place.path / _WORK)
@@ -117,7 +117,7 @@ class StageSearch:
         tables = self._unsharded.tables
         assert tables is not None
         assert isinstance(tables.combine, Combine)
-        own = self._schedule.tables[0].name
+        own = self._owner.names[0]
         for group in tables.groups:
             if own in [table.name for table in group.tables]:
                 return tables.combine.combines[group.label]
