@@ -54,7 +54,8 @@ _OPTIMIZERS: dict[Optimizer, tuple[type[torch.optim.Optimizer], dict[str, Any]]]
     "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-3}),
     "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.1, "eps": 1e-3}),
 }
-_TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+# Adagrad divides by what it has summed: of a gradient that nearly cancels it keeps the rounding.
+_TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 3e-5}
 
 
 @dataclass(frozen=True, kw_only=True)
