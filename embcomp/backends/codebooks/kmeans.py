@@ -2,7 +2,7 @@
 
 Seeds are drawn as by Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA
 2007, and refined by Lloyd's iterations, first on a few points a centroid and then on more: most of the
-way costs little so. Centroids move further than to the mean of their points, which halves the
+way costs little so. Centroids move further than to the mean of their points, which takes fewer
 iterations (overrelaxed, as in Salakhutdinov and Roweis, "Adaptive Overrelaxed Bound Optimization
 Methods", ICML 2003), and only to it at the end and where the error would not fall otherwise. At most
 256 points per centroid take part by default; they are drawn by priority sampling (Duffield, Lund,
