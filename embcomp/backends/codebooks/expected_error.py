@@ -64,7 +64,7 @@ def _errors(points: Points, codewords: int) -> tuple[tuple[float, ...], ...]:
     for width in range(points.dim, 0, -1):
         together = _prefixes(points.dim, points.kinds, width, float(codewords))
         each = _prefixes(points.dim, 1, width, apart)
-        least, row = 1.0, []
+        least, row = 1.0, list[float]()
         for (within, lost), (own, own_lost), wider in zip(together, each, rows[-1]):
             whole = len(row) == width - 1  # a latent as wide as the sub-vector leaves nothing out
             one = lost * crowding + NOT_REGAINED * (0.0 if whole else max(0.0, 1 - within))
