@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         CompressedEmbeddingCollection as CompressedEmbeddingCollection,
     )
     from embcomp.collection.plan import Plan as Plan
+    from embcomp.compressing.model_compression import compress_ as compress_
     from embcomp.errors import (
         ArtefactError as ArtefactError,
         BudgetError as BudgetError,
@@ -75,6 +76,7 @@ _HOMES = {
     "QR": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "Unified": "embcomp.backends",
+    "compress_": "embcomp.compressing.model_compression",
     "encoder": "embcomp.serving.raw_encoder",
     "load": "embcomp.serving.artefact_loading",
     "load_program": "embcomp.serving.exported_program",

@@ -80,6 +80,8 @@ class BackendConfig(Constrained, ABC):
     """Fields that fix the method's size, one of which may be given, or a budget."""
     learns_size: ClassVar[bool] = False
     """Whether the serving form is found by training, so that its predicted bytes are a bound."""
+    approximates: ClassVar[bool] = False
+    """Whether `approximate` makes it of trained full tables."""
     compresses: ClassVar[bool] = True
     """Whether it stores tables in another way than they are; only the full table does not."""
     hashes_small: ClassVar[bool] = False
@@ -274,6 +276,33 @@ class BackendConfig(Constrained, ABC):
             past: what earlier stages left.
         """
         return past.before
+
+    def fit_rows(
+        self, tables: Sequence[TableSpec], budget: int, past: StageInputs
+    ) -> BackendConfig:
+        """The configuration within a budget that approximates these rows best, as far as is known.
+
+        Args:
+            tables: the whole group, those that will stay full included.
+            budget: serving bytes.
+            past: the full tables, and what else is known of them.
+
+        Raises:
+            BudgetError: when even the smallest configuration is larger; the text names it.
+        """
+        return self.fit_budget(tables, budget)
+
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        """The best approximation of full tables, in the serving form, without any training.
+
+        Args:
+            tables: the group, without those that stay full.
+            past: the full tables, and what else is known of them.
+
+        Raises:
+            ConfigError: for a method whose rows only training finds.
+        """
+        raise ConfigError(f"{self.name}: its rows cannot be made of those of trained full tables")
 
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext

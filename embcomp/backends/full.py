@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, MethodState, full_table
+from embcomp.backends.base import (
+    Backend,
+    BackendConfig,
+    MethodState,
+    StageInputs,
+    full_table,
+)
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import FusedRoutes, OwnRow
 from embcomp.layers.host_values import reads_wait
@@ -26,6 +32,7 @@ class Full(BackendConfig):
     """No compression. Ids must lie in `[0, num_embeddings)`."""
 
     name: ClassVar[str] = "full"
+    approximates: ClassVar[bool] = True
     compresses: ClassVar[bool] = False
 
     @override
@@ -54,6 +61,11 @@ class Full(BackendConfig):
             route=FullRoute(keys, RangeCheck(tables)),
             combine=nn.Identity(),
         )
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
+        return MethodState.of(self, rows)
 
     @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, MethodState
+from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
+from embcomp.layers.best_values import BestValues
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.id_counts import check_ranked
@@ -36,7 +37,7 @@ from embcomp.layers.pruned_route import (
     pack,
     unpack,
 )
-from embcomp.layers.row_sources import RowSource, as_rows
+from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
@@ -66,6 +67,7 @@ class LowDim(BackendConfig):
     multiple_of: Annotated[int, Count(1), Le(2**16)] = 1
 
     name: ClassVar[str] = "low_dim"
+    approximates: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("width",)
 
     @override
@@ -167,6 +169,38 @@ class LowDim(BackendConfig):
             kept = ~pruned
             places[name] = torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
         return places
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        """The leading columns of the rows of the most frequent ids.
+
+        Where nobody counted, rows of the largest norms stand for them. Rows are padded by zeros
+        behind, so no other columns than the first can be kept; `low_rank` keeps the best ones.
+        """
+        rows = {table.name: past.before.rows(table.name) for table in tables}
+        masks = {
+            table.name: self._best_ids(table, rows[table.name], past)
+            for table in tables
+            if self.is_pruned(table)
+        }
+        widths = {table.name: self.columns(table) for table in tables}
+        return low_dim_form(tables, rows, masks, widths, past.work)
+
+    def _best_ids(self, table: TableSpec, rows: RowSource, past: StageInputs) -> RowSource:
+        """(num_embeddings,) bool which ids keep a row of their own."""
+        counts, width = past.counts.get(table.name), self.columns(table)
+
+        def importance(start: int, stop: int) -> Tensor:
+            if counts is not None:
+                return counts[start:stop].to(torch.float64)
+            return rows.read(start, stop)[:, :width].to(torch.float64).norm(dim=1)
+
+        of = [] if counts is not None else [rows]
+        values = ComputedRows((table.num_embeddings,), torch.float64, importance, of=of)
+        best = BestValues(past.work, f"best-{table.name}", {table.name: values})
+        cut = best.cut(lambda counts: sum(counts.values()) <= self.kept[table.name])
+        assert cut is not None, "no rows at all fit any number"
+        return best.kept(cut)[table.name]
 
     @override
     def with_widths(self, widths: Mapping[str, int]) -> LowDim:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from embcomp.cli import (
     catalog,
     compare,
+    compress,
     consoles as console,
     demo,
     doctor,
@@ -122,6 +123,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("search")(search.search)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("score")(score.score)
 app.command("inspect")(inspect.inspect)

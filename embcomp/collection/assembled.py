@@ -107,6 +107,11 @@ class AssembledTables(nn.Module):
         return self._device
 
     @property
+    def is_weighted_lookup(self) -> bool:
+        """Whether ids must carry weights."""
+        return self._is_weighted
+
+    @property
     def plan(self) -> ResolvedPlan:
         """The method of every table, all sizes fixed."""
         return self._plan

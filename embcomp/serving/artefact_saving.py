@@ -47,7 +47,7 @@ from embcomp.serving.artefact_folder import (
 from embcomp.serving.artefact_integrity import check_vocabularies, with_checksums
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_parity import check_answers
-from embcomp.serving.artefact_parts import ArtefactPart, network_tensors
+from embcomp.serving.artefact_parts import ArtefactPart, ServingForms, network_tensors
 from embcomp.tables.budget import parse_budget
 
 Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
@@ -130,6 +130,38 @@ def save(
         file_bytes=_file_bytes(max_file_size),
     )
     return dataclasses.replace(saved, answer_error=errors)
+
+
+def save_forms(
+    forms: ServingForms,
+    path: Path,
+    *,
+    row_type: RowTypes,
+    budget: int | None,
+    extra: Extra | None = None,
+    max_file_size: str | int = MAX_FILE_SIZE,
+) -> Saved:
+    """Write pooled tables that are in their serving forms already, and may be larger than memory.
+
+    Args:
+        forms: the tables.
+        path: the folder to make.
+        row_type: how rows are to be stored.
+        budget: serving bytes that the tables may take.
+        extra: as for `save_model`.
+        max_file_size: as for `save`.
+    """
+    return _write(
+        path,
+        {"tables": ArtefactPart.of(forms, row_type, "tables")},
+        {},
+        row_type=row_type,
+        budget=budget,
+        model=None,
+        info=None,
+        extra=extra,
+        file_bytes=_file_bytes(max_file_size),
+    )
 
 
 def save_model(

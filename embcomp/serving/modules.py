@@ -22,6 +22,7 @@ from embcomp.collection.assembled import (
     build_groups,
 )
 from embcomp.collection.groups import Group, table_features
+from embcomp.collection.single_table import embeddings_of
 from embcomp.errors import ArtefactError, DataError
 from embcomp.layers.learned_buffers import fill_stored
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
@@ -149,6 +150,21 @@ class _Serving(AssembledTables):
             None if self.unpooled_rows is None else self.unpooled_rows(unpooled),
             selected,
         )
+
+    def lookup(self, table: str, ids: Tensor | Sequence[int]) -> Tensor:
+        """Embeddings of ids of one table, without bags or other features.
+
+        Args:
+            table: its name.
+            ids: ids of any shape.
+
+        Returns:
+            (*ids.shape, embedding_dim) float32.
+
+        Raises:
+            DataError: there is no such table or id.
+        """
+        return embeddings_of(self, table, torch.as_tensor(ids))
 
     @property
     def record(self) -> TablesRecord:

@@ -12,7 +12,7 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 # its group. A name stands for a module or a folder; docs/architecture.md shows the same lines.
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection"
-    " < config, serving, testing < planning < training < search < cli",
+    " < config, serving, testing < planning < training < compressing, search < cli",
     "embcomp.backends": "stages < base < discovery, full < hash, qr, unified, blocks, low_dim"
     " < codebooks, sparse < dnis, widths",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"

@@ -73,6 +73,7 @@ class LowRank(BackendConfig):
     from_dense: bool = True
 
     name: ClassVar[str] = "low_rank"
+    approximates: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("latent_dim",)
 
     def __post_init__(self) -> None:
@@ -155,6 +156,10 @@ class LowRank(BackendConfig):
     ) -> MethodState:
         found = factorise(self, tables, past.before, id_weights(tables, past.counts), past.work)
         return written(found, tables, past.work)
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        return self.start_stage(NARROW, tables, past)
 
 
 def latent_tables(layout: SubvectorLayout, latent_dim: int) -> list[PhysicalTable]:

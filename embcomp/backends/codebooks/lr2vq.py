@@ -43,7 +43,7 @@ from embcomp.backends.codebooks.clustering import (
 )
 from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
 from embcomp.backends.codebooks.codewords import Codewords, Quantize
-from embcomp.backends.codebooks.latent_choice import choose_latent_dim
+from embcomp.backends.codebooks.latent_choice import LatentChoice, choose_latent_dim
 from embcomp.backends.codebooks.low_rank import (
     DENSE,
     NARROW,
@@ -98,6 +98,7 @@ class LR2VQ(Clustered):
     from_dense: bool = True
 
     name: ClassVar[str] = "lr2vq"
+    approximates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -284,20 +285,42 @@ class LR2VQ(Clustered):
     ) -> Mapping[str, Any]:
         if stage.name == MEASURE.name:
             return super().search(stage, tables, context)
+        choice = self._choice(tables, context.form, context.counts, context.work)
+        for line in choice.lines():
+            context.say(line)
+        return choice.document()
+
+    def _choice(
+        self,
+        tables: Sequence[TableSpec],
+        form: MethodState,
+        counts: Mapping[str, Tensor],
+        work: Work,
+    ) -> LatentChoice:
+        """The width of latents that trained full tables ask for."""
         tables = by_name(tables)
-        choice = choose_latent_dim(
+        return choose_latent_dim(
             self.layout(tables),
-            {table.name: context.form.rows(table.name) for table in tables},
-            id_weights(tables, context.counts),
+            {table.name: form.rows(table.name) for table in tables},
+            id_weights(tables, counts),
             count=self.codewords,
             scaled=self.scaled,
             seed=self.seed,
             backend=self.clustering,
-            work=context.work,
+            work=work,
         )
-        for line in choice.lines():
-            context.say(line)
-        return choice.document()
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        own = self
+        if self.latent_dim == _AUTO:
+            choice = self._choice(tables, past.before, past.counts, past.work)
+            own = replace(self, latent_dim=choice.latent_dim, factored=False)
+        weights = id_weights(tables, past.counts)
+        low_rank = factorise(own._low_rank(own.latent), tables, past.before, weights, past.work)
+        found = own._quantized(tables, low_rank, weights, past.work)
+        assert isinstance(found.config, LR2VQ)
+        return found.config.frozen(tables, found, past.work)
 
     @override
     def start_stage(

@@ -26,6 +26,7 @@ from embcomp.backends.codebooks.clustering import (
 )
 from embcomp.backends.codebooks.coded import FREEZE, Coded, codebook_rows, write_codes
 from embcomp.backends.codebooks.low_rank import DENSE
+from embcomp.backends.codebooks.size_choice import size_of_least_error
 from embcomp.backends.full import Full
 from embcomp.backends.stages import Stage
 from embcomp.layers.row_sources import RowSource
@@ -38,6 +39,7 @@ class PQ(Clustered):
     """Full tables, clustered when trained. Ids must lie in `[0, num_embeddings)`."""
 
     name: ClassVar[str] = "pq"
+    approximates: ClassVar[bool] = True
 
     @property
     def serving(self) -> Coded:
@@ -105,3 +107,16 @@ class PQ(Clustered):
         if self.scaled:
             tensors["combine.scales.weight"] = torch.tensor(found.scales)
         return MethodState.of(self.serving, tensors)
+
+    @override
+    def fit_rows(self, tables: Sequence[TableSpec], budget: int, past: StageInputs) -> PQ:
+        own = self._open() if self.learns_size else self
+        others = own.largest_of_each_width(tables, budget)
+        rows = {table.name: past.before.rows(table.name) for table in tables}
+        weights = id_weights(tables, past.counts)
+        candidates = others or [own.fit_budget(tables, budget)]
+        return size_of_least_error(candidates, tables, rows, weights, past.work)
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        return self.start_stage(FREEZE, tables, past)

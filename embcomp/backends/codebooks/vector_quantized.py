@@ -206,6 +206,23 @@ class VectorQuantized(BackendConfig):
             for latent in self.latents(width):
                 yield [self._sized(width, count, latent) for count in counts]
 
+    def largest_of_each_width(self, tables: Sequence[TableSpec], budget: int) -> list[Self]:
+        """For each width of sub-vectors, the most codewords that fit into a budget, at most 256.
+
+        With more, k-means and the choice of codes take longer than the reading of any table.
+
+        Args:
+            tables: the group, those that stay full included.
+            budget: serving bytes.
+        """
+        most = self.num_codewords or DEFAULT_CODEWORDS
+        largest: dict[int, Self] = {}
+        for size in chain.from_iterable(self.sizes(tables)):
+            known = largest[size.width].codewords if size.width in largest else 0
+            if known < size.codewords <= most and size.serve_bytes(tables) <= budget:
+                largest[size.width] = size
+        return list(largest.values())
+
     def latents(self, width: int) -> Sequence[int | None]:
         """The widths of latents that a budget may choose for sub-vectors, narrower ones first."""
         return (None,)

@@ -106,6 +106,7 @@ class DNIS(BackendConfig):
     inherit: bool = True
 
     name: ClassVar[str] = "dnis"
+    approximates: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("serve_bytes",)
     learns_size: ClassVar[bool] = True
 
@@ -186,6 +187,12 @@ class DNIS(BackendConfig):
             return self._search(tables, past)
         initial = None if self.inherit else past.initial()
         return self.pruned_form(tables, past.before, past.counts, initial, past.work)
+
+    @override
+    def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
+        """Columns of blocks by what their rows weigh, as after a search that found all alike."""
+        searched = self._search(tables, past)
+        return self.pruned_form(tables, searched, past.counts, work=past.work)
 
     def _search(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         self.check_ids(tables, past.counts)

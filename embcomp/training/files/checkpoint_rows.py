@@ -42,19 +42,19 @@ class CheckpointTensors:
 
     Args:
         folder: the checkpoint's.
-        part: which of its parts: `model`, or `optim`.
+        part: which of its parts: `model`, or `optim`; None for all of a checkpoint of any program.
 
     Raises:
         CheckpointError: its index cannot be read.
     """
 
-    def __init__(self, folder: Path, part: str = "model") -> None:
+    def __init__(self, folder: Path, part: str | None = "model") -> None:
         self._folder, self._files = folder, RangedFiles()
         try:
             index = CheckpointReader(folder).read_metadata()
         except (OSError, EOFError, ImportError, AttributeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from None
-        prefix = f"{part}."
+        prefix = "" if part is None else f"{part}."
         self._tensors: dict[str, TensorStorageMetadata] = {
             name.removeprefix(prefix): entry
             for name, entry in index.state_dict_metadata.items()
@@ -66,6 +66,14 @@ class CheckpointTensors:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor."""
         return {name: tuple(entry.size) for name, entry in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor's elements.
+
+        Args:
+            name: its name in the model.
+        """
+        return self._entry(name).properties.dtype
 
     def rows(self, name: str) -> RowSource:
         """A tensor of one axis or two, read by range.

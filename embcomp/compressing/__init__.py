@@ -1,0 +1,1 @@
+"""Trained tables made smaller: in a model in memory, and in files of any size."""
