@@ -174,7 +174,7 @@ class LowDim(BackendConfig):
     def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         """The leading columns of the rows of the most frequent ids.
 
-        Where nobody counted, rows of the largest norms stand for them. Rows are padded by zeros
+        Where counts do not tell ids apart, rows of the largest norms stand for them. Rows are padded by zeros
         behind, so no other columns than the first can be kept; `low_rank` keeps the best ones.
         """
         rows = {table.name: past.before.rows(table.name) for table in tables}
@@ -189,6 +189,8 @@ class LowDim(BackendConfig):
     def _best_ids(self, table: TableSpec, rows: RowSource, past: StageInputs) -> RowSource:
         """(num_embeddings,) bool which ids keep a row of their own."""
         counts, width = past.counts.get(table.name), self.columns(table)
+        if counts is not None and bool((counts == counts[0]).all()):
+            counts = None
 
         def importance(start: int, stop: int) -> Tensor:
             if counts is not None:

@@ -64,7 +64,8 @@ def approximate(
     Args:
         plan: the method of each table, sizes fixed.
         rows: by table, (num_embeddings, embedding_dim).
-        counts: by table, (num_embeddings,) how often ids are looked up; tables may be missing.
+        counts: by table, (num_embeddings,) how often ids are looked up; the ids of tables that are
+            missing count alike.
         work: does what is to be done for every block of rows.
         seed: of what is drawn beside what methods draw by their own seeds.
     """
@@ -119,12 +120,13 @@ def _inputs(
     seed: int,
     work: Work,
 ) -> StageInputs:
-    """What a method may look at: full tables, and counts."""
+    """What a method may look at: full tables, and counts; without any, all ids count alike."""
+    alike = torch.ones(1, dtype=torch.float64)
     before = MethodState.of(UNCOMPRESSED, {f"rows.{t.name}": rows[t.name] for t in tables})
     return StageInputs(
         before=before,
         initial=lambda: before,
-        counts={t.name: counts[t.name] for t in tables if t.name in counts},
+        counts={t.name: counts.get(t.name, alike.expand(t.num_embeddings)) for t in tables},
         seed=seed,
         work=work,
     )

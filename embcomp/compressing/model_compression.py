@@ -87,8 +87,8 @@ def compress_(
         model: a trained model that is not sharded.
         plan: a method for all tables, methods by table name, or a Plan; other tables stay full. A
             budget in bytes is shared by all collections in proportion to what they take.
-        counts: by table, (num_embeddings,) how often each id is looked up. Where nobody counted, ids
-            are taken to be ranked by frequency, as `embcomp prepare` ranks them.
+        counts: by table, (num_embeddings,) how often each id is looked up. The ids of tables
+            that are missing count alike.
         include: which collections: a regular expression found in their paths, or a function of path
             and module.
         seed: of what is drawn.
@@ -211,7 +211,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
         return module
     old = model.get_submodule(path)
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, module)
     return model

@@ -157,8 +157,8 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _of_torch(path: str, module: nn.Embedding | nn.EmbeddingBag) -> ModelTables:
     check_embedding(path or "the model itself", module)
-    name = path.rpartition(".")[2] or "table"
-    name = name if not name.isdigit() else path.replace(".", "_")
+    name = path.replace(".", "_") or "table"
+    name = f"table_{name}" if name[0].isdigit() else name
     config = config_of(name, module)
     weight = module.weight.detach()
     if not weight.is_floating_point():
