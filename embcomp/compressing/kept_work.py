@@ -7,6 +7,7 @@ every run of the same command.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +115,10 @@ def _keep(path: Path, tensors: Mapping[str, Tensor], item: str) -> None:
     own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     said = {"item": item, **{f"crc32.{n}": crc for n, crc in tensor_checksums(own).items()}}
     with atomic_path(path, durable=False) as temporary:
-        safetensors.torch.save_file(own, temporary, metadata=said)
+        try:
+            safetensors.torch.save_file(own, temporary, metadata=said)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def _whole(path: Path, item: str) -> dict[str, Tensor] | None:

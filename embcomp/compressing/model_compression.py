@@ -81,7 +81,8 @@ def compress_(
 
     EmbeddingBagCollection, EmbeddingCollection, `nn.Embedding` and `nn.EmbeddingBag` are replaced, and
     our own collections of full tables, wherever they are in the model; nothing is changed unless all
-    of them can be. The model answers at once, trains on, shards and exports as any other.
+    of them can be. The model answers at once, trains on, shards and exports as any other;
+    DistributedModelParallel draws rows anew, so that its state dict is loaded into the sharded model.
 
     Args:
         model: a trained model that is not sharded.
