@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import atomic_path
-from embcomp.io.tensor_checksums import tensor_checksums
+from embcomp.io.tensor_checksums import bytes_of
 from embcomp.layers.block_work import Item, Statistics
 from embcomp.layers.row_sources import JoinedRows, RowSource
 from embcomp.tables.name_hash import name64
@@ -113,7 +114,7 @@ class _KeptRows(RowSource):
 def _keep(path: Path, tensors: Mapping[str, Tensor], item: str) -> None:
     """Write a block's results."""
     own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    said = {"item": item, **{f"crc32.{n}": crc for n, crc in tensor_checksums(own).items()}}
+    said = {"item": item, **_checksums(own)}
     with atomic_path(path, durable=False) as temporary:
         try:
             safetensors.torch.save_file(own, temporary, metadata=said)
@@ -129,8 +130,12 @@ def _whole(path: Path, item: str) -> dict[str, Tensor] | None:
             found = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError):
         return None
-    sums = {f"crc32.{name}": crc for name, crc in tensor_checksums(found).items()}
-    return found if said == {"item": item, **sums} else None
+    return found if said == {"item": item, **_checksums(found)} else None
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each tensor; blocks are too small to be worth threads."""
+    return {f"crc32.{name}": f"{zlib.crc32(bytes_of(t).data):08x}" for name, t in tensors.items()}
 
 
 def _kept(path: Path, item: str) -> dict[str, Tensor]:

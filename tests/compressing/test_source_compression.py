@@ -145,9 +145,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [2, 9])
+@pytest.mark.parametrize(("method", "after"), [("low_rank", 2), ("low_rank", 9), ("pq", 7)])
 def test_a_killed_command_goes_on_and_leaves_what_an_undisturbed_one_does(
-    after, tmp_path, monkeypatch
+    method, after, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("embcomp.layers.block_work.BLOCK_BYTES", 1 << 12)  # of 256 rows
     path, keep, made = as_npy(tmp_path, table()), kept_work._keep, []
@@ -160,17 +160,17 @@ def test_a_killed_command_goes_on_and_leaves_what_an_undisturbed_one_does(
 
     monkeypatch.setattr(kept_work, "_keep", counted)
     limit = None
-    compress_source(job(path, "pq", "20%"), tmp_path / "whole")
+    compress_source(job(path, method, "20%"), tmp_path / "whole")
     total, limit = len(made), after
     made.clear()
     with pytest.raises(Killed):
-        compress_source(job(path, "pq", "20%"), tmp_path / "out")
+        compress_source(job(path, method, "20%"), tmp_path / "out")
     damaged = made[0] if after > 4 else None
     if damaged is not None:  # what a power cut leaves of a block
         damaged.write_bytes(damaged.read_bytes()[:-8])
     made.clear()
     limit = None
-    report = compress_source(job(path, "pq", "20%"), tmp_path / "out")
+    report = compress_source(job(path, method, "20%"), tmp_path / "out")
     assert report.resumed
     assert len(made) == total - (after - 1) + (damaged is not None)
     for name in ("config.json", "model.safetensors"):
@@ -187,10 +187,10 @@ def test_kept_blocks_of_another_job_are_not_gone_on_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr(kept_work, "_keep", killed)
     with pytest.raises(Killed):
-        compress_source(job(path, "pq", "20%"), tmp_path / "out")
+        compress_source(job(path, "low_rank", "20%"), tmp_path / "out")
     monkeypatch.setattr(kept_work, "_keep", keep)
     os.utime(path, ns=(1, 1))  # another table of the same shape
-    assert not compress_source(job(path, "pq", "20%"), tmp_path / "out").resumed
+    assert not compress_source(job(path, "low_rank", "20%"), tmp_path / "out").resumed
 
 
 def damaged(path, *, keep=0.5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -16,7 +17,10 @@ from torchrec.distributed.planner import (
 )
 from torchrec.optim import RowWiseAdagrad
 
-from embcomp import LR2VQ, PQ, ConfigError, LowRank, compress_
+from embcomp import LR2VQ, PQ, ConfigError, LowRank, compress_, load
+from embcomp.collection.table_row_types import RowTypes
+from embcomp.compressing.approximation import method_of
+from embcomp.compressing.source_compression import SourceJob, compress_source, open_job
 
 pytestmark = pytest.mark.slow
 
@@ -85,3 +89,38 @@ def test_a_sharded_model_is_refused_with_the_way_out():
         compress_(sharded, PQ(budget="20%"))
     with pytest.raises(ConfigError, match="0 is sharded"):
         compress_(sharded.module, PQ(budget="20%"))
+
+
+def test_a_sharded_checkpoint_of_torchrec_is_a_source(tmp_path):
+    torch.manual_seed(0)
+    names = ("user", "item")
+    configs = [
+        EmbeddingBagConfig(name=name, num_embeddings=200 + n, embedding_dim=8, feature_names=[name])
+        for n, name in enumerate(names)
+    ]
+    network = nn.Sequential(EmbeddingBagCollection(tables=configs))
+    sides = [ParameterConstraints(sharding_types=[kind]) for kind in ("table_wise", "column_wise")]
+    plan = EmbeddingShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu"), constraints=dict(zip(names, sides))
+    ).collective_plan(network, get_default_sharders(), dist.group.WORLD)
+    sharded = DistributedModelParallel(network, device=torch.device("cpu"), plan=plan)
+    dcp.save({"model": sharded.state_dict()}, checkpoint_id=tmp_path / "checkpoint")
+    job = SourceJob(
+        source=tmp_path / "checkpoint",
+        method=method_of("full")(),
+        budget="100%",
+        types=RowTypes(),
+    )
+    compress_source(open_job(job), tmp_path / "out")
+    serving = load(tmp_path / "out")
+    for n, name in enumerate(names):
+        ids = torch.arange(200 + n)
+        batch = KeyedJaggedTensor(
+            keys=list(names),
+            values=ids,
+            lengths=torch.tensor([each == name for each in names])
+            .int()
+            .repeat_interleave(len(ids)),
+            stride=len(ids),
+        )
+        assert torch.equal(serving.lookup(name, ids), sharded(batch)[name].detach())
