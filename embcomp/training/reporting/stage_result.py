@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class StageResult:
     wall_seconds: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
     kept_training: bool | None = None
-    kept_rows: Sequence[float] = ()
+    kept_rows: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, stage: Stage, state: LoopState, keeps_step: int) -> StageResult:
@@ -57,7 +57,7 @@ class StageResult:
             train_seconds=state.train_seconds,
             wall_seconds=state.wall_seconds,
             kept_training=keeps_step > 0 if stage.keeps == "best_or_start" else None,
-            kept_rows=tuple(state.kept_rows),
+            kept_rows=list(state.kept_rows),
         )
 
     @property
