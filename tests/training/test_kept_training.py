@@ -38,4 +38,4 @@ def test_stages_that_always_hand_on_what_they_trained_have_no_verdict():
 
 def test_the_kept_share_of_each_epoch_is_part_of_the_result():
     state = LoopState(step=9, kept_rows=[0.9, 0.6])
-    assert StageResult.of(Stage(name="supernet"), state, 9).kept_rows == (0.9, 0.6)
+    assert StageResult.of(Stage(name="supernet"), state, 9).kept_rows == [0.9, 0.6]

@@ -21,7 +21,7 @@ from embcomp.training.checkpoint import model_state
 from embcomp.training.data import search_batches, training_batches
 from embcomp.training.distributed.process import process_group
 from embcomp.training.distributed.quiet import quiet_libraries
-from embcomp.training.optim.optimizers import Learners, Optimizers
+from embcomp.training.optim.optimizers import Learners, Optimizers, StructureLearner
 from embcomp.training.optim.precision import Precision
 from embcomp.training.second_order import UnrolledSteps, through_step
 from embcomp.training.steps import Updates
@@ -128,11 +128,11 @@ def test_selections_get_the_gradient_of_the_step_written_out(dataset, name):
         unsharded = build_model(config, info, torch.device("meta"))
         sharded = shard_model(unsharded, config, process).train()
         stage = Stage(name="search", network=False, alternate=True, second_order=True)
-        learners = Learners(
-            stage=stage,
-            structure_prefix="model.tables.combine.",
-            structure=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        structure = StructureLearner(
+            prefix="model.tables.combine.",
+            make=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
         )
+        learners = Learners(stage=stage, structures=[structure])
         optimizers = Optimizers(sharded, config.train, learners)
         updates = Updates(optimizers, None)
         options = config.train.row_optimizer
