@@ -25,7 +25,7 @@ from typing_extensions import override
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import atomic_path
 from embcomp.io.tensor_checksums import bytes_of
-from embcomp.layers.block_work import Item, Statistics
+from embcomp.layers.block_work import Item, Statistics, part_sizes
 from embcomp.layers.row_sources import JoinedRows, RowSource
 from embcomp.tables.name_hash import name64
 
@@ -69,8 +69,7 @@ class KeptWork:
         sizes: Sequence[int] | None = None,
     ) -> RowSource:
         """A tensor whose consecutive parts a function makes."""
-        own = [len(item) for item in items] if sizes is None else list(sizes)
-        assert sum(own) == shape[0], f"{name}: {sum(own)} rows, {shape[0]} were announced"
+        own = part_sizes(name, items, shape, sizes)
 
         def part(item: Any) -> Statistics:
             return {"rows": function(item).to(dtype)}

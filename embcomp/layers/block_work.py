@@ -127,6 +127,15 @@ def add_up(
     return totals
 
 
+def part_sizes(
+    name: str, items: Sequence[Any], shape: Sequence[int], sizes: Sequence[int] | None
+) -> list[int]:
+    """The rows that each item of a `Work.write` makes; see there. Together they are all of the tensor's."""
+    own = [len(item) for item in items] if sizes is None else list(sizes)
+    assert sum(own) == shape[0], f"{name}: {sum(own)} rows, {shape[0]} were announced"
+    return own
+
+
 class MemoryWork:
     """All is done here and at once, and what is written stays in memory."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from embcomp.layers.block_work import Item, Statistics
+from embcomp.layers.block_work import Item, Statistics, part_sizes
 from embcomp.layers.row_sources import RowSource
 
 
@@ -38,8 +38,7 @@ class LazyWork:
         sizes: Sequence[int] | None = None,
     ) -> RowSource:
         """The rows that the parts make, of which one is kept at a time."""
-        own = [len(item) for item in items] if sizes is None else list(sizes)
-        assert sum(own) == shape[0], f"{name}: {sum(own)} rows, {shape[0]} were announced"
+        own = part_sizes(name, items, shape, sizes)
         return _PartRows(shape, dtype, function, items, own)
 
 

@@ -25,7 +25,7 @@ from typing_extensions import Self, override
 
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import write_atomically
-from embcomp.layers.block_work import BLOCK_BYTES, Item, Statistics
+from embcomp.layers.block_work import BLOCK_BYTES, Item, Statistics, part_sizes
 from embcomp.layers.row_sources import RowSource
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.rank_watchdog import RankFailedError
@@ -97,8 +97,7 @@ class FolderWork(AbstractContextManager["FolderWork"]):
         sizes: Sequence[int] | None = None,
     ) -> RowSource:
         """A tensor whose consecutive parts a function makes."""
-        own = [len(item) for item in items] if sizes is None else list(sizes)
-        assert sum(own) == shape[0], f"{name}: {sum(own)} rows, {shape[0]} were announced"
+        own = part_sizes(name, items, shape, sizes)
         expected = dict(zip(map(_described, items), own))
 
         def part(item: Any) -> Statistics:
