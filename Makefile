@@ -5,18 +5,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
 TESTS ?=
+WORKERS ?= 2
 OUT ?= demo
+
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
+.PHONY: demo test test-long test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
 	$(BIN)/embcomp demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
+## Every rule: under 12 minutes on two cores. `WORKERS` says how many tests run at once.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
+
+## Kill loops of twenty and more, and the rest of the larger matrices of cases.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) -m long
 
 ## What starts no process and trains nothing: under two minutes on two cores.
 test-fast: $(VENV)/.installed
@@ -24,11 +32,11 @@ test-fast: $(VENV)/.installed
 
 ## The suite on torch 2.14, torchrec 1.9 and fbgemm 1.9; `TESTS` picks a part of it.
 test-second-set: $(VENV)-2.14/.installed-second
-	$(VENV)-2.14/bin/python -m pytest $(TESTS)
+	$(VENV)-2.14/bin/python -m pytest $(PARALLEL) -m "not long" $(TESTS)
 
 ## Data, configs and the command on the lowest versions that pyproject.toml admits.
 test-lowest: $(VENV)-lowest/.installed-lowest
-	$(VENV)-lowest/bin/python -m pytest $(or $(TESTS),tests/data_pipelines tests/config tests/cli)
+	$(VENV)-lowest/bin/python -m pytest $(PARALLEL) -m "not long" $(or $(TESTS),tests/data_pipelines tests/config tests/cli)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(SOURCES)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from embcomp.cli import app
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.training.reporting.standing import standing_of
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,10 @@ def test_every_long_verb_says_where_it_stands_and_exits_as_stopped_programs_do(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    long_but([(signal.SIGTERM, 143)], [(signal.SIGINT, 130), (signal.SIGTERM, 143)]),
+)
 def test_a_stopped_training_names_its_last_checkpoint_and_goes_on_from_it(workplace, number, code):
     many = [*COMMAND, "train", "config.yaml", "train.epochs=40", "train.checkpoint_every=5"]
     process = subprocess.Popen(many, stderr=subprocess.PIPE, text=True)

@@ -16,6 +16,7 @@ from embcomp.layers.learned_buffers import fill_buffers
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +50,7 @@ def test_torchrecs_own_compiles():
     torch.testing.assert_close(found, own(batch.values(), batch.lengths()))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_but(["full", "qr_mult", "coded", "low_dim_kept"], CASES))
 def test_a_pooled_look_up_is_one_graph(name):
     module = Within(pooled(CASES[name], TABLES))
     fill_buffers(module)

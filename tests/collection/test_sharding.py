@@ -25,6 +25,7 @@ from embcomp.testing.sharded import (
     train_step,
 )
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +61,10 @@ def test_two_ranks_equal_one_process(workers, case, pooled):
     workers.run(2, check_each, check_sharded_equals_unsharded, setups)
 
 
-@POOLED
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(
+    ("world_size", "pooled"),
+    long_but([(4, True)], [(4, True), (4, False), (1, True), (1, False)]),
+)
 @pytest.mark.parametrize("case", CASES)
 def test_one_and_four_ranks_equal_one_process(workers, case, world_size, pooled):
     shardings = ("table_wise", "mixed") if world_size == 1 else ("row_wise", "column_wise", "mixed")

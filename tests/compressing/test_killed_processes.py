@@ -40,6 +40,7 @@ def anonymous(process: subprocess.Popen[str]) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
 
+@pytest.mark.long
 def test_a_process_that_was_killed_goes_on_in_little_memory(tmp_path):
     source, out = tmp_path / "big.npy", tmp_path / "out"
     rows = np.lib.format.open_memmap(source, "w+", np.float32, (ROWS, DIM))

@@ -14,6 +14,7 @@ from embcomp.planning.config_plan import plan_config, sizes_of_dataset
 from embcomp.search.api import search
 from embcomp.search.config.search_config import is_search, load_search
 from embcomp.training.api import train
+from tests.helpers.long import long_but
 from tests.helpers.training_cases import write_recipe_dataset
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,7 @@ def test_search_is_named_after_its_file_and_shows_its_space(path, dataset):
     assert result.stdout.count("of the budget") >= 1
 
 
-@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", long_but(SEARCHES[:1], SEARCHES), ids=lambda path: path.stem)
 def test_search_runs(path, dataset, tmp_path):
     short = ["trials.count=1", "trials.devices=cpu", "fidelity={max_steps: 2, valid_rows: 50}"]
     small = [f"overrides.data={{path: {dataset}, batch_size: 64, eval_batch_size: 256}}"]

@@ -42,6 +42,7 @@ def start(raw, out, overwrite="no"):
     return process
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):

@@ -15,6 +15,7 @@ from embcomp.io.inner_paths import inner_path
 from embcomp.io.unfinished import remove_unfinished, unfinished_folder
 from embcomp.serving.artefact_folder import new_folder
 from embcomp.training import train
+from tests.helpers.long import long_but
 from tests.helpers.training_cases import toy_config, write_dataset
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("format", ["safetensors", "pt2"])
+@pytest.mark.parametrize("format", long_but(["safetensors"], ["safetensors", "pt2"]))
 def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(run, tmp_path, format):
     """No file may grow beyond a limit, which libraries meet as they meet a full disk."""
 

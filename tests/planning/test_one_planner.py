@@ -30,6 +30,7 @@ from embcomp.training.optim.optimizers import attach_fused_optimizer
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.schedule import StageSchedule
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 from tests.helpers.search_cases import prepare, write_recipe
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import toy_config, write_dataset
@@ -117,7 +118,7 @@ def query_of(config, plan, world_size, memory):
     )
 
 
-@pytest.mark.parametrize("method", [*ONCE, *STAGED])
+@pytest.mark.parametrize("method", long_but([*ONCE, "pq"], [*ONCE, *STAGED]))
 def test_what_plan_accepts_training_places_in_every_stage(dataset, tmp_path, devices_of, method):
     if method in STAGED:
         config = staged_config(dataset, method)

@@ -82,6 +82,7 @@ def outcome(result):
     return [(c.state, c.options, c.values, c.serve_bytes) for c in result.candidates]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_search_ends_as_one_that_was_left_alone(
     search_file, tmp_path, monkeypatch, one_thread

@@ -22,6 +22,7 @@ from embcomp.search.config.search_config import parse_search
 from embcomp.search.reporting.correlation import spearman
 from embcomp.training import load_model, train
 from embcomp.training.reporting.report import Report
+from tests.helpers.long import long_but
 from tests.helpers.search_cases import search_document, train_here
 
 pytestmark = pytest.mark.slow
@@ -126,7 +127,9 @@ def shared(recipe, tmp_path_factory):
     return folder / result.name, uniform
 
 
-@pytest.mark.parametrize("sampler", ["evolution", "tpe", "nsga2", "random", "greedy", "cmaes"])
+@pytest.mark.parametrize(
+    "sampler", long_but(["greedy"], ["evolution", "tpe", "nsga2", "random", "greedy", "cmaes"])
+)
 def test_a_search_finds_the_planted_widths(recipe, shared, retrained, tmp_path, sampler):
     supernet, uniform = shared
     config = on_supernet(recipe, sampler)
@@ -143,6 +146,7 @@ def test_a_search_finds_the_planted_widths(recipe, shared, retrained, tmp_path, 
     assert retrained(widths_of(best)) > retrained(widths_of(uniform)) + 0.01
 
 
+@pytest.mark.long
 def test_gradients_find_the_planted_widths(recipe, shared, retrained, tmp_path, monkeypatch):
     """An inner product only has columns that both of its tables kept. The penalty makes them agree: a
     column that one of them closes has no gradient left in the other."""

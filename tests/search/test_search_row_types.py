@@ -110,6 +110,7 @@ def test_row_types_that_cannot_be_searched_are_refused(recipe, changes, message)
         prepare(recipe, [300, 600], **{"groups": [{"choices": TYPED}], **changes})
 
 
+@pytest.mark.long
 def test_a_found_point_trains_and_exports_to_the_bytes_and_the_figures_reported(recipe, tmp_path):
     choices = [{"method": "low_dim", "width": [6, 8], "row_type": "int8"}]
     config = parse_search(

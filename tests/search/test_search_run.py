@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -26,6 +27,7 @@ from embcomp.search.reporting.results import SearchResult
 from embcomp.search.trials.storage import JournalLock
 from embcomp.training.api import train
 from embcomp.training.reporting.report import Report
+from tests.helpers.long import long_but
 from tests.helpers.search_cases import search_document, train_here, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -328,23 +330,31 @@ def test_a_trial_does_not_outlive_its_worker(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["the launcher is killed", "the trial is given up"])
+@pytest.mark.parametrize(
+    "end",
+    long_but(["the launcher is killed"], ["the launcher is killed", "the trial is given up"]),
+)
 def test_ranks_of_a_trial_do_not_outlive_their_launcher(recipe, tmp_path, end):
     trial = start_trial(recipe, tmp_path, world_size=2)
     launcher = psutil.Process(trial._process.pid)
-    metrics = trial.folder / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size):  # the ranks train
-        assert trial.is_running and time.monotonic() < deadline, trial.log.read_text()
-        time.sleep(0.1)
-    ranks = [one for one in launcher.children() if "trial_process" in " ".join(one.cmdline())]
-    assert len(ranks) == 2
-    if end == "the launcher is killed":
-        launcher.kill()
-        assert outcome_of(trial).failure == "killed"
-    else:
-        trial.detach()
-    assert not psutil.wait_procs(ranks, timeout=20)[1]
+    try:
+        metrics = trial.folder / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.stat().st_size):  # the ranks train
+            assert trial.is_running and time.monotonic() < deadline, trial.log.read_text()
+            time.sleep(0.1)
+        ranks = [one for one in launcher.children() if "trial_process" in " ".join(one.cmdline())]
+        assert len(ranks) == 2
+        if end == "the launcher is killed":
+            launcher.kill()
+            assert outcome_of(trial).failure == "killed"
+        else:
+            trial.detach()
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for process in [*launcher.children(recursive=True), launcher]:
+                process.kill()
 
 
 def test_trials_on_several_ranks_at_once_choose_no_port_of_their_own():
@@ -401,6 +411,7 @@ def test_a_view_names_nothing_outside_its_folder(recipe, tmp_path):
     assert not list((tmp_path / "view").glob(".*"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_trial_may_train_on_several_ranks(recipe, tmp_path):
     search = write_search(

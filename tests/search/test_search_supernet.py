@@ -215,6 +215,7 @@ def search_command(path, folder):
     return result.stdout
 
 
+@pytest.mark.long
 def test_scores_of_a_supernet_are_compared_with_retrained_ones(ranked):
     _, home, printed, _ = ranked
     result = SearchResult.load(home)

@@ -22,6 +22,7 @@ from embcomp.tables.row_types import ROW_TYPES, served_footprint, unpack
 from embcomp.testing.cases import embed_ids, pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -81,10 +82,11 @@ def test_unpooled_and_weighted_artefacts_answer_too(case, tmp_path):
         )
 
 
+@pytest.mark.parametrize("dims", long_but([[3, 16]], [[3, 16], [1, 6]]), ids=str)
 @pytest.mark.parametrize("row_type", ROW_TYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_in_the_file_are_those_of_the_footprint(case, row_type, tmp_path):
-    for dim in (1, 3, 6, 16):
+def test_bytes_in_the_file_are_those_of_the_footprint(case, row_type, dims, tmp_path):
+    for dim in dims:
         collection = pooled(CASES[case], plain_tables(dim))
         path = tmp_path / str(dim)
         written = save(collection, path, row_type=row_type)

@@ -22,6 +22,7 @@ from tests.helpers.handover_cases import (
     hand_over_killed,
     hand_over_on_ranks,
 )
+from tests.helpers.long import long_but
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -44,7 +45,7 @@ def test_ranks_hand_over_what_one_process_does_to_the_bit(case, workers, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["pq", "dnis elements", "optembed"])
+@pytest.mark.parametrize("case", long_but(["pq"], ["pq", "dnis elements", "optembed"]))
 def test_a_killed_hand_over_goes_on_from_the_last_finished_block(case, workers, tmp_path):
     ((wanted, pieces),) = workers.run(1, hand_over_on_ranks, case, tmp_path / "whole", 64 << 20)
     for after, ranks in ((pieces // 3, 2), (pieces - 1, 4)):

@@ -63,6 +63,7 @@ def files_of(run: Path) -> set[str]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", STAGED)

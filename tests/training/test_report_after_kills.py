@@ -107,6 +107,7 @@ def test_the_speed_of_a_window_of_losses_survives_a_kill_inside_it(dataset, tmp_
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["optembed", "matryoshka"])
 def test_the_evaluations_and_the_seconds_of_a_search_survive_kills(
     dataset, tmp_path, clock, method

@@ -26,6 +26,7 @@ from embcomp.training import Report, compare, evaluate, load_model, train
 from embcomp.training.build import TrainTask
 from embcomp.training.distributed.process import process_group
 from embcomp.training.reporting.evaluation import evaluate_batches
+from tests.helpers.long import long_but
 from tests.helpers.training_cases import (
     toy_config,
     train_and_load,
@@ -74,7 +75,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 SECOND_ORDER = ("tables.method.second_order=true", "train.row_optimizer={name: sgd, mode: dense}")
 
 
-@pytest.mark.parametrize("case", ["one stage", "dnis", "lr2vq"])
+@pytest.mark.parametrize("case", long_but(["one stage", "dnis"], ["one stage", "dnis", "lr2vq"]))
 def test_ones_are_no_weights_to_the_bit_in_every_stage(datasets, tmp_path, case):
     done = []
     for name in ("none", "ones"):
@@ -95,7 +96,7 @@ def test_ones_are_no_weights_to_the_bit_in_every_stage(datasets, tmp_path, case)
             assert value == test[name.removeprefix("weighted_")]
 
 
-@pytest.mark.parametrize("case", ["dnis", "optembed"])
+@pytest.mark.parametrize("case", long_but(["optembed"], ["dnis", "optembed"]))
 def test_a_factor_goes_out_to_the_bit_in_every_stage(datasets, tmp_path, case):
     done = []
     for name in ("others", "fourfold"):

@@ -223,6 +223,7 @@ def weights(runs: Path) -> dict[str, torch.Tensor]:
     return load_model(runs / "second").state_dict()
 
 
+@pytest.mark.long
 def test_second_order_selects_otherwise_and_resumes_as_if_nothing_had_happened(
     dataset, tmp_path, monkeypatch
 ):

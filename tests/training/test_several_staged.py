@@ -120,6 +120,7 @@ def test_each_method_keeps_its_bytes_and_an_artefact_answers_as_the_run(finished
     assert exported.saved.config.tables.bytes == served
 
 
+@pytest.mark.long
 def test_runs_killed_within_stages_and_between_them_end_the_same(finished, tmp_path):
     attempts, codes = [], []
     for pair, (_, config) in finished.items():

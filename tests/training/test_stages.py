@@ -32,6 +32,7 @@ from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.schedule import StageSchedule, StageSetup
 from embcomp.training.stages.start_files import SMALL_FILE, long_tensors
 from tests.helpers.joined_batches import batches_of_ranks
+from tests.helpers.long import long_but
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import train_on_ranks, write_dataset
 
@@ -227,7 +228,7 @@ def attempt(*attempts: tuple[Path, Path, str]) -> list[int]:
     return [int(code) for code in done.stdout.split()]
 
 
-@pytest.mark.parametrize("method", STAGED)
+@pytest.mark.parametrize("method", long_but(["pq"], STAGED))
 def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
     dataset, finished, tmp_path, method
 ):
@@ -263,7 +264,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
             assert torch.equal(tensor, there[name]), (schedule.names[index], name)
 
 
-@pytest.mark.parametrize("method", STAGED)
+@pytest.mark.parametrize("method", long_but(["lr2vq", "dnis"], STAGED))
 def test_ranks_train_every_stage_as_one_process_does(workers, dataset, tmp_path, method):
     ranks = STAGED[method].ranks
     config = staged_config(dataset, method, "train.sharding=row_wise")
