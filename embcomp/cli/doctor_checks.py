@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embcomp.io.checkout import checkout_root, package_folder
-from embcomp.serving.fused.library import cache_folder, why_missing
+from embcomp.io.compiled_library import cache_folder
+from embcomp.serving.fused.library import why_missing
 
 Level = Literal["ok", "warn", "fail"]
 

@@ -10,6 +10,15 @@ from embcomp.backends.codebooks import nearest as module
 from embcomp.backends.codebooks.nearest import nearest
 
 
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def means(request, monkeypatch):
+    """What finds codes: compiled code, where there is a compiler, and torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "library", lambda: None)
+    elif module.library() is None:
+        pytest.skip("there is no C++ compiler")
+
+
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -20,7 +29,7 @@ def full_search(vectors, codebooks, which):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 17])
-@pytest.mark.parametrize("count", [2, 3, 16, 33, 256])
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 33, 256])
 def test_codes_are_those_of_a_full_search(dim, count):
     vectors, codebooks = drawn(300, 5, dim), drawn(3, count, dim, seed=1)
     which = torch.tensor([0, 2, 1, 0, 2])
@@ -113,3 +122,24 @@ def test_what_a_search_holds_does_not_grow_with_the_vectors():
         with LargestTensor() as seen:
             nearest(vectors, codebooks, which)
         assert seen.elements <= max(rows * 4, module._MAXIMA_AT_ONCE)  # the codes, or a block
+
+
+def test_codes_of_rows_that_lie_apart_are_those_of_copies():
+    wide, codebooks, which = (
+        drawn(300, 3, 6),
+        drawn(2, 20, 6, seed=1)[..., :4],
+        torch.tensor([1, 0, 1]),
+    )
+    parts = wide[::2, :, 1:5]
+    assert torch.equal(nearest(parts, codebooks, which), full_search(parts, codebooks, which))
+
+
+def test_compiled_code_and_torch_find_the_same_where_rounding_could_decide(monkeypatch):
+    """Codewords in pairs that lie a few roundings apart."""
+    words = drawn(2, 60, 4, seed=1)
+    words = torch.cat([words, words * (1 + 2e-7), words + 1e-7], dim=1)
+    vectors, which = drawn(3000, 2, 4), torch.arange(2)
+    found = nearest(vectors, words, which)
+    assert torch.equal(found, full_search(vectors, words, which))
+    monkeypatch.setattr(module, "library", lambda: None)
+    assert torch.equal(nearest(vectors, words, which), found)

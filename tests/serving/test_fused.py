@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp import load, save
 from embcomp.errors import ArtefactError
+from embcomp.io.compiled_library import KERNEL
 from embcomp.serving.fused import library as compiled
 from embcomp.serving.serving_rows import FusedRows, KernelRows
 from embcomp.tables.row_types import ROW_TYPES
@@ -182,7 +183,7 @@ def no_library(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
     [
-        (compiled.KERNEL, "off", "EMBCOMP_KERNEL turns it off"),
+        (KERNEL, "off", "EMBCOMP_KERNEL turns it off"),
         ("CXX", "/nowhere/c++", "no C\\+\\+ compiler: /nowhere/c\\+\\+ is not on the path"),
         ("CXX", "/bin/false", "/bin/false failed"),
     ],

@@ -1,9 +1,9 @@
 """The nearest codeword of many vectors at once, exactly.
 
-On the CPU, scores are matrix products in float32, of which the maxima of groups are kept; where
-rounding could have decided between two codewords, squared differences in float64 do. So a vector's code
-is that of a full search in float64, the first of equals, and depends neither on the batch that the
-vector is in nor on the number of threads.
+On the CPU, scores are products in float32, of which the maxima of groups are kept; where rounding could
+have decided between two codewords, squared differences in float64 do. So a vector's code is that of a full
+search in float64, the first of equals, and depends neither on the batch that the vector is in, nor on the
+number of threads, nor on whether compiled code or torch finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from embcomp.backends.codebooks.nearest_by_differences import nearest_by_differences
+from embcomp.backends.codebooks.nearest_compiled import CompiledBooks, library
 from embcomp.layers.host_values import reads_wait
 
 _Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -48,22 +49,78 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
         return _on_a_line(vectors[..., 0], codebooks[..., 0], which)
     if compiling or reads_wait(vectors.device):
         return nearest_by_differences(vectors, codebooks, which)
-    books = _Books(codebooks[which], len(vectors))
     found = torch.empty(vectors.shape[:2], dtype=torch.int64)
+    if library() is None:
+        unsettled = _search_by_torch(vectors, codebooks[which], found)
+    else:
+        unsettled = _search_by_compiled_code(vectors, codebooks, which, found)
+    if unsettled is not None:
+        _settle(vectors, codebooks, which, found, unsettled)
+    return found
+
+
+class _Centred:
+    """Codewords counted from the mean of their codebook, so that products stay small.
+
+    Args:
+        words: (G, k, d) float32.
+
+    Attributes:
+        centres: (G, d).
+        moved: (G, k, d).
+        reaches: (G,) of each the longest of `moved`.
+        factor: two scores of a point of norm p can differ by less than `factor * (p + reach) * reach` by
+            rounding alone: a product of d + 1 terms, and centred vectors and words, each rounded.
+    """
+
+    def __init__(self, words: Tensor) -> None:
+        self.centres = words.mean(1)
+        self.moved = (words.double() - self.centres.double().unsqueeze(1)).float()
+        self.reaches = self.moved.square().sum(2).amax(1).sqrt()
+        self.factor = 4 * (words.shape[2] + 5) * _ROUNDING
+
+
+def _search_by_compiled_code(
+    vectors: Tensor, codebooks: Tensor, which: Tensor, codes: Tensor
+) -> Tensor | None:
+    """As `_search_by_torch`; None where all is settled."""
+    own = _Centred(codebooks)
+    books = CompiledBooks(own.moved, own.centres, own.reaches, own.factor)
+    return (codes < 0).nonzero() if books.search(vectors, which, codes) else None
+
+
+def _search_by_torch(vectors: Tensor, words: Tensor, codes: Tensor) -> Tensor:
+    """Write the codes of (R, K, d) vectors in (K, k, d) words: (R, K).
+
+    Returns:
+        (m, 2) rows and columns where rounding may have decided; their codes mean nothing.
+    """
+    books = _Books(words, len(vectors))
     unsettled = []
     for start in range(0, len(vectors), books.rows_at_once):
         own = slice(start, start + books.rows_at_once)
-        columns, rows = books.search(vectors[own], found[own]).unbind(1)
+        columns, rows = books.search(vectors[own], codes[own]).unbind(1)
         unsettled.append(torch.stack([rows + start, columns], dim=1))
-    books.settle(vectors, found, torch.cat(unsettled))
-    return found
+    return torch.cat(unsettled)
+
+
+def _settle(
+    vectors: Tensor, codebooks: Tensor, which: Tensor, codes: Tensor, unsettled: Tensor
+) -> None:
+    """Write what a full search in float64 finds at (m, 2) rows and columns."""
+    for part in unsettled.split(max(1, _AT_ONCE // codebooks.shape[1])):
+        row, column = part.unbind(1)
+        own, words = vectors[row, column].double(), codebooks[which[column]].double()
+        distances = (own[:, None, 0] - words[..., 0]).square_()  # (m, k)
+        for axis in range(1, vectors.shape[2]):
+            distances += (own[:, None, axis] - words[..., axis]).square_()
+        codes[row, column] = distances.argmin(1)
 
 
 class _Books:
     """Codebooks of K columns, laid out for products: codewords stand in groups, the last one filled up.
 
-    Vectors and words are counted from the mean of their codebook, so that products stay small. What a
-    search needs in memory is allocated once.
+    What a search needs in memory is allocated once.
 
     Args:
         words: (K, k, d) float32.
@@ -72,9 +129,9 @@ class _Books:
 
     def __init__(self, words: Tensor, most: int) -> None:
         books, count, width = words.shape
-        self._words, self._centres = words, words.mean(1)
-        moved = (words.double() - self._centres.double().unsqueeze(1)).float()
-        self._reach = moved.square().sum(2).amax(1).sqrt()  # (K,)
+        own = _Centred(words)
+        self._centres, self._reach, self._factor = own.centres, own.reaches, own.factor
+        moved = own.moved
         self._size = 1 << ((count - 1).bit_length() + 1) // 2  # of a group
         self._groups = -(-count // self._size)
         self._lines = words.new_zeros(books, self._groups * self._size, width + 1)
@@ -134,29 +191,11 @@ class _Books:
     def _rounding(self, points: Tensor) -> Tensor:
         """More than two scores of points (K, d, r) can differ by rounding alone: (K, r).
 
-        A product of d + 1 terms, and centred vectors and words, each rounded; the least number is
-        there for what is too small to be squared.
+        The least number is there for what is too small to be squared.
         """
         reach = self._reach.unsqueeze(1)
-        factor = 4 * (points.shape[1] + 5) * _ROUNDING
         norms = points.square().sum(1).sqrt_()
-        return norms.add_(reach).mul_(reach * factor).add_(1e-36)
-
-    def settle(self, rows: Tensor, codes: Tensor, unsettled: Tensor) -> None:
-        """Write what a full search in float64 finds.
-
-        Args:
-            rows: (R, K, d).
-            codes: (R, K).
-            unsettled: (m, 2) rows and columns.
-        """
-        for part in unsettled.split(max(1, _AT_ONCE // self._words.shape[1])):
-            row, column = part.unbind(1)
-            vectors, words = rows[row, column].double(), self._words[column].double()
-            distances = (vectors[:, None, 0] - words[..., 0]).square_()  # (m, k)
-            for axis in range(1, rows.shape[2]):
-                distances += (vectors[:, None, axis] - words[..., axis]).square_()
-            codes[row, column] = distances.argmin(1)
+        return norms.add_(reach).mul_(reach * self._factor).add_(1e-36)
 
 
 def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+// The nearest codeword of many vectors, where float32 can tell.
+//
+// A vector's score for a codeword is their product less half the codeword's square: the nearest codeword
+// has the largest. Vectors stand side by side in a register, codewords come one after another in groups,
+// of which the largest score is kept, and only the best group of a vector is looked into. Where rounding
+// could have decided between two codewords, or numbers are too large, the code is -1: float64 must tell.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+constexpr int kSide = 2;             // registers of vectors that are looked at together
+constexpr int kTile = kSide * kLanes;
+constexpr int kGroup = 16;           // codewords; their number is that of `nearest_compiled.py`
+constexpr int64_t kRows = 256;       // rows of a part; they stay in a core's cache for all columns
+constexpr float kSmallest = 1e-36f;  // more than what is too small to be squared can add up to
+
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Floats all(float value) { return value - Floats{}; }
+
+constexpr std::array<int32_t, kGroup> kPlaces = [] {
+  std::array<int32_t, kGroup> found{};
+  for (int place = 0; place < kGroup; ++place) found[place] = (1 << 16) + place;
+  return found;
+}();
+
+// What is known of a tile's vectors once all codewords were seen.
+struct Found {
+  float best[kTile];     // the largest score
+  float second[kTile];   // the largest of another group
+  int32_t group[kTile];  // that has the best
+};
+
+// Lines are (groups, width + 1, kGroup): numbers of a group's codewords, then their squares, halved and
+// negative. Points are (width, kTile).
+template <int W>
+void find_groups(const float* lines, int64_t groups, int width, const float* points, Found& found) {
+  const int own = W > 0 ? W : width;
+  Floats best[kSide], second[kSide];
+  Ints place[kSide];
+  for (int s = 0; s < kSide; ++s) best[s] = second[s] = all(-INFINITY), place[s] = Ints{};
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* line = lines + g * (own + 1) * kGroup;
+    Floats most[kSide];
+    for (int s = 0; s < kSide; ++s) most[s] = all(-INFINITY);
+    for (int word = 0; word < kGroup; word += 2) {
+      Floats one[kSide], other[kSide];
+      for (int s = 0; s < kSide; ++s) {
+        one[s] = all(line[own * kGroup + word]);
+        other[s] = all(line[own * kGroup + word + 1]);
+      }
+      for (int axis = 0; axis < own; ++axis) {
+        for (int s = 0; s < kSide; ++s) {
+          Floats point;
+          std::memcpy(&point, points + axis * kTile + s * kLanes, sizeof point);
+          one[s] += all(line[axis * kGroup + word]) * point;
+          other[s] += all(line[axis * kGroup + word + 1]) * point;
+        }
+      }
+      for (int s = 0; s < kSide; ++s) most[s] = larger(most[s], larger(one[s], other[s]));
+    }
+    for (int s = 0; s < kSide; ++s) {
+      second[s] = larger(second[s], smaller(best[s], most[s]));
+      place[s] = most[s] > best[s] ? Ints{} + int32_t(g) : place[s];
+      best[s] = larger(best[s], most[s]);
+    }
+  }
+  std::memcpy(found.best, best, sizeof best);
+  std::memcpy(found.second, second, sizeof second);
+  std::memcpy(found.group, place, sizeof place);
+}
+
+void find_groups(const float* lines, int64_t groups, int width, const float* points, Found& found) {
+  switch (width) {
+    case 1: return find_groups<1>(lines, groups, width, points, found);
+    case 2: return find_groups<2>(lines, groups, width, points, found);
+    case 3: return find_groups<3>(lines, groups, width, points, found);
+    case 4: return find_groups<4>(lines, groups, width, points, found);
+    case 8: return find_groups<8>(lines, groups, width, points, found);
+    default: return find_groups<0>(lines, groups, width, points, found);
+  }
+}
+
+// The only codeword of a group whose score is at least `least`; -1 where there are several.
+int32_t only(const float* line, int width, const float* points, int at, float least) {
+  constexpr int kParts = kGroup / kLanes;
+  Floats scores[kParts];
+  std::memcpy(scores, line + width * kGroup, sizeof scores);
+  for (int axis = 0; axis < width; ++axis) {
+    const Floats point = all(points[axis * kTile + at]);
+    for (int part = 0; part < kParts; ++part) {
+      Floats words;
+      std::memcpy(&words, line + axis * kGroup + part * kLanes, sizeof words);
+      scores[part] += words * point;
+    }
+  }
+  Ints near{};  // one in the upper half and its place in the lower, wherever a score is large
+  for (int part = 0; part < kParts; ++part) {
+    Ints here;
+    std::memcpy(&here, kPlaces.data() + part * kLanes, sizeof here);
+    near += (scores[part] >= all(least)) & here;
+  }
+  int32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += near[lane];
+  return sum >> 16 == 1 ? sum & 0xffff : -1;
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t embcomp_nearest_group() { return kGroup; }
+
+// Vectors are (rows, columns, width); lines, centres and reaches have one codebook for each of `books`,
+// of which `which` says the one of a column; two scores of a vector p differ by rounding by less than
+// `factor` (|p| + reach) reach. Codes are (rows, columns). Returns how many of them are -1.
+int64_t embcomp_nearest(const float* vectors, const float* lines, const float* centres,
+                        const float* reaches, const int64_t* which, int64_t rows, int64_t columns,
+                        int64_t width, int64_t groups, float factor, int64_t* codes,
+                        int32_t threads) {
+  int64_t open = 0;
+  const int64_t parts = (rows + kRows - 1) / kRows;
+  const int64_t line = (width + 1) * kGroup;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && parts > 1) reduction(+ : open)
+  for (int64_t part = 0; part < parts; ++part) {
+    std::vector<float> points(size_t(width) * kTile);
+    Found found;
+    const int64_t end = std::min(rows, (part + 1) * kRows);
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t book = which[column];
+      const float* own = lines + book * groups * line;
+      const float* centre = centres + book * width;
+      const float reach = reaches[book];
+      for (int64_t start = part * kRows; start < end; start += kTile) {
+        const int count = int(std::min<int64_t>(kTile, end - start));
+        const float* from = vectors + (start * columns + column) * width;
+        for (int at = 0; at < count; ++at)
+          for (int64_t axis = 0; axis < width; ++axis)
+            points[axis * kTile + at] = from[at * columns * width + axis] - centre[axis];
+        if (count < kTile)
+          for (int64_t axis = 0; axis < width; ++axis)
+            std::fill_n(&points[axis * kTile + count], kTile - count, 0.0f);
+        float norms[kTile] = {};
+        for (int64_t axis = 0; axis < width; ++axis)
+          for (int at = 0; at < kTile; ++at)
+            norms[at] += points[axis * kTile + at] * points[axis * kTile + at];
+        find_groups(own, groups, int(width), points.data(), found);
+        for (int at = 0; at < count; ++at) {
+          const float rounding = (std::sqrt(norms[at]) + reach) * (reach * factor) + kSmallest;
+          const float best = found.best[at], least = best - rounding;
+          int32_t code = -1;
+          if (std::isfinite(best) && std::isfinite(rounding) && found.second[at] < least) {
+            const int32_t group = found.group[at];
+            code = only(own + group * line, int(width), points.data(), at, least);
+            if (code >= 0) code += group * kGroup;
+          }
+          open += code < 0;
+          codes[(start + at) * columns + column] = code;
+        }
+      }
+    }
+  }
+  return open;
+}
+}
