@@ -150,8 +150,9 @@ class BestValues:
             keys = _keys(values[values > -torch.inf])
             if prefix:
                 keys = keys[(keys >> (shift + _BITS)) == wanted]
-            bins, counts = ((keys >> shift) & ((1 << _BITS) - 1)).unique(return_counts=True)
-            return {"bins": bins, "counts": counts}
+            counts = torch.bincount((keys >> shift) & ((1 << _BITS) - 1), minlength=1 << _BITS)
+            bins = counts.nonzero()[:, 0]
+            return {"bins": bins, "counts": counts[bins]}
 
         name = "-".join([self._name, "histogram", *map(str, prefix)])
         totals: dict[int, Tensor] = {}

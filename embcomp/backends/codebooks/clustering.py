@@ -161,7 +161,7 @@ def find_scales(latents: Latents, *, scaled: bool) -> tuple[float, ...]:
         scaled: whether tables have factors of their own.
     """
     ones = (1.0,) * len(latents.tables)
-    if not scaled:
+    if not scaled or len(ones) == 1:
         return ones
 
     def measure(block: RowBlock) -> dict[str, Tensor]:
@@ -302,5 +302,5 @@ def encode(layout: SubvectorLayout, table: int, latents: Tensor, codebooks: Code
         latents: (n, positions, w).
         codebooks: of the group.
     """
-    which = torch.tensor(layout.shared_by(table))
-    return nearest(latents / codebooks.scales[table], codebooks.words, which)
+    which, scale = torch.tensor(layout.shared_by(table)), codebooks.scales[table]
+    return nearest(latents if scale == 1 else latents / scale, codebooks.words, which)

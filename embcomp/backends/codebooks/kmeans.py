@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,16 +151,17 @@ class _Points:
 
     def seeds(self, count: int, random: torch.Generator) -> Tensor:
         """Points that are far from each other: (count, d)."""
-        chosen = torch.empty(count, dtype=torch.int64)
-        distances = torch.full((len(self),), torch.inf)
-        for n in range(count):
-            masses = self._weights if n == 0 else self._weights * distances
-            ends = masses.cumsum(0)
-            at = torch.rand((), generator=random, dtype=torch.float64) * ends[-1]
-            chosen[n] = torch.searchsorted(ends, at, right=True).clamp_(max=len(self) - 1)
-            gaps = self._axes - self._axes[:, chosen[n], None]
-            distances = torch.minimum(distances, gaps.square_().sum(0))
-        return self.points[chosen]
+        # In numpy: many steps on few points, which take less than torch needs to dispatch them.
+        draws = torch.rand(count, generator=random, dtype=torch.float64).numpy()
+        axes, weights = self._axes.numpy(), self._weights.numpy()
+        chosen = np.empty(count, dtype=np.int64)
+        distances = np.full(len(self), np.inf, dtype=np.float32)
+        for n, draw in enumerate(draws):
+            ends = (weights if n == 0 else weights * distances).cumsum()
+            chosen[n] = min(ends.searchsorted(draw * ends[-1], side="right"), len(self) - 1)
+            gaps = axes - axes[:, chosen[n], None]
+            np.minimum(distances, np.square(gaps, out=gaps).sum(0), out=distances)
+        return self.points[torch.from_numpy(chosen)]
 
     def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Each point's centroid (n,) and its squared distance (n,)."""

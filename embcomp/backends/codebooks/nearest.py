@@ -54,7 +54,7 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
         unsettled = _search_by_torch(vectors, codebooks[which], found)
     else:
         unsettled = _search_by_compiled_code(vectors, codebooks, which, found)
-    if unsettled is not None:
+    if len(unsettled):
         _settle(vectors, codebooks, which, found, unsettled)
     return found
 
@@ -82,11 +82,11 @@ class _Centred:
 
 def _search_by_compiled_code(
     vectors: Tensor, codebooks: Tensor, which: Tensor, codes: Tensor
-) -> Tensor | None:
-    """As `_search_by_torch`; None where all is settled."""
+) -> Tensor:
+    """As `_search_by_torch`."""
     own = _Centred(codebooks)
     books = CompiledBooks(own.moved, own.centres, own.reaches, own.factor)
-    return (codes < 0).nonzero() if books.search(vectors, which, codes) else None
+    return (codes < 0).nonzero() if books.search(vectors, which, codes) else which.new_empty(0, 2)
 
 
 def _search_by_torch(vectors: Tensor, words: Tensor, codes: Tensor) -> Tensor:
