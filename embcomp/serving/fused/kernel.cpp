@@ -30,7 +30,8 @@ struct Step {
   int32_t kind, row_type, how, into, width, out_width;
   int32_t from;              // first column of the row that is used
   int32_t joined;            // whether its row is summed with that of the step before
-  int32_t asked, padding;    // bytes of a row that are asked for ahead; 0 where the table is in a cache
+  int32_t asked;             // bytes of a row that are asked for ahead; 0 where the table is in a cache
+  int32_t last;              // its last byte, where rows begin anywhere in a cache line; else 0
 };
 
 struct Feature {
@@ -174,26 +175,32 @@ inline void widen_bytes(float* to, const uint8_t* codes, int32_t width, float sc
   }
 }
 
-// Writes the used columns of a stored row as floats.
-inline void restore(const Step& s, const uint8_t* row, float* to) {
-  if (s.row_type == kFp32) {
-    copy(to, reinterpret_cast<const float*>(row) + s.from, s.width);
-  } else if (s.row_type == kFp16) {
-    widen_halves(to, reinterpret_cast<const uint16_t*>(row) + s.from, s.width);
+// Writes `width` columns of a stored row, those from `from` on, as floats.
+inline void restore_columns(int32_t row_type, const uint8_t* row, int32_t from, int32_t width,
+                            float* to) {
+  if (row_type == kFp32) {
+    copy(to, reinterpret_cast<const float*>(row) + from, width);
+  } else if (row_type == kFp16) {
+    widen_halves(to, reinterpret_cast<const uint16_t*>(row) + from, width);
   } else {
     uint16_t head[2];
     std::memcpy(head, row, 4);
     const float scale = half(head[0]), bias = half(head[1]);
-    if (s.row_type == kInt8) {
-      widen_bytes(to, row + 4 + s.from, s.width, scale, bias);
+    if (row_type == kInt8) {
+      widen_bytes(to, row + 4 + from, width, scale, bias);
     } else {
-      for (int32_t i = 0; i < s.width; ++i) {
-        const int32_t at = s.from + i;
+      for (int32_t i = 0; i < width; ++i) {
+        const int32_t at = from + i;
         const float product = float((row[4 + (at >> 1)] >> (4 * (at & 1))) & 15) * scale;
         to[i] = product + bias;
       }
     }
   }
+}
+
+// Writes the used columns of a stored row as floats.
+inline void restore(const Step& s, const uint8_t* row, float* to) {
+  restore_columns(s.row_type, row, s.from, s.width, to);
 }
 
 // The same where it can be used as it lies: nothing is copied then.
@@ -265,6 +272,7 @@ inline const uint8_t* address(const Step& s, int64_t id, bool* bad) {
   }
   const uint8_t* at = s.rows + row * s.row_bytes;
   for (int64_t line = 0; line < s.asked; line += kLine) __builtin_prefetch(at + line);
+  if (s.last) __builtin_prefetch(at + s.last);
   return at;
 }
 
@@ -290,6 +298,114 @@ bool find_rows(const Step& s, const int64_t* ids, int64_t size, const uint8_t** 
   }
   return false;
 }
+
+#if defined(__AVX2__)
+
+// Eight columns of a stored row at a time, as floats; what is the row's alone is read once.
+template <RowType type>
+struct Reader {
+  const uint8_t* row;
+  int32_t from;
+  __m256 scale, bias;
+
+  Reader(const Step& s, const uint8_t* at) : row(at), from(s.from) {
+    if (type == kInt8 || type == kInt4) {
+      int32_t head;
+      std::memcpy(&head, at, 4);
+      const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(head));
+      scale = _mm256_broadcastss_ps(both);
+      bias = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
+      row += 4;
+    }
+  }
+
+  inline __m256 eight(int32_t i) const {
+    const int32_t at = from + i;
+    if (type == kFp32) return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + at);
+    if (type == kFp16)
+      return _mm256_cvtph_ps(_mm_loadu_si128(
+          reinterpret_cast<const __m128i*>(reinterpret_cast<const uint16_t*>(row) + at)));
+    __m256i codes;
+    if (type == kInt8) {
+      codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + at)));
+    } else {
+      int32_t word;
+      std::memcpy(&word, row + (at >> 1), 4);
+      codes = _mm256_srlv_epi32(_mm256_set1_epi32(word),
+                                _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+      codes = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+    }
+    return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(codes), scale), bias);
+  }
+};
+
+// One step of a feature for some samples; its width is fixed where it is a usual one.
+template <RowType type, How how, int32_t fixed>
+void emit_rows(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
+               int64_t stride) {
+  const int32_t width = fixed ? fixed : s.width;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint8_t* at = rows[i * each];
+    if (!at) continue;
+    const Reader<type> reader(s, at);
+    float* to = out + i * stride;
+    int32_t j = 0;
+    for (; j + 8 <= width; j += 8) {
+      const __m256 came = reader.eight(j);
+      if (how == kSet) {
+        _mm256_storeu_ps(to + j, came);
+      } else {
+        const __m256 there = _mm256_loadu_ps(to + j);
+        _mm256_storeu_ps(to + j, how == kAdd ? _mm256_add_ps(there, came)
+                                             : _mm256_mul_ps(there, came));
+      }
+    }
+    if (fixed || j == width) continue;
+    float rest[8];
+    restore_columns(type, at, s.from + j, width - j, how == kSet ? to + j : rest);
+    for (int32_t k = 0; how != kSet && k < width - j; ++k)
+      to[j + k] = how == kAdd ? to[j + k] + rest[k] : to[j + k] * rest[k];
+  }
+}
+
+template <RowType type, How how>
+void emit_widths(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
+                 int64_t stride) {
+  if (s.width == 8) return emit_rows<type, how, 8>(s, rows, each, size, out, stride);
+  if (s.width == 16) return emit_rows<type, how, 16>(s, rows, each, size, out, stride);
+  if (s.width == 32) return emit_rows<type, how, 32>(s, rows, each, size, out, stride);
+  emit_rows<type, how, 0>(s, rows, each, size, out, stride);
+}
+
+template <RowType type>
+void emit_type(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
+               int64_t stride) {
+  if (s.how == kSet) return emit_widths<type, kSet>(s, rows, each, size, out, stride);
+  if (s.how == kAdd) return emit_widths<type, kAdd>(s, rows, each, size, out, stride);
+  emit_widths<type, kMultiply>(s, rows, each, size, out, stride);
+}
+
+// Whether `emit` can do a step: columns side by side.
+inline bool is_even(const Step& s) {
+  return !s.columns && !s.projection && (s.row_type != kInt4 || s.from % 2 == 0);
+}
+
+void emit(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
+          int64_t stride) {
+  switch (s.row_type) {
+    case kFp32: return emit_type<kFp32>(s, rows, each, size, out, stride);
+    case kFp16: return emit_type<kFp16>(s, rows, each, size, out, stride);
+    case kInt8: return emit_type<kInt8>(s, rows, each, size, out, stride);
+    default: return emit_type<kInt4>(s, rows, each, size, out, stride);
+  }
+}
+
+#else
+
+inline bool is_even(const Step&) { return false; }
+void emit(const Step&, const uint8_t* const*, int64_t, int64_t, float*, int64_t) {}
+
+#endif
 
 // Embeddings of codes, which need no addresses: their rows are in a cache.
 void decode(const Feature& f, const Step* steps, const int64_t* ids, int64_t size, float* out,
@@ -328,6 +444,24 @@ inline void embed(const Feature& f, const Step* steps, const uint8_t* const* row
     for (int32_t i = 0; i < f.dim; ++i) out[i] *= f.scale;
 }
 
+// The embeddings of one feature for some samples, step by step where every step allows it.
+void embed_all(const Feature& f, const Step* steps, const uint8_t* const* rows, int64_t size,
+               float* out, int64_t stride, Scratch& scratch) {
+  bool even = true;
+  for (int32_t n = 0; n < f.count; ++n) even &= is_even(steps[f.first + n]);
+  if (!even) {
+    for (int64_t i = 0; i < size; ++i) embed(f, steps, rows + i * f.count, out + i * stride, scratch);
+    return;
+  }
+  for (int64_t i = 0; f.zero && i < size; ++i) std::memset(out + i * stride, 0, 4 * size_t(f.dim));
+  for (int32_t n = 0; n < f.count; ++n) {
+    const Step& s = steps[f.first + n];
+    emit(s, rows + n, f.count, size, out + s.into, stride);
+  }
+  for (int64_t i = 0; f.scale != 1.0f && i < size; ++i)
+    for (int32_t j = 0; j < f.dim; ++j) out[i * stride + j] *= f.scale;
+}
+
 // Samples [begin, end) where every bag holds one id without a weight.
 bool singles(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
   const Program& p = c.program;
@@ -363,8 +497,7 @@ bool singles(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
       continue;
     }
     const uint8_t** rows = scratch.rows.data() + kTile * f.first;
-    for (int64_t i = 0; i < size; ++i)
-      embed(f, p.steps, rows + i * f.count, out + i * p.stride, scratch);
+    embed_all(f, p.steps, rows, size, out, p.stride, scratch);
   }
   return true;
 }

@@ -41,7 +41,7 @@ STEP = np.dtype(
     [(name, "<u8") for name in _POINTERS]
     + [(name, "<i8") for name in ("row_bytes", "num_rows", "a", "b", "c", "d")]
     + [(name, "<i4") for name in ("kind", "row_type", "how", "into", "width", "out_width")]
-    + [(name, "<i4") for name in ("from", "joined", "asked", "padding")]
+    + [(name, "<i4") for name in ("from", "joined", "asked", "last")]
 )
 FEATURE = np.dtype(
     [(name, "<i8") for name in ("limit", "out")]
@@ -53,7 +53,9 @@ HEADER = np.dtype(
     + [(name, "<i8") for name in ("num_features", "num_steps", "num_sources", "widest", "stride")]
 )
 _IN_CACHE = 1 << 18  # bytes of a table that a core's own cache holds
+_LINE = 64  # bytes of a cache line
 _MOST_ASKED = 256  # bytes of a row; the processor follows what lies behind by itself
+_RANKED, _CODED = 4, 5  # kinds of steps that read something beside the row
 _HOW = {"set": 0, "add": 1, "multiply": 2}
 
 
@@ -188,7 +190,7 @@ def _add_feature(
     )
     own = writer.steps[first:]
     plain = all(s["how"] == 0 and not s.get("columns") and not s.get("projection") for s in own)
-    coded = all(s["kind"] == 5 and s["c"] + 2 ** s["d"] <= s["num_rows"] for s in own)
+    coded = all(s["kind"] == _CODED and s["c"] + 2 ** s["d"] <= s["num_rows"] for s in own)
     before = sum(feature["dim"] for feature in writer.features)
     writer.features.append(
         {
@@ -208,11 +210,13 @@ def _step(writer: _Writer, table: HeldTable, placed: PlacedRow) -> dict[str, Any
     rows = table.rows.detach().contiguous()
     writer.held.append(rows)
     asked = min(row_bytes(table.dim, table.row_type), _MOST_ASKED)
+    straddles = rows.data_ptr() % _LINE != 0 or asked % _LINE != 0
     step = {
         "rows": rows.data_ptr(),
         "row_bytes": row_bytes(table.dim, table.row_type),
         "num_rows": len(rows),
         "asked": asked if rows.nbytes > _IN_CACHE else 0,
+        "last": asked - 1 if rows.nbytes > _IN_CACHE and straddles else 0,
         "row_type": ROW_TYPES.index(table.row_type),
         "how": _HOW[placed.how],
         "into": placed.into,
@@ -226,6 +230,13 @@ def _step(writer: _Writer, table: HeldTable, placed: PlacedRow) -> dict[str, Any
         step["projection"] = writer.point(placed.projection, torch.float32)
         step["width"], step["out_width"] = placed.projection.shape
     return step
+
+
+def step_bytes(step: np.void) -> int:
+    """Bytes of a row, a code or a bitmap that a step reads for an id."""
+    kind = int(step["kind"])
+    beside = {_RANKED: 36, _CODED: -(-int(step["d"]) // 8)}.get(kind, 0)
+    return int(step["row_bytes"]) + beside
 
 
 def _magic(divisor: int) -> int:
@@ -263,14 +274,20 @@ def _(route: RemainderRow, writer: _Writer) -> dict[str, Any]:
 @_route.register
 def _(route: RankedRow, writer: _Writer) -> dict[str, Any]:
     words, counts = writer.point(route.words, torch.int64), writer.point(route.counts, torch.int32)
-    return {"kind": 4, "state": words, "counts": counts, "a": route.first_block, "b": route.shared}
+    return {
+        "kind": _RANKED,
+        "state": words,
+        "counts": counts,
+        "a": route.first_block,
+        "b": route.shared,
+    }
 
 
 @_route.register
 def _(route: CodedRow, writer: _Writer) -> dict[str, Any]:
     codes = writer.point(route.codes, torch.uint8)
     own = {"a": route.step, "b": route.start, "c": route.first, "d": route.bits}
-    return {"kind": 5, "state": codes} | own
+    return {"kind": _CODED, "state": codes} | own
 
 
 @_route.register
