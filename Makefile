@@ -53,6 +53,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/codes.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/swaps.py
 	$(BIN)/python benchmarks/verify_load.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py

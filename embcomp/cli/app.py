@@ -10,16 +10,19 @@ import typer
 from typer.core import TyperGroup
 
 from embcomp.cli import (
+    bench,
     catalog,
     compare,
     compress,
     consoles as console,
     demo,
+    diff,
     doctor,
     evaluate,
     export,
     generate,
     inspect,
+    patch,
     plan,
     prepare,
     score,
@@ -127,6 +130,9 @@ app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("score")(score.score)
 app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
+app.command("diff")(diff.diff)
+app.command("patch")(patch.patch)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("ls")(catalog.ls)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         expected_tensors as expected_tensors,
         rows_class as rows_class,
     )
+    from embcomp.serving.slot import Occupant as Occupant, ServingSlot as ServingSlot
 
 _HOMES = dict.fromkeys(
     (
@@ -31,6 +32,6 @@ _HOMES = dict.fromkeys(
         "rows_class",
     ),
     "embcomp.serving.modules",
-)
+) | dict.fromkeys(("Occupant", "ServingSlot"), "embcomp.serving.slot")
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -20,7 +20,8 @@ from embcomp.serving.artefact_config import (
     ArtefactConfig,
     FileChecksum,
 )
-from embcomp.serving.artefact_tensors import WAY_OUT
+from embcomp.serving.artefact_folder import find_tensors
+from embcomp.serving.artefact_tensors import WAY_OUT, TensorReader
 
 _CHUNK = 1 << 22  # elements that are looked at together
 
@@ -79,6 +80,26 @@ def checked(folder: Path, config: ArtefactConfig) -> Iterator[None]:
             _check_all(files)  # damaged values may break anything; then this is why
             raise
         _check_all(files)
+
+
+def check_artefact(folder: Path) -> ArtefactConfig:
+    """Check every byte of an artefact through small buffers; returns its description.
+
+    Raises:
+        ArtefactError: something in it is not what was written.
+    """
+    config = ArtefactConfig.read(folder)
+    with checked(folder, config), TensorReader(mapped=True) as reader:
+        stored = find_tensors(folder)
+        odd = sorted(set(stored) ^ set(config.tensors))
+        if odd:
+            raise ArtefactError(
+                f"{folder}: the tensor {odd[0]} is in {CONFIG_FILE} or in the files, not in both; "
+                f"{WAY_OUT}"
+            )
+        for name, tensor in stored.items():
+            reader.check(tensor, config.tensors[name])
+    return config
 
 
 def _check_all(files: Iterable[Callable[[], None]]) -> None:

@@ -167,6 +167,11 @@ class _Serving(AssembledTables):
         return embeddings_of(self, table, torch.as_tensor(ids))
 
     @property
+    def fused(self) -> FusedLookup | None:
+        """The compiled look-up of all features; None where modules answer."""
+        return self._fused
+
+    @property
     def record(self) -> TablesRecord:
         """How the artefact describes the collection."""
         return self._record

@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.serving.fused.library import library
-from embcomp.serving.fused.program import FEATURE, HEADER, STEP, make_program
+from embcomp.serving.fused.program import FEATURE, HEADER, STEP, make_program, step_bytes
 from embcomp.serving.serving_rows import HeldTable
 
 _RAGGED = 2
@@ -90,6 +90,12 @@ class FusedLookup:
             threads,
         )
         return out if done else None
+
+    def bytes_of_a_row(self) -> int:
+        """Bytes of rows, codes and bitmaps that one id for each feature reads."""
+        steps = self._program.steps
+        spans = [range(f["first"], f["first"] + f["count"]) for f in self._features]
+        return sum(step_bytes(steps[n]) for span in spans for n in span)
 
     def unpooled(self, features: KeyedJaggedTensor) -> list[Tensor] | None:
         """For each (table, feature), (its ids, embedding_dim) float32; None as for `pooled`."""
