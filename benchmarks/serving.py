@@ -1,6 +1,7 @@
 """What a look-up in an artefact costs over a raw gather of float32 rows.
 
     python benchmarks/serving.py [--batch-sizes 1 64 4096] [--row-types fp32 int8] [--rows 100000]
+    python benchmarks/serving.py --rows 10000000 --features 8 --paths auto --methods hash coded
 
 Each method's serving form is saved and loaded as `embcomp.load` does it. Its peer reads one row per
 id of the same batch from one flat float32 table with `torch.nn.functional.embedding`, ids ready
@@ -41,7 +42,7 @@ from embcomp.tables.row_types import ROW_TYPES, RowType
 from embcomp.training.distributed.quiet import quiet_libraries
 
 DIM = 16
-FEATURES = 26
+PATHS = ("auto", "fbgemm", "torch")
 
 
 def main() -> None:
@@ -50,7 +51,11 @@ def main() -> None:
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 4096])
     parser.add_argument("--row-types", nargs="+", choices=ROW_TYPES, default=["fp32", "int8"])
-    parser.add_argument("--rows", type=int, default=100_000, help="ids of each of the 26 tables")
+    parser.add_argument("--rows", type=int, default=100_000, help="ids of each table")
+    parser.add_argument("--features", type=int, default=26, help="tables, of a feature each")
+    parser.add_argument(
+        "--paths", nargs="+", choices=PATHS, default=PATHS, help="what reads the rows"
+    )
     parser.add_argument("--methods", nargs="+", help="beginnings of names; all by default")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument(
@@ -58,20 +63,22 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(0)
-    table = torch.rand(FEATURES * args.rows, DIM)
+    table = torch.rand(args.features * args.rows, DIM)
     lines: list[Sequence[str]] = []
-    for name, config in methods(args.rows):
+    for name, config in methods(args.rows, args.features):
         if args.methods and not name.startswith(tuple(args.methods)):
             continue
         for row_type in args.row_types:
             lines += measure(name, config, row_type, table, args)
     report(lines, args)
-    unlisted = sorted(set(BACKENDS) - {config.name for _, config in methods(args.rows)})
+    unlisted = sorted(
+        set(BACKENDS) - {config.name for _, config in methods(args.rows, args.features)}
+    )
     print(f"served in another method's form: {', '.join(unlisted) or 'none'}")
 
 
-def methods(rows: int) -> list[tuple[str, BackendConfig]]:
-    names = [f"t{i}" for i in range(FEATURES)]
+def methods(rows: int, features: int) -> list[tuple[str, BackendConfig]]:
+    names = [f"t{i}" for i in range(features)]
     cuts = (rows // 100, rows // 10)
     return [
         ("full", Full()),
@@ -101,7 +108,7 @@ def measure(
         EmbeddingBagConfig(
             name=f"t{i}", embedding_dim=DIM, num_embeddings=args.rows, feature_names=[f"f{i}"]
         )
-        for i in range(FEATURES)
+        for i in range(args.features)
     ]
     collection = CompressedEmbeddingBagCollection(tables, config).eval()
     found: list[Sequence[str]] = []
@@ -109,17 +116,17 @@ def measure(
         path = Path(folder) / "artefact"
         record = save(collection, path, row_type=row_type).config.tables
         saved = 0 if record is None else record.bytes
-        paths = {name: load(path, rows=name) for name in ("auto", "fbgemm", "torch")}
+        paths = {name: load(path, rows=name) for name in args.paths}
         for size in args.batch_sizes:
-            ids = torch.randint(0, args.rows, (FEATURES, size))
+            ids = torch.randint(0, args.rows, (args.features, size))
             batch = KeyedJaggedTensor(
-                keys=[f"f{i}" for i in range(FEATURES)],
+                keys=[f"f{i}" for i in range(args.features)],
                 values=ids.reshape(-1),
-                lengths=torch.ones(FEATURES * size, dtype=torch.int32),
+                lengths=torch.ones(args.features * size, dtype=torch.int32),
                 stride=size,
-                length_per_key=[size] * FEATURES,
+                length_per_key=[size] * args.features,
             )
-            flat = (ids + torch.arange(FEATURES).unsqueeze(1) * args.rows).t().reshape(-1)
+            flat = (ids + torch.arange(args.features).unsqueeze(1) * args.rows).t().reshape(-1)
             calls: list[Callable[[], object]] = [
                 partial(loaded, batch) for loaded in paths.values()
             ]
@@ -130,12 +137,13 @@ def measure(
                 statistics.median(row[n] / row[-1] for row in times) for n in range(len(paths))
             ]
             cells = [f"{ratio:.2f}" for ratio in ratios]
-            each = f"{1000 * raw * ratios[0] / (size * FEATURES):,.0f}"
+            each = f"{1000 * raw * ratios[0] / (size * args.features):,.0f}"
             found.append([name, row_type, f"{saved:,}", str(size), *cells, f"{raw:,.0f}", each])
             if args.json is not None:
                 with args.json.open("a") as file:
                     for read_by, ratio in zip(paths, ratios):
                         one = {"method": name, "rows": row_type, "ids": args.rows, "batch": size}
+                        one["features"] = args.features
                         file.write(json.dumps({**one, "path": read_by, "ratio": ratio}) + "\n")
     return found
 
@@ -155,9 +163,9 @@ def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[fl
 
 def report(lines: Sequence[Sequence[str]], args: argparse.Namespace) -> None:
     table = ResultTable(
-        f"look-up, {FEATURES} features, dim {DIM}, {args.rows:,} ids a table, "
+        f"look-up, {args.features} features, dim {DIM}, {args.rows:,} ids a table, "
         f"{torch.get_num_threads()} threads",
-        ("method", "rows", "bytes", "batch", "auto", "fbgemm", "torch", "raw us", "ns an id"),
+        ("method", "rows", "bytes", "batch", *args.paths, "raw us", "ns an id"),
         names=("method", "rows"),
     )
     for line in lines:
