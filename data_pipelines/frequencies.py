@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 17  # values of a vocabulary that are read together
 def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
     """For each categorical feature that has a vocabulary file, (num_embeddings,) train counts.
 
-    Values are counted exactly. The ids for missing and for rare values are not in a vocabulary:
+    Values are counted exactly; in a dataset that extends another, with what earlier ones counted, decayed. The ids for missing and for rare values are not in a vocabulary:
     missing rows are counted over all splits in `dataset.json` and taken here in proportion, and
     what is left of the train rows is rare.
     """
@@ -47,16 +47,21 @@ def fill_counts(info: DatasetInfo, feature: CategoricalFeature, counts: NDArray[
         counts: (num_embeddings,) zeros, in memory or in a file.
     """
     path = info.folder / feature.vocabulary
+    today = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=["id", "count"]):
+            goes_on = "decayed" in file.schema_arrow.names
+            columns = ["id", "count", *(["decayed"] if goes_on else [])]
+            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
                 ids = batch["id"].to_numpy()
                 if len(ids) and not FIRST_ID <= ids.min() <= ids.max() < len(counts):
                     raise DataError(
                         f"{path} has ids outside [{FIRST_ID}, {feature.num_embeddings}) of feature "
                         f"{feature.name!r} in dataset.json; prepare the dataset again"
                     )
-                counts[ids] = batch["count"].to_numpy()
+                today += int(batch["count"].to_numpy().sum())
+                found = batch["decayed" if goes_on else "count"].to_numpy()
+                counts[ids] = np.rint(found) if goes_on else found
     except DataError:
         raise
     except UNREADABLE as error:
@@ -68,4 +73,4 @@ def fill_counts(info: DatasetInfo, feature: CategoricalFeature, counts: NDArray[
     missing = round(feature.missing * train / rows) if rows else 0
     values = round(train * feature.mean_length) if feature.multi_valued else train
     counts[MISSING_ID] = 0 if feature.multi_valued else missing
-    counts[UNSEEN_ID] = max(0, values - int(counts.sum()))
+    counts[UNSEEN_ID] = max(0, values - today - int(counts[MISSING_ID]))

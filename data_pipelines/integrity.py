@@ -110,10 +110,10 @@ def check_vocabularies(info: DatasetInfo) -> None:
             values = pq.read_metadata(path).num_rows
         except UNREADABLE as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from None
-        if values + FIRST_ID != feature.num_embeddings:
+        if values != feature.num_values:
             raise DataError(
                 f"{path} has {values} values, but {feature.name} has {feature.num_embeddings} "
-                f"embeddings, {FIRST_ID} of them without a value; the two do not belong together: "
+                f"embeddings, {FIRST_ID + (feature.room or 0)} of them without a value; the two do not belong together: "
                 f"prepare the dataset again"
             )
 

@@ -24,6 +24,7 @@ from embcomp.data_pipelines.importers.sources import Source, raw_files
 from embcomp.data_pipelines.preparing.describing import versions
 from embcomp.data_pipelines.preparing.feature_names import check_names
 from embcomp.data_pipelines.preparing.features import choose_features
+from embcomp.data_pipelines.preparing.growth import check_same_features, parse_growth
 from embcomp.data_pipelines.preparing.passes import PreparePasses
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
@@ -52,6 +53,10 @@ def prepare(
     numeric: str | Mapping[str, str] | None = None,
     group: str | None = None,
     weight: str | None = None,
+    extend: str | Path | None = None,
+    room: str | float | None = None,
+    decay: float | None = None,
+    retire_after: int | None = None,
     max_memory: int | str = "4GiB",
     max_bad_rows: float = 1e-4,
     overwrite: bool = False,
@@ -81,6 +86,13 @@ def prepare(
         numeric: a transform for all numeric columns, or one by column. By default the importer's.
         group: the categorical feature that GAUC groups by; by default the importer's.
         weight: the raw column of the rows' weights; by default the schema's.
+        extend: an earlier dataset of the same features: its values keep their ids, new ones come
+            after them, and numeric transforms keep its figures.
+        room: ids to reserve for values to come, as "20%" or 0.2 of those in use, so that tables keep
+            their size from day to day. None reserves none.
+        decay: by what counts are multiplied from one dataset to the next, .9 by default.
+        retire_after: values that are unseen in so many datasets in a row lose their ids, which new
+            values take; None keeps them for good.
         max_memory: bytes that the process may take in all, as a number or such as "4GiB".
         max_bad_rows: the share of malformed rows above which the call fails.
         progress: show bars on stderr.
@@ -125,6 +137,10 @@ def prepare(
     if group is not None and group not in names:
         raise DataError(f"group {group!r} is no categorical feature; there are {', '.join(names)}")
     output = Path(output)
+    growth = parse_growth(extend, room, decay, retire_after, output)
+    bucketed = [each.name for each in features.categorical if each.bucketed]
+    if growth is not None and growth.before is not None:
+        check_same_features(growth.before, features, bucketed)
     settings = PrepareSettings(
         table=table,
         features=features,
@@ -137,9 +153,8 @@ def prepare(
         report=report or (lambda line: None),
         rows_per_group=rows_per_group,
         blocks_per_part=blocks_per_part,
-        raw_format=describe_format(
-            reader, table, [each.name for each in features.categorical if each.bucketed]
-        ),
+        raw_format=describe_format(reader, table, bucketed),
+        growth=growth,
     )
     work = Workspace(output, overwrite=overwrite, report=settings.report)
     fingerprint = _fingerprint(reader, settings)
@@ -163,6 +178,7 @@ def _fingerprint(reader: Importer, settings: PrepareSettings) -> dict[str, objec
         "split": settings.rule.model_dump(),
         "sizes": [settings.rows_per_group, settings.blocks_per_part, settings.max_bad_rows],
         "name": [settings.name, settings.group],
+        "growth": settings.growth.fingerprint if settings.growth is not None else None,
         "files": [
             [str(f.path), f.split, f.path.stat().st_size, f.path.stat().st_mtime_ns]
             for f in settings.table.files

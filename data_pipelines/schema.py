@@ -84,6 +84,19 @@ class NumericFeature(_Strict):
         return self
 
 
+class VocabularyChange(_Strict):
+    """What became of an earlier dataset's values of a feature.
+
+    `kept` of them are in this one too, `unseen` of these not in its train split; `retired` ones are not,
+    as they were unseen for too long; `new` values came.
+    """
+
+    kept: int = Field(ge=0)
+    new: int = Field(ge=0)
+    retired: int = Field(ge=0)
+    unseen: int = Field(ge=0)
+
+
 class CategoricalFeature(_Strict):
     """An Int32 column of ids, or a List(Int32) one when `multi_valued`.
 
@@ -92,7 +105,11 @@ class CategoricalFeature(_Strict):
     carry that share of the feature's values in the train split.
     `missing` counts the rows without a value in all splits, `num_raw_values` the distinct train
     values before `min_count` was applied.
+    `room` counts the ids that no value has yet, in a dataset that is to grow; `change` says what became
+    of the values of the dataset that it extends.
     """
+
+    unsaid = ("room", "change")
 
     name: str
     num_embeddings: int = Field(ge=FIRST_ID)
@@ -104,17 +121,33 @@ class CategoricalFeature(_Strict):
     frequency_quantiles: dict[str, int] = Field(default_factory=dict)
     vocabulary: FilePath = ""
     missing: int = Field(default=0, ge=0)
+    room: int | None = Field(default=None, ge=0)
+    change: VocabularyChange | None = None
+
+    @property
+    def num_values(self) -> int:
+        """How many values the vocabulary has."""
+        return self.num_embeddings - FIRST_ID - (self.room or 0)
 
     @model_validator(mode="after")
     def _has_so_many_ids(self) -> CategoricalFeature:
         most, why = LARGEST_ID + 1, "as ids have 31 bits"
         if self.num_raw_values:
-            values = self.num_raw_values + FIRST_ID
-            most, why = min((most, why), (values, f"{FIRST_ID} more than its num_raw_values"))
+            idle = 0 if self.change is None else self.change.kept
+            values = self.num_raw_values + FIRST_ID + (self.room or 0) + idle
+            beside = "" if self.room is None else ", its room and the values kept from before"
+            most, why = min(
+                (most, why), (values, f"{FIRST_ID} more than its num_raw_values{beside}")
+            )
         if self.num_embeddings > most:
             raise ValueError(
                 f"feature {self.name!r} has num_embeddings {self.num_embeddings}, which can be "
                 f"{most} at most, {why}"
+            )
+        if self.num_values < 0:
+            raise ValueError(
+                f"feature {self.name!r} has num_embeddings {self.num_embeddings} and room for "
+                f"{self.room} more values, which leaves none of {FIRST_ID} ids for no value"
             )
         return self
 
@@ -182,6 +215,20 @@ class RawFormat(_Strict):
     bucketed: list[str] = Field(default_factory=list)
 
 
+class Extended(_Strict):
+    """The dataset whose vocabularies went on in this one.
+
+    `day` counts the datasets of the chain, this one included; `decay` multiplied earlier counts, and
+    values that were unseen in `retire_after` datasets in a row lost their ids.
+    """
+
+    name: str
+    digest: str
+    day: int = Field(ge=2)
+    decay: float = Field(ge=0, le=1)
+    retire_after: int | None = Field(default=None, ge=1)
+
+
 class BayesMetrics(_Strict):
     """The best figures that any model can reach on the test split; known for generated data only."""
 
@@ -195,10 +242,11 @@ class DatasetInfo(_Strict):
     Of the `raw_rows` that were read, `bad_rows` were malformed and `dropped_rows` left out by the
     label rule. `checksums` has a record for each file, `digest` is the SHA-256 of all of this but
     `sources`; datasets that were prepared before there were any have neither, nor a `raw_format`.
-    `weight` is the column of the rows' weights, if they have any.
+    `weight` is the column of the rows' weights, if they have any; `extends` says which dataset's
+    vocabularies went on.
     """
 
-    unsaid = ("weight",)
+    unsaid = ("weight", "extends")
 
     format_version: int = FORMAT_VERSION
     name: str
@@ -216,6 +264,7 @@ class DatasetInfo(_Strict):
     raw_format: RawFormat | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     bayes: BayesMetrics | None = None
+    extends: Extended | None = None
     checksums: dict[FilePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
     _folder: Path | None = PrivateAttr(default=None)

@@ -146,16 +146,24 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
     if not feature.vocabulary:
         return
     path = folder / feature.vocabulary
+    columns = ["id", "count"] if feature.change is None else ["id", "count", "decayed", "idle"]
     try:
-        table = pq.read_table(path, columns=["id", "count"], page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()
-    if len(ids) + FIRST_ID != feature.num_embeddings:
+    if len(ids) != feature.num_values:
         raise DataError(
             f"{path} has {len(ids)} values, but {feature.name} has {feature.num_embeddings} "
-            f"embeddings, {FIRST_ID} of them without a value"
+            f"embeddings, {FIRST_ID + (feature.room or 0)} of them without a value"
         )
+    if feature.change is not None:
+        inside = not len(ids) or (ids[0] >= FIRST_ID and ids[-1] < feature.num_embeddings)
+        decayed, idle = table.column("decayed").to_numpy(), table.column("idle").to_numpy()
+        is_whole = (decayed >= counts).all() and ((idle > 0) == (counts == 0)).all()
+        if not inside or (np.diff(ids) <= 0).any() or (counts < 0).any() or not is_whole:
+            raise DataError(f"{path} is no vocabulary that goes on; prepare the dataset again")
+        return
     ranked = np.array_equal(ids, np.arange(FIRST_ID, len(ids) + FIRST_ID))
     if not ranked or (np.diff(counts) > 0).any() or (counts < feature.min_count).any():
         raise DataError(f"{path} is not in the order of its counts; prepare the dataset again")

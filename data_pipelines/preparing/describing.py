@@ -55,8 +55,8 @@ def describe(
         name=settings.name,
         weight=WEIGHT_COLUMN if settings.features.weighted else None,
         group=settings.group,
-        numeric=_numeric(settings.features, counts, parts),
-        categorical=_categorical(settings.features, counts, ranked),
+        numeric=_numeric(settings, counts, parts),
+        categorical=_categorical(settings, counts, ranked),
         splits=_splits(counts, parts, weighted=settings.features.weighted),
         split_rule=settings.rule.model_dump(),
         raw_rows=index.rows,
@@ -66,32 +66,39 @@ def describe(
         versions=versions(),
         raw_format=settings.raw_format,
         bayes=BayesMetrics(**bayes) if bayes else None,
+        extends=None if settings.growth is None else settings.growth.record,
         checksums=_checksums(settings.features, ranked, parts),
     )
 
 
 def _numeric(
-    features: Features, counts: PartCounts, parts: Sequence[PartRows]
+    settings: PrepareSettings, counts: PartCounts, parts: Sequence[PartRows]
 ) -> list[NumericFeature]:
     return [
         feature.model_copy(
             update={"clipped": sum(part.clipped.get(feature.name, 0) for part in parts)}
         )
-        for feature in numeric_features(features, counts)
+        for feature in numeric_features(settings, counts)
     ]
 
 
 def _categorical(
-    features: Features, counts: PartCounts, ranked: Sequence[Ranked]
+    settings: PrepareSettings, counts: PartCounts, ranked: Sequence[Ranked]
 ) -> list[CategoricalFeature]:
     described = []
+    features, growth, before = settings.features, settings.growth, settings.before
     for place, (feature, found) in enumerate(zip(features.categorical, ranked)):
+        size, room = found.used, None
+        if growth is not None:
+            earlier = 0 if before is None else before.categorical[place].num_embeddings
+            size = growth.num_embeddings(found.used, earlier)
+            room = size - FIRST_ID - found.kept
         figures = counts.categorical[feature.name]
         length = figures.train_values / counts.rows[0] if feature.multi_valued else 1.0
         described.append(
             CategoricalFeature(
                 name=feature.name,
-                num_embeddings=found.kept + FIRST_ID,
+                num_embeddings=size,
                 multi_valued=feature.multi_valued,
                 min_count=feature.min_count,
                 max_length=figures.max_length,
@@ -100,6 +107,8 @@ def _categorical(
                 frequency_quantiles=found.quantiles,
                 vocabulary=vocabulary_file(feature.name, place),
                 missing=figures.missing,
+                room=room,
+                change=found.change,
             )
         )
     return described

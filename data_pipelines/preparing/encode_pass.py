@@ -19,7 +19,6 @@ from embcomp.data_pipelines.preparing.encoding import (
     plan_rounds,
     store_ids,
 )
-from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.input_parts import InputParts, rows_of
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
@@ -99,7 +98,7 @@ class EncodePass:
                 folder=self.work.path,
                 number=at,
                 features=self.settings.features,
-                numeric=numeric_features(self.settings.features, self.counts),
+                numeric=numeric_features(self.settings, self.counts),
                 split_of=self.source.split_of,
                 encoder=encoder,
                 earlier=earlier,
@@ -122,13 +121,21 @@ class EncodePass:
         return self.work.scratch / _ROWS / name
 
 
-def numeric_features(features: Features, counts: PartCounts) -> list[NumericFeature]:
-    """Return the numeric features with what their transforms take from the train split."""
+def numeric_features(settings: PrepareSettings, counts: PartCounts) -> list[NumericFeature]:
+    """Return the numeric features with what their transforms take from the train split.
+
+    A dataset that extends another takes the other's figures: a number means today what it meant then.
+    """
+    found = []
+    for column in settings.features.numeric:
+        missing = counts.numeric_missing.get(column.name, 0)
+        stats = counts.numeric.get(column.name, NumericStats())
+        found.append(stats.feature(column.name, column.transform, missing))
+    if settings.before is None:
+        return found
     return [
-        counts.numeric.get(column.name, NumericStats()).feature(
-            column.name, column.transform, counts.numeric_missing.get(column.name, 0)
-        )
-        for column in features.numeric
+        then.model_copy(update={"missing": now.missing, "clipped": 0})
+        for then, now in zip(settings.before.numeric, found)
     ]
 
 

@@ -7,7 +7,22 @@ from embcomp.data_pipelines.schema import FIRST_ID, DatasetInfo, NumericFeature
 
 def value_news(info: DatasetInfo) -> list[str]:
     """Say which numbers a transform could not represent, and which ids no split shares."""
-    return clipped_news(info) + unseen_news(info)
+    return clipped_news(info) + unseen_news(info) + growth_news(info)
+
+
+def growth_news(info: DatasetInfo) -> list[str]:
+    """Say what changed since the dataset that this one extends, and where room is short."""
+    if info.extends is None:
+        return []
+    changes = [feature.change for feature in info.categorical if feature.change is not None]
+    room = sum(feature.room or 0 for feature in info.categorical)
+    kept, new = sum(each.kept for each in changes), sum(each.new for each in changes)
+    retired = sum(each.retired for each in changes)
+    line = (
+        f"day {info.extends.day}, after {info.extends.name}: {kept:,} values kept, {new:,} new, "
+        f"{retired:,} retired; room for {room:,} more"
+    )
+    return [line]
 
 
 def clipped_news(info: DatasetInfo) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from embcomp.data_pipelines.importers.base import RawTable
 from embcomp.data_pipelines.preparing.features import Features
-from embcomp.data_pipelines.schema import RawFormat
+from embcomp.data_pipelines.preparing.growth import Growth
+from embcomp.data_pipelines.schema import DatasetInfo, RawFormat
 from embcomp.data_pipelines.splits import SplitRule
 
 
@@ -28,6 +29,7 @@ class PrepareSettings:
         rows_per_group: rows of a row group.
         blocks_per_part: blocks of a part, which is what a killed run loses at most.
         raw_format: how rows of the same format are read again, to be scored.
+        growth: how vocabularies grow; None where the dataset stands for itself.
     """
 
     table: RawTable
@@ -42,3 +44,9 @@ class PrepareSettings:
     rows_per_group: int
     blocks_per_part: int
     raw_format: RawFormat | None = None
+    growth: Growth | None = None
+
+    @property
+    def before(self) -> DatasetInfo | None:
+        """The dataset that this one extends, if any."""
+        return None if self.growth is None else self.growth.before

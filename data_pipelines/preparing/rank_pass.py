@@ -6,6 +6,7 @@ from pathlib import Path
 
 from embcomp.data_pipelines.preparing.count_pass import COUNTS
 from embcomp.data_pipelines.preparing.counting import PartCounts
+from embcomp.data_pipelines.preparing.extended_vocabulary import extend_vocabulary
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, build_vocabulary, vocabulary_file
@@ -43,6 +44,20 @@ def _rank(
     def rank() -> Ranked:
         figures = counts.categorical[feature.name]
         missing = 0 if feature.multi_valued else figures.train_missing
+        if settings.growth is not None and settings.growth.before is not None:
+            return extend_vocabulary(
+                [work.scratch / COUNTS / run for run in counts.runs],
+                path,
+                feature=place,
+                before=settings.growth.before.categorical[place],
+                growth=settings.growth,
+                partitions=partitions,
+                min_count=feature.min_count,
+                missing=missing,
+                total=missing + figures.train_values,
+                limit=settings.memory_budget,
+                scratch=work.scratch / _MARKS,
+            )
         return build_vocabulary(
             [work.scratch / COUNTS / run for run in counts.runs],
             path,

@@ -13,26 +13,61 @@ from pydantic import BaseModel
 
 from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
-from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, FileRecord
+from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, FileRecord, VocabularyChange
 from embcomp.data_pipelines.splits import exact
 from embcomp.errors import DataError
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 _SCHEMA = pa.schema([("id", pa.int32()), ("value", pa.large_string()), ("count", pa.int64())])
-# What merging or sorting needs at once, as a multiple of the frame's own size.
-_WORKING_FACTOR = 4
+WORKING_FACTOR = 4
+"""What merging or sorting needs at once, as a multiple of the frame's own size."""
 
 
 class Ranked(BaseModel):
     """What ranking found.
 
-    Distinct raw values, those kept, the quantiles of `dataset.json`, and what the vocabulary file is.
+    Distinct raw values, those kept, the quantiles of `dataset.json`, what the vocabulary file is, the ids
+    in use up to the highest, and what changed since an earlier dataset where it was one that goes on.
     """
 
     raw_values: int
     kept: int
     quantiles: dict[str, int]
     record: FileRecord
+    used: int
+    change: VocabularyChange | None = None
+
+
+class Quantiles:
+    """Where the ids up to one carry a share of all look-ups, while these come by rising id.
+
+    Args:
+        missing: look-ups of id 0.
+        rare: look-ups of id 1.
+        total: all look-ups.
+    """
+
+    def __init__(self, missing: int, rare: int, total: int) -> None:
+        self._before = missing + rare
+        self._edges = [math.ceil(exact(share) * total) for share in SHARES]
+        # Ids 0 and 1 carry traffic too: a quantile may end there.
+        self._ids = [0 if missing and missing >= edge else 1 for edge in self._edges]
+        self._done = [total == 0 or self._before >= edge for edge in self._edges]
+
+    def take(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Take in the next (n,) ids and how often each occurs."""
+        if not len(ids):
+            return
+        cumulated = self._before + counts.cumsum()
+        for i, edge in enumerate(self._edges):
+            if not self._done[i] and cumulated[-1] >= edge:
+                self._ids[i] = int(ids[np.searchsorted(cumulated, edge)])
+                self._done[i] = True
+        self._before = int(cumulated[-1])
+
+    def ids(self) -> dict[str, int]:
+        """The quantiles as `dataset.json` has them."""
+        return {str(share): at for share, at in zip(SHARES, self._ids)}
 
 
 def vocabulary_file(name: str, position: int) -> str:
@@ -76,54 +111,46 @@ def build_vocabulary(
         kept += frequent.height
         size += held_bytes(frequent)
         file = scratch / f"merged-{partition:05d}.arrow"
-        _by_rank(frequent).write_ipc(file)
+        by_rank(frequent).write_ipc(file)
         files.append(file)
     if kept + FIRST_ID > LARGEST_ID:
         raise DataError(f"{name} has {kept} values; ids go up to {LARGEST_ID}")
-    pieces = max(1, -(-size * _WORKING_FACTOR // limit))
-    before = missing + rare
-    edges = [math.ceil(exact(share) * total) for share in SHARES]
-    # Ids 0 and 1 carry traffic too: a quantile may end there.
-    ids = [0 if missing and missing >= edge else 1 for edge in edges]
-    done = [total == 0 or before >= edge for edge in edges]
+    pieces = max(1, -(-size * WORKING_FACTOR // limit))
+    quantiles = Quantiles(missing, rare, total)
     first = FIRST_ID
     with RowGroupWriter(path, _SCHEMA) as writer:
-        for piece in _ranges(files, kept, pieces):
-            cumulated = before + piece["count"].to_numpy().cumsum()
-            for i, edge in enumerate(edges):
-                if not done[i] and len(cumulated) and cumulated[-1] >= edge:
-                    ids[i] = first + int(np.searchsorted(cumulated, edge))
-                    done[i] = True
-            table = piece.with_columns(
-                pl.int_range(first, first + piece.height, dtype=pl.Int32).alias("id")
-            ).select("id", "value", "count")
+        for piece in ranked_ranges(files, kept, pieces):
+            ids = np.arange(first, first + piece.height, dtype=np.int32)
+            quantiles.take(ids, piece["count"].to_numpy())
+            table = piece.with_columns(pl.Series("id", ids)).select("id", "value", "count")
             writer.write(table.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_SCHEMA))
             first += piece.height
-            before = int(cumulated[-1]) if len(cumulated) else before
     for file in files:
         file.unlink()
     return Ranked(
         raw_values=raw_values,
         kept=kept,
-        quantiles={str(share): at for share, at in zip(SHARES, ids)},
+        quantiles=quantiles.ids(),
         record=writer.record(),
+        used=first,
     )
 
 
-def _by_rank(counts: pl.DataFrame) -> pl.DataFrame:
+def by_rank(counts: pl.DataFrame) -> pl.DataFrame:
+    """Counts of values, the most frequent first, ties by the value's bytes."""
     return counts.sort("count", "value", descending=[True, False])
 
 
-def _ranges(files: Sequence[Path], rows: int, pieces: int) -> Iterator[pl.DataFrame]:
+def ranked_ranges(files: Sequence[Path], rows: int, pieces: int) -> Iterator[pl.DataFrame]:
     """Yield the rows of sorted files in one common order, a range of ranks at a time."""
     if not files:
         return
     if pieces == 1:
-        yield _by_rank(pl.concat([pl.read_ipc(file) for file in files]))
+        yield by_rank(pl.concat([pl.read_ipc(file) for file in files]))
         return
     # Every m-th row of each file: their own order then cuts the whole into ranges of equal size.
     step = max(1, rows // (pieces * 32))
-    sample = _by_rank(
+    sample = by_rank(
         pl.concat([pl.scan_ipc(f).gather_every(step).collect(engine="streaming") for f in files])
     )
     cuts = sample.gather_every(max(1, -(-sample.height // pieces))).rows()[1:]
@@ -133,7 +160,7 @@ def _ranges(files: Sequence[Path], rows: int, pieces: int) -> Iterator[pl.DataFr
             inside &= ~_ranks_before(low)
         if high is not None:
             inside &= _ranks_before(high)
-        yield _by_rank(
+        yield by_rank(
             pl.concat([pl.scan_ipc(f).filter(inside).collect(engine="streaming") for f in files])
         )
 

@@ -55,6 +55,22 @@ def prepare(
         str | None,
         typer.Option(help="Raw column of the rows' weights, of the format 'table'."),
     ] = None,
+    extend: Annotated[
+        Path | None,
+        typer.Option(help="An earlier dataset: its values keep their ids, new ones come after."),
+    ] = None,
+    room: Annotated[
+        str | None,
+        typer.Option(help="Ids to reserve for values to come, as 20% of those in use."),
+    ] = None,
+    decay: Annotated[
+        float | None,
+        typer.Option(help="What counts are multiplied by from day to day; 0.9 by default."),
+    ] = None,
+    retire_after: Annotated[
+        int | None,
+        typer.Option(help="Values unseen in so many datasets in a row lose their ids."),
+    ] = None,
     max_memory: Annotated[
         str, typer.Option(help="Bytes that the process may take in all.")
     ] = "4GiB",
@@ -90,6 +106,10 @@ def prepare(
             numeric=_per_feature(numeric, "--numeric", str),
             group=group,
             weight=weight,
+            extend=extend,
+            room=room,
+            decay=decay,
+            retire_after=retire_after,
             max_memory=max_memory,
             max_bad_rows=max_bad_rows,
             overwrite=overwrite,

@@ -138,11 +138,11 @@ def test_the_spilling_paths_give_the_same_bytes(tmp_path, small_blocks, monkeypa
     options = {"importer": "criteo", "min_count": 1, "blocks_per_part": 6}
     prepare(tmp_path / "train.txt", tmp_path / "a" / "out", **options)
     runs, pieces, rounds = [], [], []
-    flush, ranges, plan = RunWriter.flush, vocabulary_module._ranges, encoding.plan_rounds
+    flush, ranges, plan = RunWriter.flush, vocabulary_module.ranked_ranges, encoding.plan_rounds
     monkeypatch.setattr(RunWriter, "flush", lambda self: (flush(self), runs.append(self.files)))
     monkeypatch.setattr(
         vocabulary_module,
-        "_ranges",
+        "ranked_ranges",
         lambda f, r, p: (pieces.append((len(f), p)), ranges(f, r, p))[1],
     )
     monkeypatch.setattr(

@@ -261,7 +261,12 @@ def _dataset(
         frame = pl.DataFrame(pq.read_table(path, page_checksum_verification=True))
         ids = pl.Series("id", new[frame["id"].to_numpy()].astype(np.int32))
         vocabularies[feature.name] = frame.with_columns(ids).filter(pl.col("id") >= FIRST_ID)
-        feature.num_embeddings = len(renumbering.kept)
+        values, size = vocabularies[feature.name].height, len(renumbering.kept)
+        if feature.room is not None:
+            # Both at once, as each alone would contradict the other.
+            feature.__dict__.update(num_embeddings=size, room=size - FIRST_ID - values)
+        else:
+            feature.num_embeddings = size
         feature.frequency_quantiles = _quantiles(
             feature.frequency_quantiles, counts[feature.name], renumbering
         )
