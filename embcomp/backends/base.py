@@ -21,6 +21,7 @@ from embcomp.errors import BudgetError, ConfigError
 from embcomp.io.constraints import Constrained
 from embcomp.io.lazy_names import warn_renamed
 from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.row_sources import MemoryRows, RowSource
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.footprint import Footprint, footprint_of
@@ -375,6 +376,42 @@ class BackendConfig(Constrained, ABC):
         """
         return self
 
+    @property
+    def needs_same_numbers(self) -> bool:
+        """Whether rows follow from ids, so that a later run needs values to keep their numbers."""
+        return False
+
+    @classmethod
+    def can_follow(cls) -> bool:
+        """Whether `follow_ids` is answered."""
+        return cls.follow_ids is not BackendConfig.follow_ids
+
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        """What an earlier run's form becomes where ids are those of another dataset.
+
+        Args:
+            tables: the group today.
+            earlier: a form of this method; rows are read by range.
+            earlier_tables: the group then; the same names in the same order.
+            ids: by table, where its ids come from. Where `needs_same_numbers`, all of them
+                `keep_numbers`.
+            work: does what is to be done for every block of rows; every rank makes the same calls.
+
+        Raises:
+            ConfigError: for a method whose rows cannot follow.
+        """
+        raise ConfigError(
+            f"{self.name}: the rows of {', '.join(table.name for table in tables)} cannot follow their "
+            "values into another dataset; train them anew, or take another method"
+        )
+
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The serving form: the same answers from nothing but what must be resident for them.
 
@@ -472,6 +509,21 @@ class MethodState:
             return self
         read = {name: source.whole() for name, source in self.sources.items()}
         return replace(self, tensors={**self.tensors, **read}, sources={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowedForm:
+    """A form whose rows come from an earlier one.
+
+    Args:
+        config: the method that holds the tables now.
+        moves: by physical table, where its rows come from; those not named are as they were.
+        tensors: those of `route` and `combine` that are not as they were, as in `MethodState`.
+    """
+
+    config: BackendConfig
+    moves: Mapping[str, RowMove] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor | RowSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
 from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
+from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.fused_lookups import FusedEmbedding, FusedRoutes, PlacedRow, RowWithin
 from embcomp.layers.id_counts import check_ranked
@@ -207,6 +209,33 @@ class Blocks(BackendConfig):
                 if (kept := sum(block.width for block in self.blocks(table)))
             )
         )
+
+    @property
+    @override
+    def needs_same_numbers(self) -> bool:
+        return True
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        moves = {}
+        for table, before in zip(tables, earlier_tables):
+            own = ids[table.name]
+            for block, then in zip(self.blocks(table), self.blocks(before)):
+                rows = own.before[block.low : block.high] - then.low
+                fresh = own.fresh[block.low : block.high]
+                # What stands for new values may lie in another block, whose columns are others.
+                rows[(rows < 0) | (rows >= then.high - then.low)] = -1
+                moves[block_table(table.name, block.index)] = RowMove(
+                    rows=rows, fresh=fresh, weights=own.counts[then.low : then.high]
+                )
+        return FollowedForm(config=self, moves=moves)
 
     @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:

@@ -14,11 +14,14 @@ from typing_extensions import Self, override
 from embcomp.backends.base import (
     Backend,
     BackendConfig,
+    FollowedForm,
     MethodState,
     StageInputs,
     full_table,
 )
+from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.fused_lookups import FusedRoutes, OwnRow
 from embcomp.layers.host_values import reads_wait
 from embcomp.layers.late_findings import LateFindings
@@ -66,6 +69,19 @@ class Full(BackendConfig):
     def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         rows = {f"rows.{table.name}": past.before.rows(table.name) for table in tables}
         return MethodState.of(self, rows)
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        return FollowedForm(
+            config=self, moves={t.name: RowMove.of_ids(ids[t.name]) for t in tables}
+        )
 
     @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:

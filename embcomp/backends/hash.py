@@ -9,15 +9,17 @@ frequency, which is a silent use of that ranking.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import nn
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
 from embcomp.io.constraints import Between, Ge
+from embcomp.layers.block_work import Work
+from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.routing import HashRoute
 from embcomp.tables.budget import largest_int
@@ -84,6 +86,22 @@ class Hash(BackendConfig):
             num_rows=[self.rows(table) for table in owners],
         )
         return Backend(physical_tables=physical, keys=keys, route=route, combine=nn.Identity())
+
+    @property
+    @override
+    def needs_same_numbers(self) -> bool:
+        return True
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        return FollowedForm(config=self)
 
     def _at(self, step: int) -> Self:
         return self.with_size(ratio=step / _RATIO_STEPS)

@@ -19,12 +19,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
+from embcomp.backends.base import (
+    Backend,
+    BackendConfig,
+    FollowedForm,
+    MethodState,
+    StageInputs,
+)
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
 from embcomp.layers.best_values import BestValues
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.lookup_context import LookupContext
@@ -35,6 +42,7 @@ from embcomp.layers.pruned_route import (
     directory_footprint,
     num_blocks,
     pack,
+    pack_all,
     unpack,
 )
 from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
@@ -171,6 +179,39 @@ class LowDim(BackendConfig):
         return places
 
     @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        moves, masks = {}, {}
+        places = self.rows_by_id(earlier_tables, earlier)
+        for table, then in zip(tables, earlier_tables):
+            own, place, rows = ids[table.name], places[table.name], self.rows(then)
+            # The row that pruned ids share stands behind all others; nobody shares one of a whole table.
+            shared = torch.tensor([rows - 1 if self.is_pruned(then) else -1])
+            kept, tail = torch.ones_like(own.fresh), shared[:0]
+            if self.is_pruned(table):
+                had_row = place < (rows - 1 if self.is_pruned(then) else rows)
+                kept, tail = _kept_ids(own, had_row, self.kept[table.name]), shared
+                masks[table.name] = kept
+            before = own.before[kept]
+            found = torch.where(before < 0, -1, place[before.clamp(min=0)])
+            weights = torch.zeros(rows, dtype=torch.float64).index_add_(0, place, own.counts)
+            moves[table.name] = RowMove(
+                rows=torch.cat([found, tail]),
+                fresh=torch.cat([own.fresh[kept], tail < 0]),
+                weights=weights,
+            )
+        own_masks = [masks[table.name] for table in by_name(tables) if table.name in masks]
+        packed = pack_all(own_masks) if own_masks else {}
+        tensors = {f"route.{name}": tensor for name, tensor in packed.items()}
+        return FollowedForm(config=self, moves=moves, tensors=tensors)
+
+    @override
     def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:
         """The leading columns of the rows of the most frequent ids.
 
@@ -237,6 +278,23 @@ class LowDim(BackendConfig):
 
     def _at(self, step: int) -> Self:
         return self.with_size(width=step * self.multiple_of)
+
+
+def _kept_ids(ids: FollowedIds, kept_before: Tensor, count: int) -> Tensor:
+    """(num_embeddings,) bool which ids keep a row: as many as before, the same where they are there.
+
+    Rows that retired values leave go to new values, then to ids that nobody has yet.
+
+    Args:
+        ids: where ids come from.
+        kept_before: (earlier num_embeddings,) bool which ids kept a row.
+        count: how many that were.
+    """
+    kept = ~ids.fresh & kept_before[ids.before.clamp(min=0)]
+    for others in (ids.fresh & ids.has_value, ids.fresh, ~ids.fresh):
+        free = torch.nonzero(others & ~kept)[: count - int(kept.sum()), 0]
+        kept[free] = True
+    return kept
 
 
 class PadColumns(nn.Module):

@@ -13,7 +13,7 @@ one bag of two rows and cost neither a combination nor a second output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,10 +25,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
 from embcomp.backends.full import RangeCheck
 from embcomp.io.constraints import Ge
+from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.fused_lookups import (
     FusedEmbedding,
     FusedRoutes,
@@ -128,6 +130,32 @@ class QR(BackendConfig):
             needs_unpooled_rows=self.combine == "mult",
             ids_per_value=2 if self.combine == "add" else 1,
         )
+
+    @property
+    @override
+    def needs_same_numbers(self) -> bool:
+        return True
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        moves = {}
+        for table, before in zip(tables, earlier_tables):
+            there, here = self._quotients(before), self._quotients(table)
+            own, divisor = ids[table.name], self.divisor or 1
+            quotients = torch.arange(here)
+            quotients[there:] = -1
+            rows = torch.cat([quotients, there + torch.arange(divisor)])
+            weights = torch.zeros(there + divisor, dtype=torch.float64)
+            weights.index_add_(0, torch.arange(own.earlier) // divisor, own.counts)
+            moves[table.name] = RowMove(rows=rows, fresh=rows < 0, weights=weights)
+        return FollowedForm(config=self, moves=moves)
 
     def _bytes_by_divisor(self, tables: Sequence[TableSpec]) -> np.ndarray:
         """Serving bytes for the divisors 1, 2, ..., ceil(sqrt(rows of the longest table))."""

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
+from embcomp.layers.block_work import Work
+from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.lookup_context import LookupContext
@@ -192,6 +194,22 @@ class Unified(BackendConfig):
                 if self._is_projected(table, width)
             )
         )
+
+    @property
+    @override
+    def needs_same_numbers(self) -> bool:
+        return True
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        return FollowedForm(config=self)
 
     def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
         unknown = sorted(set(self.chunks) - {table.name for table in tables})

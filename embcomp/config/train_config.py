@@ -276,6 +276,10 @@ class RunConfig(Section):
             later ones begin with their method's (`pq.codes`).
         start_from: folder of a finished run whose best weights stand for the first stage, which is
             then not trained. Its tables must be stored as that stage stores them.
+        warm_start: folder of a finished run on an earlier dataset of the same features. Rows begin
+            as that run left them, by their raw values and whatever their numbers are now, network and
+            optimizers too; of a method in stages the last one alone is trained, on the structure that
+            was found then.
         handover_memory: what a rank may hold beside its shards while tables are handed from one stage
             to the next: a number of bytes, at least 64MiB. No result depends on it.
     """
@@ -300,6 +304,7 @@ class RunConfig(Section):
     rank_timeout: Annotated[float, Field(gt=0, le=10**6)] = 30.0
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
+    warm_start: str | None = None
     handover_memory: Bytes = "256MiB"
 
     @field_validator("stages", mode="before")
@@ -329,6 +334,14 @@ class RunConfig(Section):
                 f"block of rows may take; got {value!r}"
             )
         return value
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> RunConfig:
+        if self.start_from is not None and self.warm_start is not None:
+            raise config_error(
+                "give either start_from or warm_start; both would say how rows begin"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_can_be_placed(self) -> RunConfig:

@@ -32,6 +32,7 @@ from embcomp.training.served_rows import check_served_types, round_rows, served_
 from embcomp.training.stages.loading import best_step
 from embcomp.training.stages.other_run import check_other_run
 from embcomp.training.stages.run_context import RunContext
+from embcomp.training.stages.warm_start import check_warm_start
 
 
 def train(
@@ -66,8 +67,10 @@ def train(
     check_monitor(config, info)
     run = RunContext.of(config, info, folder)
     run.schedule.check_installed()
-    run.schedule.check_ids(info)
+    if config.train.warm_start is None:  # which keeps the structure, wherever ids are
+        run.schedule.check_ids(info)
     check_other_run(run)
+    check_warm_start(run)
     check_served_types(config, [run.schedule.plan, run.schedule.first_order])
     if not folder.is_new:
         folder.check_same(config)

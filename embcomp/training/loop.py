@@ -60,7 +60,8 @@ from embcomp.training.second_order import UnrolledSteps
 from embcomp.training.served_rows import round_rows, served_types
 from embcomp.training.stages.left_model import path_of
 from embcomp.training.stages.run_context import RunContext
-from embcomp.training.stages.start_files import load_start
+from embcomp.training.stages.start_files import load_optimizer_start, load_start
+from embcomp.training.stages.warm_start import WarmStart
 from embcomp.training.steps import PipelinedSteps, PlainSteps, Steps, Updates
 
 
@@ -108,6 +109,7 @@ class Training:
         # Dropout draws other numbers on each rank.
         torch.manual_seed(config.seed * 65537 + process.rank)
         self.state = LoopState(row_order=STATE_VERSION, log_sizes=dict(log_sizes))
+        self.warm_start = WarmStart.read(run) if config.train.warm_start is not None else None
         self._resumed = self._begin()
         self.started = time.perf_counter() - self.state.wall_seconds
         self._losses = LossRecord(
@@ -306,14 +308,22 @@ class Training:
         """
         steps = saved_steps(self.checkpoints)
         if not steps:
-            if self.setup.index > self.setup.schedule.trained[0]:
+            if self.warm_start is not None or self.setup.index > self.setup.schedule.trained[0]:
                 load_start(self.setup.folder.start, self.sharded, checks=self.process.is_main)
+            if self.warm_start is not None:
+                self.optimizers.prepare_to_load(self.warm_start.steps)
+                load_optimizer_start(
+                    self.setup.folder.start_optimizer,
+                    self.optimizers.combined,
+                    checks=self.process.is_main,
+                )
             return False
         folder = checkpoint_folder(self.checkpoints, steps[-1])
         saved = read_state(folder)
         ranks = saved.pop("world_size")
         self.state = LoopState(**saved)
-        self.optimizers.prepare_to_load(self.state.step)
+        steps_before = 0 if self.warm_start is None else self.warm_start.steps
+        self.optimizers.prepare_to_load(steps_before + self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
         self.batches.load_state_dict(self.batches.state_dict(self.state.step_in_epoch))
@@ -378,6 +388,8 @@ class Training:
         self.logs.close()
         state.wall_seconds = time.perf_counter() - self.started
         last = StageResult.of(self.stage, state, best)
+        if self.warm_start is not None:
+            last = dataclasses.replace(last, result={"warm_start": self.warm_start.as_json()})
         report = Report.of(
             config,
             self.info,

@@ -13,6 +13,7 @@ from embcomp.training.reporting.stage_result import StageResult, read_stage_resu
 from embcomp.training.stages.handover import prepare_start
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.search_stage import StageSearch
+from embcomp.training.stages.warm_start import prepare_warm_start
 
 
 def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report:
@@ -26,11 +27,16 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
     schedule = run.schedule
     outcomes: list[StageResult] = []
     log_sizes: dict[str, int] = {}
+    warm = run.config.train.warm_start
     for index, stage in enumerate(schedule.stages):
         place = run.place(index)
         if place.done.exists():
             outcome, log_sizes = read_stage_result(place)
             outcomes.append(outcome)
+        elif warm is not None and index < schedule.trained[-1]:
+            outcomes.append(StageResult(name=stage.name, stopped=f"taken from {warm}"))
+            if process.is_main:
+                write_outcome(place, outcomes[-1], log_sizes)
         elif stage.kind == "search":
             outcomes.append(StageSearch(run, index, process, console).run())
             if process.is_main:
@@ -42,7 +48,9 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
             if process.is_main:
                 write_outcome(place, outcomes[-1], log_sizes)
         else:
-            if index > schedule.trained[0] and not saved_steps(place.checkpoints):
+            if warm is not None and not saved_steps(place.checkpoints):
+                prepare_warm_start(run, process, console)
+            elif index > schedule.trained[0] and not saved_steps(place.checkpoints):
                 prepare_start(run, index, process, console)
             dist.barrier()
             training = Training(run, index, process, console, log_sizes)

@@ -31,6 +31,8 @@ class StageFolder:
     Attributes:
         checkpoints: the stage's checkpoints.
         forms: how the tables are stored in this stage; written last of what a stage begins with.
+        start_optimizer: folder of what optimizers begin with, in a run with a warm start.
+        warm_start: what became of the rows of an earlier run; written last of what it begins with.
         start: folder of the tensors that the stage begins with, where they are not drawn afresh.
         progress: what an unfinished search can go on from.
         done: what the stage ended with; its presence says that the stage is finished.
@@ -44,6 +46,8 @@ class StageFolder:
         self.checkpoints = path / "checkpoints"
         self.forms = path / "forms.json"
         self.start = path / "start"
+        self.start_optimizer = path / "start_optimizer"
+        self.warm_start = path / "warm_start.json"
         self.progress = path / "progress.json"
         self.done = path / "done.json"
 
@@ -64,10 +68,10 @@ class RunFolder:
 
     @property
     def is_new(self) -> bool:
-        """Whether there is nothing here to go on from: no checkpoint and no report."""
+        """Whether there is nothing here to go on from: no checkpoint, start and report."""
         if not (self.path / _CONFIG_FILE).exists():
             return True
-        begun = ("checkpoints/step-*", "stages/*/*")
+        begun = ("checkpoints/step-*", "stages/*/*", "start/*")
         return not (self.report.exists() or any(any(self.path.glob(each)) for each in begun))
 
     @contextmanager

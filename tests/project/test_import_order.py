@@ -20,8 +20,8 @@ ORDER = {
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"
     " < prepared, reporting < search_run < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
-    " < transforms, frequencies, bayes_metrics, sample_weights < importers, loader < preparing < prepare"
-    " < synthetic, validate",
+    " < transforms, frequencies, bayes_metrics, sample_weights < importers, loader < preparing"
+    " < prepare, followed_values < synthetic, validate",
 }
 
 

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
+from embcomp.backends.base import (
+    Backend,
+    BackendConfig,
+    FollowedForm,
+    MethodState,
+    StageInputs,
+)
 from embcomp.backends.codebooks.clustering import id_weights
 from embcomp.backends.codebooks.subvectors import (
     Decode,
@@ -32,6 +38,7 @@ from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, add_up, row_blocks
+from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
@@ -156,6 +163,19 @@ class LowRank(BackendConfig):
     ) -> MethodState:
         found = factorise(self, tables, past.before, id_weights(tables, past.counts), past.work)
         return written(found, tables, past.work)
+
+    @override
+    def follow_ids(
+        self,
+        tables: Sequence[TableSpec],
+        earlier: MethodState,
+        earlier_tables: Sequence[TableSpec],
+        ids: Mapping[str, FollowedIds],
+        work: Work,
+    ) -> FollowedForm:
+        return FollowedForm(
+            config=self, moves={t.name: RowMove.of_ids(ids[t.name]) for t in tables}
+        )
 
     @override
     def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +67,20 @@ class LeftModel:
         read_state(folder)  # refuses other formats
         return cls(unsharded=unsharded, folder=folder, tensors=CheckpointTensors(folder))
 
-    def groups(self) -> Iterator[tuple[Group, str]]:
-        """The methods of the embedding tables, and where their collection is in the model."""
-        tables = self.unsharded.tables
-        assert tables is not None
-        path = path_of(self.unsharded.model, tables)
-        return ((group, path) for group in tables.groups)
-
     def states(self) -> list[GroupState]:
         """The form of every method of the embedding tables, long tensors to be read by range."""
-        return [self._state(group, path) for group, path in self.groups()]
+        tables = self.unsharded.tables
+        assert tables is not None
+        return self.states_of(tables)
+
+    def states_of(self, tables: CompressedEmbeddingBagCollection) -> list[GroupState]:
+        """The same of one of the model's collections.
+
+        Args:
+            tables: embedding tables, or first-order weights.
+        """
+        path = path_of(self.unsharded.model, tables)
+        return [self._state(group, path) for group in tables.groups]
 
     def state_of(self, group: StagedGroup) -> MethodState:
         """The form of the tables of a method that is trained in stages."""

@@ -22,22 +22,40 @@ def check_other_run(run: RunContext) -> None:
     if source is None:
         return
     other = RunFolder(Path(source)).config()
-    if other.model != config.model:
-        raise ConfigError(
-            f"train.start_from: {source} trained another model ({other.model.name} with other "
-            f"settings, or another than {config.model.name}); both need the same"
-        )
+    check_same_model("train.start_from", source, other, config)
     there = _moved_dataset(source, config) or other.data.path
-    _check_same_features(source, DatasetInfo.load(there), run.info)
+    check_same_features("train.start_from", source, DatasetInfo.load(there), run.info)
     if not RunFolder(Path(source)).report.exists():
         raise ConfigError(f"train.start_from: {source} is not finished; train it first")
     of_another_run(run)
 
 
-def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) -> None:
+def check_same_model(key: str, source: str, theirs: TrainConfig, ours: TrainConfig) -> None:
+    """Raise a ConfigError where another run trained another network.
+
+    Args:
+        key: the setting that names the run.
+        source: its folder.
+        theirs: its config.
+        ours: this run's.
+    """
+    if theirs.model != ours.model:
+        raise ConfigError(
+            f"{key}: {source} trained another model ({theirs.model.name} with other "
+            f"settings, or another than {ours.model.name}); both need the same"
+        )
+
+
+def check_same_features(key: str, source: str, theirs: DatasetInfo, ours: DatasetInfo) -> None:
     """Raise a ConfigError where features differ or come in another order.
 
     Tables are known by their names, but a network takes features by their places.
+
+    Args:
+        key: the setting that names another run.
+        source: its folder.
+        theirs: the dataset that it was trained on.
+        ours: this run's.
     """
     for kind, there, here in (
         ("categorical", theirs.categorical_names, ours.categorical_names),
@@ -53,7 +71,7 @@ def _check_same_features(source: str, theirs: DatasetInfo, ours: DatasetInfo) ->
             else f"{there[place]!r} is where this one has {here[place]!r}"
         )
         raise ConfigError(
-            f"train.start_from: {source} was trained on other {kind} features, or on the same in "
+            f"{key}: {source} was trained on other {kind} features, or on the same in "
             f"another order ({what}). Its network knows them by their places: prepare the dataset "
             "with the same features in the same order"
         )

@@ -68,6 +68,16 @@ class StageSchedule:
             if any(stage.second_order for stage in group.method.stages()):
                 check_unrolled(group.method.name, config)
         _check_wishes(config, staged, [each.stage.name for each in stages])
+        if config.train.warm_start is not None and len(stages) > 1:
+            # What was approximated has been trained on since: the last stage is a training like any other.
+            whole = replace(
+                stages[-1].stage,
+                epochs=None,
+                max_steps=None,
+                learning_rate=1.0,
+                reinit_network=False,
+            )
+            stages = [*stages[:-1], replace(stages[-1], stage=whole)]
         return cls(
             plan=plan,
             first_order=first_order_plan(config, sizes),

@@ -15,13 +15,15 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import atomic_path
 from embcomp.layers.block_work import Work, row_blocks
 from embcomp.layers.learned_buffers import overwriting
-from embcomp.layers.row_sources import MemoryRows, RowSource
+from embcomp.layers.row_sources import MemoryRows, RowSource, as_rows
 from embcomp.training.checkpoint import model_state
 from embcomp.training.files.row_pieces import PieceRows, RowPiece, checksum_of
 from embcomp.training.files.run_checksums import (
@@ -135,6 +137,47 @@ def load_start(folder: Path, sharded: DistributedModelParallel, *, checks: bool)
         for name, source in sources.items():
             for piece, (row, *columns) in local_pieces(state[name]):
                 _fill(piece, source, row, columns[0] if columns else 0)
+
+
+def load_optimizer_start(folder: Path, optimizer: CombinedOptimizer, *, checks: bool) -> None:
+    """Fill optimizers with what they begin with; what is not there, or of another shape, stays as of no step.
+
+    Args:
+        folder: as `load_start` has one for the model.
+        optimizer: of a model that is sharded, its state complete.
+        checks: whether this rank checks what all read.
+    """
+    if checks:
+        check_file(folder / SMALL_FILE)
+    sources: dict[str, Any] = {**safetensors.torch.load_file(folder / SMALL_FILE)}
+    sources |= _long_tensors(folder)
+    state = optimizer.state_dict()
+    for name, wanted in _dotted(state).items():
+        came = sources.get(name)
+        if came is None or tuple(came.shape) != _shape_of(wanted):
+            continue
+        with torch.no_grad():
+            if isinstance(came, Tensor) and came.dim() not in (1, 2):
+                wanted.copy_(came)
+                continue
+            for piece, (row, *columns) in local_pieces(wanted):
+                _fill(piece, as_rows(came), row, columns[0] if columns else 0)
+    optimizer.load_state_dict(state)
+
+
+def _shape_of(value: Tensor | ShardedTensor) -> tuple[int, ...]:
+    return tuple(value.metadata().size if isinstance(value, ShardedTensor) else value.shape)
+
+
+def _dotted(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor | ShardedTensor]:
+    """The tensors of nested mappings by the names that checkpoints have for them."""
+    found: dict[str, Tensor | ShardedTensor] = {}
+    for key, value in tensors.items():
+        if isinstance(value, Mapping):
+            found |= _dotted(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor | ShardedTensor):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _fill(piece: Tensor, source: RowSource, row: int, column: int) -> None:
