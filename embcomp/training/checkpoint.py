@@ -36,6 +36,7 @@ from embcomp.training.files.checkpoint_files import (
     INDEX_FILE,
     CheckpointPlanner,
     CheckpointReader,
+    PiecewisePlanner,
     check_file_of,
     check_files,
     checked_bytes,
@@ -93,7 +94,7 @@ def save_checkpoint(
     tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
     try:
         with _as_checkpoint_error(f"{final} could not be written"):
-            save_tensors(tensors, checkpoint_id=str(temporary))
+            save_tensors(tensors, checkpoint_id=str(temporary), planner=PiecewisePlanner())
             (temporary / random_file(process.rank)).write_bytes(random_state(process))
             write_own_checksums(temporary, process.rank)
             dist.barrier()

@@ -8,11 +8,12 @@ no tensor is loaded as torch's `weights_only` does it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,10 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import metadata as index_classes
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
 
 from embcomp.errors import CheckpointError, one_line
 from embcomp.io.tensor_checksums import file_checksums
@@ -33,6 +39,8 @@ FORMAT_VERSION = 2
 CHECKSUMS_FILE = "checksums.json"
 INDEX_FILE = ".metadata"
 _INDEX_MODULES = (index_classes.__name__, "torch.distributed.checkpoint.filesystem")
+_PIECE_BYTES = 4 << 20
+_MOST_PIECES = 1024  # of a shard, as an index of many more would take long to make
 _ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -238,6 +246,64 @@ def _enum_member(found: Any, name: str) -> Enum:
     if isinstance(found, type) and issubclass(found, Enum) and name in found.__members__:
         return found.__members__[name]
     raise pickle.UnpicklingError(f"{name} of {found} has no place in a checkpoint's index")
+
+
+class PiecewisePlanner(DefaultSavePlanner):
+    """Writes long tensors in pieces of rows, as one shard after another.
+
+    A table is a view of the memory that holds all of a kernel's, and what is no whole memory is copied
+    before it is written, or read whole before it goes where it belongs. So no piece is longer than 4 MiB,
+    or a 1024th of a shard.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wholes: dict[tuple[str, tuple[int, ...]], tuple[MetadataIndex, int, int]] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank writes."""
+        plan = super().create_local_plan()
+        items = [piece for item in plan.items for piece in self._pieces(item)]
+        return dataclasses.replace(plan, items=items)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The values of an item.
+
+        Args:
+            write_item: one of the plan's.
+        """
+        index = write_item.index
+        found = self._wholes.get((index.fqn, tuple(index.offset or ())))
+        if found is None:
+            return super().resolve_data(write_item)
+        whole, row, rows = found
+        tensor: torch.Tensor = self.lookup_object(whole)
+        return tensor.detach().narrow(0, row, rows)
+
+    def _pieces(self, item: WriteItem) -> Iterator[WriteItem]:
+        data = item.tensor_data
+        if data is None or len(data.chunk.sizes) not in (1, 2):
+            yield item
+            return
+        rows, size = data.chunk.sizes[0], data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        at_once = max(_PIECE_BYTES, size // _MOST_PIECES)
+        if size <= at_once:
+            yield item
+            return
+        step = max(1, at_once * rows // size)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            offsets = torch.Size((data.chunk.offsets[0] + start, *data.chunk.offsets[1:]))
+            sizes = torch.Size((count, *data.chunk.sizes[1:]))
+            self._wholes[item.index.fqn, tuple(offsets)] = item.index, start, count
+            yield dataclasses.replace(
+                item,
+                index=MetadataIndex(item.index.fqn, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=dataclasses.replace(
+                    data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+                ),
+            )
 
 
 class CheckpointPlanner(DefaultLoadPlanner):

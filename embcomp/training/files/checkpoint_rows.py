@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,8 @@ class _CheckpointRows(RowSource):
     ) -> None:
         super().__init__(shape, dtype)
         self._chunks = sorted(chunks, key=lambda chunk: (chunk.row, chunk.column))
+        self._rows = [chunk.row for chunk in self._chunks]
+        self._tallest = max((chunk.shape[0] for chunk in self._chunks if chunk.shape), default=0)
         self._files = files
         self._offsets: dict[int, int] = {}
 
@@ -139,7 +142,9 @@ class _CheckpointRows(RowSource):
     def read(self, start: int, stop: int) -> Tensor:
         shape = (stop - start, *self.shape[1:])
         found: Tensor | None = None
-        for number, chunk in enumerate(self._chunks):
+        first = bisect_left(self._rows, start - self._tallest)
+        for number in range(first, bisect_left(self._rows, stop)):
+            chunk = self._chunks[number]
             low, high = max(start, chunk.row), min(stop, chunk.row + chunk.shape[0])
             if low >= high:
                 continue
