@@ -53,6 +53,7 @@ def prepare(
     numeric: str | Mapping[str, str] | None = None,
     group: str | None = None,
     weight: str | None = None,
+    encode: str | Mapping[str, str] | None = None,
     extend: str | Path | None = None,
     room: str | float | None = None,
     decay: float | None = None,
@@ -86,6 +87,8 @@ def prepare(
         numeric: a transform for all numeric columns, or one by column. By default the importer's.
         group: the categorical feature that GAUC groups by; by default the importer's.
         weight: the raw column of the rows' weights; by default the schema's.
+        encode: "hash" makes ids hashes of values, without a vocabulary, "vocabulary" counts values;
+            one for all categorical features or one by name. By default the schema's.
         extend: an earlier dataset of the same features: its values keep their ids, new ones come
             after them, and numeric transforms keep its figures.
         room: ids to reserve for values to come, as "20%" or 0.2 of those in use, so that tables keep
@@ -126,6 +129,7 @@ def prepare(
         numeric=numeric,
         min_count=min_count,
         default_min_count=reader.default_min_count,
+        encode=encode,
     )
     check_names(
         (feature.name for feature in features.categorical),

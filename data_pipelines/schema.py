@@ -105,11 +105,12 @@ class CategoricalFeature(_Strict):
     carry that share of the feature's values in the train split.
     `missing` counts the rows without a value in all splits, `num_raw_values` the distinct train
     values before `min_count` was applied.
+    `encode` of "hash" makes ids hashes of the values, so that there is no vocabulary: `hashed_ids`.
     `room` counts the ids that no value has yet, in a dataset that is to grow; `change` says what became
     of the values of the dataset that it extends.
     """
 
-    unsaid = ("room", "change")
+    unsaid = ("room", "change", "encode")
 
     name: str
     num_embeddings: int = Field(ge=FIRST_ID)
@@ -121,8 +122,14 @@ class CategoricalFeature(_Strict):
     frequency_quantiles: dict[str, int] = Field(default_factory=dict)
     vocabulary: FilePath = ""
     missing: int = Field(default=0, ge=0)
+    encode: Literal["hash"] | None = None
     room: int | None = Field(default=None, ge=0)
     change: VocabularyChange | None = None
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether ids are hashes of values."""
+        return self.encode == "hash"
 
     @property
     def num_values(self) -> int:

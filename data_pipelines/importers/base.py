@@ -51,11 +51,15 @@ class NumericColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class CategoricalColumn:
-    """A categorical feature; `min_count` of None leaves the choice to the caller."""
+    """A categorical feature; `min_count` of None leaves the choice to the caller.
+
+    `hashed` ids are hashes of the values, without a vocabulary.
+    """
 
     name: str
     multi_valued: bool = False
     min_count: int | None = None
+    hashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

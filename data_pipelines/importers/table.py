@@ -120,7 +120,12 @@ class TableImporter(Importer):
                 NumericColumn(name=c.name, transform=c.transform) for c in schema.numeric
             ),
             categorical=tuple(
-                CategoricalColumn(name=c.name, multi_valued=c.is_bag, min_count=c.min_count)
+                CategoricalColumn(
+                    name=c.name,
+                    multi_valued=c.is_bag,
+                    min_count=c.min_count,
+                    hashed=c.encode == "hash",
+                )
                 for c in schema.categorical
             ),
             group=schema.group,

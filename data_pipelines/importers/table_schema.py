@@ -116,7 +116,8 @@ class NumericSchema(_Strict):
 class CategoricalSchema(_Strict):
     """A categorical feature; a `separator` makes it multi-valued. Parquet lists are so as well.
 
-    `column` is its name in the raw table when that is another.
+    `column` is its name in the raw table when that is another. `encode: hash` makes ids hashes of values,
+    without a vocabulary, for tables that are hashed anyway.
     """
 
     name: str
@@ -124,6 +125,24 @@ class CategoricalSchema(_Strict):
     separator: str | None = Field(default=None, min_length=1)
     multi_valued: bool = False
     min_count: int | None = Field(default=None, ge=1)
+    encode: Literal["vocabulary", "hash"] = "vocabulary"
+
+    @model_validator(mode="after")
+    def _counts_what_is_counted(self) -> CategoricalSchema:
+        if self.encode == "hash" and self.min_count is not None:
+            raise ValueError(
+                f"{self.name!r} has a min_count, but nobody counts values that are hashed; give either "
+                f"encode: hash or min_count"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is so by default, so that the digests of earlier datasets stay."""
+        content: dict[str, Any] = handler(self)
+        if content["encode"] == "vocabulary":
+            del content["encode"]
+        return content
 
     @property
     def is_bag(self) -> bool:

@@ -224,6 +224,8 @@ def count_part(
                 figures.train_missing += values.null_count()
                 values = values.drop_nulls()
             figures.train_values += len(values)
+            if feature.hashed:
+                continue
             counts = values.alias("value").value_counts(name="count")
             runs.add(i, counts.cast({"count": pl.Int64}))
         advance(block.rows)

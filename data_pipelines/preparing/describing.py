@@ -89,7 +89,7 @@ def _categorical(
     features, growth, before = settings.features, settings.growth, settings.before
     for place, (feature, found) in enumerate(zip(features.categorical, ranked)):
         size, room = found.used, None
-        if growth is not None:
+        if growth is not None and not feature.hashed:
             earlier = 0 if before is None else before.categorical[place].num_embeddings
             size = growth.num_embeddings(found.used, earlier)
             room = size - FIRST_ID - found.kept
@@ -105,7 +105,8 @@ def _categorical(
                 mean_length=length,
                 num_raw_values=found.raw_values,
                 frequency_quantiles=found.quantiles,
-                vocabulary=vocabulary_file(feature.name, place),
+                vocabulary="" if feature.hashed else vocabulary_file(feature.name, place),
+                encode="hash" if feature.hashed else None,
                 missing=figures.missing,
                 room=room,
                 change=found.change,
@@ -141,5 +142,6 @@ def _checksums(
     vocabularies = {
         vocabulary_file(feature.name, place): found.record
         for place, (feature, found) in enumerate(zip(features.categorical, ranked))
+        if found.record is not None
     }
     return rows | vocabularies

@@ -22,7 +22,7 @@ from embcomp.data_pipelines.importers.base import WEIGHT, Block, RawTable
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
-from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, ValueIndex
+from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, HashedIds, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
 from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
@@ -92,7 +92,12 @@ class Encoder:
     ) -> None:
         self._features = features
         self._slices = list(slices)
-        self._indices = [ValueIndex(vocabularies[s.feature], s.start, s.stop) for s in slices]
+        self._indices = [
+            HashedIds()
+            if features.categorical[s.feature].hashed
+            else ValueIndex(vocabularies[s.feature], s.start, s.stop)
+            for s in slices
+        ]
         self._pool = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> Self:

@@ -12,15 +12,20 @@ from embcomp.data_pipelines.importers.base import WEIGHT, Layout, NumericColumn
 from embcomp.data_pipelines.transforms import BUCKET, TRANSFORMS, bucket_expression
 from embcomp.errors import DataError
 
+HASH, VOCABULARY = "hash", "vocabulary"
+WAYS = (VOCABULARY, HASH)
+"""How values become ids: by a vocabulary of those in the train split, or by a hash of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """A categorical feature: bucketed numbers come as text too."""
+    """A categorical feature: bucketed numbers come as text too; hashed ones have no vocabulary."""
 
     name: str
     multi_valued: bool
     min_count: int
     bucketed: bool = False
+    hashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +63,15 @@ def choose_features(
     numeric: str | Mapping[str, str] | None,
     min_count: int | Mapping[str, int] | None,
     default_min_count: int,
+    encode: str | Mapping[str, str] | None = None,
 ) -> Features:
     """Combine an importer's layout with the caller's choices.
 
     Args:
         numeric: a transform for all numeric columns or one by name; None keeps the importer's.
         min_count: likewise for categorical features.
+        default_min_count: where neither the caller nor the layout has one.
+        encode: `vocabulary` or `hash`, for all categorical features or by name.
     """
     chosen = _by_name(numeric, [c.name for c in layout.numeric], "numeric")
     transforms = {c.name: chosen.get(c.name, c.transform) for c in layout.numeric}
@@ -78,6 +86,10 @@ def choose_features(
     for name, count in counts.items():
         if count < 1:
             raise DataError(f"min_count of {name} is {count}; expected 1 or more")
+    ways = _by_name(encode, bucketed + [c.name for c in layout.categorical], "encode")
+    for name, way in ways.items():
+        if way not in WAYS:
+            raise DataError(f"encode of {name} is {way!r}; there are {' and '.join(WAYS)}")
     return Features(
         weighted=layout.weight is not None,
         numeric=tuple(
@@ -92,6 +104,7 @@ def choose_features(
                     multi_valued=False,
                     min_count=counts.get(name, default_min_count),
                     bucketed=True,
+                    hashed=ways.get(name) == HASH,
                 )
                 for name in bucketed
             ]
@@ -100,6 +113,7 @@ def choose_features(
                     name=c.name,
                     multi_valued=c.multi_valued,
                     min_count=counts.get(c.name, c.min_count or default_min_count),
+                    hashed=ways.get(c.name, HASH if c.hashed else VOCABULARY) == HASH,
                 )
                 for c in layout.categorical
             ]

@@ -140,7 +140,11 @@ def check_same_features(before: DatasetInfo, features: Features, bucketed: Colle
         if ours.multi_valued != theirs.multi_valued:
             shown = "several values a row" if theirs.multi_valued else "one value a row"
             _refuse(before, f"feature {ours.name!r} has {shown} there, which it has not here")
-        if not theirs.vocabulary:
+        if ours.hashed != theirs.is_hashed:
+            _refuse(
+                before, f"ids of feature {ours.name!r} are hashes of values in one of the two only"
+            )
+        if not (theirs.vocabulary or theirs.is_hashed):
             _refuse(before, f"feature {ours.name!r} has no vocabulary there to go on from")
     for column, numeric in zip(features.numeric, before.numeric):
         if column.transform != numeric.transform:

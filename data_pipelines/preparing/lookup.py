@@ -17,12 +17,14 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
-from embcomp.data_pipelines.schema import MISSING_ID, UNSEEN_ID
+from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, MISSING_ID, UNSEEN_ID
 from embcomp.errors import DataError
 
 BYTES_PER_VALUE = 48
 """An upper bound of what an index takes while it is built."""
 _SEEDS = 4
+HASH_SEED = 31
+"""Of ids that are hashes: another one than indices and partitions take."""
 
 
 class ValueIndex:
@@ -73,6 +75,21 @@ class ValueIndex:
             hit = self._keys[at] == wanted
             found[left[hit]] = self._ids[at[hit]]
             at = np.where(hit, end, at + 1)
+        if values.null_count():
+            found[values.is_null().to_numpy()] = MISSING_ID
+        return found
+
+
+class HashedIds:
+    """Ids that are hashes of values: every value has one, seen before or not."""
+
+    def ids(self, values: pl.Series) -> np.ndarray:
+        """Return the (N,) int32 ids of N values (String); a null gets id 0.
+
+        They are `FIRST_ID + hash_texts(value, HASH_SEED) % (2**31 - FIRST_ID)`, which will not change.
+        """
+        span = np.uint64(LARGEST_ID + 1 - FIRST_ID)
+        found = (hash_texts(values, HASH_SEED) % span + np.uint64(FIRST_ID)).astype(np.int32)
         if values.null_count():
             found[values.is_null().to_numpy()] = MISSING_ID
         return found

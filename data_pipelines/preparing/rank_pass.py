@@ -11,6 +11,7 @@ from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, build_vocabulary, vocabulary_file
 from embcomp.data_pipelines.preparing.workspace import Workspace
+from embcomp.data_pipelines.schema import LARGEST_ID
 
 _MARKS = "ranked"
 
@@ -39,6 +40,8 @@ def _rank(
     settings: PrepareSettings, work: Workspace, counts: PartCounts, partitions: int, place: int
 ) -> Ranked:
     feature = settings.features.categorical[place]
+    if feature.hashed:
+        return Ranked(raw_values=0, kept=0, quantiles={}, record=None, used=LARGEST_ID + 1)
     path = vocabulary_path(settings, work, place)
 
     def rank() -> Ranked:
@@ -75,5 +78,5 @@ def _rank(
         f"{_MARKS}/{place:05d}.json",
         Ranked,
         rank,
-        files=lambda found: {path: found.record.sha256},
+        files=lambda found: {} if found.record is None else {path: found.record.sha256},
     )

@@ -54,7 +54,8 @@ class RowEncoder:
         self._info = info
         self._threads = threads
         self._vocabularies = [
-            _vocabulary(info, feature.name, feature.vocabulary) for feature in info.categorical
+            Path() if feature.is_hashed else _vocabulary(info, feature.name, feature.vocabulary)
+            for feature in info.categorical
         ]
         self._transforms = [numeric_expression(feature) for feature in info.numeric]
 
@@ -62,8 +63,12 @@ class RowEncoder:
     def _encoder(self) -> Encoder:
         # Built when rows come: until then, what is wrong with the raw files can be said at once.
         slices = [
-            Slice(feature=at, start=0, stop=pq.read_metadata(path).num_rows)
-            for at, path in enumerate(self._vocabularies)
+            Slice(
+                feature=at,
+                start=0,
+                stop=0 if feature.is_hashed else pq.read_metadata(path).num_rows,
+            )
+            for at, (feature, path) in enumerate(zip(self._info.categorical, self._vocabularies))
         ]
         return Encoder(self.features(()), self._vocabularies, slices, self._threads)
 
@@ -78,6 +83,7 @@ class RowEncoder:
                     multi_valued=feature.multi_valued,
                     min_count=feature.min_count,
                     bucketed=feature.name in bucketed,
+                    hashed=feature.is_hashed,
                 )
                 for feature in self._info.categorical
             ),

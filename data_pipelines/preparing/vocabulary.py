@@ -26,14 +26,14 @@ WORKING_FACTOR = 4
 class Ranked(BaseModel):
     """What ranking found.
 
-    Distinct raw values, those kept, the quantiles of `dataset.json`, what the vocabulary file is, the ids
-    in use up to the highest, and what changed since an earlier dataset where it was one that goes on.
+    Distinct raw values, those kept, the quantiles of `dataset.json`, what the vocabulary file is (None where
+    ids are hashes), the ids in use up to the highest, and what changed since an earlier dataset where it was one that goes on.
     """
 
     raw_values: int
     kept: int
     quantiles: dict[str, int]
-    record: FileRecord
+    record: FileRecord | None
     used: int
     change: VocabularyChange | None = None
 

@@ -85,6 +85,8 @@ class BackendConfig(Constrained, ABC):
     """Whether `approximate` makes it of trained full tables."""
     compresses: ClassVar[bool] = True
     """Whether it stores tables in another way than they are; only the full table does not."""
+    hashes_ids: ClassVar[bool] = False
+    """Whether its size does not depend on how many ids there are, so that these may be hashes of values."""
     hashes_small: ClassVar[bool] = False
     """Whether the method could hash small tables too, where `collisionless` keeps them full."""
 

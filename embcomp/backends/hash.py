@@ -45,6 +45,7 @@ class Hash(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "hash"
+    hashes_ids: ClassVar[bool] = True
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
 

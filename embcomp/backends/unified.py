@@ -66,6 +66,7 @@ class Unified(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "unified"
+    hashes_ids: ClassVar[bool] = True
     hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
 

@@ -55,6 +55,10 @@ def prepare(
         str | None,
         typer.Option(help="Raw column of the rows' weights, of the format 'table'."),
     ] = None,
+    encode: Annotated[
+        list[str] | None,
+        typer.Option(help="hash: ids are hashes of values; or FEATURE=hash; repeatable."),
+    ] = None,
     extend: Annotated[
         Path | None,
         typer.Option(help="An earlier dataset: its values keep their ids, new ones come after."),
@@ -106,6 +110,7 @@ def prepare(
             numeric=_per_feature(numeric, "--numeric", str),
             group=group,
             weight=weight,
+            encode=_per_feature(encode, "--encode", str),
             extend=extend,
             room=room,
             decay=decay,

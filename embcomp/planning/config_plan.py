@@ -36,6 +36,7 @@ class TableSize:
 
     Args:
         name: the feature, and its table.
+        hashed: whether ids are hashes of values, so that no table has a row for each.
         num_embeddings: ids run over `[0, num_embeddings)`.
         mean_length: mean number of values in a row.
         multi_valued: whether a row may have any number of values; by default where they are not
@@ -46,6 +47,7 @@ class TableSize:
     num_embeddings: int
     mean_length: float = 1.0
     multi_valued: bool | None = None
+    hashed: bool = False
 
     @property
     def has_bags(self) -> bool:
@@ -66,6 +68,7 @@ def sizes_of(info: DatasetInfo) -> list[TableSize]:
             num_embeddings=feature.num_embeddings,
             mean_length=feature.mean_length,
             multi_valued=feature.multi_valued,
+            hashed=feature.is_hashed,
         )
         for feature in info.categorical
     ]
@@ -287,6 +290,7 @@ def main_plan(config: TrainConfig, sizes: Sequence[TableSize]) -> ResolvedPlan |
     """The method of every embedding table, all sizes fixed; None for a model without tables."""
     if not config.model.settings.uses_embeddings:
         return None
+    _check_hashed("tables.method", config_to_plan(config), sizes)
     return config_to_plan(config).resolve(table_specs(config, sizes))
 
 
@@ -295,7 +299,20 @@ def first_order_plan(config: TrainConfig, sizes: Sequence[TableSize]) -> Resolve
     if not config.model.settings.uses_first_order:
         return None
     plan = Plan(default=config.tables.first_order.settings)
+    _check_hashed("tables.first_order", plan, sizes)
     return plan.resolve(table_specs(config, sizes, embedding_dim=1))
+
+
+def _check_hashed(key: str, plan: Plan, sizes: Sequence[TableSize]) -> None:
+    """Raise a ConfigError where a method would store what belongs to each id of hashed values."""
+    for size in sizes:
+        method = plan.overrides.get(size.name, plan.default)
+        if size.hashed and not method.hashes_ids:
+            raise ConfigError(
+                f"{key}: the ids of {size.name!r} are hashes of its values (encode: hash), and {method.name} "
+                f"would keep something for each of {size.num_embeddings:,}; hold it by hash or unified, "
+                "with num_buckets or a budget in bytes"
+            )
 
 
 def table_configs(

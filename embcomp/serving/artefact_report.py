@@ -104,6 +104,12 @@ def inspect_artefact(
     info = DatasetInfo.load(folder) if (folder / FILE_NAME).is_file() else None
     if info is not None:
         check_vocabularies(config, info, folder)
+        hashed = [feature.name for feature in info.categorical if feature.is_hashed]
+        if hashed:
+            raise DataError(
+                f"{folder}: ids of {hashed[0]!r} are hashes of its values, of which there is no list to look "
+                "through; `embcomp inspect` shows artefacts whose features all have vocabularies"
+            )
     tables = _tables_of(loaded)
     counts = {} if info is None else {n: torch.from_numpy(c) for n, c in id_counts(info).items()}
     return ArtefactReport(

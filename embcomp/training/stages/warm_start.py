@@ -148,6 +148,16 @@ def _shown(method: Any) -> str:
 def _check_numbers(
     source: str, method: str, name: str, earlier: DatasetInfo, info: DatasetInfo
 ) -> None:
+    hashed = [
+        each.is_hashed for data in (earlier, info) for each in data.categorical if each.name == name
+    ]
+    if all(hashed):
+        return
+    if any(hashed):
+        raise ConfigError(
+            f"{KEY}: ids of {name!r} are hashes of its values in one of {earlier.folder} and "
+            f"{info.folder} only"
+        )
     values = follow_values(earlier, info, name)
     own = values.before >= 0
     moved = int((values.before[own] != own.nonzero()[0]).sum())
@@ -260,6 +270,8 @@ class _Tables:
         self._values: dict[str, FollowedValues] = {}
         self._ids: dict[str, FollowedIds] = {}
         for feature in run.info.categorical:
+            if feature.is_hashed:  # which has the id that it had
+                continue
             values = follow_values(theirs.info, run.info, feature.name)
             self._values[feature.name] = values
             self._ids[feature.name] = _followed(values, torch.from_numpy(counts[feature.name]))
@@ -315,7 +327,7 @@ class _Tables:
         names = [table.name for table in each.tables]
         tables = [table for table in by_name(here.tables) if table.name in names]
         earlier = by_name(each.tables)
-        ids = {table.name: self._ids[table.name] for table in tables}
+        ids = {table.name: self._ids[table.name] for table in tables if table.name in self._ids}
         config = each.form.config
         found = config.follow_ids(
             tables, each.form, earlier, ids, _Named(work, f"{label}-{names[0]}")
