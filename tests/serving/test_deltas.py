@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -117,6 +118,22 @@ def test_a_delta_is_of_the_size_of_what_changed(tmp_path):
     assert same.rows["rows"] == (9000, 0) and same.bytes < 6000
     again = make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "delta").read_bytes() and again.bytes
+
+
+def test_neither_artefact_is_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_differences, "BLOCK_BYTES", 1 << 16)
+    collection = pooled(CASES["full"], plain_tables(16, rows=(60_000, 50_000, 40_000)))
+    save(collection, tmp_path / "old")
+    save(changed(collection, 0.5), tmp_path / "new")
+    tracemalloc.start()
+    try:
+        delta = make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "delta")
+        apply_delta(tmp_path / "old", tmp_path / "delta", tmp_path / "out")
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "new")
+    assert held < 3 << 20 < delta.bytes < delta.new_bytes  # a checksum's pieces are of 1 MiB
 
 
 SCHEMA = "name: shop\nlabel: {column: bought}\ncategorical: [user, item]\nmin_count: 2\n"
