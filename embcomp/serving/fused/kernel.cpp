@@ -421,6 +421,18 @@ void decode(const Feature& f, const Step* steps, const int64_t* ids, int64_t siz
         std::memcpy(to + i * stride, rows + codes[ids[i] * s.a] * s.row_bytes, 16);
       continue;
     }
+#if defined(__F16C__) && defined(__AVX__)
+    if (s.d == 8 && s.row_type == kFp16 && s.width == 4) {
+      const uint8_t* codes = s.state + s.b;
+      rows += 2 * s.from;
+      for (int64_t i = 0; i < size; ++i) {
+        const uint8_t* row = rows + codes[ids[i] * s.a] * s.row_bytes;
+        const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+        _mm_storeu_ps(to + i * stride, _mm_cvtph_ps(halves));
+      }
+      continue;
+    }
+#endif
     for (int64_t i = 0; i < size; ++i)
       restore(s, rows + code_at(s, ids[i] * s.a + s.b) * s.row_bytes, to + i * stride);
   }
