@@ -31,7 +31,7 @@ from embcomp.serving.artefact_tensors import ArtefactTensor
 from embcomp.serving.fused.fused_lookup import FusedLookup
 from embcomp.serving.fused.library import why_missing
 from embcomp.serving.fused.program import is_fusable
-from embcomp.serving.joined_rows import JoinedRows
+from embcomp.serving.rows_by_format import RowsByFormat
 from embcomp.serving.serving_features import Features, as_features
 from embcomp.serving.serving_rows import FusedRows, StoredTable, TorchRows, kernel_rows
 from embcomp.tables.footprint import Footprint
@@ -52,7 +52,7 @@ def rows_class(rows: str, device: torch.device) -> MakeRows:
     if rows in ("fused", "fbgemm") and device.type != "cpu":
         raise ArtefactError(f"rows={rows!r} serves on the CPU, not on {device}; take rows='torch'")
     if device.type != "cpu":
-        return JoinedRows
+        return RowsByFormat
     if rows == "torch":
         return TorchRows
     missing = None if rows == "fbgemm" else why_missing()

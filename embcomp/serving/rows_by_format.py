@@ -21,7 +21,7 @@ Format = tuple[int, RowType]
 """The width of rows and their type."""
 
 
-class JoinedRows(nn.Module):
+class RowsByFormat(nn.Module):
     """Rows as plain tensors, one for each width and type.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 
 from embcomp import load, save
 from embcomp.serving import modules
-from embcomp.serving.joined_rows import JoinedRows
+from embcomp.serving.rows_by_format import RowsByFormat
 from embcomp.tables.row_types import ROW_TYPES
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
@@ -23,11 +23,11 @@ def joined(monkeypatch):
     """Loads as for a device that is not the CPU."""
 
     def load_joined(path):
-        monkeypatch.setattr(modules, "TorchRows", JoinedRows)
+        monkeypatch.setattr(modules, "TorchRows", RowsByFormat)
         serving = load(path, rows="torch")
         monkeypatch.undo()
         held = [part for part in (serving.rows, serving.unpooled_rows) if part is not None]
-        assert held and all(isinstance(part, JoinedRows) for part in held)
+        assert held and all(isinstance(part, RowsByFormat) for part in held)
         return serving
 
     return load_joined
@@ -80,4 +80,4 @@ def test_rows_are_moved_and_never_cast(tmp_path, joined):
     serving = joined(tmp_path / "a").half()
     assert serving.rows.get_buffer("rows_0").dtype == torch.float32
     moved = load(tmp_path / "a", device="meta")
-    assert isinstance(moved.rows, JoinedRows) and moved.rows.get_buffer("rows_0").is_meta
+    assert isinstance(moved.rows, RowsByFormat) and moved.rows.get_buffer("rows_0").is_meta
