@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.groups import Group
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_to_document
-from embcomp.data_pipelines.followed_values import FollowedValues, follow_values
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
@@ -46,6 +45,9 @@ from embcomp.training.stages.loading import best_checkpoint
 from embcomp.training.stages.other_run import check_same_features, check_same_model
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.start_files import remove_the_rest, stored_in_pieces, write_index
+
+if TYPE_CHECKING:
+    from embcomp.data_pipelines.followed_values import FollowedValues
 
 KEY = "train.warm_start"
 
@@ -158,7 +160,7 @@ def _check_numbers(
             f"{KEY}: ids of {name!r} are hashes of its values in one of {earlier.folder} and "
             f"{info.folder} only"
         )
-    values = follow_values(earlier, info, name)
+    values = _follow_values(earlier, info, name)
     own = values.before >= 0
     moved = int((values.before[own] != own.nonzero()[0]).sum())
     if moved:
@@ -167,6 +169,13 @@ def _check_numbers(
             f"{source} knew have other ids in {info.folder}; number them as before: embcomp prepare "
             f"... --extend {earlier.folder}"
         )
+
+
+def _follow_values(earlier: DatasetInfo, info: DatasetInfo, name: str) -> FollowedValues:
+    # Here, as no other training reads vocabularies, and polars takes 20 MiB and a while.
+    from embcomp.data_pipelines.followed_values import follow_values
+
+    return follow_values(earlier, info, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +281,7 @@ class _Tables:
         for feature in run.info.categorical:
             if feature.is_hashed:  # which has the id that it had
                 continue
-            values = follow_values(theirs.info, run.info, feature.name)
+            values = _follow_values(theirs.info, run.info, feature.name)
             self._values[feature.name] = values
             self._ids[feature.name] = _followed(values, torch.from_numpy(counts[feature.name]))
         self._moves: dict[str, RowMove] = {}  # by the names that physical rows have in the model
