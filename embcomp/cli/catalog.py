@@ -111,6 +111,7 @@ def _print_stages(stages: Sequence[Stage]) -> None:
 
 
 def _print_dataset(folder: Path) -> None:
+    from embcomp.data_pipelines.preparing.news import growth_news
     from embcomp.data_pipelines.schema import DatasetInfo
 
     info = DatasetInfo.load(folder)
@@ -133,11 +134,15 @@ def _print_dataset(folder: Path) -> None:
             kind += f" ({number.clipped:,} clipped)"
         features.add_row(number.name, kind, "", f"{number.missing:,}", "")
     for feature in info.categorical:
+        kind = "multi-valued" if feature.multi_valued else "categorical"
+        room = "" if feature.room is None else f" ({feature.room:,} free)"
         features.add_row(
             feature.name,
-            "multi-valued" if feature.multi_valued else "categorical",
-            f"{feature.num_embeddings:,}",
+            kind + (", hashed" if feature.is_hashed else ""),
+            f"{feature.num_embeddings:,}{room}",
             f"{feature.missing:,}",
             f"{feature.mean_length:.2f}" if feature.multi_valued else "",
         )
     out.print(features, highlight=False)
+    for line in growth_news(info):
+        out.print(escape(line), highlight=False)

@@ -175,6 +175,10 @@ def test_the_command(raw, chain, tmp_path):
     assert result.exit_code == 0, result.output
     assert "day 2, after day1" in result.stderr
     assert folder_bytes(tmp_path / "2") == folder_bytes(chain[1].folder)
+    shown = CliRunner().invoke(app, ["cat", str(tmp_path / "2")]).stdout
+    feature = chain[1].categorical[0]
+    assert f"{feature.num_embeddings:,} ({feature.room:,} free)" in shown
+    assert growth_news(chain[1])[0].split(";")[0] in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_pieces_are_few_however_long_a_shard_is(tmp_path, monkeypatch):
     assert torch.equal(CheckpointTensors(tmp_path).tensor("rows"), rows)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_pieces_on_other_ranks(workers, tmp_path, monkeypatch):
     data = write_dataset(tmp_path / "data")
     more = ("train.checkpoint_every=2", "train.eval_every=2", "train.sharding=row_wise")
