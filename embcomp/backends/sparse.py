@@ -26,9 +26,10 @@ from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, per_value, renamed
+from embcomp.layers.row_exchange import RowPlaces
+from embcomp.layers.shardable_buffers import ShardableBuffers
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
@@ -166,7 +167,7 @@ class SparseTable:
     elements: int
 
 
-class SparseRoute(LearnedBuffers):
+class SparseRoute(ShardableBuffers):
     """Finds the elements of each id's row, column by column.
 
     Attributes:
@@ -208,29 +209,43 @@ class SparseRoute(LearnedBuffers):
         ]
         self.copies = RepeatFeatures(keys, [source for source, _ in lookups])
         self._columns = Constant([column for _, column in lookups])
-        before = [
-            (sum(t.rows + 1 for t in tables[:owner]), sum(t.elements for t in tables[:owner]))
-            for owner in (owner or 0 for owner in owners)
-        ]
-        self._first_rows = Constant([row for row, _ in before])
-        self._first_elements = Constant([element for _, element in before])
+        self._owners = [owner or 0 for owner in owners]
+        self._stores = Constant([owner is not None for owner in owners])
         elements = [table.elements for table in tables]
         rows = sum(table.rows + 1 for table in tables)
-        self.store_in_parts("pointers", [(table.name, table.rows + 1) for table in tables])
-        self.store_in_parts("columns", [(table.name, table.elements) for table in tables])
+        self.store_by_table("pointers", [(table.name, table.rows + 1) for table in tables])
+        self.store_by_table("columns", [(table.name, table.elements) for table in tables])
         self.register_buffer("pointers", torch.zeros(rows, dtype=pointer_dtype(elements)))
         self.register_buffer("columns", torch.zeros(sum(elements), dtype=dtype))
+        self.places_changed()
+
+    @override
+    def places_changed(self) -> None:
+        rows, elements = self.held_parts("pointers"), self.held_parts("columns")
+        self._first_rows = Constant([rows[owner].start for owner in self._owners])
+        self._first_elements = Constant([elements[owner].start for owner in self._owners])
+        if self.exchange is None:
+            return
+        self._row_places, self._element_places = (
+            RowPlaces(
+                self.exchange,
+                chunks=[parts[n].chunk if parts[n].is_sharded else 0 for n in self._owners],
+                starts=[parts[n].start for n in self._owners],
+            )
+            for parts in (rows, elements)
+        )
+        self._instances = Constant(range(len(self._owners)))
 
     @override
     def reset_buffers(self) -> None:
-        pointers, columns = [], []
-        for table in self._tables:
-            ends = torch.arange(table.rows + 1) * table.elements // table.rows
-            pointers.append(ends)
-            owner = torch.arange(table.rows).repeat_interleave(ends.diff())
-            columns.append(torch.arange(table.elements) - ends[owner])
-        self.pointers.copy_(torch.cat(pointers))
-        self.columns.copy_(torch.cat(columns))
+        for table, part in zip(self._tables, self.held_parts("pointers")):
+            rows = torch.arange(part.rows.start, part.rows.stop)
+            self.pointers[part.place] = (rows * table.elements // table.rows).to(self.pointers.dtype)
+        for table, part in zip(self._tables, self.held_parts("columns")):
+            elements = torch.arange(part.rows.start, part.rows.stop)
+            owners = ((elements + 1) * table.rows - 1) // table.elements
+            columns = elements - owners * table.elements // table.rows
+            self.columns[part.place] = columns.to(self.columns.dtype)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -245,18 +260,45 @@ class SparseRoute(LearnedBuffers):
     def _elements(self, features: KeyedJaggedTensor) -> Tensor:
         """(ids, widest table) each id's elements by column, -1 where there is none."""
         ids = features.values().to(torch.int64)
-        rows = ids + per_value(self._first_rows.on(ids.device), features)
-        rows = rows.clamp(max=self.pointers.shape[0] - 2)  # of tables that store nothing
-        begins = self.pointers[rows].long().unsqueeze(1)
-        counts = self.pointers[rows + 1].long().unsqueeze(1) - begins
+        begins, counts = self._pointed_to(features, ids)
         nth = torch.arange(self._width, device=ids.device)
         elements = begins + nth  # of which the first `counts` are the row's own
-        first = per_value(self._first_elements.on(ids.device), features).unsqueeze(1)
-        columns = self.columns[(first + elements).clamp(max=self.columns.shape[0] - 1)].long()
+        columns = self._columns_of(features, elements, nth < counts)
         # One more column takes what is not the row's own.
         columns = torch.where(nth < counts, columns, self._width)
         found = ids.new_full((ids.shape[0], self._width + 1), -1)
         return found.scatter(1, columns, elements)[:, : self._width]
+
+    def _pointed_to(self, features: KeyedJaggedTensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each id's elements begin in its table, and how many they are: (ids, 1) each."""
+        if self.exchange is None:
+            rows = ids + per_value(self._first_rows.on(ids.device), features)
+            rows = rows.clamp(max=self.pointers.shape[0] - 2)  # of tables that store nothing
+            begins, ends = self.pointers[rows].long(), self.pointers[rows + 1].long()
+        else:
+            instances = per_value(self._instances.on(ids.device), features)
+            ids = ids * self._stores.on(ids.device)[instances]  # any row, where a table has none
+            both = torch.cat([ids, ids + 1])  # a row's end may be with the next rank
+            found = self._row_places.ask(instances.repeat(2), both, self._own_pointers)
+            begins, ends = found.long().chunk(2)
+        return begins.unsqueeze(1), (ends - begins).unsqueeze(1)
+
+    def _own_pointers(self, places: Tensor) -> Tensor:
+        return self.pointers[places]
+
+    def _columns_of(self, features: KeyedJaggedTensor, elements: Tensor, own: Tensor) -> Tensor:
+        """The columns of elements (ids, n) of the ids' tables, any number where they are not `own`."""
+        if self.exchange is None:
+            first = per_value(self._first_elements.on(elements.device), features).unsqueeze(1)
+            return self.columns[(first + elements).clamp(max=self.columns.shape[0] - 1)].long()
+        instances = per_value(self._instances.on(elements.device), features)
+        instances = instances.unsqueeze(1).expand_as(elements)[own]
+        found = torch.zeros_like(elements)
+        found[own] = self._element_places.ask(instances, elements[own], self._own_columns).long()
+        return found
+
+    def _own_columns(self, places: Tensor) -> Tensor:
+        return self.columns[places]
 
 
 class ZeroColumns(nn.Module):

@@ -59,7 +59,7 @@ def stored_shapes(groups: Sequence[Group]) -> dict[str, dict[str, Shape]]:
             for local, tensor in stored_tensors(module, persistent_tensors(module)).items():
                 owner = local.partition("@")[2].partition(".")[0]
                 for name in [owner] if owner in names else names:
-                    found[name][group.state_name(part, local)] = tuple(tensor.shape)
+                    found[name][group.state_name(part, local)] = shape_of(tensor)
     return found
 
 

@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import FusedRoutes, IdRoute, OwnRow, RankedRow
-from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import common_count, per_value, renamed
+from embcomp.layers.row_exchange import RowPlaces
+from embcomp.layers.shardable_buffers import ShardableBuffers
 from embcomp.tables.footprint import TensorFootprint
 
 _BLOCK = 256  # ids
@@ -88,7 +89,7 @@ def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-class PrunedRoute(LearnedBuffers):
+class PrunedRoute(ShardableBuffers):
     """Sends kept ids to rows of their own and pruned ids to the row behind those.
 
     Until it is told otherwise, a pruned table keeps its first ids: the most frequent ones where
@@ -116,29 +117,43 @@ class PrunedRoute(LearnedBuffers):
     ) -> None:
         super().__init__()
         self.check = check
-        self._keys = list(keys)
+        self._keys, self._owners = list(keys), list(owners)
         self._sizes = [(n, kept[table]) for table, n in num_embeddings.items()]
-        starts: dict[str, int] = {}
-        total = 0
-        for table, n in num_embeddings.items():
-            starts[table] = total
-            total += num_blocks(n)
-        # An unpruned table's look-ups read some block too, and what they find is not used.
-        self._starts = Constant([starts.get(owner, -1) for owner in owners])
         self._shared = Constant([kept.get(owner, 0) for owner in owners])
-        self._all_pruned = all(owner in starts for owner in owners)
+        self._all_pruned = all(owner in num_embeddings for owner in owners)
         parts = [(table, num_blocks(n)) for table, n in num_embeddings.items()]
-        self.store_in_parts("words", parts)
-        self.store_in_parts("counts", parts)
+        self.store_by_table("words", parts)
+        self.store_by_table("counts", parts)
+        total = sum(blocks for _, blocks in parts)
         self.register_buffer("words", torch.zeros(total, WORDS, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
         self._derived: tuple[Tensor, int, Tensor] | None = None
+        self.places_changed()
+
+    @override
+    def places_changed(self) -> None:
+        parts = {part.table: part for part in self.held_parts("words")}
+        starts = {table: part.start for table, part in parts.items()}
+        # An unpruned table's look-ups read some block too, and what they find is not used.
+        self._starts = Constant([starts.get(owner, -1) for owner in self._owners])
+        if self.exchange is None:
+            return
+        chunks = {table: _BLOCK * part.chunk for table, part in parts.items() if part.is_sharded}
+        self._places = RowPlaces(
+            self.exchange,
+            chunks=[chunks.get(owner, 0) for owner in self._owners],
+            starts=[_BLOCK * starts.get(owner, 0) for owner in self._owners],
+        )
+        self._instances = Constant(range(len(self._owners)))
 
     @override
     def reset_buffers(self) -> None:
-        packed = pack_all([torch.arange(n) < kept for n, kept in self._sizes])
-        self.words.copy_(packed["words"])
-        self.counts.copy_(packed["counts"])
+        for part, (n, kept) in zip(self.held_parts("words"), self._sizes):
+            rows = part.rows
+            first, end = _BLOCK * rows.start, min(_BLOCK * rows.stop, n)
+            words, counts = pack(torch.arange(first, end) < kept)
+            self.words[part.place] = words
+            self.counts[part.place] = counts + min(first, kept)
 
     def fused_routes(self) -> FusedRoutes:
         """The rank of a kept id, or an id's own row where its table is not pruned."""
@@ -168,21 +183,36 @@ class PrunedRoute(LearnedBuffers):
         features = self.check(features)
         self.ensure_filled()
         ids = features.values().to(torch.int64)
+        if self.exchange is not None:
+            return renamed(features, self._keys, self._from_all_ranks(features, ids))
         starts, shared = self._starts.on(ids.device), self._shared.on(ids.device)
         if common_count(features) is None:
             starts, shared = per_value(starts, features), per_value(shared, features)
         else:
             ids = ids.view(len(self._keys), -1)
             starts, shared = starts.unsqueeze(1), shared.unsqueeze(1)
-        rows = self._rows(ids, starts, shared)
+        blocks = ids.bitwise_right_shift(8).add_(starts)
+        if not self._all_pruned:
+            blocks = torch.where(starts >= 0, blocks, 0)
+        rows = self._rows(ids, blocks, shared)
         if not self._all_pruned:
             rows = torch.where(starts >= 0, rows, ids)
         return renamed(features, self._keys, rows.reshape(-1))
 
-    def _rows(self, ids: Tensor, starts: Tensor, shared: Tensor) -> Tensor:
-        blocks = ids.bitwise_right_shift(8).add_(starts)
-        if not self._all_pruned:
-            blocks = torch.where(starts >= 0, blocks, 0)
+    def _from_all_ranks(self, features: KeyedJaggedTensor, ids: Tensor) -> Tensor:
+        """The rows (N,) of ids where other ranks hold blocks: they say the row of a kept id, or -1."""
+        instances = per_value(self._instances.on(ids.device), features)
+        pruned = self._starts.on(ids.device)[instances] >= 0
+        rows = self._places.ask(instances, torch.where(pruned, ids, 0), self._own_rows)
+        found = torch.where(rows < 0, self._shared.on(ids.device)[instances], rows)
+        return torch.where(pruned, found, ids)
+
+    def _own_rows(self, places: Tensor) -> Tensor:
+        """The rows (n,) of ids whose bits are at these places of this rank's blocks; -1 where pruned."""
+        return self._rows(places, places >> 8, places.new_tensor(-1)).to(torch.int32)
+
+    def _rows(self, ids: Tensor, blocks: Tensor, shared: Tensor) -> Tensor:
+        """The rank among the kept of ids whose bits stand in these blocks; `shared` where pruned."""
         place = ids & 63
         at = (blocks << 2).add_(ids.bitwise_right_shift(6).bitwise_and_(WORDS - 1))
         word = self.words.view(-1)[at]

@@ -10,7 +10,8 @@ import torch
 from embcomp.backends import Blocks, Sparse
 from embcomp.backends.base import BackendConfig
 from embcomp.backends.blocks import SpreadColumns
-from embcomp.backends.codebooks.coded import CodedRoute, _packed
+from embcomp.backends.codebooks.bit_packing import pack_bits
+from embcomp.backends.codebooks.coded import CodedRoute
 from embcomp.backends.codebooks.codewords import Codewords
 from embcomp.backends.sparse import SparseRoute
 from embcomp.backends.widths.threshold_gate import NormMeans
@@ -70,9 +71,13 @@ def learn(collection: CompressedEmbeddingBagCollection, seed: int = 0) -> None:
         parameter.add_(torch.rand(parameter.shape, generator=random), alpha=0.1)
     for module in collection.modules():
         if isinstance(module, CodedRoute):
-            sizes = [t.num_embeddings * module._layout.positions(t) for t in module._layout.tables]
-            drawn = [torch.randint(module._count, (size,), generator=random) for size in sizes]
-            module.codes.copy_(_packed(drawn, module._layout, module._bits))
+            for table, part in zip(module._layout.tables, module.held_parts("codes")):
+                size = table.num_embeddings * module._layout.positions(table)
+                packed = pack_bits(
+                    torch.randint(module._count, (size,), generator=random), module._bits
+                )
+                module.codes[part.place] = 0
+                module.codes[part.start : part.start + len(packed)] = packed
         elif isinstance(module, PrunedRoute):
             masks = [torch.randperm(n, generator=random) < kept for n, kept in module._sizes]
             for name, values in pack_all(masks).items():

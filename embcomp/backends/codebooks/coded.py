@@ -9,7 +9,7 @@ It is the form in which vector quantisation (`lr2vq`, `pq`) is fine-tuned and se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -42,9 +42,10 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
 from embcomp.layers.hashing import hash_rows, table_salt
-from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.row_exchange import RowPlaces
 from embcomp.layers.row_sources import RowSource, as_rows
+from embcomp.layers.shardable_buffers import HeldPart, ShardableBuffers
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -114,7 +115,7 @@ class Coded(VectorQuantized):
         return FollowedForm(config=self, tensors={"route.codes": codes})
 
 
-class CodedRoute(LearnedBuffers):
+class CodedRoute(ShardableBuffers):
     """Looks up the codes of ids, one key for each sub-vector.
 
     Args:
@@ -132,29 +133,56 @@ class CodedRoute(LearnedBuffers):
         self._keys = layout.keys
         self.check = RangeCheck(layout.tables)
         sources: list[int] = []
-        starts: list[int] = []
         steps: list[int] = []
         offsets: list[int] = []
-        source = first = 0
+        source = 0
         for n, table in enumerate(layout.tables):
             positions = layout.positions(table)
             for _ in table.feature_names:
                 sources += [source] * positions
-                starts += range(first, first + positions)
                 steps += [positions] * positions
                 offsets += [place * count for place in layout.places(n)]
                 source += 1
-            first += padded_codes(table.num_embeddings * positions, bits)
         self.copies = RepeatFeatures(self._keys, sources)
-        self._starts, self._steps = Constant(starts), Constant(steps)
-        self._offsets = Constant(offsets)
+        self._steps, self._offsets = Constant(steps), Constant(offsets)
+        positions_of = [layout.positions(table) for table in layout.tables]
         sizes = [
-            (table.name, code_bytes(table.num_embeddings * layout.positions(table), bits))
-            for table in layout.tables
+            (table.name, code_bytes(table.num_embeddings * positions, bits))
+            for table, positions in zip(layout.tables, positions_of)
         ]
-        self.store_in_parts("codes", sizes)
+        # Eight ids' codes end with a byte.
+        self.store_by_table("codes", sizes, [positions * bits for positions in positions_of])
         packed = torch.zeros(sum(size for _, size in sizes), dtype=torch.uint8)
         self.register_buffer("codes", packed)
+        self.places_changed()
+
+    @override
+    def places_changed(self) -> None:
+        parts = self.held_parts("codes")
+        firsts = [part.start * 8 // self._bits for part in parts]
+        starts: list[int] = []
+        owners: list[int] = []
+        for n, (table, first) in enumerate(zip(self._layout.tables, firsts)):
+            positions = range(self._layout.positions(table))
+            owners += [n] * len(table.feature_names)
+            starts += [first + position for _ in table.feature_names for position in positions]
+        self._starts = Constant(starts)
+        if self.exchange is None:
+            return
+        steps = [self._layout.positions(table) for table in self._layout.tables]
+        ids = [self._ids_in(part.chunk, step) for part, step in zip(parts, steps)]
+        self._places = RowPlaces(
+            self.exchange,
+            chunks=[ids[n] if parts[n].is_sharded else 0 for n in owners],
+            starts=[firsts[n] for n in owners],
+            steps=[steps[n] for n in owners],
+        )
+        self._instances = Constant(range(len(owners)))
+        self._positions = Constant([position for n in owners for position in range(steps[n])])
+
+    def _ids_in(self, size: int, positions: int) -> int:
+        """The ids whose codes are whole within so many bytes."""
+        return size * 8 // (positions * self._bits)
 
     def fused_routes(self) -> FusedRoutes:
         """The codeword that a code names, for each sub-vector."""
@@ -171,21 +199,31 @@ class CodedRoute(LearnedBuffers):
 
     def reset_buffers(self) -> None:
         """Codes that are hashes of (seed, table, position, id)."""
-        self.codes.copy_(_packed(self._hashes(), self._layout, self._bits))
+        for table, part in zip(self._layout.tables, self.held_parts("codes")):
+            own = self.codes[part.place]
+            own.copy_(pack_parts(self._hashes(table, part), self._bits, len(own) * 8 // self._bits))
 
-    def _hashes(self) -> Iterator[Tensor]:
-        count = torch.tensor(self._count)
-        for table in self._layout.tables:
-            positions = range(self._layout.positions(table))
-            salts = [table_salt(self._seed, table.name, p) for p in positions]
-            for start in range(0, table.num_embeddings, _ROWS_AT_ONCE):
-                ids = torch.arange(start, min(start + _ROWS_AT_ONCE, table.num_embeddings))
-                yield hash_rows(ids.unsqueeze(1), torch.tensor(salts), count)
+    def _hashes(self, table: TableSpec, part: HeldPart) -> Iterator[Tensor]:
+        """The codes of a table that are held here, and zeros to the end of their last byte."""
+        count, positions = torch.tensor(self._count), self._layout.positions(table)
+        salts = torch.tensor([table_salt(self._seed, table.name, p) for p in range(positions)])
+        first = self._ids_in(part.first, positions)
+        left = (part.rows.stop - part.rows.start) * 8 // self._bits
+        for start in range(first, table.num_embeddings, _ROWS_AT_ONCE):
+            ids = torch.arange(start, min(start + _ROWS_AT_ONCE, table.num_embeddings))
+            codes = hash_rows(ids.unsqueeze(1), salts, count).view(-1)[:left]
+            left -= len(codes)
+            yield codes
+            if not left:
+                return
+        yield torch.zeros(left, dtype=torch.int64)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.ensure_filled()
         features = self.check(features)
+        if self.exchange is not None:
+            return self._from_all_ranks(features)
         copies = self.copies(features)
         ids = copies.values().to(torch.int64)
         constants = [c.on(ids.device) for c in (self._steps, self._starts, self._offsets)]
@@ -197,6 +235,26 @@ class CodedRoute(LearnedBuffers):
             steps, starts, offsets = (constant.unsqueeze(1) for constant in constants)
         codes = gather_bits(self.codes, ids * steps + starts, self._bits)
         return renamed(copies, self._keys, (codes + offsets).view(-1))
+
+    def _from_all_ranks(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The same where other ranks hold codes: each id's are asked for once, and come together."""
+        ids = features.values().to(torch.int64)
+        instances = per_value(self._instances.on(ids.device), features)
+        codes = self._places.ask(instances, ids, self._codes_from).to(torch.int64)
+        copies = self.copies(
+            renamed(features, features.keys(), torch.arange(len(ids), device=ids.device))
+        )
+        constants = (self._positions, self._offsets)
+        positions, offsets = (per_value(each.on(ids.device), copies) for each in constants)
+        return renamed(copies, self._keys, codes[copies.values(), positions] + offsets)
+
+    def _codes_from(self, places: Tensor) -> Tensor:
+        """Codes from places (n,) on, of as many sub-vectors as any table has: (n, most)."""
+        most = max(self._layout.positions(table) for table in self._layout.tables)
+        last = len(self.codes) * 8 // self._bits - 1  # a narrow table's are followed by others'
+        wanted = places.unsqueeze(1) + torch.arange(most, device=places.device)
+        codes = gather_bits(self.codes, wanted.clamp_(max=last), self._bits)
+        return codes.to(torch.uint8 if self._bits <= 8 else torch.uint16)
 
 
 def write_codes(config: Coded, latents: Latents, codebooks: Codebooks) -> RowSource:
@@ -318,25 +376,3 @@ def codebook_rows(config: Coded, tables: Sequence[TableSpec], words: Tensor) -> 
     books = words.split([count for _, count in config.layout(tables).units])
     physical = config.codebook_tables(tables)
     return {f"rows.{t.name}": own.flatten(0, 1) for t, own in zip(physical, books)}
-
-
-def _packed(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -> Tensor:
-    """Codes that come table after table, each table's ending with a byte."""
-    counts = [
-        padded_codes(table.num_embeddings * layout.positions(table), bits)
-        for table in layout.tables
-    ]
-    return pack_parts(_with_padding(parts, layout, bits), bits, sum(counts))
-
-
-def _with_padding(parts: Iterable[Tensor], layout: SubvectorLayout, bits: int) -> Iterator[Tensor]:
-    came = iter(parts)
-    for table in layout.tables:
-        left = table.num_embeddings * layout.positions(table)
-        padding = padded_codes(left, bits) - left
-        while left:
-            part = next(came)
-            left -= part.numel()
-            assert left >= 0, "a part holds codes of one table"
-            yield part
-        yield torch.zeros(padding, dtype=torch.int64)
