@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         CompressedEmbeddingCollection as CompressedEmbeddingCollection,
     )
     from embcomp.collection.plan import Plan as Plan
+    from embcomp.collection.sharded_codes import shard_codes as shard_codes
     from embcomp.compressing.model_compression import compress_ as compress_
     from embcomp.errors import (
         ArtefactError as ArtefactError,
@@ -81,6 +82,7 @@ _HOMES = {
     "load": "embcomp.serving.artefact_loading",
     "load_program": "embcomp.serving.exported_program",
     "save": "embcomp.serving.artefact_saving",
+    "shard_codes": "embcomp.collection.sharded_codes",
 }
 
 __all__ = list(_HOMES)

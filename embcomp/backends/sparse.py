@@ -240,7 +240,9 @@ class SparseRoute(ShardableBuffers):
     def reset_buffers(self) -> None:
         for table, part in zip(self._tables, self.held_parts("pointers")):
             rows = torch.arange(part.rows.start, part.rows.stop)
-            self.pointers[part.place] = (rows * table.elements // table.rows).to(self.pointers.dtype)
+            self.pointers[part.place] = (rows * table.elements // table.rows).to(
+                self.pointers.dtype
+            )
         for table, part in zip(self._tables, self.held_parts("columns")):
             elements = torch.arange(part.rows.start, part.rows.stop)
             owners = ((elements + 1) * table.rows - 1) // table.elements

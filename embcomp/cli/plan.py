@@ -143,7 +143,10 @@ def _print_stages(found: ConfigPlan) -> None:
 
 
 def _named(tables: Sequence[TableSpec]) -> str:
-    names = [table.name for table in tables]
+    return _listed([table.name for table in tables])
+
+
+def _listed(names: Sequence[str]) -> str:
     label = ", ".join(names[:NAMES_SHOWN])
     return label + (f", ... ({len(names)} tables)" if len(names) > NAMES_SHOWN else "")
 
@@ -178,7 +181,7 @@ def _place(
 ) -> None:
     from embcomp.planning.placement import SHARDING, PlacementError, PlacementRequest, place_stages
     from embcomp.planning.suggestions import for_devices
-    from embcomp.tables.budget import reserved_bytes
+    from embcomp.tables.budget import parse_budget, reserved_bytes
 
     chosen = config.train.sharding
     query = PlacementRequest(
@@ -191,6 +194,7 @@ def _place(
         reserve=reserve,
         sharding=SHARDING if chosen == "auto" else (chosen,),
         pooling_factors=found.pooling_factors(),
+        shard_codes_above=parse_budget(config.train.shard_codes_above),
     )
     try:
         placements = place_stages(found.on_meta(), query)
@@ -202,7 +206,9 @@ def _place(
 
 
 def _print_placements(names: Sequence[str], placements: Sequence[Placement]) -> None:
-    """One section a stage, one line for ranks that hold the same."""
+    """One section a stage, one line for ranks that hold the same; what is sharded beside rows."""
+    from embcomp.tables.budget import format_bytes
+
     table = Table(box=console.BOX, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     table.add_column("rank", justify="right")
@@ -214,7 +220,16 @@ def _print_placements(names: Sequence[str], placements: Sequence[Placement]) -> 
             label = f"{number} {name}".rstrip() if first == 0 else ""
             table.add_row(label, *_rank_cells(placement, first, last))
         table.add_section()
-    console.stdout().print(table, highlight=False)
+    out = console.stdout()
+    out.print(table, highlight=False)
+    for number, (name, placement) in enumerate(zip(names, placements), 1):
+        beside = placement.beside_rows
+        if beside.tables:
+            out.print(
+                f"{number} {name}: codes, bitmaps and pointers of {_listed(beside.tables)} are sharded: "
+                f"{format_bytes(beside.sharded)} of what each rank holds beside rows",
+                highlight=False,
+            )
 
 
 def _rank_cells(placement: Placement, first: int, last: int) -> list[str]:

@@ -37,7 +37,12 @@ from embcomp.io.yaml_reading import (
     did_you_mean,
     listed,
 )
-from embcomp.tables.budget import format_bytes, parse_budget, why_unreadable
+from embcomp.tables.budget import (
+    SHARD_CODES_ABOVE,
+    format_bytes,
+    parse_budget,
+    why_unreadable,
+)
 
 if TYPE_CHECKING:
     from embcomp.backends.base import BackendConfig
@@ -280,6 +285,8 @@ class RunConfig(Section):
             as that run left them, by their raw values and whatever their numbers are now, network and
             optimizers too; of a method in stages the last one alone is trained, on the structure that
             was found then.
+        shard_codes_above: bytes of a table's codes, bitmaps and pointers up to which every rank holds them;
+            larger ones are sharded over the ranks. No result depends on it.
         handover_memory: what a rank may hold beside its shards while tables are handed from one stage
             to the next: a number of bytes, at least 64MiB. No result depends on it.
     """
@@ -305,6 +312,7 @@ class RunConfig(Section):
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     start_from: str | None = None
     warm_start: str | None = None
+    shard_codes_above: Bytes = SHARD_CODES_ABOVE
     handover_memory: Bytes = "256MiB"
 
     @field_validator("stages", mode="before")
@@ -324,6 +332,16 @@ class RunConfig(Section):
             else:
                 found[name] = own
         return found
+
+    @field_validator("shard_codes_above")
+    @classmethod
+    def _is_no_share(cls, value: int | str) -> int | str:
+        if parse_budget(value) < 1:
+            raise config_error(
+                f"expected a number of bytes such as {SHARD_CODES_ABOVE!r}, or 1 to shard the codes of "
+                f"every table; got {value!r}"
+            )
+        return value
 
     @field_validator("handover_memory")
     @classmethod

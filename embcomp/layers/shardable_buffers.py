@@ -9,7 +9,7 @@ puts it together where nothing is sharded.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -64,7 +64,7 @@ class HeldPart:
 
     def on_rank(self, rank: int) -> HeldPart:
         """The same on another rank."""
-        return HeldPart(**{**self.__dict__, "rank": rank})
+        return replace(self, rank=rank)
 
 
 class ShardableBuffers(LearnedBuffers):
@@ -121,7 +121,9 @@ class ShardableBuffers(LearnedBuffers):
                 is_sharded=table in sharded,
                 rank=rank,
             )
-            for ((table, size), _), chunk, start in zip(parts, chunks, accumulate(chunks, initial=0))
+            for ((table, size), _), chunk, start in zip(
+                parts, chunks, accumulate(chunks, initial=0)
+            )
         ]
 
     def larger_than(self, size: int) -> list[str]:
@@ -152,8 +154,13 @@ class ShardableBuffers(LearnedBuffers):
         )
 
     def _row_bytes(self, tensor: str) -> int:
-        shape, itemsize = self._buffers[tensor].shape, self._buffers[tensor].itemsize
-        return torch.Size(shape[1:]).numel() * itemsize
+        buffer = self._buffer(tensor)
+        return torch.Size(buffer.shape[1:]).numel() * buffer.itemsize
+
+    def _buffer(self, tensor: str) -> Tensor:
+        found = self._buffers[tensor]
+        assert found is not None
+        return found
 
     @torch.no_grad()
     def shard(self, group: dist.ProcessGroup, above: int) -> list[str]:
@@ -180,7 +187,7 @@ class ShardableBuffers(LearnedBuffers):
             return []
         self.exchange, self._sharded = exchange, frozenset(tables)
         for tensor in self._grains:
-            whole, parts = self._buffers[tensor], self.held_parts(tensor)
+            whole, parts = self._buffer(tensor), self.held_parts(tensor)
             own = whole.new_zeros(sum(part.chunk for part in parts), *whole.shape[1:])
             begins = accumulate((part.size for part in parts), initial=0)
             if not whole.is_meta:
@@ -245,7 +252,7 @@ class ShardableBuffers(LearnedBuffers):
                 if isinstance(own.get(prefix + name), ShardedTensor):
                     raise _other_ranks(prefix + name)
             return super()._joined(tensor, own, prefix, missing, error_msgs)
-        here = self._buffers[tensor].detach()
+        here = self._buffer(tensor).detach()
         for part in self.held_parts(tensor):
             name = prefix + part_name(tensor, part.table)
             found = own.pop(name, None)

@@ -7,7 +7,7 @@ no more than ten. What it does not see is subtracted first: pass it as `reserved
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -23,14 +23,15 @@ from torchrec.optim import RowWiseAdagrad
 
 from embcomp.planning.planner import (
     SHARDING,
+    BesideRows,
     Device,
     PlacementError,
     PlacementRequest,
     RowSharder,
     allowed_sharding,
+    beside_rows,
     find_plan,
     quiet,
-    replicated_bytes,
     row_collections,
     topology_of,
 )
@@ -107,14 +108,19 @@ class Placement:
         device_memory: bytes of one device.
         reserved: bytes of one device that tables may not use.
         shards: all parts, by rank.
-        beside: bytes on each rank that belong to no table: codes, bitmaps, pointers.
+        beside_rows: what each rank holds beside the rows: codes, bitmaps, pointers.
     """
 
     world_size: int
     device_memory: int
     reserved: int
     shards: tuple[Shard, ...]
-    beside: int = 0
+    beside_rows: BesideRows = field(default_factory=BesideRows)
+
+    @property
+    def beside(self) -> int:
+        """Bytes on each rank that belong to no rows."""
+        return self.beside_rows.on_each
 
     def on_rank(self, rank: int) -> list[Shard]:
         """The parts on one rank."""
@@ -279,7 +285,7 @@ def _placement(tables: nn.Module, query: PlacementRequest) -> Placement:
         device_memory=query.device_memory,
         reserved=query.reserved,
         shards=tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table))),
-        beside=replicated_bytes(tables),
+        beside_rows=beside_rows(tables, query),
     )
 
 

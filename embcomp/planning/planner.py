@@ -4,7 +4,8 @@ They differ in what they know, never in what they ask: a plan describes devices 
 there and tables on `meta`; training knows its devices. So what `plan` accepts, training places.
 
 What the planner does not see is subtracted from a device's memory first: the reserve for dense
-layers and activations, and what methods hold beside their rows on every device, such as codes.
+layers and activations, and what methods hold beside their rows, such as codes: all of it on every
+device, or a chunk of it where it is sharded.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from typing_extensions import override
 
+from embcomp.backends.base import BackendConfig
 from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
 from embcomp.errors import EmbcompError
+from embcomp.layers.shardable_buffers import shardable
 from embcomp.planning.proposers import proposers
-from embcomp.tables.budget import reserved_bytes
+from embcomp.tables.budget import SHARD_CODES_ABOVE, parse_budget, reserved_bytes
 from embcomp.tables.footprint import RowOptimizer
-from embcomp.tables.specs import splits_by_rows
+from embcomp.tables.specs import TableSpec, splits_by_rows
 
 Device = Literal["cpu", "cuda"]
 
@@ -68,6 +71,8 @@ class PlacementRequest:
         pooling_factors: mean number of ids in a bag, for each key of a physical table.
         local_world_size: ranks of one host; None when all are on one.
         reserve: how the reserve was written, where a share of a device is meant.
+        shard_codes_above: bytes up to which a table's codes, bitmaps and pointers are on every rank;
+            larger ones are sharded.
     """
 
     world_size: int
@@ -80,6 +85,7 @@ class PlacementRequest:
     pooling_factors: Mapping[str, float] = field(default_factory=dict)
     local_world_size: int | None = None
     reserve: str | int | None = None
+    shard_codes_above: int = parse_budget(SHARD_CODES_ABOVE)
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -142,7 +148,7 @@ def find_plan(
     Raises:
         PlacementError: when the tables cannot be placed; the text says why.
     """
-    beside = replicated_bytes(model)
+    beside = beside_rows(model, query).on_each
     if query.device_memory - query.reserved <= beside:
         raise PlacementError(_reason(query, beside))
     constraints = _constraints(model, query)
@@ -192,13 +198,58 @@ def _reason(query: PlacementRequest, beside: int) -> str:
     )
 
 
-def replicated_bytes(model: nn.Module) -> int:
-    """Bytes on every device that the planner does not see: codes, bitmaps, pointers, codewords."""
-    return sum(
-        group.config.dense_footprint(group.tables).train_weight_bytes
-        for module in model.modules()
-        if isinstance(module, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
-        for group in module.groups
+@dataclass(frozen=True, kw_only=True)
+class BesideRows:
+    """Bytes that the planner does not see: codes, bitmaps, pointers, codewords.
+
+    Attributes:
+        on_each: on every device.
+        sharded: how many of these are its share of what is sharded.
+        tables: whose codes, bitmaps and pointers are sharded.
+    """
+
+    on_each: int = 0
+    sharded: int = 0
+    tables: tuple[str, ...] = ()
+
+    def __add__(self, other: BesideRows) -> BesideRows:
+        return BesideRows(
+            on_each=self.on_each + other.on_each,
+            sharded=self.sharded + other.sharded,
+            tables=self.tables + other.tables,
+        )
+
+
+def beside_rows(model: nn.Module, query: PlacementRequest) -> BesideRows:
+    """What each device holds beside the rows of the collections inside a model."""
+    found = BesideRows()
+    for module in model.modules():
+        if isinstance(module, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+            for group in module.groups:
+                found += beside_rows_of(group.config, group.tables, group.backend.route, query)
+    return found
+
+
+def beside_rows_of(
+    config: BackendConfig, tables: Sequence[TableSpec], route: nn.Module, query: PlacementRequest
+) -> BesideRows:
+    """What each device holds beside the rows of some tables.
+
+    Args:
+        config: their method.
+        tables: the tables.
+        route: as the method builds it, on any device.
+        query: the number of ranks, and what is sharded over them.
+    """
+    whole = config.dense_footprint(tables).train_weight_bytes
+    if query.world_size == 1:
+        return BesideRows(on_each=whole)
+    ranks, above = query.world_size, query.shard_codes_above
+    parts = list(shardable(route))
+    return BesideRows(
+        on_each=whole - sum(part.saved_bytes(ranks, above) for part in parts),
+        sharded=sum(part.sharded_bytes(ranks, above) for part in parts),
+        tables=tuple(table for part in parts for table in part.larger_than(above)),
     )
 
 

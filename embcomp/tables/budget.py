@@ -17,6 +17,10 @@ _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 RESERVE = "10%"
 """Memory of each device that is kept for all but tables, where nobody says otherwise."""
 
+SHARD_CODES_ABOVE = "64MiB"
+"""Bytes of a table's codes, bitmaps and pointers up to which they are on every rank, where nobody says
+otherwise."""
+
 
 def reserved_bytes(reserve: str | int, memory: int, *, name: str = "reserve") -> int:
     """Bytes of a device that tables may not use.

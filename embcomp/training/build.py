@@ -17,6 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.plan import ResolvedPlan
+from embcomp.collection.sharded_codes import shard_codes
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import DatasetInfo
@@ -182,7 +183,10 @@ def shard_model(
         -(-config.data.batch_size // process.world_size),
         rows.name,
         unsharded.mean_lengths,
+        train.shard_codes_above,
     )
+    if fused:  # else every rank holds all tables
+        shard_codes(task, above=train.shard_codes_above)
     sharded = DistributedModelParallel(task, device=process.device, plan=plan, sharders=[sharder])
     draw_rows(sharded.state_dict(), unsharded, config)
     return sharded

@@ -29,6 +29,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embcomp.errors import CheckpointError, one_line
 from embcomp.layers.block_work import Work
+from embcomp.layers.learned_buffers import overwriting
 from embcomp.tables.budget import format_bytes
 from embcomp.training.build import TASK_PREFIX
 from embcomp.training.distributed.process import Process
@@ -129,9 +130,10 @@ def load_checkpoint(
     Raises:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
     """
-    tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
-    _read_into(tensors, folder, process)
-    _load_model_state(sharded, tensors["model"])
+    with overwriting(sharded):
+        tensors = {"model": model_state(sharded), "optim": optimizer.state_dict()}
+        _read_into(tensors, folder, process)
+        _load_model_state(sharded, tensors["model"])
     optimizer.load_state_dict(tensors["optim"])
     if read_state(folder)["world_size"] == process.world_size:
         mine = checked_bytes(folder, random_file(process.rank), _way_back(folder))
@@ -152,9 +154,10 @@ def load_weights(folder: Path, sharded: DistributedModelParallel) -> None:
         CheckpointError: When the checkpoint is another model's; the text names what differs.
     """
     read_state(folder)
-    tensors = {"model": model_state(sharded)}
-    _read_into(tensors, folder, _process_of_group())
-    _load_model_state(sharded, tensors["model"])
+    with overwriting(sharded):
+        tensors = {"model": model_state(sharded)}
+        _read_into(tensors, folder, _process_of_group())
+        _load_model_state(sharded, tensors["model"])
 
 
 def load_whole(folder: Path, state: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from embcomp.training.files.run_checksums import read_checked, rewrite_checked, 
 REPORT_FILE = "report.json"
 _CONFIG_FILE = "config.yaml"
 _DATASET_FILE = "dataset.json"
-_FREE = ("train.handover_memory",)  # settings that nothing in a run depends on
+# Settings that nothing in a run depends on.
+_FREE = ("train.handover_memory", "train.shard_codes_above")
 
 
 class StageFolder:

@@ -27,6 +27,7 @@ from embcomp.planning.placement import (
     place,
     row_wise_bytes,
 )
+from embcomp.planning.planner import beside_rows_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.space.costs import Costs
 from embcomp.search.space.space import Candidate, Space
@@ -80,6 +81,7 @@ def limits_of(config: SearchConfig, base: TrainConfig, dense_rows: bool) -> Devi
         batch_size=-(-base.data.batch_size // world),
         reserved=reserved,
         sharding=SHARDING if chosen == "auto" else (chosen,),
+        shard_codes_above=parse_budget(base.train.shard_codes_above),
     )
     return DeviceLimits(train=None, query=query, world_size=world)
 
@@ -218,14 +220,17 @@ class PlacementChecker:
         found = []
         for form in config.training_forms(small):
             with torch.device("meta"):  # codes are as long as a vocabulary
-                per_row = form.build(small).needs_unpooled_rows
+                backend = form.build(small)
+            beside = form.dense_footprint(small).train_weight_bytes
+            if self.limits.query is not None:
+                beside = beside_rows_of(form, small, backend.route, self.limits.query).on_each
             found.append(
                 Held(
                     signatures=[
                         self._signature(table) for table in [*kept, *form.physical_tables(small)]
                     ],
-                    single_values=per_row,
-                    beside=form.dense_footprint(small).train_weight_bytes,
+                    single_values=backend.needs_unpooled_rows,
+                    beside=beside,
                 )
             )
         return found

@@ -35,7 +35,7 @@ from embcomp.planning.planner import (
     pooling_factors,
     row_collections,
 )
-from embcomp.tables.budget import RESERVE, reserved_bytes
+from embcomp.tables.budget import RESERVE, SHARD_CODES_ABOVE, parse_budget, reserved_bytes
 from embcomp.tables.footprint import RowOptimizer
 from embcomp.tables.specs import splits_by_rows
 from embcomp.training.distributed.process import Process
@@ -61,6 +61,7 @@ def plan_sharding(
     batch_size: int,
     row_optimizer: RowOptimizer,
     mean_lengths: Mapping[str, float],
+    shard_codes_above: str | int = SHARD_CODES_ABOVE,
 ) -> ShardingPlan:
     """Place the rows of a model.
 
@@ -72,9 +73,22 @@ def plan_sharding(
         batch_size: rows per step and rank, for the planner's estimates.
         row_optimizer: what updates rows, for messages.
         mean_lengths: mean number of values of each feature, for the planner's estimates.
+        shard_codes_above: bytes up to which codes of a table will be on every rank.
     """
     if sharding == "auto" and process.world_size > 1:
-        return _ask_planner(model, sharder, process, row_optimizer, batch_size, mean_lengths)
+        memory = device_memory(process)
+        query = PlacementRequest(
+            world_size=process.world_size,
+            device_memory=memory,
+            device="cuda" if process.device.type == "cuda" else "cpu",
+            optimizer=row_optimizer,
+            batch_size=batch_size,
+            reserved=reserved_bytes(RESERVE, memory),
+            pooling_factors=pooling_factors(model, mean_lengths),
+            local_world_size=_local_world_size(process),
+            shard_codes_above=parse_budget(shard_codes_above),
+        )
+        return _ask_planner(model, sharder, process, query)
     plan, loads = {}, [0] * process.world_size
     for path, collection in row_collections(model):
         generators = {
@@ -117,22 +131,9 @@ def _ask_planner(
     model: nn.Module,
     sharder: RowSharder,
     process: Process,
-    row_optimizer: RowOptimizer,
-    batch_size: int,
-    mean_lengths: Mapping[str, float],
+    query: PlacementRequest,
 ) -> ShardingPlan:
     """TorchRec's planner on the first rank, for all of them; what it refuses, all refuse."""
-    memory = device_memory(process)
-    query = PlacementRequest(
-        world_size=process.world_size,
-        device_memory=memory,
-        device="cuda" if process.device.type == "cuda" else "cpu",
-        optimizer=row_optimizer,
-        batch_size=batch_size,
-        reserved=reserved_bytes(RESERVE, memory),
-        pooling_factors=pooling_factors(model, mean_lengths),
-        local_world_size=_local_world_size(process),
-    )
     answer: list[ShardingPlan | str | None] = [None]
     if process.is_main:
         try:

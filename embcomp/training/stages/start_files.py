@@ -129,7 +129,7 @@ def load_start(folder: Path, sharded: DistributedModelParallel, *, checks: bool)
                 "Go on with that one, or train again under another name"
             )
         for name, tensor in small.items():
-            if tensor.dim() == 2:
+            if tensor.dim():
                 sources[name] = MemoryRows(tensor)
                 continue
             for piece, _ in local_pieces(state[name]):
