@@ -150,7 +150,7 @@ class PrunedRoute(ShardableBuffers):
     def reset_buffers(self) -> None:
         for part, (n, kept) in zip(self.held_parts("words"), self._sizes):
             rows = part.rows
-            first, end = _BLOCK * rows.start, min(_BLOCK * rows.stop, n)
+            first, end = (min(_BLOCK * block, n) for block in (rows.start, rows.stop))
             words, counts = pack(torch.arange(first, end) < kept)
             self.words[part.place] = words
             self.counts[part.place] = counts + min(first, kept)

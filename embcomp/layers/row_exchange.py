@@ -61,10 +61,10 @@ class RowExchange:
 
     def _exchanged(self, rows: Tensor, came: Sequence[int], sent: Sequence[int]) -> Tensor:
         """Rows (n, w) of any type from all ranks: (sum of `came`, w) of the same, or their bytes."""
-        # NCCL knows few types of integers.
-        own = (
-            rows.contiguous() if rows.dtype == torch.int64 else rows.contiguous().view(torch.uint8)
-        )
+        own = rows.contiguous()
+        if own.dtype != torch.int64:  # NCCL knows few types of integers
+            row_bytes = own.shape[1] * own.itemsize
+            own = own.flatten().view(torch.uint8).view(len(own), row_bytes)
         found = own.new_empty(sum(came), own.shape[1])
         dist.all_to_all_single(found, own, list(came), list(sent), group=self.group)
         return found

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed._shard.sharding_spec import ShardMetadata
 from typing_extensions import override
 
 from embcomp.errors import CheckpointError, ConfigError
@@ -207,7 +208,7 @@ class ShardableBuffers(LearnedBuffers):
             return super().parts_of(tensor, whole)
         assert isinstance(whole, Tensor), "what is sharded is in memory"
         return {
-            part_name(tensor, part.table): self._as_stored(part, whole)
+            part_name(tensor, part.table): cast(Long, self._as_stored(part, whole))
             for part in self.held_parts(tensor)
         }
 

@@ -11,6 +11,7 @@ from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.planning.config_plan import plan_config, read_sizes, total_line
+from embcomp.planning.placement import PlacementRequest, place_stages
 
 CONFIG = """
 name: planned
@@ -238,3 +239,23 @@ def test_several_methods_in_stages_are_printed_stage_by_stage(files):
     assert found[0].train > found[-1].train
     assert len(plan.on_meta()) == len(found)
     assert not lines_of(files, alone)[0].stage_lines()
+
+
+def test_codes_of_large_tables_are_billed_to_each_rank_by_the_chunk(files):
+    coded = "tables.method={name: coded, subvector_dim: 4, num_codewords: 256}"
+    devices = ("--device-memory", "40GiB", "--world-size", "8")
+    whole = run(files, coded, *devices)
+    assert whole.exit_code == 0 and "are sharded" not in whole.stdout
+    sharded = run(files, coded, "train.shard_codes_above=1MiB", *devices)
+    # A million ids of four codes of a byte, an eighth of them on each rank.
+    line = "1 coded: codes, bitmaps and pointers of user are sharded: 488.3 KiB of what each rank"
+    assert line in " ".join(sharded.stdout.split())
+    plan, _ = lines_of(files, coded)
+    beside = {}
+    for above in (64 << 20, 1 << 20, 1):
+        query = PlacementRequest(world_size=8, device_memory=40 << 30, shard_codes_above=above)
+        (placement,) = place_stages(plan.on_meta(), query)
+        beside[above] = placement.beside
+        assert min(placement.bytes_per_rank()) >= placement.beside
+    assert beside[64 << 20] - beside[1 << 20] == 4_000_000 - 500_000
+    assert beside[1 << 20] - beside[1] == 800_000 - 100_000  # `genre` is held full

@@ -219,6 +219,7 @@ SEARCHED = {
     "low_rank": {"method": "low_rank", "latent_dim": [1, 2]},
     "qr": {"method": "qr", "divisor": [2, 7]},
     "coded": {"method": "coded", "subvector_dim": 2, "num_codewords": [4, 8]},
+    "sharded codes": {"method": "coded", "subvector_dim": 2, "num_codewords": [4, 8]},
 }
 
 
@@ -232,7 +233,9 @@ def test_a_search_answers_as_plan_does(recipe, method, tightness):
     memory = int(needed * tightness)
     topology = {"world_size": 2, "device": "cpu", "reserve": "0%", "device_memory": memory}
     config = free.config.model_copy(update={"topology": TopologyConfig(**topology)})
-    limits = limits_of(config, free.base, False)
+    above = 1 if method == "sharded codes" else free.base.train.shard_codes_above
+    training = free.base.train.model_copy(update={"shard_codes_above": above})
+    limits = limits_of(config, free.base.model_copy(update={"train": training}), False)
     devices = PlacementChecker(free.space, free.repair.costs, limits)
     answer = devices.fits(candidate)
     try:

@@ -18,6 +18,7 @@ from tests.training.test_several_staged import DNIS, OPTEMBED, PQ
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 
+FEW = {"generations": 0, "population": 1}
 SHARDED = "train.shard_codes_above=1"
 
 
@@ -36,7 +37,7 @@ def config_of(dataset, *overrides):
         "tables": {
             "embedding_dim": 8,
             "method": PQ,
-            "overrides": {"C1": OPTEMBED, "C2": {**DNIS, "structure": "element"}},
+            "overrides": {"C1": OPTEMBED | FEW, "C2": {**DNIS, "structure": "element"}},
         },
         "model": {"name": "deepfm", "hidden_units": [8], "batch_norm": False},
         "train": {"max_steps": 3, "log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 9},
