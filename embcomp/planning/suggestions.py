@@ -17,6 +17,7 @@ from embcomp.planning.placement import (
     smallest_memory,
     smallest_world,
 )
+from embcomp.planning.planner import beside_rows
 from embcomp.tables.budget import format_bytes, parse_budget
 from embcomp.tables.specs import TableSpec
 
@@ -59,6 +60,7 @@ def for_devices(
     world = smallest_world(modules, query)
     if world is not None:
         found.append(f"--world-size {world}: more devices of this size")
+    found += _sharded_codes(plan, query)
     found += _lighter_optimizer(plan, query)
     found += _compressed(config, sizes, plan, query)
     return found
@@ -108,6 +110,18 @@ def _more_budget(plan: Plan, tables: Sequence[TableSpec]) -> Iterator[str]:
     except EmbcompError:
         return  # an override's own budget cannot be met
     yield f"tables.budget={least} ({format_bytes(least)}): the least that this method reaches"
+
+
+def _sharded_codes(plan: ConfigPlan, query: PlacementRequest) -> Iterator[str]:
+    sharded = replace(query, shard_codes_above=1)
+    stages = plan.on_meta()
+    if [beside_rows(s, sharded) for s in stages] == [beside_rows(s, query) for s in stages]:
+        return
+    try:
+        place(stages, sharded)
+    except PlacementError:
+        return
+    yield "train.shard_codes_above=1: codes, bitmaps and pointers of all tables are sharded"
 
 
 def _lighter_optimizer(plan: ConfigPlan, query: PlacementRequest) -> Iterator[str]:

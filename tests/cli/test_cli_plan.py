@@ -241,6 +241,15 @@ def test_several_methods_in_stages_are_printed_stage_by_stage(files):
     assert not lines_of(files, alone)[0].stage_lines()
 
 
+def test_codes_that_fit_once_they_are_sharded_are_a_way_out(files):
+    coded = "tables.method={name: coded, subvector_dim: 4, num_codewords: 256}"
+    # 4.8 MB of codes, and on each of eight ranks as much of first-order weights and their state.
+    devices = ("--device-memory", "8000000", "--reserve", "0%", "--world-size", "8")
+    result = run(files, coded, *devices)
+    assert result.exit_code == 1 and "train.shard_codes_above=1: codes" in result.stderr
+    assert run(files, coded, *devices, "train.shard_codes_above=1").exit_code == 0
+
+
 def test_codes_of_large_tables_are_billed_to_each_rank_by_the_chunk(files):
     coded = "tables.method={name: coded, subvector_dim: 4, num_codewords: 256}"
     devices = ("--device-memory", "40GiB", "--world-size", "8")
@@ -248,7 +257,7 @@ def test_codes_of_large_tables_are_billed_to_each_rank_by_the_chunk(files):
     assert whole.exit_code == 0 and "are sharded" not in whole.stdout
     sharded = run(files, coded, "train.shard_codes_above=1MiB", *devices)
     # A million ids of four codes of a byte, an eighth of them on each rank.
-    line = "1 coded: codes, bitmaps and pointers of user are sharded: 488.3 KiB of what each rank"
+    line = "1 coded, full: codes, bitmaps and pointers of user are sharded: 488.3 KiB of what each rank"
     assert line in " ".join(sharded.stdout.split())
     plan, _ = lines_of(files, coded)
     beside = {}
