@@ -54,6 +54,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/codes.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/swaps.py
+	$(BIN)/python benchmarks/delta_size.py
 	$(BIN)/python benchmarks/verify_load.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
