@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "unified": {"name": "unified", "num_buckets": 20_000},
     "hash": {"name": "hash", "num_buckets": 2_000},
     "qr": {"name": "qr", "divisor": 16},
-    "pq": {"name": "pq", "subvector_dim": 4, "num_codewords": 256},
+    "pq": {"name": "pq", "subvector_dim": 4, "num_codewords": 64},
 }
 
 
