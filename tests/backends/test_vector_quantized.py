@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from embcomp.backends import LR2VQ, PQ, Coded, Full, LowRank
 from embcomp.backends.base import MethodState, StageInputs
+from embcomp.backends.codebooks import codewords
 from embcomp.backends.codebooks.bit_packing import unpack_bits
 from embcomp.backends.codebooks.clustering import Latents, id_weights, share_cold_rows
 from embcomp.backends.codebooks.latent_choice import choose_latent_dim
@@ -398,8 +399,11 @@ def test_tables_of_several_types_share_no_codewords():
             method.footprint(tables)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("latent_dim", [1, 3])
-def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim, monkeypatch):
+def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim, compiled, monkeypatch):
+    if not compiled:  # then equal ids are searched for once
+        monkeypatch.setattr(codewords, "library", lambda: None)
     tables = plain_tables(8, rows=(40, 300, 5))
     config = LR2VQ(subvector_dim=4, num_codewords=16, latent_dim=latent_dim)
     specs = specs_of(tables)

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from embcomp.backends.codebooks.nearest import nearest
+from embcomp.backends.codebooks.nearest_compiled import library
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, salt, to_signed
@@ -89,6 +90,7 @@ class Codewords(LearnedBuffers):
         self,
         latents: Tensor,
         slots: Tensor,
+        gaps: Tensor,
         chosen: Tensor | None,
         *,
         shared: bool,
@@ -98,10 +100,13 @@ class Codewords(LearnedBuffers):
         Args:
             latents: (N, d).
             slots: (N,) the codeword that each chose, counted over all codebooks.
+            gaps: (N,) their squared distances from it.
             chosen: (N,) whether a row was looked up, or only pads; None when all were.
             shared: whether other ranks have the rest of the step's rows.
         """
-        uses, sums, errors = self._totals(latents.float(), slots, chosen, shared=shared)
+        uses, sums, errors = self._totals(
+            latents.float(), slots, gaps.float(), chosen, shared=shared
+        )
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
         # A moving mean: masses weigh what the codeword was by how much of them is old.
         share = ((1 - self._decay) * uses / self.masses).clamp_(max=1)
@@ -125,11 +130,10 @@ class Codewords(LearnedBuffers):
         return step + 1
 
     def _totals(
-        self, latents: Tensor, slots: Tensor, chosen: Tensor | None, *, shared: bool
+        self, latents: Tensor, slots: Tensor, gaps: Tensor, chosen: Tensor | None, *, shared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks, per codeword: share of uses, sums of latents, squared errors alike."""
         count, size, width = self.words.shape
-        gaps = (latents - self.words.view(-1, width)[slots]).square().sum(1)
         columns = torch.cat([torch.ones_like(gaps)[:, None], latents, gaps[:, None]], dim=1)
         if chosen is not None:
             columns = torch.where(chosen.unsqueeze(1), columns, 0.0)
@@ -252,19 +256,23 @@ class Quantize(Penalised):
             chosen: (N, K) of one alone, whether a row was looked up for a value; None when none pads.
         """
         words = self.codewords.words
-        found = [words[own, c].to(z.dtype) for own, c, z in zip(which, codes, latents)]
+        slots = [own * words.shape[1] + c for own, c in zip(which, codes)]
+        found = [
+            words.flatten(0, 1).index_select(0, slot.reshape(-1)).view_as(z).to(z.dtype)
+            for slot, z in zip(slots, latents)
+        ]
         self.penalty = None
         if not self._learns():
             return found
         gaps = [(z - word).square().sum(2) for z, word in zip(latents, found)]
         if chosen is not None:
             gaps = [own * chosen for own in gaps]
-        total = _joined([own.reshape(-1) for own in gaps]).sum()
-        self.penalty = self._commitment * total / looked_up.features.stride()
-        slots = [own * words.shape[1] + c for own, c in zip(which, codes)]
+        distances = _joined([own.reshape(-1) for own in gaps])
+        self.penalty = self._commitment * distances.sum() / looked_up.features.stride()
         self.codewords.learn(
             _joined([z.detach().reshape(-1, z.shape[2]) for z in latents]),
             _joined([slot.reshape(-1) for slot in slots]),
+            distances.detach(),
             None if chosen is None else chosen.reshape(-1),
             shared=looked_up.sharded,
         )
@@ -297,9 +305,9 @@ class Quantize(Penalised):
         """Whether an id's distances are measured once in a batch.
 
         On CPU most of a step goes into them. In one dimension a search takes less than finding
-        equal ids; elsewhere that would wait for the device, once for each key.
+        equal ids, and so does compiled code; elsewhere that would wait for the device, once for each key.
         """
-        return not reads_wait(latents.device) and latents.shape[2] > 1
+        return not reads_wait(latents.device) and latents.shape[2] > 1 and library() is None
 
     def _chosen(self, looked_up: LookupContext, device: torch.device) -> Tensor | None:
         """(R, K) whether a row was looked up for a value; None when none only pads."""
