@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from embcomp.backends.codebooks.pq import PQ as PQ
     from embcomp.backends.dnis.config import DNIS as DNIS
     from embcomp.backends.dnis.search import DNISSearch as DNISSearch
+    from embcomp.backends.double_hash import DoubleHash as DoubleHash
     from embcomp.backends.full import Full as Full
     from embcomp.backends.hash import Hash as Hash
     from embcomp.backends.low_dim import LowDim as LowDim
+    from embcomp.backends.mapped.mapped import Mapped as Mapped
+    from embcomp.backends.mde import MDE as MDE
+    from embcomp.backends.mlet import MLET as MLET
     from embcomp.backends.qr import QR as QR
     from embcomp.backends.sparse import Sparse as Sparse
+    from embcomp.backends.tt import TT as TT
     from embcomp.backends.unified import Unified as Unified
     from embcomp.backends.widths.matryoshka import Matryoshka as Matryoshka
     from embcomp.backends.widths.optembed import OptEmbed as OptEmbed

@@ -49,7 +49,7 @@ class Backend:
             knows the logical ids and the samples that they were looked up for. Only with
             `needs_unpooled_rows`.
         skips_negative_ids: True when `route` gives a negative id where an id has no row under a key: nothing
-            is looked up there, and zeros stand for it. Only with one `ids_per_value`.
+            is looked up there, and zeros stand for it. Of several `ids_per_value` each may be negative.
     """
 
     physical_tables: Sequence[PhysicalTable]
@@ -266,6 +266,14 @@ class BackendConfig(Constrained, ABC):
             tables: the group, without those that stay full.
             counts: for each table, (num_embeddings,) how often each id occurs; nothing is checked
                 of tables that nobody counted.
+        """
+
+    def check_vocabularies(self, tables: Sequence[TableSpec], digests: Mapping[str, str]) -> None:
+        """Raise a ConfigError where what the method was given is for ids that mean other values.
+
+        Args:
+            tables: the group, without those that stay full.
+            digests: for each table that has a vocabulary, the SHA-256 of its file.
         """
 
     def start_stage(

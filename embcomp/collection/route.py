@@ -246,8 +246,9 @@ def _bags_of_one(
     joined = values[0] if len(values) == 1 else torch.cat(values)
     known: list[int] | None = physical
     if skips and not joined.is_meta:
-        firsts = [ids[::size] for ids, (_, size) in zip(values, parts)]
-        lengths[lengths > 0] *= torch.cat(firsts) >= 0
+        lengths[lengths > 0] = torch.cat(
+            [_not_skipped(ids, size) for ids, (_, size) in zip(values, parts)]
+        )
         joined = joined[joined >= 0]
         known = [int(own.sum()) for own in lengths.split(strides)] if differ else None
     # What the host knows already goes along: TorchRec would look for it in tensors.
@@ -261,6 +262,12 @@ def _bags_of_one(
         stride_per_key=counts if differ else None,
         stride_per_key_per_rank=[[n] for n in counts] if differ else None,
     )
+
+
+def _not_skipped(ids: Tensor, size: int) -> Tensor:
+    """How many of the ids that stand for a value are looked up: (values,) int32."""
+    looked_up = ids >= 0
+    return looked_up.view(-1, size).sum(1, dtype=torch.int32) if size > 1 else looked_up.int()
 
 
 def _lengths(

@@ -33,6 +33,21 @@ class HashedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HashedBeyond:
+    """The row `first + hash` of ids outside `[0, first)`; those have none, and zeros stand for it.
+
+    Args:
+        salt: signed, of 64 bits.
+        num_rows: how many rows there are to choose from.
+        first: the row where they begin.
+    """
+
+    salt: int
+    num_rows: int
+    first: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuotientRow:
     """The row `id // divisor`."""
 
@@ -92,7 +107,14 @@ class RowWithin:
 
 
 IdRoute: TypeAlias = (
-    OwnRow | HashedRow | QuotientRow | RemainderRow | RankedRow | CodedRow | RowWithin
+    OwnRow
+    | HashedRow
+    | HashedBeyond
+    | QuotientRow
+    | RemainderRow
+    | RankedRow
+    | CodedRow
+    | RowWithin
 )
 
 

@@ -18,7 +18,19 @@ TABLES = [
     TableSpec(name=f"t{n}", num_embeddings=rows, embedding_dim=16, feature_names=(f"f{n}",))
     for n, rows in enumerate((60, 90, 75))
 ]
-APART = {"blocks", "full", "hash", "low_dim", "qr", "sparse"}
+APART = {
+    "blocks",
+    "double_hash",
+    "full",
+    "hash",
+    "low_dim",
+    "mapped",
+    "mde",
+    "mlet",
+    "qr",
+    "sparse",
+    "tt",
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from embcomp.backends import (
     DNIS,
     LR2VQ,
+    MDE,
+    MLET,
     PQ,
     QR,
+    TT,
     Blocks,
     Coded,
     DNISSearch,
+    DoubleHash,
     Full,
     Hash,
     LowDim,
     LowRank,
+    Mapped,
     Matryoshka,
     OptEmbed,
     Sparse,
@@ -27,6 +32,11 @@ UNIFORM_05 = 0.05 / 3**0.5  # standard deviation of Unified's rows
 CASES = {
     "full": BackendCase(config=Full(), injective=True),
     "hash": BackendCase(config=Hash(num_buckets=40, collisionless=0), takes_any_id=True),
+    "double_hash": BackendCase(
+        config=DoubleHash(num_buckets=40, private_share=0.3, collisionless=0),
+        takes_any_id=True,
+        init_std=FULL,
+    ),
     "low_dim": BackendCase(config=LowDim(width=5), injective=True, init_std=FULL * (5 / 16) ** 0.5),
     "low_dim_mixed": BackendCase(
         config=LowDim(width=3, widths={"t0": 5, "t1": 4}),
@@ -37,6 +47,17 @@ CASES = {
         config=LowDim(width=9, widths={"t0": 7}, kept={"t0": 33, "t1": 50}),
         init_std=FULL * (8 / 16) ** 0.5,
     ),
+    "mapped": BackendCase(
+        config=Mapped(rows={"t0": (20, 7), "t1": (30, 5, 9)}, skips={"t1": True}),
+    ),
+    "mapped_parts": BackendCase(
+        config=Mapped(rows={"t0": (12, 12, 12), "t1": (300, 20)}, combine="concat", shared=True),
+    ),
+    "mde": BackendCase(config=MDE(alpha=0.5, reference=20), injective=True),
+    "mlet": BackendCase(
+        config=MLET(width=3, factor=2), injective=True, init_std=FULL * (3 / 16) ** 0.5
+    ),
+    "tensor_train": BackendCase(config=TT(rank=5), injective=True),
     "optembed": BackendCase(config=OptEmbed(), injective=True),
     "optembed_rows": BackendCase(config=OptEmbed(prune="rows", norm=2), injective=True),
     "matryoshka": BackendCase(config=Matryoshka(weights={16: 3.0}), injective=True),

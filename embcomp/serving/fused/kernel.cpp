@@ -15,7 +15,9 @@
 
 namespace {
 
-enum Kind : int32_t { kIdentity, kHashed, kQuotient, kRemainder, kRanked, kCode, kWithin };
+enum Kind : int32_t {
+  kIdentity, kHashed, kQuotient, kRemainder, kRanked, kCode, kWithin, kHashedBeyond
+};
 enum RowType : int32_t { kFp32, kFp16, kInt8, kInt4 };
 enum How : int32_t { kSet, kAdd, kMultiply };
 
@@ -78,10 +80,17 @@ inline int64_t code_at(const Step& s, int64_t index) {
   const int64_t start = index * bits;
   const uint8_t* byte = s.state + (start >> 3);
   const int64_t shift = start & 7;
-  uint32_t word = byte[0];
-  if (shift + bits > 8) word |= uint32_t(byte[1]) << 8;
-  if (shift + bits > 16) word |= uint32_t(byte[2]) << 16;
-  return (word >> shift) & ((1u << bits) - 1);
+  uint64_t word = byte[0];
+  if (shift + bits > 8) word |= uint64_t(byte[1]) << 8;
+  if (shift + bits > 16) word |= uint64_t(byte[2]) << 16;
+  if (shift + bits > 24) word |= uint64_t(byte[3]) << 24;
+  if (shift + bits > 32) word |= uint64_t(byte[4]) << 32;
+  return int64_t((word >> shift) & ((1ull << bits) - 1));
+}
+
+inline int64_t hashed(const Step& s, int64_t id) {
+  const uint64_t hash = splitmix(uint64_t(id ^ s.a)) & 0x7FFFFFFFFFFFFFFFull;
+  return int64_t(hash - quotient(hash, uint64_t(s.b), uint64_t(s.c)) * uint64_t(s.b));
 }
 
 // The row of an id, kSkipped where it has none.
@@ -89,10 +98,8 @@ inline int64_t row_of(const Step& s, int64_t id) {
   switch (s.kind) {
     case kIdentity:
       return id;
-    case kHashed: {
-      const uint64_t hash = splitmix(uint64_t(id ^ s.a)) & 0x7FFFFFFFFFFFFFFFull;
-      return int64_t(hash - quotient(hash, uint64_t(s.b), uint64_t(s.c)) * uint64_t(s.b));
-    }
+    case kHashed:
+      return hashed(s, id);
     case kQuotient:
       return int64_t(quotient(uint64_t(id), uint64_t(s.a), uint64_t(s.c)));
     case kRemainder:
@@ -111,6 +118,8 @@ inline int64_t row_of(const Step& s, int64_t id) {
       return code_at(s, id * s.a + s.b) + s.c;
     case kWithin:
       return id >= s.a && id < s.b ? id - s.a : kSkipped;
+    case kHashedBeyond:
+      return id >= 0 && id < s.d ? kSkipped : s.d + hashed(s, id);
   }
   return kBad;
 }
@@ -295,6 +304,7 @@ bool find_rows(const Step& s, const int64_t* ids, int64_t size, const uint8_t** 
     case kRanked: return find_rows_of<kRanked>(s, ids, size, rows, stride);
     case kCode: return find_rows_of<kCode>(s, ids, size, rows, stride);
     case kWithin: return find_rows_of<kWithin>(s, ids, size, rows, stride);
+    case kHashedBeyond: return find_rows_of<kHashedBeyond>(s, ids, size, rows, stride);
   }
   return false;
 }

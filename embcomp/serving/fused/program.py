@@ -22,6 +22,7 @@ from embcomp.layers.fused_lookups import (
     FusableRoute,
     FusedEmbedding,
     FusedRoutes,
+    HashedBeyond,
     HashedRow,
     IdRoute,
     OwnRow,
@@ -184,7 +185,7 @@ def _add_feature(
         if placed.how == "set" and placed.columns is None:
             covered += step["out_width"] or step["width"]
     skips = any(
-        isinstance(route, RowWithin)
+        isinstance(route, RowWithin | HashedBeyond)
         for placed in embedding.rows
         for route in routes.by_key[backend.keys[placed.key]]
     )
@@ -258,6 +259,12 @@ def _(route: OwnRow, writer: _Writer) -> dict[str, Any]:
 @_route.register
 def _(route: HashedRow, writer: _Writer) -> dict[str, Any]:
     return {"kind": 1, "a": route.salt, "b": route.num_rows, "c": _magic(route.num_rows)}
+
+
+@_route.register
+def _(route: HashedBeyond, writer: _Writer) -> dict[str, Any]:
+    own = {"a": route.salt, "b": route.num_rows, "c": _magic(route.num_rows), "d": route.first}
+    return {"kind": 7} | own
 
 
 @_route.register

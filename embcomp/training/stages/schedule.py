@@ -93,8 +93,15 @@ class StageSchedule:
                 raise ConfigError(f"{group.method.name}: {missing}")
 
     def check_ids(self, info: DatasetInfo) -> None:
-        """Raise before any training where ids are not ranked as a method needs them to be."""
+        """Raise before any training where ids are not ranked or numbered as a method needs them to be."""
         groups = [] if self.plan is None else self.plan.groups
+        vocabularies = {
+            feature.name: info.checksums[feature.vocabulary].sha256
+            for feature in info.categorical
+            if feature.vocabulary in info.checksums
+        }
+        for method, tables in groups:
+            method.check_vocabularies(tables, vocabularies)
         needing = [(method, tables) for method, tables in groups if method.needs_ranked_ids]
         if not needing:
             return
