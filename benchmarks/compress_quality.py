@@ -1,15 +1,21 @@
-"""AUC of a model in plain TorchRec before and after `compress_`, and after its codewords trained on.
+"""AUC of a model in plain TorchRec before and after `compress_`, and after an epoch of its codewords.
 
-python benchmarks/compress_quality.py DATASET --budgets 10%,5%
+python benchmarks/compress_quality.py DATASET --budgets 10% --seeds 3 [--json FILE]
 
-DATASET is a prepared one (`embcomp generate`, `embcomp prepare`). The model is TorchRec's DeepFM, trained
-for an epoch by plain torch; nothing of embcomp's training takes part.
+DATASET is a prepared one (`embcomp prepare`). The model is TorchRec's DeepFM, trained by plain torch until its
+validation AUC falls; nothing of embcomp's training takes part. Prints, for each budget and method, mean and
+standard deviation over the seeds of the test AUC and of what is lost of the full model of the same seed: as
+compressed, and after an epoch in which codewords, or whatever rows there are, and the network train on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +31,23 @@ from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.training.reporting.metrics import auc
 
-METHODS: tuple[type[BackendConfig], ...] = (PQ, LR2VQ, LowRank, LowDim)
+METHODS: dict[str, type[BackendConfig]] = {
+    method.name: method for method in (PQ, LR2VQ, LowRank, LowDim)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What one method makes of one trained model; AUCs are of the test rows."""
+
+    method: str
+    budget: str
+    seed: int
+    bytes: int
+    full_bytes: int
+    full: float
+    at_once: float
+    after_epoch: float
 
 
 def build(info: DatasetInfo, dim: int) -> nn.Module:
@@ -70,10 +92,10 @@ def train(model: nn.Module, info: DatasetInfo, *, rows: float, dense: float, see
 
 
 @torch.no_grad()
-def test_auc(model: nn.Module, info: DatasetInfo) -> float:
+def auc_on(model: nn.Module, info: DatasetInfo, split: str) -> float:
     model.eval()
     scores, labels = [], []
-    for batch in ParquetLoader(info, "test", batch_size=4096, drop_last=False):
+    for batch in ParquetLoader(info, split, batch_size=4096, drop_last=False):
         scores.append(logits(model, batch))
         labels.append(batch.labels)
     model.train()
@@ -88,27 +110,87 @@ def count(info: DatasetInfo) -> dict[str, Tensor]:
     return found
 
 
+def train_until_best(
+    model: nn.Module, info: DatasetInfo, args: argparse.Namespace, seed: int
+) -> None:
+    """Epochs until the validation AUC falls; the weights are those of its best."""
+    best, kept = 0.0, copy.deepcopy(model.state_dict())
+    for epoch in range(args.epochs):
+        train(model, info, rows=0.05, dense=1e-3, seed=seed + 1000 * epoch)
+        found = auc_on(model, info, "valid")
+        print(f"seed {seed}, epoch {epoch + 1}: validation AUC {found:.4f}", flush=True)
+        if found < best:
+            break
+        best, kept = found, copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
+
+
+def measure_seed(info: DatasetInfo, args: argparse.Namespace, seed: int) -> list[Figures]:
+    torch.manual_seed(seed)
+    counts = count(info)
+    trained = build(info, args.dim)
+    train_until_best(trained, info, args, seed)
+    full = auc_on(trained, info, "test")
+    found = []
+    for budget in args.budgets.split(","):
+        for name in args.methods.split(","):
+            model = copy.deepcopy(trained)
+            report = compress_(model, METHODS[name](budget=budget), counts=counts)
+            at_once = auc_on(model, info, "test")
+            train(model, info, rows=args.rate, dense=args.dense_rate, seed=seed + 1)
+            own = Figures(
+                method=name,
+                budget=budget,
+                seed=seed,
+                bytes=report.bytes,
+                full_bytes=report.full_bytes,
+                full=full,
+                at_once=at_once,
+                after_epoch=auc_on(model, info, "test"),
+            )
+            print(own, flush=True)
+            found.append(own)
+    return found
+
+
+def report(figures: Sequence[Figures]) -> None:
+    print("| budget | method | bytes | full | at once | lost | after an epoch | lost |")
+    print("|---|---|---|---|---|---|---|---|")
+    for budget, method in dict.fromkeys((each.budget, each.method) for each in figures):
+        own = [each for each in figures if (each.budget, each.method) == (budget, method)]
+        cells = [
+            f"{sum(each.bytes for each in own) / sum(each.full_bytes for each in own):.1%}",
+            spread([each.full for each in own]),
+            spread([each.at_once for each in own]),
+            spread([each.full - each.at_once for each in own]),
+            spread([each.after_epoch for each in own]),
+            spread([each.full - each.after_epoch for each in own]),
+        ]
+        print(f"| {budget} | `{method}` | {' | '.join(cells)} |")
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--budgets", default="10%")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6, help="of the full model, at the most")
+    parser.add_argument("--rate", type=float, default=0.01, help="of rows in the epoch more")
+    parser.add_argument("--dense-rate", type=float, default=1e-4, help="of the network in it")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     info = DatasetInfo.load(args.dataset)
-    counts = count(info)
-    trained = build(info, args.dim)
-    train(trained, info, rows=0.05, dense=1e-3, seed=args.seed)
-    print(f"full: test AUC {test_auc(trained, info):.4f}", flush=True)
-    for budget in args.budgets.split(","):
-        for method in METHODS:
-            model = copy.deepcopy(trained)
-            report = compress_(model, method(budget=budget), counts=counts)
-            line = f"{method.name} {budget}: {report.bytes:,} of {report.full_bytes:,} bytes, "
-            line += f"test AUC {test_auc(model, info):.4f}"
-            train(model, info, rows=0.01, dense=1e-4, seed=args.seed + 1)
-            print(f"{line}, {test_auc(model, info):.4f} after an epoch more", flush=True)
+    figures = [each for seed in range(args.seeds) for each in measure_seed(info, args, seed)]
+    report(figures)
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(each) for each in figures], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from embcomp.backends import BACKENDS
 from embcomp.backends.base import BackendConfig, MethodState, StageInputs
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import UNCOMPRESSED, Plan, ResolvedPlan
-from embcomp.errors import ConfigError, DataError
+from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import did_you_mean, listed
 from embcomp.layers.block_work import IN_MEMORY, Item, Statistics, Work
 from embcomp.layers.row_sources import RowSource
@@ -167,43 +167,6 @@ class _Named:
         sizes: Sequence[int] | None = None,
     ) -> RowSource:
         return self.work.write(f"{self.label}-{name}", function, items, shape, dtype, sizes=sizes)
-
-
-def check_counts(counts: Mapping[str, Tensor], tables: Iterable[TableSpec]) -> dict[str, Tensor]:
-    """Counts by table, after a look at every one.
-
-    Args:
-        counts: (num_embeddings,) how often each id is looked up.
-        tables: all tables there are.
-
-    Raises:
-        DataError: for a table that does not exist, another length, or what is no count.
-    """
-    known = {table.name: table for table in tables}
-    found: dict[str, Tensor] = {}
-    for name, own in counts.items():
-        if name not in known:
-            raise DataError(
-                f"counts: no table is called {name!r}{did_you_mean(name, known)}; the tables are "
-                f"{listed(known)}"
-            )
-        rows = known[name].num_embeddings
-        if own.dim() != 1 or len(own) != rows:
-            raise DataError(
-                f"counts: table {name!r} has {rows:,} ids, so expected ({rows},) counts; got "
-                f"{tuple(own.shape)}"
-            )
-        if own.dtype is torch.bool or own.is_complex():
-            raise DataError(f"counts: table {name!r}: expected numbers, got {own.dtype}")
-        odd = (~(own.double() >= 0) | own.double().isinf()).nonzero()
-        if len(odd):
-            first = int(odd[0, 0])
-            raise DataError(
-                f"counts: table {name!r}: expected numbers of at least 0; id {first} has "
-                f"{own[first].item()}"
-            )
-        found[name] = own.detach().cpu()
-    return found
 
 
 def method_of(name: str) -> type[BackendConfig]:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
 from embcomp.backends.base import BackendConfig
-from embcomp.collection.collection import (
-    CompressedEmbeddingBagCollection,
-    CompressedEmbeddingCollection,
-)
-from embcomp.collection.plan import Plan, ResolvedPlan, check_known
-from embcomp.collection.single_table import embeddings_of
-from embcomp.compressing.approximation import (
-    approximate,
-    check_approximates,
-    check_counts,
-    sized_by_rows,
-)
-from embcomp.compressing.approximation_error import (
-    CompressedTable,
-    bytes_by_table,
-    measure,
-    table_lines,
-)
+from embcomp.collection.plan import Plan
+from embcomp.compressing.approximation import check_approximates
+from embcomp.compressing.approximation_error import CompressedTable, table_lines
 from embcomp.compressing.model_tables import Include, ModelTables, find_tables
-from embcomp.errors import DataError
+from embcomp.compressing.sharded_model import opened_shards, wrap_again
+from embcomp.compressing.table_forms import TableForms, forms_of
 from embcomp.layers.block_work import IN_MEMORY
-from embcomp.layers.row_sources import MemoryRows
-from embcomp.tables.budget import parse_budget
 
 AnyMethods = Plan | BackendConfig | Mapping[str, BackendConfig]
 
@@ -68,7 +54,6 @@ class CompressionReport:
         return "\n".join([*text, total, *self.notes])
 
 
-@torch.no_grad()
 def compress_(
     model: nn.Module,
     plan: AnyMethods,
@@ -76,6 +61,7 @@ def compress_(
     counts: Mapping[str, Tensor] | None = None,
     include: Include = None,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> CompressionReport:
     """Replace a model's embedding collections by compressed ones with the best approximation of their rows.
 
@@ -84,8 +70,13 @@ def compress_(
     of them can be. The model answers at once, trains on, shards and exports as any other;
     DistributedModelParallel draws rows anew, so that its state dict is loaded into the sharded model.
 
+    A DistributedModelParallel is compressed on all its ranks, each of which makes this call: rows go
+    through files, block by block, so that no rank holds more than it held, and what comes out is
+    sharded by TorchRec's planner, with the in-backward optimizers that the tables had. Optimizers and
+    pipelines that were made for the model before are made anew, as its parameters are others.
+
     Args:
-        model: a trained model that is not sharded.
+        model: a trained model, sharded by DistributedModelParallel or not at all.
         plan: a method for all tables, methods by table name, or a Plan; other tables stay full. A
             budget in bytes is shared by all collections in proportion to what they take.
         counts: by table, (num_embeddings,) how often each id is looked up. The ids of tables
@@ -93,117 +84,46 @@ def compress_(
         include: which collections: a regular expression found in their paths, or a function of path
             and module.
         seed: of what is drawn.
+        folder: of a sharded model, where its tables' rows lie in files while this goes on; all ranks see
+            it. The system's folder for temporary files by default.
 
     Raises:
-        ConfigError: a method that cannot begin from trained rows, a sharded model, nothing to compress.
+        ConfigError: a method that cannot begin from trained rows, counts of another length, what is
+            sharded in another way, nothing to compress.
         BudgetError: a budget below the floor.
-        DataError: counts of another length, or rows with NaN.
+        DataError: rows with NaN.
     """
     wanted = Plan.of(plan)
     check_approximates(wanted)
-    found = find_tables(model, include)
-    specs = [spec for each in found for spec in each.specs]
-    check_known("plan", wanted.overrides, specs)
-    known = check_counts(counts or {}, specs)
-    for each in found:
-        _check_finite(each)
-    plans = [_own_plan(wanted, each, found) for each in found]
-    resolved = [own.resolve(each.specs) for own, each in zip(plans, found)]
-    made = [
-        _compressed(each, own, sizes, known, seed)
-        for each, own, sizes in zip(found, plans, resolved)
-    ]
-    notes = _tied(model, found)
-    for each, (module, _) in zip(found, made):
-        module.train(each.module.training)
-        model = _put(model, each.path, module)
-    return CompressionReport(
-        model=model, tables=[line for _, lines in made for line in lines], notes=notes
+    own = counts or {}
+    if isinstance(model, DistributedModelParallel):
+        with opened_shards(model, include, folder) as shards:
+            forms = forms_of(shards.found, wanted, counts=own, seed=seed, work=shards.work)
+            made = shards.sharded(forms)
+        inside = get_unwrapped_module(model)
+    else:
+        found = find_tables(model, include)
+        forms = forms_of(found, wanted, counts=own, seed=seed, work=IN_MEMORY)
+        made, inside = [_built(each) for each in forms], model
+    notes = _tied(inside, [each.tables for each in forms])
+    for each, module in zip(forms, made):
+        module.train(each.tables.module.training)
+        inside = _put(inside, each.tables.path, module)
+    if isinstance(model, DistributedModelParallel):
+        wrap_again(model, inside)
+        inside = model
+    tables = [line for each in forms for line in each.lines]
+    return CompressionReport(model=inside, tables=tables, notes=notes)
+
+
+@torch.no_grad()
+def _built(forms: TableForms) -> nn.Module:
+    """What takes a collection's place."""
+    module, collection = forms.tables.build(forms.found.plan, None)
+    collection.load_states(
+        [replace(each, form=each.form.in_memory()) for each in forms.found.states]
     )
-
-
-def _own_plan(wanted: Plan, own: ModelTables, found: Sequence[ModelTables]) -> Plan:
-    """The plan of one collection: its tables' overrides, and its share of all budgets in bytes."""
-    names = {spec.name for spec in own.specs}
-    overrides = {name: method for name, method in wanted.overrides.items() if name in names}
-    if len(found) == 1:
-        return replace(wanted, overrides=overrides)
-    full = sum(spec.full_bytes for each in found for spec in each.specs)
-    part = sum(spec.full_bytes for spec in own.specs)
-
-    def share(budget: str | int | None) -> int | None:
-        if budget is None:
-            return None
-        return max(1, parse_budget(budget, full_bytes=full) * part // full)
-
-    default = replace(wanted.default, budget=share(wanted.default.budget))
-    return Plan(default=default, overrides=overrides, budget=share(wanted.budget))
-
-
-def _check_finite(tables: ModelTables) -> None:
-    for name, weight in tables.weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            row = int((~torch.isfinite(weight).all(1)).nonzero()[0, 0])
-            raise DataError(
-                f"table {name!r}{f' of {tables.path}' if tables.path else ''}: row {row:,} holds NaN "
-                "or an infinity; nothing was changed. Load weights from before training diverged"
-            )
-
-
-def _compressed(
-    tables: ModelTables,
-    wanted: Plan,
-    plan: ResolvedPlan,
-    counts: Mapping[str, Tensor],
-    seed: int,
-) -> tuple[nn.Module, list[CompressedTable]]:
-    """What takes a collection's place, and what that costs."""
-    rows = {name: MemoryRows(weight.cpu()) for name, weight in tables.weights.items()}
-    own = {spec.name: counts[spec.name] for spec in tables.specs if spec.name in counts}
-    allowed = _allowed(wanted, plan)
-    if allowed is not None:
-        plan = sized_by_rows(wanted, plan, allowed, rows, counts=own)
-    found = approximate(plan, rows, counts=own, seed=seed)
-    module, collection = tables.build(found.plan)
-    assert isinstance(collection, (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection))
-    collection.load_states([replace(each, form=each.form.in_memory()) for each in found.states])
-    collection.eval()
-    sizes = bytes_by_table(
-        [(group, config.footprint(group).serve_bytes) for config, group in found.plan.groups]
-    )
-    lines = []
-    for spec in tables.specs:
-        error = measure(
-            spec,
-            rows[spec.name],
-            lambda table, ids: embeddings_of(collection, table, ids),
-            counts=own.get(spec.name),
-            work=IN_MEMORY,
-        )
-        line = CompressedTable(
-            table=spec.name,
-            place=tables.path,
-            method=found.plan.methods[spec.name].name,
-            rows=spec.num_embeddings,
-            columns=spec.embedding_dim,
-            full_bytes=spec.full_bytes,
-            bytes=sizes[spec.name],
-            error=error,
-        )
-        lines.append(line)
-    return module, lines
-
-
-def _allowed(wanted: Plan, plan: ResolvedPlan) -> int | None:
-    """Bytes that a plan's tables may take together; None where its sizes are given."""
-    if wanted.budget is not None:
-        return parse_budget(wanted.budget, full_bytes=plan.full_bytes)
-    if wanted.default.budget is None:
-        return None
-    others = [table for table in plan.tables if table.name in wanted.overrides]
-    rest = sum(table.full_bytes for table in plan.tables if table.name not in wanted.overrides)
-    spent = ResolvedPlan(tuple(others), plan.methods).footprint.serve_bytes if others else 0
-    return spent + parse_budget(wanted.default.budget, full_bytes=rest)
+    return module
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:

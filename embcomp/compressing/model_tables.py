@@ -26,10 +26,13 @@ from embcomp.compressing.torch_lookups import (
     config_of,
 )
 from embcomp.errors import ConfigError
+from embcomp.layers.row_sources import MemoryRows, RowSource
 from embcomp.tables.specs import TableSpec, specs_from_configs
 
 Include = str | Callable[[str, nn.Module], bool] | None
-Build = Callable[[ResolvedPlan], tuple[nn.Module, nn.Module]]
+Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+Build = Callable[[ResolvedPlan, torch.device | None], tuple[nn.Module, Collection]]
+ReadSharded = Callable[[str, nn.Module], "ModelTables"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +43,46 @@ class ModelTables:
         path: its name there; empty for the model itself.
         module: the collection.
         specs: its tables.
-        weights: their rows by name, without padding.
-        build: from the plan of its tables, what takes its place, and the compressed collection in it.
+        rows: their rows by name, without padding.
+        build: from the plan of its tables and a device, or None for the collection's own, what takes its
+            place, and the compressed collection in it.
     """
 
     path: str
     module: nn.Module
     specs: list[TableSpec]
-    weights: Mapping[str, Tensor]
+    rows: Mapping[str, RowSource]
     build: Build
 
 
-def find_tables(model: nn.Module, include: Include) -> list[ModelTables]:
+def find_tables(
+    model: nn.Module, include: Include, read_sharded: ReadSharded | None = None
+) -> list[ModelTables]:
     """The collections of a model.
 
     Args:
-        model: any module that is not sharded.
+        model: any module.
         include: a regular expression found in a collection's path, or a function of path and module;
             None takes all.
+        read_sharded: reads a collection of which each rank holds a part; None where none may be.
 
     Raises:
-        ConfigError: the model is sharded, nothing was found, or what was found cannot be compressed.
+        ConfigError: something is sharded that may not be, nothing was found, or what was found cannot
+            be compressed.
     """
     wanted = _wanted(include)
     found: list[ModelTables] = []
     seen: list[str] = []
     known: set[int] = set()
-    for path, module in _collections(model):
+    for path, module in _collections(model, sharded=read_sharded is not None):
         if id(module) in known:  # it stands in several places
             continue
         known.add(id(module))
         seen.append(f"{path or 'the model itself'} ({type(module).__name__})")
         if wanted(path, module):
-            found.append(_read(path, module))
+            is_sharded = any(isinstance(each, ShardedModule) for each in module.modules())
+            read = read_sharded if is_sharded and read_sharded is not None else _read
+            found.append(read(path, module))
     if not found:
         kinds = "EmbeddingBagCollection, EmbeddingCollection, nn.Embedding or nn.EmbeddingBag"
         said = f"include chooses none of {', '.join(seen)}" if seen else f"there is no {kinds}"
@@ -92,53 +102,74 @@ def _wanted(include: Include) -> Callable[[str, nn.Module], bool]:
     return lambda path, module: pattern.search(path) is not None
 
 
-def _collections(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _collections(
+    model: nn.Module, path: str = "", *, sharded: bool
+) -> Iterator[tuple[str, nn.Module]]:
     """The collections in a module, none inside another, one that stands twice only once a place."""
-    if isinstance(model, (DistributedModelParallel, ShardedModule)):
+    refused = (DistributedModelParallel,) if sharded else (DistributedModelParallel, ShardedModule)
+    if isinstance(model, refused):
         raise ConfigError(
-            f"{path or 'the model'} is sharded ({type(model).__name__}), and no rank holds its rows: "
-            "compress the model before DistributedModelParallel wraps it, or save its state dict with "
-            "torch.distributed.checkpoint and give `embcomp compress` the folder"
+            f"{path or 'the model'} is sharded ({type(model).__name__}): give `compress_` the "
+            "DistributedModelParallel that shards the whole model, on all ranks"
         )
     if _is_collection(model):
         yield path, model
     elif not isinstance(model, AssembledTables):
         for name, child in model.named_children():
-            yield from _collections(child, f"{path}.{name}" if path else name)
+            yield from _collections(child, f"{path}.{name}" if path else name, sharded=sharded)
 
 
 def _is_collection(module: nn.Module) -> bool:
     if isinstance(module, (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)):
         return all(method == UNCOMPRESSED for method in module.plan.methods.values())
+    if isinstance(module, ShardedModule):
+        return True
     kinds = (EmbeddingBagCollection, EmbeddingCollection, nn.Embedding, nn.EmbeddingBag)
     return isinstance(module, kinds) and not isinstance(module, AssembledTables)
+
+
+def pooled_build(
+    configs: list[EmbeddingBagConfig], own: torch.device, *, is_weighted: bool
+) -> Build:
+    """Builds what takes the place of a collection of bags."""
+
+    def build(plan: ResolvedPlan, device: torch.device | None) -> tuple[nn.Module, Collection]:
+        made = CompressedEmbeddingBagCollection(
+            configs, plan, is_weighted=is_weighted, device=device or own
+        )
+        return made, made
+
+    return build
+
+
+def unpooled_build(
+    configs: list[EmbeddingConfig], own: torch.device, *, need_indices: bool
+) -> Build:
+    """Builds what takes the place of a collection without pooling."""
+
+    def build(plan: ResolvedPlan, device: torch.device | None) -> tuple[nn.Module, Collection]:
+        made = CompressedEmbeddingCollection(
+            configs, plan, device or own, need_indices=need_indices
+        )
+        return made, made
+
+    return build
 
 
 def _read(path: str, module: nn.Module) -> ModelTables:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return _of_torch(path, module)
     configs: list[EmbeddingBagConfig] | list[EmbeddingConfig]
-    build: Build
     if isinstance(module, (EmbeddingBagCollection, CompressedEmbeddingBagCollection)):
-        configs, pooled = module.embedding_bag_configs(), module
-
-        def build(plan: ResolvedPlan) -> tuple[nn.Module, nn.Module]:
-            made = CompressedEmbeddingBagCollection(
-                configs, plan, is_weighted=pooled.is_weighted(), device=pooled.device
-            )
-            return made, made
+        configs = module.embedding_bag_configs()
+        build = pooled_build(configs, module.device, is_weighted=module.is_weighted())
     else:
         assert isinstance(module, (EmbeddingCollection, CompressedEmbeddingCollection))
-        configs, single = module.embedding_configs(), module
-
-        def build(plan: ResolvedPlan) -> tuple[nn.Module, nn.Module]:
-            made = CompressedEmbeddingCollection(
-                configs, plan, single.device, need_indices=single.need_indices()
-            )
-            return made, made
-
+        configs = module.embedding_configs()
+        build = unpooled_build(configs, module.device, need_indices=module.need_indices())
     specs = specs_from_configs(configs)
-    return ModelTables(path=path, module=module, specs=specs, weights=_weights(module), build=build)
+    rows = {name: MemoryRows(weight.cpu()) for name, weight in _weights(module).items()}
+    return ModelTables(path=path, module=module, specs=specs, rows=rows, build=build)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
@@ -164,8 +195,8 @@ def _of_torch(path: str, module: nn.Embedding | nn.EmbeddingBag) -> ModelTables:
     if not weight.is_floating_point():
         raise ConfigError(f"{path}: expected rows of floats, got {weight.dtype}")
 
-    def build(plan: ResolvedPlan) -> tuple[nn.Module, nn.Module]:
-        on = torch.device(weight.device)
+    def build(plan: ResolvedPlan, device: torch.device | None) -> tuple[nn.Module, Collection]:
+        on = device or torch.device(weight.device)
         if isinstance(module, nn.EmbeddingBag):
             bags = CompressedEmbeddingBagCollection([config], plan, is_weighted=True, device=on)
             return CompressedEmbeddingBag(bags, module), bags
@@ -176,6 +207,6 @@ def _of_torch(path: str, module: nn.Embedding | nn.EmbeddingBag) -> ModelTables:
         path=path,
         module=module,
         specs=specs_from_configs([config]),
-        weights={name: weight if weight.dtype == torch.float32 else weight.float()},
+        rows={name: MemoryRows(weight.cpu().float())},
         build=build,
     )

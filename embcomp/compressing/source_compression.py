@@ -21,17 +21,12 @@ from torch import Tensor
 from embcomp.backends.base import BackendConfig
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.table_row_types import RowTypes
-from embcomp.compressing.approximation import (
-    approximate,
-    check_approximates,
-    check_counts,
-    sized_by_rows,
-)
+from embcomp.compressing.approximation import approximate, check_approximates, sized_by_rows
 from embcomp.compressing.approximation_error import CompressedTable, bytes_by_table, measure
 from embcomp.compressing.artefact_streaming import StreamedForms
 from embcomp.compressing.found_tensors import TensorSource
-from embcomp.compressing.kept_work import KeptWork, Step, in_silence
 from embcomp.compressing.opened_source import open_source
+from embcomp.compressing.shown_steps import ShownSteps, Step, in_silence
 from embcomp.compressing.sizing import plan_within, served_bytes
 from embcomp.compressing.table_choice import ChosenTable, choose_tables, source_bytes
 from embcomp.compressing.table_counts import read_counts
@@ -39,6 +34,7 @@ from embcomp.errors import ArtefactError, EmbcompError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.folder_lock import folder_lock
 from embcomp.layers.block_work import Work
+from embcomp.layers.id_counts import check_counts
 from embcomp.layers.row_sources import RowSource
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.artefact_loading import load
@@ -46,8 +42,11 @@ from embcomp.serving.artefact_saving import save_forms
 from embcomp.serving.modules import ServingEmbeddingBagCollection
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.specs import TableSpec
+from embcomp.training.distributed.process import Process
+from embcomp.training.stages.folder_work import BLOCK_COST, FolderWork
 
 _JOB = "job.json"
+_ALONE = Process(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +136,8 @@ def open_job(job: SourceJob) -> OpenedJob:
     """Look at a job's source, and find the size that its budget allows.
 
     Raises:
-        DataError: a source of unknown layout, damaged, or without tables; counts that do not fit.
-        ConfigError: a method that cannot begin from trained rows.
+        DataError: a source of unknown layout, damaged, or without tables; a file of counts that is none.
+        ConfigError: a method that cannot begin from trained rows, or counts that do not fit.
         BudgetError: a budget below the method's floor.
     """
     check_approximates(Plan(default=job.method))
@@ -146,7 +145,7 @@ def open_job(job: SourceJob) -> OpenedJob:
     tables = choose_tables(source, job.include)
     specs = [table.spec for table in tables]
     job.types.check([spec.name for spec in specs], "--dtype")
-    counts = {} if job.counts is None else check_counts(read_counts(job.counts, specs), specs)
+    counts = {} if job.counts is None else check_counts(specs, read_counts(job.counts, specs))
     full = source_bytes(tables)
     allowed = parse_budget(job.budget, full_bytes=full)
     plan = plan_within(job.method, specs, allowed, job.types)
@@ -171,8 +170,11 @@ def compress_source(opened: OpenedJob, out: Path, step: Step = in_silence) -> So
     """
     if out.exists() or out.is_symlink():
         raise ArtefactError(f"{out} exists and is left as it is; remove it or name another folder")
-    with _kept_folder(out, _description(opened)) as (folder, resumed):
-        work = KeptWork(folder, step)
+    with (
+        _kept_folder(out, _description(opened)) as (folder, resumed),
+        ShownSteps(step) as shown,
+        FolderWork(folder, _ALONE, BLOCK_COST, shown) as work,
+    ):
         rows = {table.spec.name: table.rows() for table in opened.tables}
         plan = opened.sized(rows, work)
         found = approximate(plan, rows, counts=opened.counts, work=work)

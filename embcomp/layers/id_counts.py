@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import did_you_mean, listed
 from embcomp.tables.specs import TableSpec
 
 _LEAST_SHARE = 0.9  # of the look-ups that as many of the most frequent ids have
@@ -37,26 +38,42 @@ def counts_of_range(
     return counts[table.name][start:stop].to(torch.float64)
 
 
-def check_counts(tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
-    """Raise a ConfigError for counts of tables that are not there, or that cannot be counts."""
+def check_counts(tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Counts by table on the CPU, after a look at every one.
+
+    Args:
+        tables: all tables there are.
+        counts: by table, (num_embeddings,) how often each id occurs.
+
+    Raises:
+        ConfigError: for a table that does not exist, another length, or what is no count.
+    """
     known = {table.name: table for table in tables}
+    found: dict[str, Tensor] = {}
     for name, own in counts.items():
         if name not in known:
             raise ConfigError(
-                f"counts: no table is called {name!r}; the tables are {', '.join(known)}"
+                f"counts: no table is called {name!r}{did_you_mean(name, known)}; the tables are "
+                f"{listed(known)}"
             )
-        wanted = (known[name].num_embeddings,)
-        if not isinstance(own, Tensor) or tuple(own.shape) != wanted:
+        rows = known[name].num_embeddings
+        if not isinstance(own, Tensor) or tuple(own.shape) != (rows,):
             shape = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ConfigError(
-                f"counts: table {name!r} has {wanted[0]:,} ids; expected a tensor {wanted} of how "
-                f"often each occurs, got {shape}"
+                f"counts: table {name!r} has {rows:,} ids; expected a tensor {(rows,)} of how often "
+                f"each occurs, got {shape}"
             )
-        if not bool(torch.isfinite(own.double()).all()) or bool((own < 0).any()):
+        if own.dtype is torch.bool or own.is_complex():
+            raise ConfigError(f"counts: table {name!r}: expected numbers, got {own.dtype}")
+        odd = (~(own.double() >= 0) | own.double().isinf()).nonzero()
+        if len(odd):
+            first = int(odd[0, 0])
             raise ConfigError(
-                f"counts: those of table {name!r} must be finite and at least 0; id "
-                f"{int((~(own.double() >= 0) | own.double().isinf()).nonzero()[0])} has another"
+                f"counts: those of table {name!r} must be finite and at least 0; id {first} has "
+                f"{own[first].item()}"
             )
+        found[name] = own.detach().cpu()
+    return found
 
 
 def check_ranked(

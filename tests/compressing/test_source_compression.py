@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import embcomp
 from embcomp.cli import app
 from embcomp.collection.table_row_types import RowTypes
-from embcomp.compressing import kept_work
 from embcomp.compressing.approximation import method_of
 from embcomp.compressing.source_compression import (
     SourceJob,
@@ -25,6 +24,7 @@ from embcomp.compressing.source_compression import (
     kept_folder,
     open_job,
 )
+from embcomp.training.stages import folder_work
 
 ROWS, DIM = 700, 12
 NAME = "sparse.ebc.embedding_bags.user.weight"
@@ -120,6 +120,35 @@ def test_scales_of_8_bit_rows_are_counted_in(tmp_path):
         job(path, budget="8MiB").tables[0].rows()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("method", "row_type", "budget", "most"),
+    [("full", "int8", "110%", 0.01), ("full", "int4", "56%", 0.12), ("pq", "fp32", "20%", 0.6)],
+)
+def test_the_table_of_a_language_model_is_one_tensor_among_others(
+    dtype, method, row_type, budget, most, tmp_path
+):
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(2048, 8, generator=random) @ torch.randn(8, 256, generator=random)
+    scales = latent.abs().amax(1, keepdim=True) / 448
+    rows = latent.to(dtype) if dtype is torch.bfloat16 else (latent / scales).to(dtype)
+    network = {"model.layers.0.mlp.up_proj.weight": torch.zeros(512, 256).bfloat16()}
+    if dtype is not torch.bfloat16:
+        network["model.embed_tokens.weight_scale"] = scales
+    safetensors.torch.save_file({"model.embed_tokens.weight": rows}, tmp_path / "a.safetensors")
+    safetensors.torch.save_file(network, tmp_path / "b.safetensors")
+    places = {"model.embed_tokens.weight": "a.safetensors"}
+    places |= dict.fromkeys(network, "b.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    opened = job(tmp_path, method, budget, row_type)
+    compress_source(opened, tmp_path / "out")
+    serving = embcomp.load(tmp_path / "out", mmap=True)
+    was = opened.tables[0].rows().whole()
+    now = serving.lookup("embed_tokens", torch.arange(2048).reshape(2, 1024)).reshape(2048, 256)
+    assert (now - was).norm() <= most * was.norm()
+
+
 @pytest.mark.parametrize(
     ("method", "dtype"), [("pq", "fp32"), ("full", "int8"), ("low_rank", "int8")]
 )
@@ -150,7 +179,7 @@ def test_a_killed_command_goes_on_and_leaves_what_an_undisturbed_one_does(
     method, after, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("embcomp.layers.block_work.BLOCK_BYTES", 1 << 12)  # of 256 rows
-    path, keep, made = as_npy(tmp_path, table()), kept_work._keep, []
+    path, keep, made = as_npy(tmp_path, table()), folder_work.write_piece, []
 
     def counted(*arguments):
         made.append(arguments[0])
@@ -158,7 +187,7 @@ def test_a_killed_command_goes_on_and_leaves_what_an_undisturbed_one_does(
             raise Killed
         keep(*arguments)
 
-    monkeypatch.setattr(kept_work, "_keep", counted)
+    monkeypatch.setattr(folder_work, "write_piece", counted)
     limit = None
     compress_source(job(path, method, "20%"), tmp_path / "whole")
     total, limit = len(made), after
@@ -179,16 +208,16 @@ def test_a_killed_command_goes_on_and_leaves_what_an_undisturbed_one_does(
 
 
 def test_kept_blocks_of_another_job_are_not_gone_on_from(tmp_path, monkeypatch):
-    path, keep = as_npy(tmp_path, table()), kept_work._keep
+    path, keep = as_npy(tmp_path, table()), folder_work.write_piece
 
     def killed(*arguments):
         keep(*arguments)
         raise Killed
 
-    monkeypatch.setattr(kept_work, "_keep", killed)
+    monkeypatch.setattr(folder_work, "write_piece", killed)
     with pytest.raises(Killed):
         compress_source(job(path, "low_rank", "20%"), tmp_path / "out")
-    monkeypatch.setattr(kept_work, "_keep", keep)
+    monkeypatch.setattr(folder_work, "write_piece", keep)
     os.utime(path, ns=(1, 1))  # another table of the same shape
     assert not compress_source(job(path, "low_rank", "20%"), tmp_path / "out").resumed
 
@@ -261,7 +290,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(write, words, said, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"count": [1.0] * 9}, r"has 700 ids, so expected \(700,\) counts; got \(9,\)"),
+        ({"count": [1.0] * 9}, r"has 700 ids; expected a tensor \(700,\) .*, got \(9,\)"),
         ({"id": [1, 700], "count": [1, 2]}, "the counts name id 700"),
         ({"id": [1, 1], "count": [1, 2]}, "an id stands twice"),
         ({"id": [1], "count": [None]}, "id 1 has nan"),
@@ -273,7 +302,7 @@ def test_counts_that_do_not_fit_are_refused(columns, said, tmp_path):
     counts = tmp_path / "counts.parquet"
     schema = {"count": pl.Int64} if columns.get("count") == [None] else None
     pl.DataFrame(columns, schema_overrides=schema).write_parquet(counts)
-    with pytest.raises(embcomp.DataError, match=said):
+    with pytest.raises((embcomp.ConfigError, embcomp.DataError), match=said):
         job(as_npy(tmp_path, table()), counts=counts)
 
 

@@ -1,4 +1,4 @@
-"""What `compress_` leaves trains on under DistributedModelParallel; what is sharded already is refused."""
+"""What `compress_` leaves trains on under DistributedModelParallel, whose checkpoints are sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrec.distributed.planner import (
 )
 from torchrec.optim import RowWiseAdagrad
 
-from embcomp import LR2VQ, PQ, ConfigError, LowRank, compress_, load
+from embcomp import LR2VQ, PQ, LowRank, compress_, load
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.compressing.approximation import method_of
 from embcomp.compressing.source_compression import SourceJob, compress_source, open_job
@@ -81,14 +81,6 @@ def test_rows_train_on_with_fused_optimizers_while_codes_rest(method):
     after = {n: b for n, b in sharded.module.named_buffers() if n.endswith("codes")}
     assert [torch.equal(a, b) for a, b in zip(codes.values(), after.values())].count(False) == 0
     assert len(after) == len(codes)
-
-
-def test_a_sharded_model_is_refused_with_the_way_out():
-    sharded = DistributedModelParallel(model(), device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="is sharded .*DistributedModelParallel wraps it.*folder"):
-        compress_(sharded, PQ(budget="20%"))
-    with pytest.raises(ConfigError, match="0 is sharded"):
-        compress_(sharded.module, PQ(budget="20%"))
 
 
 def test_a_sharded_checkpoint_of_torchrec_is_a_source(tmp_path):

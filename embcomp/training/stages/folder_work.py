@@ -1,7 +1,8 @@
 """Work on blocks whose results are files: shared by ranks, and gone on with after a kill.
 
 Every rank does its own share of the blocks, a contiguous one, and writes what comes out of each as a file
-(`embcomp.training.files.row_pieces`). A file that is there is not made again. A rank that is done waits for
+(`embcomp.training.files.row_pieces`). A file that is there is not made again; steps of one name are told
+apart by their order, which is the same whenever the same work is gone on with. A rank that is done waits for
 the others by looking at files, not in a collective operation, which would give up after some minutes.
 """
 
@@ -11,12 +12,13 @@ import os
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,10 +32,26 @@ from embcomp.layers.row_sources import RowSource
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.rank_watchdog import RankFailedError
 from embcomp.training.files.row_pieces import PieceRows, RowPiece, read_piece, write_piece
-from embcomp.training.stages.work_progress import WorkProgress
 
 BLOCK_COST = 16 * BLOCK_BYTES
 """What work on a block takes at the most: its rows, and what is made of them in float64."""
+
+
+class Progress(Protocol):
+    """Is told what goes on."""
+
+    def begin(self, name: str, total: int) -> None:
+        """A step of so many blocks of this rank begins."""
+
+    def advance(self) -> None:
+        """A block is done; any thread says so."""
+
+    def wait(self, ranks: Sequence[int]) -> None:
+        """This rank is done, and these are not."""
+
+    def end(self) -> None:
+        """The step is done on all ranks."""
+
 
 _LOOKS = (0.005, 0.5)  # seconds between two looks at what others have done, growing
 
@@ -48,10 +66,10 @@ class FolderWork(AbstractContextManager["FolderWork"]):
         progress: is told what goes on.
     """
 
-    def __init__(self, folder: Path, process: Process, memory: int, progress: WorkProgress) -> None:
+    def __init__(self, folder: Path, process: Process, memory: int, progress: Progress) -> None:
         self._folder, self._process, self._progress = folder, process, progress
         self._lanes = _lanes(memory)
-        self._names: set[str] = set()
+        self._names: Counter[str] = Counter()
         attempt = [uuid.uuid4().hex]
         if process.world_size > 1:
             dist.broadcast_object_list(attempt, src=0)
@@ -114,9 +132,9 @@ class FolderWork(AbstractContextManager["FolderWork"]):
 
     def _do(self, name: str, function: Callable[[Any], Statistics], items: Sequence[Any]) -> Path:
         """Do this rank's share, and wait for the others'."""
-        assert name not in self._names, f"{name} names two steps of the work"
-        self._names.add(name)
-        folder = self._folder / _slug(name)
+        self._names[name] += 1
+        again = self._names[name]
+        folder = self._folder / (_slug(name) if again == 1 else f"{_slug(name)}-{again}")
         folder.mkdir(exist_ok=True)
         rank, ranks = self._process.rank, self._process.world_size
         mine = range(len(items) * rank // ranks, len(items) * (rank + 1) // ranks)

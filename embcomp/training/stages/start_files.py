@@ -23,7 +23,7 @@ from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import atomic_path
 from embcomp.layers.block_work import Work, row_blocks
 from embcomp.layers.learned_buffers import overwriting
-from embcomp.layers.row_sources import MemoryRows, RowSource, as_rows
+from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.training.checkpoint import model_state
 from embcomp.training.files.row_pieces import PieceRows, RowPiece, checksum_of
 from embcomp.training.files.run_checksums import (
@@ -118,7 +118,7 @@ def load_start(folder: Path, sharded: DistributedModelParallel, *, checks: bool)
     if checks:
         check_file(folder / SMALL_FILE)
     small = safetensors.torch.load_file(folder / SMALL_FILE)
-    sources: dict[str, RowSource] = _long_tensors(folder)
+    sources = _long_tensors(folder)
     came = set(small) | set(sources)
     with torch.no_grad(), overwriting(sharded, came):
         state = model_state(sharded)
@@ -128,15 +128,24 @@ def load_start(folder: Path, sharded: DistributedModelParallel, *, checks: bool)
                 f"{folder} holds {odd[0]}, which the stage has not: another embcomp wrote it. "
                 "Go on with that one, or train again under another name"
             )
-        for name, tensor in small.items():
-            if tensor.dim():
-                sources[name] = MemoryRows(tensor)
-                continue
+        fill_state(state, {**small, **sources})
+
+
+def fill_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor | RowSource]) -> None:
+    """Fill a model's tensors, of sharded ones the parts on this rank; every rank does its own.
+
+    Args:
+        state: the model's state dict.
+        tensors: what goes there, whole; narrower where columns of the model's only pad.
+    """
+    for name, whole in tensors.items():
+        if isinstance(whole, Tensor) and not whole.dim():
             for piece, _ in local_pieces(state[name]):
-                piece.copy_(tensor)
-        for name, source in sources.items():
-            for piece, (row, *columns) in local_pieces(state[name]):
-                _fill(piece, source, row, columns[0] if columns else 0)
+                piece.copy_(whole)
+            continue
+        source = as_rows(whole)
+        for piece, (row, *columns) in local_pieces(state[name]):
+            _fill(piece, source, row, columns[0] if columns else 0)
 
 
 def load_optimizer_start(folder: Path, optimizer: CombinedOptimizer, *, checks: bool) -> None:
