@@ -59,16 +59,16 @@ def measure(
     """
 
     def compare(block: RowBlock) -> dict[str, Tensor]:
-        own = rows.read(block.start, block.stop).double()
-        now = look_up(table.name, torch.arange(block.start, block.stop)).double().cpu()
-        squares = (now - own).square().sum(1)
+        own = rows.read(block.start, block.stop)
+        now = look_up(table.name, torch.arange(block.start, block.stop)).cpu()
+        squares = _squares(now - own)
         mass = torch.ones(len(block)).double()
         if counts is not None and bool(counts.any()):
             mass = counts[block.start : block.stop].double()
         worst = squares.argmax()
         return {
             "lost": (mass * squares).sum(),
-            "whole": (mass * own.square().sum(1)).sum(),
+            "whole": (mass * _squares(own)).sum(),
             "worst": squares[worst],
             "row": worst + block.start,
         }
@@ -87,6 +87,14 @@ def measure(
         worst_error=worst**0.5,
         recall=_recall(table, rows, look_up),
     )
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """(n,) float64 squares of the rows' lengths."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    if not bool(lengths.sum().isfinite()):  # beyond float32, as squares
+        lengths = torch.linalg.vector_norm(rows.double(), dim=1)
+    return lengths.double().square()
 
 
 def _recall(table: TableSpec, rows: RowSource, look_up: LookUp) -> float:

@@ -181,7 +181,7 @@ def compress_source(opened: OpenedJob, out: Path, step: Step = in_silence) -> So
         lines: list[CompressedTable] = []
 
         def check(artefact: Path, config: ArtefactConfig) -> ArtefactConfig:
-            serving = load(artefact, rows="torch", verify=False, mmap=True)
+            serving = load(artefact, rows="fbgemm", verify=False, mmap=True)
             assert isinstance(serving, ServingEmbeddingBagCollection)
             sizes = bytes_by_table(
                 [

@@ -68,7 +68,9 @@ def choose_tables(source: TensorSource, include: str | None) -> list[ChosenTable
         ConfigError: the expression is none.
         DataError: there is no table; the text says what was found.
     """
-    able = [tensor for tensor in source.tensors if _can_be_table(tensor)]
+    held = {tensor.name: tensor for tensor in source.tensors}
+    scales = {_scale_of(tensor, held) for tensor in source.tensors if _can_be_table(tensor)}
+    able = [tensor for tensor in source.tensors if _can_be_table(tensor) and tensor not in scales]
     if include is not None:
         try:
             wanted: Callable[[str], object] = re.compile(include).search
@@ -88,7 +90,6 @@ def choose_tables(source: TensorSource, include: str | None) -> list[ChosenTable
             f"{source.path} ({source.layout}): {said} among {len(source.tensors)} tensor(s); "
             f"two axes of numbers have: {_shown(able)}{way_out}"
         )
-    held = {tensor.name: tensor for tensor in source.tensors}
     return [
         ChosenTable(spec=_spec(name, tensor), tensor=tensor, scale=_scale_of(tensor, held))
         for name, tensor in _named(tensors).items()

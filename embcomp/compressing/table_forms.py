@@ -14,6 +14,7 @@ from embcomp.collection.single_table import embeddings_of
 from embcomp.collection.sourced import SourcedTables
 from embcomp.compressing.approximation import Approximated, approximate, sized_by_rows
 from embcomp.compressing.approximation_error import CompressedTable, bytes_by_table, measure
+from embcomp.compressing.found_tensors import first_odd_row
 from embcomp.compressing.model_tables import ModelTables
 from embcomp.errors import DataError
 from embcomp.layers.block_work import RowBlock, Work, row_blocks
@@ -95,8 +96,8 @@ def _check_finite(tables: ModelTables, work: Work) -> None:
     for name, rows in tables.rows.items():
 
         def first_odd(block: RowBlock, rows: RowSource = rows) -> dict[str, Tensor]:
-            odd = (~torch.isfinite(rows.read(block.start, block.stop)).all(1)).nonzero()
-            return {"rows": block.start + odd[:1, 0]}
+            odd = first_odd_row(rows.read(block.start, block.stop))
+            return {"rows": torch.tensor([] if odd is None else [block.start + odd])}
 
         blocks = row_blocks(name, len(rows), rows.shape[1])
         odd = [each["rows"] for each in work.map(f"finite-{name}", first_odd, blocks)]

@@ -165,6 +165,7 @@ class FolderWork(AbstractContextManager["FolderWork"]):
             for rank in list(missing):
                 if _text(folder / f"done-{rank}") == self._attempt:
                     missing.remove(rank)
+                    continue  # what it did since then, the next step tells
                 failure = _text(self._folder / f"failed-{rank}")
                 if failure.startswith(self._attempt):
                     what = failure.removeprefix(self._attempt)
