@@ -15,6 +15,7 @@ clock, which a busy machine spoils.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -35,10 +36,10 @@ import numpy as np
 import torch
 
 from embcomp.tables.budget import parse_budget
-from embcomp.tables.row_types import pack
+from embcomp.tables.row_types import RowType, pack
 
 BLOCK = 1 << 14  # rows
-CASES = {
+CASES: dict[str, tuple[str, RowType, str | None]] = {
     "pq": ("pq", "fp32", None),
     "int8": ("full", "int8", "100%"),
     "int4": ("full", "int4", "100%"),
@@ -85,6 +86,8 @@ def child(settings: dict[str, Any]) -> None:
     from embcomp.collection.table_row_types import RowTypes
     from embcomp.compressing.approximation import method_of
     from embcomp.compressing.source_compression import SourceJob, compress_source, open_job
+    from embcomp.serving.artefact_loading import load
+    from embcomp.serving.modules import ServingEmbeddingBagCollection
 
     torch.set_num_threads(settings["threads"])
     steps: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
@@ -110,10 +113,9 @@ def child(settings: dict[str, Any]) -> None:
     )
     found = compress_source(opened, Path(settings["out"]), step)
     total = (time.process_time() - begun, time.perf_counter() - clock)
-    from embcomp import load
-
-    plan = load(settings["out"], verify=False, mmap=True).plan
-    method = next(iter(plan.methods.values()))
+    serving = load(settings["out"], verify=False, mmap=True)
+    assert isinstance(serving, ServingEmbeddingBagCollection)
+    (method,) = serving.plan.methods.values()
     print(
         json.dumps(
             {
@@ -167,7 +169,7 @@ def against(case: str, source: Path, found: dict[str, Any], threads: int) -> dic
         copying = fastest(lambda: copied(source, rows.nbytes, found["out_bytes"]))
         return {"packing": len(rows) / packing, "read and written": len(rows) / copying}
     try:
-        import faiss
+        faiss = importlib.import_module("faiss")
     except ImportError:
         return {}
     faiss.omp_set_num_threads(threads)
