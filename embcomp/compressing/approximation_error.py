@@ -16,6 +16,7 @@ from embcomp.tables.specs import TableSpec
 NEIGHBOURS = 10
 _QUERIES = 64
 _AMONG = 1 << 13
+_SINGLE = 1e-12  # a row so long has squares that float32 can add up
 
 LookUp = Callable[[str, Tensor], Tensor]
 """Embeddings (N, embedding_dim) of (N,) ids of the table of that name."""
@@ -92,7 +93,7 @@ def measure(
 def _squares(rows: Tensor) -> Tensor:
     """(n,) float64 squares of the rows' lengths."""
     lengths = torch.linalg.vector_norm(rows, dim=1)
-    if not bool(lengths.sum().isfinite()):  # beyond float32, as squares
+    if not _SINGLE < float(lengths.max()) < float("inf"):  # squares that float32 does not have
         lengths = torch.linalg.vector_norm(rows.double(), dim=1)
     return lengths.double().square()
 
