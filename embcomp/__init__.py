@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     )
     from embcomp.serving.artefact_loading import load as load
     from embcomp.serving.artefact_saving import save as save
-    from embcomp.serving.exported_program import load_program as load_program
+    from embcomp.serving.programs.forms import load_program as load_program
     from embcomp.serving.raw_encoder import encoder as encoder
 
 _HOMES = {
@@ -90,7 +90,7 @@ _HOMES = {
     "compress_": "embcomp.compressing.model_compression",
     "encoder": "embcomp.serving.raw_encoder",
     "load": "embcomp.serving.artefact_loading",
-    "load_program": "embcomp.serving.exported_program",
+    "load_program": "embcomp.serving.programs.forms",
     "save": "embcomp.serving.artefact_saving",
     "shard_codes": "embcomp.collection.sharded_codes",
 }

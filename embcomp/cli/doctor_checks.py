@@ -20,6 +20,7 @@ from typing import Any, Literal
 from embcomp.io.checkout import checkout_root, package_folder
 from embcomp.io.compiled_library import cache_folder
 from embcomp.serving.fused.library import why_missing
+from embcomp.serving.programs.compiler import why_no_compiler
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -39,7 +40,10 @@ RUNTIME = (
     "optuna",
     "cmaes",
 )
-OPTIONAL = {"tensorboard": "training writes no TensorBoard logs; metrics.jsonl has them all"}
+OPTIONAL = {
+    "tensorboard": "training writes no TensorBoard logs; metrics.jsonl has them all",
+    "onnxruntime": "no ONNX programs; pip install 'embcomp[onnx]'",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,7 @@ def check() -> DoctorReport:
     findings += _devices(probe)
     findings += _dependencies()
     findings.append(_compiled_lookup())
+    findings.append(_ahead_of_time())
     return DoctorReport(findings=findings, mend=mend_line(findings, probe))
 
 
@@ -112,6 +117,14 @@ def _compiled_lookup() -> Finding:
         return Finding(name="compiled look-up", value=f"built, in {cache_folder()}")
     note = "artefacts are served all the same, more slowly: " + missing
     return Finding(name="compiled look-up", value="none", level="warn", note=note)
+
+
+def _ahead_of_time() -> Finding:
+    missing = why_no_compiler()
+    if missing is None:
+        return Finding(name="aoti packages", value="can be compiled")
+    note = "harmless but for `embcomp export --format aoti`: " + missing
+    return Finding(name="aoti packages", value="none", level="warn", note=note)
 
 
 def installed(name: str) -> str | None:

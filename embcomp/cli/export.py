@@ -27,8 +27,12 @@ def export(
         ),
     ] = None,
     format: Annotated[
-        Literal["safetensors", "pt2"],
-        typer.Option(help="pt2 adds a program that runs where only torch is installed."),
+        Literal["safetensors", "pt2", "onnx", "aoti", "tables"],
+        typer.Option(
+            help="pt2 adds a program that runs where only torch is installed, onnx one for ONNX "
+            "runtimes, aoti one compiled for this machine, for Python and C++, tables one whose tables "
+            "are held elsewhere."
+        ),
     ] = "safetensors",
     dim: Annotated[
         str | None,
@@ -54,10 +58,18 @@ def export(
     max_file_size: Annotated[
         str, typer.Option(help="Bytes of tensors in a file; larger artefacts have several.")
     ] = "4GiB",
+    opset: Annotated[
+        int | None, typer.Option(help="The version of ONNX's operators; 18 by default.")
+    ] = None,
 ) -> None:
     """Export a run's best weights, checked against the trained model on real rows."""
     from embcomp.collection.table_row_types import RowTypes
+    from embcomp.errors import ConfigError
+    from embcomp.serving.programs.onnx_program import OPSET
     from embcomp.training.export.export import export_run
+
+    if opset is not None and format != "onnx":
+        raise ConfigError(f"--opset is for --format onnx; the format is {format}")
 
     with stoppable(lambda: "no artefact was made; run it again"):
         found = export_run(
@@ -72,6 +84,7 @@ def export(
             tolerance=tolerance,
             data=data,
             max_file_size=max_file_size,
+            opset=OPSET if opset is None else opset,
         )
     print_export(found)
 
@@ -92,6 +105,7 @@ def _widths(text: str | None) -> dict[str, int]:
 
 def print_export(found: Export) -> None:
     """Print what was found, one line each."""
+    from embcomp.serving.programs.forms import FILES
     from embcomp.tables.budget import format_bytes
 
     assert found.saved is not None
@@ -124,8 +138,8 @@ def print_export(found: Export) -> None:
             f"{each.microseconds:,.0f} us for {each.lookups:,} look-ups, "
             f"{each.nanoseconds_per_look_up:,.0f} ns each"
         )
-    if found.program_error is not None:
-        lines["program"] = f"program.pt2, differs from the artefact by {found.program_error:.2g}"
+    for form, error in found.program_errors.items():
+        lines["program"] = f"{FILES[form][0]}, differs from the artefact by {error:.2g}"
     size = sum(file.stat().st_size for file in found.saved.path.rglob("*") if file.is_file())
     lines["folder"] = f"{found.saved.path}, {format_bytes(size)} with vocabularies"
     for key, value in lines.items():

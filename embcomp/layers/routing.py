@@ -35,6 +35,9 @@ def key_offsets(features: KeyedJaggedTensor) -> list[int]:
 
 def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
     """One constant per key `(keys,)` repeated for each of the key's values `(N,)`."""
+    count = common_count(features)
+    if count is not None:  # what every exporter can say
+        return constants.unsqueeze(1).expand(-1, count).reshape(-1)
     counts = on_device(features.length_per_key(), constants.device)
     return constants.repeat_interleave(counts, output_size=features.values().numel())
 

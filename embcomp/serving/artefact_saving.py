@@ -13,11 +13,12 @@ Nothing is pickled. A folder is complete or not there, and an existing one is ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from embcomp.collection.collection import (
@@ -46,8 +47,9 @@ from embcomp.serving.artefact_folder import (
 )
 from embcomp.serving.artefact_integrity import check_vocabularies, with_checksums
 from embcomp.serving.artefact_loading import load
-from embcomp.serving.artefact_parity import check_answers
+from embcomp.serving.artefact_parity import check_answers, sampled_batches
 from embcomp.serving.artefact_parts import ArtefactPart, ServingForms, network_tensors
+from embcomp.serving.programs.forms import Form, FormBatch, check_form, check_forms, write_form
 from embcomp.tables.budget import parse_budget
 
 Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
@@ -84,6 +86,7 @@ def save(
     budget: str | int | None = None,
     max_file_size: str | int = MAX_FILE_SIZE,
     counts: Mapping[str, Tensor] | None = None,
+    formats: Sequence[Form] = (),
 ) -> Saved:
     """Write a collection's serving form, which `load` reads back, and compare its answers.
 
@@ -97,13 +100,15 @@ def save(
             an index. A tensor is never split.
         counts: as for `compact`. Who gives them wants the rows that a method's budget prunes to
             go, so the artefact is compared with the compacted collection.
+        formats: programs to write beside the tensors, for bags: `pt2`, `onnx`, `aoti`, `tables`.
 
     Raises:
         ConfigError: a type or a table does not exist, or tables that share rows have several types.
-        ArtefactError: the folder exists already.
+        ArtefactError: the folder exists already, or a format cannot be written here or of these tables.
         BudgetError: the tables are larger than the budget; nothing is left.
         ParityError: the serving form answers otherwise than the collection; nothing is left.
     """
+    check_forms(formats)
     wanted = RowTypes.of(row_type)
     _check_collection(collection)
     wanted.check([table.name for table in collection.plan.tables])
@@ -116,6 +121,11 @@ def save(
         types = part.record.row_types
         serving = load(folder, rows="torch", mmap=True)
         errors.update(check_answers(whole, compacted, serving, types))
+        for form in formats:
+            config = write_form(form, serving, folder, config, bags=True)
+            sampled = sampled_batches(whole.plan, is_weighted=False)
+            batches = [FormBatch(torch.zeros(own.stride(), 0), own) for own in sampled]
+            check_form(form, folder, serving, batches, bags=True)
         return config
 
     saved = _write(

@@ -23,7 +23,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embcomp.collection.groups import table_features
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import PROGRAM_FILE, ArtefactConfig, ProgramRecord
-from embcomp.serving.artefact_integrity import check_file
 from embcomp.serving.id_lookup import SingleIds
 from embcomp.serving.modules import ServingEmbeddingBagCollection, ServingModel
 
@@ -69,13 +68,21 @@ class RectangleTables(nn.Module):
         """Look up and pool: (B, sum of embedding_dims), keys as the collection has them."""
         parts: list[Tensor] = []
         for index, group in enumerate(self._groups):
-            ids = batch.ids[:, self._sources[index]]  # (B, features, L)
-            values = self.single(index, ids.permute(1, 0, 2).flatten(1))
+            values = self.embeddings(index, batch)
             parts += values.split([i.table.embedding_dim for i in group.instances], dim=1)
         if batch.filled is not None:
             parts = self._pooled(parts, batch.filled)
         values = torch.cat([parts[n] for n in self._order], dim=1)
         return KeyedTensor(keys=self.keys, length_per_key=self.dims, values=values)
+
+    def embeddings(self, index: int, batch: Rectangle) -> Tensor:
+        """What a method answers for every id: (B * L, sum of its embedding_dims)."""
+        return self.single(index, self.ids_of(index, batch))
+
+    def ids_of(self, index: int, batch: Rectangle) -> Tensor:
+        """The ids that a method looks up: (its features, B * L)."""
+        ids = batch.ids[:, self._sources[index]]  # (B, features, L)
+        return ids.permute(1, 0, 2).flatten(1)
 
     def _pooled(self, parts: list[Tensor], filled: Tensor) -> list[Tensor]:
         batch, _, length = filled.shape
@@ -183,11 +190,32 @@ def export_program(program: Program) -> torch.export.ExportedProgram:
         ArtefactError: a method's operations cannot be traced, or are not torch's own.
     """
     example = program.example()
-    shapes: dict[str, Any] = {name: {0: torch.export.Dim.DYNAMIC} for name in example}
-    if "lengths" in example:
-        shapes["ids"][2] = torch.export.Dim.DYNAMIC
+    return export_module(program, (example,), (open_sizes(example),))
+
+
+def open_sizes(example: Mapping[str, Tensor]) -> dict[str, Any]:
+    """For each input of a program, which of its sizes stay open."""
+    sizes: dict[str, Any] = {name: {0: torch.export.Dim.DYNAMIC} for name in example}
+    if "ids" in example and example["ids"].dim() == 3:
+        sizes["ids"][2] = torch.export.Dim.DYNAMIC
+    return sizes
+
+
+def export_module(
+    module: nn.Module, example: tuple[Any, ...], sizes: tuple[Any, ...]
+) -> torch.export.ExportedProgram:
+    """Trace a module.
+
+    Args:
+        module: the module.
+        example: its arguments.
+        sizes: for each tensor in them, which of its sizes stay open.
+
+    Raises:
+        ArtefactError: a method's operations cannot be traced, or are not torch's own.
+    """
     with torch.no_grad():
-        exported = torch.export.export(program, (example,), dynamic_shapes=(shapes,), strict=False)
+        exported = torch.export.export(module, example, dynamic_shapes=sizes, strict=False)
     foreign = {
         str(node.target)
         for node in exported.graph.nodes
@@ -212,31 +240,6 @@ def write_program(program: Program, folder: Path, config: ArtefactConfig) -> Art
     torch.export.save(exported, packed, extra_files=inside)
     (folder / PROGRAM_FILE).write_bytes(packed.getbuffer())
     return described
-
-
-def load_program(path: str | Path, *, verify: bool = True) -> nn.Module:
-    """Read an artefact's `program.pt2`, which `torch.export.load` reads without any check.
-
-    Args:
-        path: the artefact's folder.
-        verify: whether to check that the description and the program are the ones that were
-            written.
-
-    Returns:
-        A module that takes and returns what `program` in `config.json` says.
-
-    Raises:
-        ArtefactError: the folder is no artefact, has no program, or is damaged.
-    """
-    folder = Path(path)
-    config = ArtefactConfig.read(folder, verify=verify)
-    if config.program is None:
-        raise ArtefactError(
-            f"{folder} has no program; `embcomp export --format pt2` makes an artefact with one"
-        )
-    if verify:
-        check_file(folder, config, PROGRAM_FILE)
-    return torch.export.load(folder / PROGRAM_FILE).module()
 
 
 def program_inputs(program: Program, dense: Tensor, sparse: KeyedJaggedTensor) -> dict[str, Tensor]:

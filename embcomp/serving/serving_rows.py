@@ -209,6 +209,11 @@ class TorchRows(nn.Module):
             self._buffers[name] = stored.to(device)
         return self
 
+    @property
+    def buffer_names(self) -> dict[str, str]:
+        """The buffer that holds each physical table."""
+        return dict(self._buffer)
+
     def rows_of(self, table: str, ids: Tensor) -> Tensor:
         """(N, dim) float32 rows of a physical table for (N,) ids."""
         stored = self._buffers[self._buffer[table]]

@@ -11,13 +11,15 @@ import safetensors
 import torch
 from typer.testing import CliRunner
 
-from embcomp import load
+from embcomp import load, load_program
 from embcomp.cli import app
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import DataError
 from embcomp.serving.artefact_folder import header_bytes
+from embcomp.serving.exported_program import Program, program_inputs
+from embcomp.serving.programs.forms import FILES
 from embcomp.training import load_model, train
 from tests.helpers.training_cases import toy_config, write_dataset
 
@@ -136,6 +138,31 @@ def test_pt2_adds_a_program_that_scores_rows_alone(run, tmp_path):
     )
     command = [sys.executable, "-c", program]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
+
+
+@pytest.mark.parametrize("form", ["onnx", "tables"])
+def test_other_programs_score_rows_as_the_artefact(run, tmp_path, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime", reason="the extra embcomp[onnx] is not installed")
+    result = export(run, tmp_path / "a", "--format", form, "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    assert f"{FILES[form][0]}, differs from the artefact by" in result.stdout
+    serving, program = load(tmp_path / "a"), load_program(tmp_path / "a", form=form)
+    batch = batches(run, size=11)[0]
+    inputs = program_inputs(
+        Program(load(tmp_path / "a", rows="torch"), bags=True), batch.dense, batch.sparse
+    )
+    wanted = serving(batch.dense, batch.sparse)
+    torch.testing.assert_close(program(inputs)["logits"], wanted, rtol=0, atol=1e-5)
+
+
+def test_an_opset_is_checked_before_anything_is_read(tmp_path):
+    result = export(tmp_path / "none", "--opset", "17")
+    assert result.exit_code == 1 and "--opset is for --format onnx" in result.stderr
+    pytest.importorskip("onnx", reason="the extra embcomp[onnx] is not installed")
+    result = export(tmp_path / "none", "--format", "onnx", "--opset", "17")
+    assert result.exit_code == 1
+    assert "ONNX opset 17: it lacks BitwiseAnd" in " ".join(result.stderr.split())
 
 
 def test_a_model_of_single_valued_features_takes_a_matrix_of_ids(tmp_path):

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
@@ -30,8 +30,9 @@ from embcomp.errors import ArtefactError, ParityError
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_saving import MAX_FILE_SIZE, AnyRowTypes, Saved, save_model
-from embcomp.serving.exported_program import Program, program_inputs, write_program
 from embcomp.serving.modules import ServingModel
+from embcomp.serving.programs.forms import Form, check_form, check_forms, write_form
+from embcomp.serving.programs.onnx_program import OPSET
 from embcomp.tables.budget import parse_budget
 from embcomp.tables.row_types import RowType
 from embcomp.training.build import model_inputs
@@ -42,12 +43,10 @@ from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.opened_model import open_trained
 from embcomp.training.stages.run_context import RunContext
 
-Format = Literal["safetensors", "pt2"]
+Format = Literal["safetensors"] | Form
 
 TOLERANCES: dict[RowType, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.02, "int4": 0.1}
 """How far a click probability may be from the trained model's, by row type."""
-PROGRAM_TOLERANCE = 1e-5
-"""How far a program's probability may be from the artefact's."""
 LATENCY_BATCHES = (1, 4096)
 
 
@@ -98,7 +97,7 @@ class Export:
 
     parity: Parity | None = None
     latencies: list[Latency] = field(default_factory=list)
-    program_error: float | None = None
+    program_errors: dict[Form, float] = field(default_factory=dict)
     saved: Saved | None = None
 
 
@@ -115,6 +114,7 @@ def export_run(
     tolerance: float | None = None,
     data: str | Path | None = None,
     max_file_size: str | int = MAX_FILE_SIZE,
+    opset: int = OPSET,
 ) -> Export:
     """Write the artefact of a finished run's best weights.
 
@@ -122,7 +122,8 @@ def export_run(
         run: the run's folder.
         out: the folder to make; `artefact` in the run's folder by default.
         row_type: how rows are stored, as for `embcomp.save`; the run's `tables.row_types` by default.
-        formats: `pt2` adds a torch.export program to the tensors.
+        formats: `pt2` adds a torch.export program to the tensors, `onnx` one for ONNX runtimes, `aoti`
+            one that is compiled ahead of time.
         dims: columns of single tables, of methods that train every prefix of a row.
         rewrite: whether pruned values leave the vocabulary, in place of a record of them.
         budget: serving bytes of the embedding tables; the run's own by default.
@@ -131,13 +132,16 @@ def export_run(
             by default.
         data: where the run's dataset lies now; where its config says by default.
         max_file_size: bytes of tensors in a file, as for `embcomp.save`.
+        opset: the version of ONNX's operators.
 
     Raises:
-        ConfigError: a row type or its table does not exist.
-        ArtefactError: the run is not finished, or the folder exists.
+        ConfigError: a row type or its table does not exist, or no program can be made of that opset.
+        ArtefactError: a format cannot be written here, the run is not finished, or the folder exists.
         BudgetError: the tables are over the budget.
         ParityError: the artefact does not answer as the trained model does.
     """
+    forms = tuple(format for format in formats if format != "safetensors")
+    check_forms(forms, opset)
     folder = RunFolder(Path(run))
     config = folder.config(data)
     if not folder.report.exists():
@@ -159,7 +163,8 @@ def export_run(
             rewritten=rewritten,
             info=info,
             found=found,
-            formats=tuple(formats),
+            forms=forms,
+            opset=opset,
             rows=rows,
             tolerance=_tolerance(wanted, info) if tolerance is None else tolerance,
         )
@@ -217,7 +222,8 @@ class _Checks:
     rewritten: Rewrite | None
     info: DatasetInfo
     found: Export
-    formats: tuple[Format, ...]
+    forms: tuple[Form, ...]
+    opset: int
     rows: int
     tolerance: float
 
@@ -231,15 +237,13 @@ class _Checks:
         if self.rewritten is not None:
             batches = [_encoded(batch, self.rewritten) for batch in batches]
         self.found.latencies += [measure(serving, batch) for batch in _timed(batches)]
-        if "pt2" not in self.formats:
-            return config
         bags = any(feature.multi_valued for feature in self.info.categorical)
-        program = Program(_load(folder, "torch"), bags=bags)
-        described = write_program(program, folder, config)
-        self.found.program_error = check_program(
-            folder / "program.pt2", program, serving, batches[:2]
-        )
-        return described
+        for form in self.forms:
+            plain = _load(folder, "torch")
+            config = write_form(form, plain, folder, config, bags=bags, opset=self.opset)
+            error = check_form(form, folder, plain, batches[:2], bags=bags)
+            self.found.program_errors[form] = error
+        return config
 
 
 def _load(folder: Path, rows: Literal["auto", "torch"]) -> ServingModel:
@@ -349,27 +353,3 @@ def median_time(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - start)
     return float(np.median(times[2:]))
-
-
-@torch.no_grad()
-def check_program(
-    path: Path, program: Program, serving: ServingModel, batches: Sequence[Batch]
-) -> float:
-    """The largest difference between a written program's probabilities and the artefact's.
-
-    Raises:
-        ParityError: it is more than `PROGRAM_TOLERANCE`.
-    """
-    loaded = torch.export.load(path).module()
-    errors: list[Tensor] = []
-    for batch in batches:
-        found = loaded(program_inputs(program, batch.dense, batch.sparse))["logits"].sigmoid()
-        wanted = serving(batch.dense, batch.sparse).sigmoid()
-        errors.append((found - wanted).abs().max())
-    error = float(torch.stack(errors).max())
-    if not error <= PROGRAM_TOLERANCE:
-        raise ParityError(
-            f"the program differs from the artefact by {error:.2g} in a click probability, more "
-            f"than {PROGRAM_TOLERANCE:g}; nothing was written. Please report this"
-        )
-    return error

@@ -1,0 +1,1 @@
+"""Programs of artefacts in the forms that other runtimes take: ONNX, AOTInductor, and without tables."""
