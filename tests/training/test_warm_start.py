@@ -40,6 +40,7 @@ SHORT = {"epochs": 1, "max_steps": 3}
 
 FIXED: dict[str, dict[str, Any]] = {  # whose rows follow from ids
     "hash": {"name": "hash", "num_buckets": 20, "collisionless": 12},
+    "double_hash": {"name": "double_hash", "num_buckets": 20, "collisionless": 12},
     "unified": {"name": "unified", "num_buckets": 40},
     "qr": {"name": "qr", "divisor": 8},
     "qr-add": {"name": "qr", "divisor": 8, "combine": "add"},
@@ -179,7 +180,7 @@ def known_rows(there, here) -> pl.DataFrame:
 
 CASES = [(name, today) for name in METHODS for today in ("day2", "anew")]
 SHORT_CASES = [
-    *((name, "day2") for name in ("full", "hash", "qr", "pruned", "pq", "dnis")),
+    *((name, "day2") for name in ("full", "double_hash", "qr", "pruned", "pq", "dnis")),
     *((name, "anew") for name in ("full", "pruned", "pq", "hash")),
 ]
 
