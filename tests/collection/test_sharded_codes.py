@@ -20,6 +20,7 @@ from embcomp.layers.shardable_buffers import shardable
 from embcomp.planning.planner import PlacementRequest, beside_rows
 from embcomp.testing.check_data import awkward_tables
 from embcomp.testing.sharded import Setup, shard, train_step
+from tests.helpers.long import long_but
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 
@@ -104,7 +105,11 @@ def pieces_of(value):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "pooled", "names"), [(2, True, METHODS), (4, True, LARGE), (2, False, LARGE)]
+    ("ranks", "pooled", "names"),
+    long_but(
+        [(2, True, METHODS)],
+        [(2, True, METHODS), (4, True, LARGE), (2, False, LARGE)],
+    ),
 )
 def test_losses_and_weights_are_those_of_whole_codes_to_the_bit(workers, ranks, pooled, names):
     for found in workers.run(ranks, train_both, sorted(names), pooled):

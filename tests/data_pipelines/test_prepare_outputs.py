@@ -96,6 +96,7 @@ def die_at_rename(monkeypatch, number, *, after):
     monkeypatch.setattr(Path, "rename", dying)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("number, after", [(1, False), (1, True), (2, False), (2, True)])
 def test_a_death_at_the_last_moves_is_made_good(

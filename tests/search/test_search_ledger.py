@@ -362,6 +362,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.long
 def test_a_search_that_was_killed_whole_goes_on(tmp_path):
     worker = start_worker(tmp_path)
     told = tmp_path / "told.txt"

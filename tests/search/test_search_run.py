@@ -203,6 +203,7 @@ def test_bad_input_is_one_message(recipe, tmp_path, overrides, message):
     assert message in result.stderr and "Traceback" not in result.output
 
 
+@pytest.mark.long
 def test_a_candidate_that_diverges_is_recorded_and_the_search_goes_on(recipe, tmp_path):
     search = write_search(
         tmp_path,
@@ -221,6 +222,7 @@ def test_a_candidate_that_diverges_is_recorded_and_the_search_goes_on(recipe, tm
     assert "the training loss became" in (home / "trials" / "trial-0000.log").read_text()
 
 
+@pytest.mark.long
 def test_methods_in_stages_are_candidates_like_others(recipe, tmp_path):
     methods = [
         {"method": "pq", "subvector_dim": 4, "num_codewords": 8},

@@ -17,6 +17,7 @@ from embcomp.search.samplers.candidate_encoding import Encoding
 from embcomp.search.samplers.optuna_sampler import RepairedSampler, make_encoding, make_source
 from embcomp.search.space.repair import USED
 from embcomp.search.trials.retraining import select_candidates
+from tests.helpers.long import long_but
 from tests.helpers.search_cases import WIDTHS, prepare, write_recipe
 from tests.search.test_search_repair import EVERY_METHOD
 
@@ -79,7 +80,7 @@ def search_of(recipe, sampler, **changes):
     return prepare(recipe, ROWS, **{**settings, **changes})
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", long_but(["greedy", "nsga2"], SAMPLERS))
 def test_each_beats_the_equal_share_and_follows_the_planted_importance(recipe, sampler):
     overrides = {"tables": {"embedding_dim": 16}}
     prepared = search_of(recipe, {"name": sampler, "population": 10}, overrides=overrides)

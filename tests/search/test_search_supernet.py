@@ -62,6 +62,7 @@ def test_a_supernet_refuses_what_is_not_a_width(recipe, tmp_path):
         search(config, folder=tmp_path, quiet=True)
 
 
+@pytest.mark.long
 def test_a_supernet_scores_candidates_after_one_training(recipe, tmp_path):
     groups = [{"choices": [{"method": "low_dim", "width": list(range(1, 9))}]}]
     document = search_document(

@@ -60,6 +60,7 @@ def test_an_artefact_answers_as_what_was_saved(case, rows, tmp_path):
         torch.testing.assert_close(there[key], embeddings, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_unpooled_and_weighted_artefacts_answer_too(case, tmp_path):
     tables = awkward_tables((8, 8, 8))
@@ -101,7 +102,7 @@ def test_bytes_in_the_file_are_those_of_the_footprint(case, row_type, dims, tmp_
             assert measured <= whole.serve_bytes
 
 
-@pytest.mark.parametrize("row_type", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("row_type", long_but(["int8"], ["fp16", "int8", "int4"]))
 @pytest.mark.parametrize("case", CASES)
 def test_narrow_rows_answer_as_their_restored_weights(case, row_type, tmp_path):
     tables = awkward_tables((16, 6, 3))

@@ -21,6 +21,7 @@ from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables, random_batch
 from tests.helpers.artefact_damage import DAMAGES
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ def tensors_of(folder):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(list(CASES)[::3], CASES))
 def test_one_file_and_several_hold_and_answer_the_same(tmp_path, case):
     tables = awkward_tables((10, 6, 3))
     collection = pooled(CASES[case], tables)

@@ -12,6 +12,7 @@ from embcomp import save
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import plain_tables
 from tests.helpers.backends_under_test import CASES
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ print(json.dumps([added(*sys.argv[1:3], options) for options in json.loads(sys.a
 """
 
 
-@pytest.mark.parametrize("case", ["full", "coded"])
+@pytest.mark.parametrize("case", long_but(["coded"], ["full", "coded"]))
 def test_loading_peaks_near_the_size_of_the_artefact_and_mapping_near_nothing(tmp_path, case):
     """An artefact that is nearly all rows, or nearly all codes, which are no rows."""
     rows = {"full": (1 << 20, 1 << 19, 9), "coded": (6 << 20, 2 << 20, 9)}[case]

@@ -11,6 +11,7 @@ import torch
 from embcomp.config.train_config import TrainConfig
 from embcomp.training import Report, load_model, train
 from embcomp.training.loop import Training
+from tests.helpers.long import long_but
 from tests.helpers.training_cases import toy_config, write_dataset
 from tests.training.test_stages import staged_config
 
@@ -94,7 +95,7 @@ def test_rows_losses_metrics_and_weights_are_those_of_one_process(workers, datas
             torch.testing.assert_close(many[3][name], weight, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["dnis", "optembed"])
+@pytest.mark.parametrize("method", long_but(["optembed"], ["dnis", "optembed"]))
 def test_methods_that_search_see_the_same_search_rows_too(workers, dataset, tmp_path, method):
     config = staged_config(dataset, method, "data.drop_last=true", "train.log_every=1")
     one = on_ranks(workers, 1, config, tmp_path / "1")

@@ -107,6 +107,7 @@ def train_without_ranks(setup):
 PLANS = {name: case.config for name, case in CASES.items()} | {"all": ALL_METHODS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "pooled"),
     [*((name, True) for name in PLANS), ("full", False), ("qr_add", False), ("all", False)],

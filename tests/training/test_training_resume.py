@@ -115,6 +115,7 @@ def differences(first, second, path="") -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor")
 # Before the first checkpoint, between two, in the second epoch, and just before the end.
+@pytest.mark.long
 @pytest.mark.parametrize(("world_size", "steps"), [(1, (3, 10, 37)), (2, (27,))])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_as_if_nothing_had_happened(
     dataset, tmp_path, world_size, steps
