@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
-## Kill loops of twenty and more, and the rest of the larger matrices of cases.
+## Kill loops (`EMBCOMP_TEST_KILLS`), and the rest of the larger matrices of cases.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 

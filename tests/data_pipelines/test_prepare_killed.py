@@ -10,11 +10,11 @@ import time
 
 import pytest
 
+from tests.helpers.long import KILLS
 from tests.helpers.raw_logs import folder_bytes, write_criteo
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
 
 SCRIPT = textwrap.dedent(
     """
@@ -45,7 +45,7 @@ def start(raw, out, overwrite="no"):
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+def test_kills_at_random_moments_change_nothing(tmp_path):
     raw, home = tmp_path / "train.txt", tmp_path / "home"
     write_criteo(raw, 4000, values=400)
     process = start(raw, tmp_path / "whole")

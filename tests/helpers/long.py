@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+KILLS = int(os.environ.get("EMBCOMP_TEST_KILLS", "10"))
+"""How often a loop of kills kills; 20 take twice as long."""
 
 
 def long_but(kept: Iterable[Any], values: Iterable[Any]) -> list[Any]:

@@ -14,13 +14,13 @@ import pytest
 
 from embcomp.training import train
 from embcomp.training.reporting.standing import standing_of
+from tests.helpers.long import KILLS
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.training_cases import write_dataset
 from tests.training.test_stages import staged_config
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
 # One process imports everything; each attempt is a fork of it that trains until it is killed.
 ATTEMPTS = """
 import os, sys
