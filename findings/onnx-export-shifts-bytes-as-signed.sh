@@ -49,7 +49,7 @@ def exported(module, x):
         session = onnxruntime.InferenceSession(path)
     except Exception as error:
         text = str(error)
-        return "does not load: " + text[text.find("bound to different") :].partition(") in node")[0]
+        return "does not load: " + text[text.find("bound to different") :].partition(" in node")[0]
     return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0].tolist()
 
 
