@@ -39,6 +39,16 @@ class Rectangle:
     ids: Tensor
     filled: Tensor | None
 
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], *, bags: bool) -> Rectangle:
+        """The batch that a program is given: `ids` (B, F), or (B, F, L) and `lengths` (B, F) with bags."""
+        ids = inputs["ids"]
+        if not bags:
+            return cls(ids.unsqueeze(2), None)
+        slots = torch.arange(ids.shape[2], device=ids.device)
+        filled = slots < inputs["lengths"].unsqueeze(2)
+        return cls(torch.where(filled, ids, 0), filled)
+
 
 class RectangleTables(nn.Module):
     """A serving collection for rectangles: the same route, rows and combine, nothing ragged.
@@ -135,11 +145,7 @@ class Program(nn.Module):
             `logits` (B,), or (B, embedding_dim) for each key of a collection.
         """
         ids = inputs["ids"]
-        batch = Rectangle(ids.unsqueeze(2), None)
-        if self.bags:
-            slots = torch.arange(ids.shape[2], device=ids.device)
-            filled = slots < inputs["lengths"].unsqueeze(2)
-            batch = Rectangle(torch.where(filled, ids, 0), filled)
+        batch = Rectangle.of(inputs, bags=self.bags)
         if self.network is None:
             return self.tables(batch).to_dict()
         dense = inputs["dense"] if self.num_dense else torch.zeros(ids.shape[0], 0)

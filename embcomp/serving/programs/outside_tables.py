@@ -114,11 +114,7 @@ class Route(nn.Module):
             For each look-up, (B, L, ids per value) int64; L is 1 without bags.
         """
         ids = inputs["ids"]
-        batch = Rectangle(ids.unsqueeze(2), None)
-        if self.bags:
-            slots = torch.arange(ids.shape[2], device=ids.device)
-            filled = slots < inputs["lengths"].unsqueeze(2)
-            batch = Rectangle(torch.where(filled, ids, 0), filled)
+        batch = Rectangle.of(inputs, bags=self.bags)
         found: dict[str, Tensor] = {}
         for tables, elsewhere in zip(self.tables, self._elsewhere):
             assert isinstance(tables, RectangleTables)
