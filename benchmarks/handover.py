@@ -148,7 +148,9 @@ def checkouts(against: str, folder: Path) -> Iterator[dict[str, Path]]:
 def write_dataset(folder: Path, checkout: Path, rows: int) -> None:
     """Write a table of so many rows, and two small ones, in a checkout's own format."""
     command = [sys.executable, "-c", DATASET, str(folder), str(rows)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(checkout)})
+    # Not from here: the folder a command runs in comes before PYTHONPATH.
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    subprocess.run(command, check=True, cwd=checkout, env=environment)
 
 
 def measure(

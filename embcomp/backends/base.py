@@ -188,6 +188,13 @@ class BackendConfig(Constrained, ABC):
         names = {name for name, *_ in apart}
         return len(names) < len(apart) or apart != sorted(_stored(self.for_tables(tables), tables))
 
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        """Whether what is drawn or stored depends on the order of these tables, so that it is that of names.
+
+        The parts of other methods have tables as declared, and no keys need be permuted.
+        """
+        return True
+
     def columns(self, table: TableSpec) -> int | None:
         """Columns of a table's rows, where these, padded by zeros, are the embeddings.
 

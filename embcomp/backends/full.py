@@ -43,6 +43,10 @@ class Full(BackendConfig):
         return False  # it is the full table that this builds
 
     @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return False
+
+    @override
     def columns(self, table: TableSpec) -> int:
         return table.embedding_dim
 

@@ -62,6 +62,10 @@ class Hash(BackendConfig):
         )
 
     @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return False
+
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [
             PhysicalTable(

@@ -103,6 +103,10 @@ class LowDim(BackendConfig):
         named = table.name in self.widths or table.name in self.kept
         return not named and self.columns(table) == table.embedding_dim
 
+    @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return any(self.is_pruned(table) for table in tables)
+
     def columns(self, table: TableSpec) -> int:
         """The width in which a table's rows are stored."""
         wanted = self.widths.get(table.name, self.width)

@@ -81,6 +81,10 @@ class QR(BackendConfig):
         return rows * self._width(table) >= table.num_embeddings * table.embedding_dim
 
     @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return False
+
+    @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         return [
             PhysicalTable(

@@ -78,6 +78,10 @@ class Unified(BackendConfig):
     def stores_together(self, tables: Sequence[TableSpec]) -> bool:
         return sum(not self.keeps_full(table) for table in tables) > 1
 
+    @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return self.num_tables > 1  # look-ups are dealt out to the tables in turn
+
     def chunk_dim(self, tables: Sequence[TableSpec]) -> int:
         """Width of a look-up: the widest embedding in `num_chunks` parts, rounded up."""
         return -(-max(table.embedding_dim for table in tables) // self.num_chunks)

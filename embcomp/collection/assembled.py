@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollectionInterface,
 )
 
+from embcomp.backends.base import BackendConfig
 from embcomp.collection.combine import Combine, PooledCombine, UnpooledCombine
 from embcomp.collection.groups import Group, TableFeature, group_labels, table_features
 from embcomp.collection.plan import ResolvedPlan
@@ -39,9 +40,9 @@ def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
         Group(
             label=label,
             config=config,
-            tables=tables,
-            backend=(backend := config.build(tables)),
-            instances=[i for table in tables for i in instances if i.table == table],
+            tables=(own := _in_order(config, tables, plan.tables)),
+            backend=(backend := config.build(own)),
+            instances=[i for table in own for i in instances if i.table == table],
             unpooled=unpooled or backend.needs_unpooled_rows,
         )
         for label, (config, tables) in zip(group_labels(plan.groups), plan.groups)
@@ -54,6 +55,16 @@ def build_groups(plan: ResolvedPlan, *, unpooled: bool) -> list[Group]:
             "that share rows among their tables another seed"
         )
     return groups
+
+
+def _in_order(
+    config: BackendConfig, tables: Sequence[TableSpec], declared: Sequence[TableSpec]
+) -> list[TableSpec]:
+    """A group's tables as its parts have them: as declared, so that no keys need be permuted, if they may."""
+    if config.joins(tables):
+        return list(tables)
+    names = {table.name for table in tables}
+    return [table for table in declared if table.name in names]
 
 
 class AssembledTables(nn.Module):

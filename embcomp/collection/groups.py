@@ -45,7 +45,7 @@ def table_features(tables: Sequence[TableSpec]) -> list[TableFeature]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A method as built for its tables, in the order of their names.
+    """A method as built for its tables: in the order declared, or of their names where they share state.
 
     Args:
         label: what its modules are called in the collection.
