@@ -23,6 +23,7 @@ from embcomp.data_pipelines.schema import (
 )
 from embcomp.errors import DataError, one_line
 from embcomp.io.digests import footer_sha256, sha256_of_file
+from embcomp.io.remote_paths import arrow_input
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
 """What pyarrow raises on damaged files."""
@@ -59,7 +60,7 @@ def record_of(path: Path, positives: int | None = None) -> FileRecord:
         bytes=path.stat().st_size,
         sha256=sha256_of_file(path),
         footer_sha256=footer_sha256(path),
-        rows=pq.read_metadata(path).num_rows,
+        rows=pq.read_metadata(arrow_input(path)).num_rows,
         positives=positives,
     )
 
@@ -107,7 +108,7 @@ def check_vocabularies(info: DatasetInfo) -> None:
             continue
         path = info.folder / feature.vocabulary
         try:
-            values = pq.read_metadata(path).num_rows
+            values = pq.read_metadata(arrow_input(path)).num_rows
         except UNREADABLE as error:
             raise DataError(f"{path} cannot be read: {one_line(error)}") from None
         if values != feature.num_values:
@@ -151,7 +152,7 @@ def check_labels(
 def _positives(info: DatasetInfo, path: Path) -> int:
     positives = 0
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(arrow_input(path), page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 # One column of a row group: a thread each would cost more than it saves.
                 table = file.read_row_group(group, columns=[info.label], use_threads=False)

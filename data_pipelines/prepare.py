@@ -22,17 +22,21 @@ from embcomp.data_pipelines.importers.base import Importer
 from embcomp.data_pipelines.importers.registry import describe_format, make_importer
 from embcomp.data_pipelines.importers.sources import Source, raw_files
 from embcomp.data_pipelines.preparing.describing import versions
+from embcomp.data_pipelines.preparing.engine import Engine, EngineError, LocalEngine
 from embcomp.data_pipelines.preparing.feature_names import check_names
 from embcomp.data_pipelines.preparing.features import choose_features
+from embcomp.data_pipelines.preparing.given_counts import GivenCounts
 from embcomp.data_pipelines.preparing.growth import check_same_features, parse_growth
 from embcomp.data_pipelines.preparing.passes import PreparePasses
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.row_writer import ROWS_PER_GROUP
-from embcomp.data_pipelines.preparing.workspace import Workspace, disk_errors, mib
+from embcomp.data_pipelines.preparing.url_workspace import UrlWorkspace
+from embcomp.data_pipelines.preparing.workspace import Report, Workspace, disk_errors, mib
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.splits import FileSplit, RandomSplit, SplitRule, TimeSplit, parse_split
 from embcomp.errors import DataError
 from embcomp.io.byte_sizes import parse_bytes
+from embcomp.io.remote_paths import RemotePath, as_path, version_of
 
 BLOCKS_PER_PART = 128
 # What two blocks of 4 MiB on their way, the row groups in writing and the allocators were seen to
@@ -54,6 +58,7 @@ def prepare(
     group: str | None = None,
     weight: str | None = None,
     encode: str | Mapping[str, str] | None = None,
+    vocabulary: str | Path | None = None,
     extend: str | Path | None = None,
     room: str | float | None = None,
     decay: float | None = None,
@@ -65,6 +70,7 @@ def prepare(
     report: Callable[[str], None] | None = None,
     rows_per_group: int = ROWS_PER_GROUP,
     blocks_per_part: int = BLOCKS_PER_PART,
+    engine: Engine | None = None,
 ) -> DatasetInfo:
     """Prepare a dataset; the same arguments and raw bytes give the same bytes.
 
@@ -87,8 +93,11 @@ def prepare(
         numeric: a transform for all numeric columns, or one by column. By default the importer's.
         group: the categorical feature that GAUC groups by; by default the importer's.
         weight: the raw column of the rows' weights; by default the schema's.
-        encode: "hash" makes ids hashes of values, without a vocabulary, "vocabulary" counts values;
-            one for all categorical features or one by name. By default the schema's.
+        encode: "hash" makes ids hashes of values, without a vocabulary, "vocabulary" counts values,
+            "ids" takes values for ids; one for all categorical features or one by name. By default the
+            schema's.
+        vocabulary: a folder of counts that someone else took, Parquet with the columns feature, value
+            and count, in place of those of the train split.
         extend: an earlier dataset of the same features: its values keep their ids, new ones come
             after them, and numeric transforms keep its figures.
         room: ids to reserve for values to come, as "20%" or 0.2 of those in use, so that tables keep
@@ -100,6 +109,10 @@ def prepare(
         max_bad_rows: the share of malformed rows above which the call fails.
         progress: show bars on stderr.
         report: called with lines of news: what is resumed, which rows are malformed.
+        rows_per_group: rows of a row group.
+        blocks_per_part: blocks of 4 MiB of a part, which is what a killed run loses at most and what
+            an engine gives a task.
+        engine: what counts, ranks and encodes parts: this process by default, or a `RayEngine`.
 
     Raises:
         DataError: anything that is wrong with the input, the choices or the disk.
@@ -136,11 +149,14 @@ def prepare(
         (column.name for column in features.numeric),
         reader.rename,
     )
+    given = None if vocabulary is None else GivenCounts.find(vocabulary)
+    if given is not None:
+        features = features.counted_elsewhere()
     group = group or table.layout.group
     names = [feature.name for feature in features.categorical]
     if group is not None and group not in names:
         raise DataError(f"group {group!r} is no categorical feature; there are {', '.join(names)}")
-    output = Path(output)
+    output = as_path(output)
     growth = parse_growth(extend, room, decay, retire_after, output)
     bucketed = [each.name for each in features.categorical if each.bucketed]
     if growth is not None and growth.before is not None:
@@ -159,19 +175,30 @@ def prepare(
         blocks_per_part=blocks_per_part,
         raw_format=describe_format(reader, table, bucketed),
         growth=growth,
+        engine=engine or LocalEngine(),
+        given=given,
     )
-    work = Workspace(output, overwrite=overwrite, report=settings.report)
+    work = _workspace(output, overwrite, settings.report)
     fingerprint = _fingerprint(reader, settings)
     work.check_output(fingerprint)
     with disk_errors(work.output), _frugal_arrow(), work.open(fingerprint):
         try:
+            settings.engine.begin(_limit(max_memory), work.mark)
             return PreparePasses(settings=settings, work=work).run()
-        except Exception:
-            # Nothing half-made stays behind an error; after a kill the pieces do stay.
-            work.discard()
+        except Exception as error:
+            # Nothing half-made stays behind an error; after a kill the pieces do stay, and where
+            # an engine or a store fails that is no fault of the input.
+            if not (isinstance(error, EngineError) or work.keeps_after(error)):
+                work.discard()
             raise
         finally:
             table.close()
+
+
+def _workspace(output: Path, overwrite: bool, report: Report) -> Workspace:
+    if isinstance(output, RemotePath):
+        return UrlWorkspace(output, overwrite=overwrite, report=report)
+    return Workspace(output, overwrite=overwrite, report=report)
 
 
 def _fingerprint(reader: Importer, settings: PrepareSettings) -> dict[str, object]:
@@ -182,11 +209,9 @@ def _fingerprint(reader: Importer, settings: PrepareSettings) -> dict[str, objec
         "split": settings.rule.model_dump(),
         "sizes": [settings.rows_per_group, settings.blocks_per_part, settings.max_bad_rows],
         "name": [settings.name, settings.group],
+        "given": settings.given.fingerprint if settings.given is not None else None,
         "growth": settings.growth.fingerprint if settings.growth is not None else None,
-        "files": [
-            [str(f.path), f.split, f.path.stat().st_size, f.path.stat().st_mtime_ns]
-            for f in settings.table.files
-        ],
+        "files": [[str(f.path), f.split, *version_of(f.path)] for f in settings.table.files],
         # Pieces of an interrupted run are in the libraries' own formats.
         "versions": {**versions(), "polars": pl.__version__, "python": platform.python_version()},
     }
@@ -203,13 +228,18 @@ def _frugal_arrow() -> Iterator[None]:
         pa.set_memory_pool(before)
 
 
-def _memory_budget(max_memory: int | str) -> int:
-    """Return what counts, vocabularies and indices may take beside the blocks."""
+def _limit(max_memory: int | str) -> int:
     limit = parse_bytes(str(max_memory))
     if limit is None:
         raise DataError(
             f"max_memory: {max_memory!r} is not a size; write for example 4GiB or 512MiB"
         )
+    return limit
+
+
+def _memory_budget(max_memory: int | str) -> int:
+    """Return what counts, vocabularies and indices may take beside the blocks."""
+    limit = _limit(max_memory)
     held = psutil.Process().memory_info().rss
     memory_budget = limit - held - _BLOCK_MEMORY
     if memory_budget < _LEAST_MEMORY:

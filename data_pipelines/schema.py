@@ -26,6 +26,7 @@ from embcomp.data_pipelines.description import (
 from embcomp.errors import DataError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.io.digests import sha256_of_json
+from embcomp.io.remote_paths import as_path
 
 FORMAT_VERSION = 1
 FILE_NAME = DATASET_FILE
@@ -105,7 +106,8 @@ class CategoricalFeature(_Strict):
     carry that share of the feature's values in the train split.
     `missing` counts the rows without a value in all splits, `num_raw_values` the distinct train
     values before `min_count` was applied.
-    `encode` of "hash" makes ids hashes of the values, so that there is no vocabulary: `hashed_ids`.
+    `encode` of "hash" makes ids hashes of the values, so that there is no vocabulary: `hashed_ids`. That of
+    "ids" says that values are ids already: the vocabulary has those of the train split.
     `room` counts the ids that no value has yet, in a dataset that is to grow; `change` says what became
     of the values of the dataset that it extends.
     """
@@ -122,7 +124,7 @@ class CategoricalFeature(_Strict):
     frequency_quantiles: dict[str, int] = Field(default_factory=dict)
     vocabulary: FilePath = ""
     missing: int = Field(default=0, ge=0)
-    encode: Literal["hash"] | None = None
+    encode: Literal["hash", "ids"] | None = None
     room: int | None = Field(default=None, ge=0)
     change: VocabularyChange | None = None
 
@@ -130,6 +132,11 @@ class CategoricalFeature(_Strict):
     def is_hashed(self) -> bool:
         """Whether ids are hashes of values."""
         return self.encode == "hash"
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether values are ids already."""
+        return self.encode == "ids"
 
     @property
     def num_values(self) -> int:
@@ -345,7 +352,7 @@ class DatasetInfo(_Strict):
             DataError: the file is missing, is not JSON, has another format version, disagrees
                 with this schema, or names a Parquet file that is not there.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         path = folder / FILE_NAME
         content = read_description(path)
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -388,7 +395,7 @@ class DatasetInfo(_Strict):
 
     def save(self, folder: str | Path) -> None:
         """Write `folder/dataset.json` atomically; equal content gives equal bytes."""
-        folder = Path(folder)
+        folder = as_path(folder)
         kept = set(self.files())
         self.checksums = {file: each for file, each in self.checksums.items() if file in kept}
         for source in self.sources:

@@ -14,6 +14,7 @@ from embcomp.data_pipelines.integrity import UNREADABLE, check_quickly, damage, 
 from embcomp.data_pipelines.sample_weights import are_equal, sum_of
 from embcomp.data_pipelines.schema import FILE_NAME, FIRST_ID, CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError, one_line
+from embcomp.io.remote_paths import arrow_input
 
 
 def validate_dataset(folder: str | Path) -> DatasetInfo:
@@ -83,7 +84,7 @@ def _check_contents(info: DatasetInfo) -> None:
 def _check_file(info: DatasetInfo, path: Path) -> tuple[int, float, float]:
     """Return the rows, the sum of labels and that of weights."""
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(arrow_input(path), page_checksum_verification=True)
         if file.schema_arrow.names != info.column_names:
             raise DataError(
                 f"{path} has columns {file.schema_arrow.names}, dataset.json wants "
@@ -148,7 +149,7 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
     path = folder / feature.vocabulary
     columns = ["id", "count"] if feature.change is None else ["id", "count", "decayed", "idle"]
     try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table = pq.read_table(arrow_input(path), columns=columns, page_checksum_verification=True)
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     ids, counts = table.column("id").to_numpy(), table.column("count").to_numpy()

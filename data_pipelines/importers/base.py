@@ -53,13 +53,16 @@ class NumericColumn:
 class CategoricalColumn:
     """A categorical feature; `min_count` of None leaves the choice to the caller.
 
-    `hashed` ids are hashes of the values, without a vocabulary.
+    `hashed` ids are hashes of the values, without a vocabulary. Where values can be taken for
+    ids, `num_embeddings` says how many there are; `holds_ids` says that they are.
     """
 
     name: str
     multi_valued: bool = False
     min_count: int | None = None
     hashed: bool = False
+    holds_ids: bool = False
+    num_embeddings: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path} does not exist") from None
     except (PermissionError, IsADirectoryError) as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
 
 
 class _Zstd(io.RawIOBase):

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -16,6 +17,7 @@ from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawF
 from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.importers.text import file_sha256
 from embcomp.errors import DataError, one_line
+from embcomp.io.remote_paths import arrow_input
 
 BLOCK_ROWS = 65_536
 
@@ -30,7 +32,10 @@ class ParquetTable(RawTable):
         self.layout = layout
         self.block_rows = BLOCK_ROWS
         self._next: tuple[int, int] | None = None
-        self._batches: Iterator[pa.Table] = iter(())
+        self._batches: Iterator[pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_next": None, "_batches": None}
 
     @abstractmethod
     def shape(self, frame: pl.DataFrame, file: int) -> pl.DataFrame:
@@ -105,7 +110,7 @@ class ParquetTable(RawTable):
         with _damage(path, f"at row {block.line}"):
             if self._next != (block.file, block.start):
                 self._seek(path, block)
-            batch = next(self._batches, None)
+            batch = next(self._batches or iter(()), None)
             if batch is None:
                 raise DataError(f"{path} ends before row {block.line}, which its footer promises")
             # Polars takes texts and offsets at their word, and panics at metadata that are not UTF-8.
@@ -171,7 +176,7 @@ def _damage(path: Path, place: str) -> Iterator[None]:
 def _open(path: Path) -> pq.ParquetFile:
     try:
         with reading(path):
-            return pq.ParquetFile(path)
+            return pq.ParquetFile(arrow_input(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a Parquet file, or a truncated one: {one_line(error)}"

@@ -9,6 +9,7 @@ from embcomp.data_pipelines.importers.base import Importer, RawFile
 from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.errors import DataError
+from embcomp.io.remote_paths import as_path
 
 Paths = str | Path | Sequence[str | Path]
 Source = Paths | Mapping[str, Paths]
@@ -44,7 +45,7 @@ def raw_files(source: Source, importer: Importer) -> list[RawFile]:
 
 def given_paths(source: Paths) -> list[Path]:
     """List what was named, whether it is there or not."""
-    return [Path(item) for item in ([source] if isinstance(source, str | Path) else source)]
+    return [as_path(item) for item in ([source] if isinstance(source, str | Path) else source)]
 
 
 def _paths(source: Paths, importer: Importer) -> list[Path]:

@@ -125,6 +125,8 @@ class TableImporter(Importer):
                     multi_valued=c.is_bag,
                     min_count=c.min_count,
                     hashed=c.encode == "hash",
+                    holds_ids=c.encode == "ids",
+                    num_embeddings=c.num_embeddings,
                 )
                 for c in schema.categorical
             ),

@@ -36,6 +36,7 @@ from pydantic import (
 
 from embcomp.data_pipelines.importers.label_conditions import Condition, Rule
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
+from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID
 from embcomp.data_pipelines.splits import SplitRule, TimeSplit
 from embcomp.data_pipelines.transforms import TRANSFORMS
 from embcomp.errors import ConfigError, DataError
@@ -117,7 +118,8 @@ class CategoricalSchema(_Strict):
     """A categorical feature; a `separator` makes it multi-valued. Parquet lists are so as well.
 
     `column` is its name in the raw table when that is another. `encode: hash` makes ids hashes of values,
-    without a vocabulary, for tables that are hashed anyway.
+    without a vocabulary, for tables that are hashed anyway; `encode: ids` says that values are ids
+    already, below `num_embeddings`.
     """
 
     name: str
@@ -125,7 +127,8 @@ class CategoricalSchema(_Strict):
     separator: str | None = Field(default=None, min_length=1)
     multi_valued: bool = False
     min_count: int | None = Field(default=None, ge=1)
-    encode: Literal["vocabulary", "hash"] = "vocabulary"
+    encode: Literal["vocabulary", "hash", "ids"] = "vocabulary"
+    num_embeddings: int | None = Field(default=None, ge=FIRST_ID, le=LARGEST_ID + 1)
 
     @model_validator(mode="after")
     def _counts_what_is_counted(self) -> CategoricalSchema:
@@ -134,6 +137,8 @@ class CategoricalSchema(_Strict):
                 f"{self.name!r} has a min_count, but nobody counts values that are hashed; give either "
                 f"encode: hash or min_count"
             )
+        if self.encode == "ids" and self.min_count is not None:
+            raise ValueError(f"{self.name!r} has a min_count, but its values are ids, which stay")
         return self
 
     @model_serializer(mode="wrap")
@@ -142,6 +147,8 @@ class CategoricalSchema(_Strict):
         content: dict[str, Any] = handler(self)
         if content["encode"] == "vocabulary":
             del content["encode"]
+        if content["num_embeddings"] is None:
+            del content["num_embeddings"]
         return content
 
     @property

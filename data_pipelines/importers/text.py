@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -58,6 +58,9 @@ class TextTable(RawTable):
         self._disk: IO[bytes] | None = None
         self._stream: IO[bytes] | None = None
         self._at = (-1, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kind": None, "_disk": None, "_stream": None, "_at": (-1, 0)}
 
     @abstractmethod
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:

@@ -16,6 +16,7 @@ from embcomp.data_pipelines.integrity import UNREADABLE
 from embcomp.data_pipelines.sample_weights import EXPECTED, are_weights
 from embcomp.data_pipelines.schema import CategoricalFeature, DatasetInfo
 from embcomp.errors import DataError, one_line
+from embcomp.io.remote_paths import arrow_input
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class RowGroups:
         location = self._locations[number]
         try:
             file = pq.ParquetFile(
-                location.file,
+                arrow_input(location.file),
                 metadata=self._metadata[location.file],
                 page_checksum_verification=True,
             )
@@ -202,7 +203,7 @@ def _part_of(locations: list[_Location], first: int, last: int) -> Iterator[_Loc
 
 def _read_footer(file: Path) -> Any:
     try:
-        return pq.read_metadata(file)
+        return pq.read_metadata(arrow_input(file))
     except FileNotFoundError:
         raise DataError(f"{file} is missing; copy the whole folder or prepare it again") from None
     except UNREADABLE as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from embcomp.data_pipelines.importers.base import BadRow
 from embcomp.data_pipelines.preparing.counting import BadLine
@@ -16,20 +17,23 @@ BAD_ROWS_FILE = "bad_rows.tsv"
 _SHOWN_BAD_ROWS = 5
 
 
-def check_bad_rows(
-    settings: PrepareSettings, before: Sequence[BadLine], here: Sequence[BadRow], total: int
-) -> None:
-    """Raise a DataError when there are more malformed rows than allowed, of `total` rows."""
-    count = len(before) + len(here)
-    if count <= math.floor(exact(settings.max_bad_rows) * total):
-        return
-    first = [line.row() for line in before[:_SHOWN_BAD_ROWS]] + list(here[:_SHOWN_BAD_ROWS])
-    shown = "\n".join(f"  {row}" for row in first[:_SHOWN_BAD_ROWS])
-    raise DataError(
-        f"at least {count} of {total} rows are malformed, more than the share of "
-        f"{settings.max_bad_rows:g} that is allowed; the first:\n{shown}\nIf the importer and the "
-        f"schema are the right ones, mend the rows or allow a larger share (--max-bad-rows)"
-    )
+@dataclass(frozen=True, kw_only=True)
+class BadRowLimit:
+    """How many of `total` rows may be malformed: a share of them."""
+
+    share: float
+    total: int
+
+    def check(self, found: Sequence[BadRow]) -> None:
+        """Raise a DataError when there are more malformed rows than allowed."""
+        if len(found) <= math.floor(exact(self.share) * self.total):
+            return
+        shown = "\n".join(f"  {row}" for row in found[:_SHOWN_BAD_ROWS])
+        raise DataError(
+            f"at least {len(found)} of {self.total} rows are malformed, more than the share of "
+            f"{self.share:g} that is allowed; the first:\n{shown}\nIf the importer and the "
+            f"schema are the right ones, mend the rows or allow a larger share (--max-bad-rows)"
+        )
 
 
 def set_aside(settings: PrepareSettings, work: Workspace, lines: Sequence[BadLine]) -> None:

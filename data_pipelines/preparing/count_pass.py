@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from embcomp.data_pipelines.importers.base import Block
-from embcomp.data_pipelines.preparing.bad_rows import check_bad_rows
+from embcomp.data_pipelines.importers.base import Block, RawTable
+from embcomp.data_pipelines.preparing.bad_rows import BadRowLimit
 from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, count_part
-from embcomp.data_pipelines.preparing.input_parts import InputParts, rows_of
+from embcomp.data_pipelines.preparing.engine import Advance, Part, map_parts
+from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.input_parts import InputParts, RowSplit, rows_of
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.workspace import Workspace
@@ -20,7 +23,53 @@ COUNTS = "counts"
 """Where the scratch folder holds the run files."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class CountTask:
+    """One part of the input to count.
+
+    Attributes:
+        table: the raw input.
+        blocks: of the part.
+        features: what is counted.
+        split_of: gives the split of each usable row of a block.
+        bad_rows: how many malformed rows there may be.
+        partitions: into how many parts values are cut by their hash.
+        folder: where run files go.
+        prefix: what their names begin with.
+        limit: bytes of counts that are held at once.
+    """
+
+    table: RawTable
+    blocks: Sequence[Block]
+    features: Features
+    split_of: RowSplit
+    bad_rows: BadRowLimit
+    partitions: int
+    folder: Path
+    prefix: str
+    limit: int
+
+
+def count(task: CountTask, advance: Advance) -> PartCounts:
+    """Count a part of the input."""
+    return count_part(
+        task.table,
+        task.blocks,
+        features=task.features,
+        split_of=task.split_of,
+        runs=RunWriter(
+            features=len(task.features.categorical),
+            partitions=task.partitions,
+            folder=task.folder,
+            prefix=task.prefix,
+            limit=task.limit,
+        ),
+        check_bad=task.bad_rows.check,
+        advance=advance,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CountPass:
     """Counts part by part; values are cut into `partitions` by their hash."""
 
@@ -28,54 +77,58 @@ class CountPass:
     work: Workspace
     source: InputParts
     partitions: int
-    found: PartCounts = field(default_factory=PartCounts)
 
     def run(self) -> PartCounts:
         """Return the figures of the whole input."""
-        total, found = self.source.total, self.found
+        total, settings = self.source.total, self.settings
         (self.work.scratch / COUNTS).mkdir(exist_ok=True)
-        with phase("count", total, show=self.settings.progress) as advance:
-            for number, blocks in enumerate(self.source.parts):
-                found.merge(self._part(number, blocks, advance))
+        parts = [self._part(number, blocks) for number, blocks in enumerate(self.source.parts)]
+        seen = PartCounts()
+
+        def take(_: CountTask, part: PartCounts) -> None:
+            seen.bad.extend(part.bad)
+            self._bad_rows.check([line.row() for line in seen.bad])
+
+        with phase("count", total, show=settings.progress) as advance:
+            counted = map_parts(
+                settings.engine,
+                self.work,
+                count,
+                parts,
+                PartCounts,
+                files=lambda task, part: {task.folder / run: sha for run, sha in part.runs.items()},
+                advance=advance,
+                taken=take,
+            )
+        found = PartCounts()
+        for part in counted:
+            found.merge(part)
+        self._bad_rows.check([line.row() for line in found.bad])
         if found.rows[0] == 0:
             raise DataError(
                 f"no row is in the train split: {total} rows were read, {found.dropped} left out "
                 f"by the label rule, {len(found.bad)} malformed"
             )
-        weight = self.settings.table.layout.weight
+        weight = settings.table.layout.weight
         if weight is not None:
             check_sums(weight, dict(zip(SPLITS, found.rows)), dict(zip(SPLITS, found.weights)))
         return found
 
-    def _part(
-        self, number: int, blocks: Sequence[Block], advance: Callable[[int], None]
-    ) -> PartCounts:
-        folder, name = self.work.scratch / COUNTS, f"part-{number:05d}-{self.partitions}"
+    @property
+    def _bad_rows(self) -> BadRowLimit:
+        return BadRowLimit(share=self.settings.max_bad_rows, total=self.source.total)
 
-        def count() -> PartCounts:
-            features = self.settings.features
-            return count_part(
-                self.settings.table,
-                blocks,
-                features=features,
-                split_of=self.source.split_of,
-                runs=RunWriter(
-                    features=len(features.categorical),
-                    partitions=self.partitions,
-                    folder=folder,
-                    prefix=name,
-                    limit=self.settings.memory_budget // 6,
-                ),
-                check_bad=lambda here: check_bad_rows(
-                    self.settings, self.found.bad, here, self.source.total
-                ),
-                advance=advance,
-            )
-
-        return self.work.once(
-            f"{COUNTS}/{name}.json",
-            PartCounts,
-            count,
-            files=lambda part: {folder / run: sha256 for run, sha256 in part.runs.items()},
-            skip=lambda: advance(rows_of(blocks)),
+    def _part(self, number: int, blocks: Sequence[Block]) -> Part[CountTask]:
+        name = f"part-{number:05d}-{self.partitions}"
+        task = CountTask(
+            table=self.settings.table,
+            blocks=blocks,
+            features=self.settings.features,
+            split_of=self.source.split_of,
+            bad_rows=self._bad_rows,
+            partitions=self.partitions,
+            folder=self.work.scratch / COUNTS,
+            prefix=name,
+            limit=self.settings.memory_budget // 6,
         )
+        return Part(seal=f"{COUNTS}/{name}.json", task=task, size=rows_of(blocks))

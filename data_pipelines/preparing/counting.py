@@ -18,11 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from embcomp.data_pipelines.importers.base import WEIGHT, BadRow, Block, RawTable, Rows
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.features import Features, flat_values
+from embcomp.data_pipelines.preparing.given_ids import check_given_ids
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.sample_weights import sum_of
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.data_pipelines.transforms import NumericStats
+from embcomp.io.atomic_files import atomic_path
 from embcomp.io.digests import HashedFile
+from embcomp.io.remote_paths import RemotePath
 
 SplitOf = Callable[[Block, Rows], np.ndarray]
 """Gives the index in `SPLITS` of each usable row of a block, (rows,) int8."""
@@ -126,7 +129,8 @@ class RunWriter:
         name = f"{self._prefix}-{len(self.files):03d}.arrow"
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with (
-            HashedFile(self._folder / name) as file,
+            atomic_path(self._folder / name, durable=False) as temporary,
+            HashedFile(temporary) as file,
             pa.ipc.new_file(file, _RUN_SCHEMA, options=options) as writer,
         ):
             for feature, frames in enumerate(self._frames):
@@ -170,7 +174,11 @@ def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
 
 def read_run(path: Path, batch: int) -> pl.DataFrame:
     """Read the counts of one feature and partition (`feature * partitions + partition`)."""
-    with pa.OSFile(str(path)) as file:
+    with (
+        pa.PythonFile(path.open("rb"), mode="r")
+        if isinstance(path, RemotePath)
+        else pa.OSFile(str(path)) as file
+    ):
         found = pa.ipc.open_file(file).get_batch(batch)
         frame = pl.from_arrow(pa.Table.from_batches([found]))
     assert isinstance(frame, pl.DataFrame)
@@ -197,6 +205,7 @@ def count_part(
     for block, rows in ahead(table.read(blocks)):
         codes = split_of(block, rows)
         frame = features.columns(rows.frame)
+        check_given_ids(frame, features, str(table.files[block.file].path))
         bad += rows.bad
         if rows.bad:
             check_bad(bad)
@@ -224,7 +233,7 @@ def count_part(
                 figures.train_missing += values.null_count()
                 values = values.drop_nulls()
             figures.train_values += len(values)
-            if feature.hashed:
+            if not feature.is_counted:
                 continue
             counts = values.alias("value").value_counts(name="count")
             runs.add(i, counts.cast({"count": pl.Int64}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Literal
 
 import pyarrow as pa
 
@@ -11,7 +12,7 @@ from embcomp.data_pipelines.bayes_metrics import read_bayes
 from embcomp.data_pipelines.preparing.counting import PartCounts
 from embcomp.data_pipelines.preparing.encode_pass import numeric_features
 from embcomp.data_pipelines.preparing.encoding import PartRows, unseen_rates
-from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.features import Feature, Features
 from embcomp.data_pipelines.preparing.index_pass import InputIndex
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, vocabulary_file
@@ -93,6 +94,8 @@ def _categorical(
             earlier = 0 if before is None else before.categorical[place].num_embeddings
             size = growth.num_embeddings(found.used, earlier)
             room = size - FIRST_ID - found.kept
+        if feature.num_embeddings is not None:
+            room = feature.num_embeddings - FIRST_ID - found.kept
         figures = counts.categorical[feature.name]
         length = figures.train_values / counts.rows[0] if feature.multi_valued else 1.0
         described.append(
@@ -106,13 +109,19 @@ def _categorical(
                 num_raw_values=found.raw_values,
                 frequency_quantiles=found.quantiles,
                 vocabulary="" if feature.hashed else vocabulary_file(feature.name, place),
-                encode="hash" if feature.hashed else None,
+                encode=_encode(feature),
                 missing=figures.missing,
                 room=room,
                 change=found.change,
             )
         )
     return described
+
+
+def _encode(feature: Feature) -> Literal["hash", "ids"] | None:
+    if feature.num_embeddings is not None:
+        return "ids"
+    return "hash" if feature.hashed else None
 
 
 def _splits(

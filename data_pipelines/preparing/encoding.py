@@ -16,12 +16,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel, Field
-from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.base import WEIGHT, Block, RawTable
 from embcomp.data_pipelines.loader.prefetch import ahead
 from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
+from embcomp.data_pipelines.preparing.given_ids import GivenIds
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, HashedIds, ValueIndex
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
@@ -93,17 +93,12 @@ class Encoder:
         self._features = features
         self._slices = list(slices)
         self._indices = [
-            HashedIds()
-            if features.categorical[s.feature].hashed
-            else ValueIndex(vocabularies[s.feature], s.start, s.stop)
-            for s in slices
+            _index(features.categorical[s.feature], vocabularies[s.feature], s) for s in slices
         ]
         self._pool = ThreadPoolExecutor(threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the threads that look up."""
         self._pool.shutdown()
 
     def ids(self, frame: pl.DataFrame) -> dict[int, np.ndarray]:
@@ -118,6 +113,14 @@ class Encoder:
         if feature.multi_valued:
             return flat_values(column)
         return column
+
+
+def _index(feature: Feature, vocabulary: Path, rows: Slice) -> HashedIds | GivenIds | ValueIndex:
+    if feature.hashed:
+        return HashedIds()
+    if feature.num_embeddings is not None:
+        return GivenIds(feature.name, feature.num_embeddings)
+    return ValueIndex(vocabulary, rows.start, rows.stop)
 
 
 def dataset_schema(features: Features) -> pa.Schema:

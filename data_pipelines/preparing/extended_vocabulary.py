@@ -44,6 +44,7 @@ from embcomp.data_pipelines.schema import (
 )
 from embcomp.errors import DataError, one_line
 from embcomp.io.digests import sha256_of_file
+from embcomp.io.remote_paths import arrow_input
 
 SCHEMA = pa.schema(
     [
@@ -275,7 +276,7 @@ _WAY_OUT = "copy the dataset again, or prepare it anew"
 
 def _earlier_frames(path: Path, feature: CategoricalFeature) -> Iterator[pl.DataFrame]:
     """The rows of an earlier vocabulary; one of a dataset that stood for itself was just seen."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(arrow_input(path), page_checksum_verification=True) as file:
         names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
         absent = {"id", "value", "count"} - set(names)
         if absent:

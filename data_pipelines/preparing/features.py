@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import polars as pl
@@ -12,20 +12,32 @@ from embcomp.data_pipelines.importers.base import WEIGHT, Layout, NumericColumn
 from embcomp.data_pipelines.transforms import BUCKET, TRANSFORMS, bucket_expression
 from embcomp.errors import DataError
 
-HASH, VOCABULARY = "hash", "vocabulary"
-WAYS = (VOCABULARY, HASH)
-"""How values become ids: by a vocabulary of those in the train split, or by a hash of their own."""
+HASH, VOCABULARY, IDS = "hash", "vocabulary", "ids"
+WAYS = (VOCABULARY, HASH, IDS)
+"""How values become ids: by a vocabulary of those in the train split, by a hash of their own, or as
+they are, where raw rows hold ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """A categorical feature: bucketed numbers come as text too; hashed ones have no vocabulary."""
+    """A categorical feature: bucketed numbers come as text too; hashed ones have no vocabulary.
+
+    One with `num_embeddings` holds ids already. The counts of one that is `counted_before` were taken by
+    someone else.
+    """
 
     name: str
     multi_valued: bool
     min_count: int
     bucketed: bool = False
     hashed: bool = False
+    num_embeddings: int | None = None
+    counted_before: bool = False
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether values are to be counted."""
+        return not (self.hashed or self.counted_before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +54,26 @@ class Features:
             "label",
             *([WEIGHT] if self.weighted else []),
             *[column.name for column in self.numeric],
-            *[
-                bucket_expression(f.name) if f.bucketed else pl.col(f.name)
-                for f in self.categorical
-            ],
+            *[self._values(f) for f in self.categorical],
         )
+
+    @staticmethod
+    def _values(feature: Feature) -> pl.Expr:
+        if feature.bucketed:
+            return bucket_expression(feature.name)
+        values = pl.col(feature.name)
+        if feature.num_embeddings is None or feature.multi_valued:
+            return values
+        # An id of 0 is a missing value, and counted as one.
+        return pl.when(values != "0").then(values).alias(feature.name)
+
+    def counted_elsewhere(self) -> Features:
+        """Return the features with counts of someone else for all that are counted."""
+        categorical = [
+            replace(each, counted_before=each.is_counted and each.num_embeddings is None)
+            for each in self.categorical
+        ]
+        return replace(self, categorical=tuple(categorical))
 
 
 def flat_values(bags: pl.Series) -> pl.Series:
@@ -89,7 +116,18 @@ def choose_features(
     ways = _by_name(encode, bucketed + [c.name for c in layout.categorical], "encode")
     for name, way in ways.items():
         if way not in WAYS:
-            raise DataError(f"encode of {name} is {way!r}; there are {' and '.join(WAYS)}")
+            raise DataError(f"encode of {name} is {way!r}; there are {', '.join(WAYS)}")
+    sizes = {c.name: c.num_embeddings for c in layout.categorical}
+    usual = {
+        c.name: HASH if c.hashed else IDS if c.holds_ids else VOCABULARY for c in layout.categorical
+    }
+    ways = {**usual, **ways}
+    for name, way in ways.items():
+        if way == IDS and sizes.get(name) is None:
+            raise DataError(
+                f"values of {name!r} are said to be ids, but not how many there are; write "
+                f"`num_embeddings` for it in the schema"
+            )
     return Features(
         weighted=layout.weight is not None,
         numeric=tuple(
@@ -113,7 +151,8 @@ def choose_features(
                     name=c.name,
                     multi_valued=c.multi_valued,
                     min_count=counts.get(c.name, c.min_count or default_min_count),
-                    hashed=ways.get(c.name, HASH if c.hashed else VOCABULARY) == HASH,
+                    hashed=ways[c.name] == HASH,
+                    num_embeddings=c.num_embeddings if ways[c.name] == IDS else None,
                 )
                 for c in layout.categorical
             ]

@@ -14,6 +14,7 @@ from embcomp.data_pipelines.schema import LARGEST_ID, DatasetInfo, Extended
 from embcomp.data_pipelines.splits import exact
 from embcomp.errors import DataError
 from embcomp.io.digests import sha256_of_json
+from embcomp.io.remote_paths import as_path
 
 DEFAULT_DECAY = 0.9
 _MOST_ROOM = 100
@@ -97,7 +98,7 @@ def parse_growth(
         raise DataError(f"decay is {decay}; expected a factor from 0 to 1")
     if retire_after is not None and retire_after < 1:
         raise DataError(f"retire_after is {retire_after}; expected 1 dataset or more")
-    if output.exists() and output.resolve() == Path(extend).resolve():
+    if output.exists() and output.resolve() == as_path(extend).resolve():
         raise DataError(
             f"output {output} is the dataset that is to be extended; name another folder"
         )
@@ -144,6 +145,8 @@ def check_same_features(before: DatasetInfo, features: Features, bucketed: Colle
             _refuse(
                 before, f"ids of feature {ours.name!r} are hashes of values in one of the two only"
             )
+        if ours.num_embeddings is not None or theirs.holds_ids:
+            _refuse(before, f"feature {ours.name!r} holds ids already, which nobody numbers anew")
         if not (theirs.vocabulary or theirs.is_hashed):
             _refuse(before, f"feature {ours.name!r} has no vocabulary there to go on from")
     for column, numeric in zip(features.numeric, before.numeric):

@@ -11,12 +11,35 @@ from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.importers.base import TIME, Block, Rows
 from embcomp.data_pipelines.loader.prefetch import ahead
-from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.time_order import smallest
 from embcomp.data_pipelines.preparing.workspace import Workspace
-from embcomp.data_pipelines.splits import TimeSplit
+from embcomp.data_pipelines.splits import SplitRule, TimeSplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSplit:
+    """Which split each row of a block is in.
+
+    Attributes:
+        rule: the split rule.
+        total: rows of the whole input.
+        file_splits: the split that the caller gave each file, if any.
+        last: the last times of train and of valid, of a split by time.
+    """
+
+    rule: SplitRule
+    total: int
+    file_splits: tuple[str | None, ...]
+    last: tuple[float, ...] = ()
+
+    def __call__(self, block: Block, rows: Rows) -> np.ndarray:
+        """Return the index in `SPLITS` of each usable row of a block, (rows,) int8."""
+        if isinstance(self.rule, TimeSplit):
+            return self.rule.codes_of(rows.frame.get_column(TIME).to_numpy(), self.last)
+        drawn = self.rule.codes(block.row, block.rows, self.total, self.file_splits[block.file])
+        return drawn if rows.positions is None else drawn[rows.positions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +54,7 @@ class InputParts:
 
     parts: Sequence[Sequence[Block]]
     total: int
-    split_of: SplitOf
+    split_of: RowSplit
 
 
 class LastTimes(BaseModel):
@@ -49,7 +72,7 @@ def cut_input(settings: PrepareSettings, work: Workspace, blocks: Sequence[Block
     return InputParts(
         parts=[blocks[i : i + size] for i in range(0, len(blocks), size)],
         total=total,
-        split_of=_split_function(settings, work, blocks, total),
+        split_of=_row_split(settings, work, blocks, total),
     )
 
 
@@ -58,23 +81,18 @@ def rows_of(blocks: Sequence[Block]) -> int:
     return sum(block.rows for block in blocks)
 
 
-def _split_function(
+def _row_split(
     settings: PrepareSettings, work: Workspace, blocks: Sequence[Block], total: int
-) -> SplitOf:
-    rule = settings.rule
+) -> RowSplit:
+    rule, last = settings.rule, tuple[float, ...]()
     if isinstance(rule, TimeSplit):
         by_time = rule
-        last = work.once(
+        found = work.once(
             "times.json", LastTimes, lambda: _last_times(settings, work, by_time, blocks)
-        ).last
-        return lambda _, rows: by_time.codes_of(rows.frame.get_column(TIME).to_numpy(), last)
-
-    def codes(block: Block, rows: Rows) -> np.ndarray:
-        file_split = settings.table.files[block.file].split
-        drawn = rule.codes(block.row, block.rows, total, file_split)
-        return drawn if rows.positions is None else drawn[rows.positions]
-
-    return codes
+        )
+        last = tuple(found.last)
+    splits = tuple(file.split for file in settings.table.files)
+    return RowSplit(rule=rule, total=total, file_splits=splits, last=last)
 
 
 def _last_times(

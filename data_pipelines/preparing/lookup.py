@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, MISSING_ID, UNSEEN_ID
 from embcomp.errors import DataError
+from embcomp.io.remote_paths import arrow_input
 
 BYTES_PER_VALUE = 48
 """An upper bound of what an index takes while it is built."""
@@ -96,7 +97,7 @@ class HashedIds:
 
 
 def _slices(vocabulary: Path, start: int, stop: int) -> Iterator[pl.DataFrame]:
-    file = pq.ParquetFile(vocabulary)
+    file = pq.ParquetFile(arrow_input(vocabulary))
     first = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embcomp.data_pipelines.preparing.bad_rows import set_aside
 from embcomp.data_pipelines.preparing.count_pass import CountPass
+from embcomp.data_pipelines.preparing.counting import PartCounts
 from embcomp.data_pipelines.preparing.describing import describe
 from embcomp.data_pipelines.preparing.encode_pass import EncodePass
+from embcomp.data_pipelines.preparing.encoding import PartRows
+from embcomp.data_pipelines.preparing.given_counts import GivenPart, check_known, take_given
 from embcomp.data_pipelines.preparing.index_pass import InputIndex, index_input
 from embcomp.data_pipelines.preparing.input_parts import cut_input
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
@@ -42,10 +46,12 @@ class PreparePasses:
         partitions = max(1, math.ceil(self._counting_bytes(index) / settings.memory_budget))
         counts = CountPass(settings=settings, work=work, source=source, partitions=partitions).run()
         set_aside(settings, work, counts.bad)
-        ranked = rank_values(settings, work, counts, partitions)
+        given = self._given(partitions)
+        ranked = rank_values(settings, work, counts, partitions, given)
         parts = EncodePass(
             settings=settings, work=work, source=source, counts=counts, ranked=ranked
         ).run()
+        self._check_known(counts, parts)
         describe(settings, index, counts, ranked, parts).save(work.path)
         work.publish()
         return DatasetInfo.load(work.shown)
@@ -59,4 +65,32 @@ class PreparePasses:
         """The worst case: one feature holds all of the text, and no value occurs twice."""
         bags = any(feature.multi_valued for feature in self.settings.features.categorical)
         values = max(index.rows, index.text_bytes // 8) if bags else index.rows
-        return values * _RUN_BYTES_PER_VALUE + index.text_bytes
+        counting = values * _RUN_BYTES_PER_VALUE + index.text_bytes
+        given = self.settings.given
+        return counting if given is None else max(counting, given.counting_bytes)
+
+    def _given(self, partitions: int) -> GivenPart | None:
+        """Take in the counts of someone else, if there are any."""
+        settings = self.settings
+        if settings.given is None:
+            return None
+        features = settings.features.categorical
+        return take_given(
+            settings.given,
+            settings.engine,
+            self.work,
+            features=[feature.name for feature in features],
+            wanted=[feature.name for feature in features if feature.counted_before],
+            partitions=partitions,
+            limit=settings.memory_budget // 6,
+        )
+
+    def _check_known(self, counts: PartCounts, parts: Sequence[PartRows]) -> None:
+        """Compare the train split with counts that were taken elsewhere."""
+        settings = self.settings
+        for feature in settings.features.categorical:
+            if settings.given is None or not feature.counted_before:
+                continue
+            unseen = sum(part.unseen.get("train", {}).get(feature.name, 0) for part in parts)
+            values = counts.categorical[feature.name].train_values
+            check_known(settings.given, feature.name, values, unseen, settings.report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,29 +41,45 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text, durable=False)
 
 
-def read_piece(mark: Path, kind: type[Content], report: Callable[[str], None]) -> Content | None:
+def read_piece(
+    mark: Path,
+    kind: type[Content],
+    report: Callable[[str], None],
+    is_same: Callable[[str, str], bool] | None = None,
+) -> Content | None:
     """Read what an earlier run sealed.
+
+    Args:
+        mark: the seal.
+        kind: the piece's type.
+        report: called with a line about a damaged piece.
+        is_same: whether the file of a name has a SHA-256; by default that of a path relative to the
+            mark's folder is computed.
 
     Returns:
         The content; None when there is no such piece, or a damaged one, which is then reported.
     """
     if not mark.is_file():
         return None
-    found = _sealed(mark, kind)
+    found = _sealed(mark, kind, is_same or partial(_has_digest, mark.parent))
     if found is None:
         report(f"{mark.name} of the interrupted run, or a file of it, is damaged; made again")
         mark.unlink()
     return found
 
 
-def _sealed(mark: Path, kind: type[Content]) -> Content | None:
+def _has_digest(folder: Path, name: str, sha256: str) -> bool:
+    return sha256_of_file(folder / name) == sha256
+
+
+def _sealed(mark: Path, kind: type[Content], is_same: Callable[[str, str], bool]) -> Content | None:
     try:
         stored: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
         seal = stored.pop("sha256")
         if seal != sha256_of_json(stored) or set(stored["content"]) != set(kind.model_fields):
             return None
         for name, sha256 in stored["files"].items():
-            if sha256_of_file(mark.parent / name) != sha256:
+            if not is_same(name, sha256):
                 return None
         return kind.model_validate_json(json.dumps(stored["content"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):

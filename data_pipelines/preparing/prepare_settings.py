@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from embcomp.data_pipelines.importers.base import RawTable
+from embcomp.data_pipelines.preparing.engine import Engine, LocalEngine
 from embcomp.data_pipelines.preparing.features import Features
+from embcomp.data_pipelines.preparing.given_counts import GivenCounts
 from embcomp.data_pipelines.preparing.growth import Growth
 from embcomp.data_pipelines.schema import DatasetInfo, RawFormat
 from embcomp.data_pipelines.splits import SplitRule
@@ -30,6 +32,8 @@ class PrepareSettings:
         blocks_per_part: blocks of a part, which is what a killed run loses at most.
         raw_format: how rows of the same format are read again, to be scored.
         growth: how vocabularies grow; None where the dataset stands for itself.
+        engine: what runs the functions of passes.
+        given: counts of values that someone else took; None where they are counted here.
     """
 
     table: RawTable
@@ -45,6 +49,8 @@ class PrepareSettings:
     blocks_per_part: int
     raw_format: RawFormat | None = None
     growth: Growth | None = None
+    engine: Engine = field(default_factory=LocalEngine)
+    given: GivenCounts | None = None
 
     @property
     def before(self) -> DatasetInfo | None:

@@ -54,7 +54,9 @@ class RowEncoder:
         self._info = info
         self._threads = threads
         self._vocabularies = [
-            Path() if feature.is_hashed else _vocabulary(info, feature.name, feature.vocabulary)
+            Path()
+            if feature.is_hashed or feature.holds_ids
+            else _vocabulary(info, feature.name, feature.vocabulary)
             for feature in info.categorical
         ]
         self._transforms = [numeric_expression(feature) for feature in info.numeric]
@@ -66,7 +68,9 @@ class RowEncoder:
             Slice(
                 feature=at,
                 start=0,
-                stop=0 if feature.is_hashed else pq.read_metadata(path).num_rows,
+                stop=0
+                if feature.is_hashed or feature.holds_ids
+                else pq.read_metadata(path).num_rows,
             )
             for at, (feature, path) in enumerate(zip(self._info.categorical, self._vocabularies))
         ]
@@ -84,6 +88,7 @@ class RowEncoder:
                     min_count=feature.min_count,
                     bucketed=feature.name in bucketed,
                     hashed=feature.is_hashed,
+                    num_embeddings=feature.num_embeddings if feature.holds_ids else None,
                 )
                 for feature in self._info.categorical
             ),

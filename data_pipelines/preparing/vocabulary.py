@@ -18,7 +18,10 @@ from embcomp.data_pipelines.splits import exact
 from embcomp.errors import DataError
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
-_SCHEMA = pa.schema([("id", pa.int32()), ("value", pa.large_string()), ("count", pa.int64())])
+VOCABULARY_SCHEMA = pa.schema(
+    [("id", pa.int32()), ("value", pa.large_string()), ("count", pa.int64())]
+)
+"""The columns of a vocabulary of one dataset, whose rows come by rising id."""
 WORKING_FACTOR = 4
 """What merging or sorting needs at once, as a multiple of the frame's own size."""
 
@@ -118,12 +121,14 @@ def build_vocabulary(
     pieces = max(1, -(-size * WORKING_FACTOR // limit))
     quantiles = Quantiles(missing, rare, total)
     first = FIRST_ID
-    with RowGroupWriter(path, _SCHEMA) as writer:
+    with RowGroupWriter(path, VOCABULARY_SCHEMA) as writer:
         for piece in ranked_ranges(files, kept, pieces):
             ids = np.arange(first, first + piece.height, dtype=np.int32)
             quantiles.take(ids, piece["count"].to_numpy())
             table = piece.with_columns(pl.Series("id", ids)).select("id", "value", "count")
-            writer.write(table.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_SCHEMA))
+            writer.write(
+                table.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(VOCABULARY_SCHEMA)
+            )
             first += piece.height
     for file in files:
         file.unlink()

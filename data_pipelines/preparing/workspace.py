@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from embcomp.data_pipelines.preparing.pieces import Content, read_piece, write_piece, write_text
 from embcomp.data_pipelines.schema import FILE_NAME
 from embcomp.errors import DataError
 from embcomp.io.folder_lock import folder_lock
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+Report = Callable[[str], None]
+"""Called with lines of news."""
 
 
 class Workspace:
@@ -34,7 +40,7 @@ class Workspace:
     """
 
     def __init__(
-        self, output: Path, *, overwrite: bool, report: Callable[[str], None] = lambda line: None
+        self, output: Path, *, overwrite: bool, report: Report = lambda line: None
     ) -> None:
         self.shown = output
         self.output = _target(output)
@@ -82,7 +88,7 @@ class Workspace:
         )
 
     def _left_by(self, fingerprint: Mapping[str, object]) -> bool:
-        text = _text(fingerprint)
+        text = fingerprint_text(fingerprint)
         return self._mark.is_file() and self._mark.read_text(encoding="utf-8") == text
 
     @contextmanager
@@ -127,16 +133,34 @@ class Workspace:
         if found is not None:
             skip()
             return found
-        made, mark = make(), self.scratch / name
-        sealed = {
-            os.path.relpath(path, mark.parent): sha256 for path, sha256 in files(made).items()
-        }
-        write_piece(mark, made, sealed)
+        made = make()
+        self.seal(name, made, files(made))
         return made
+
+    def seal(self, name: str, content: BaseModel, files: Mapping[Path, str]) -> None:
+        """Keep a finished piece for a run that goes on.
+
+        Args:
+            name: the seal's path in the scratch folder.
+            content: the piece.
+            files: the SHA-256 of the files that it names.
+        """
+        mark = self.scratch / name
+        sealed = {os.path.relpath(path, mark.parent): sha256 for path, sha256 in files.items()}
+        write_piece(mark, content, sealed)
 
     def earlier(self, name: str, kind: type[Content]) -> Content | None:
         """Read a piece that an earlier run sealed; None where there is none, or a damaged one."""
         return read_piece(self.scratch / name, kind, self.report)
+
+    @property
+    def mark(self) -> Path:
+        """A small file that is there from the start."""
+        return self._mark
+
+    def keeps_after(self, error: Exception) -> bool:
+        """Whether finished pieces stay for the next call behind an error."""
+        return False
 
     def _make_room(self, fingerprint: Mapping[str, object]) -> None:
         try:
@@ -145,11 +169,14 @@ class Workspace:
                     self.check_output(fingerprint)
                 _empty(self.root)
                 self.scratch.mkdir()
-                write_text(self._mark, _text(fingerprint))
+                write_text(self._mark, fingerprint_text(fingerprint))
             self.path.mkdir(exist_ok=True)
             # What was being written when the earlier run died.
             for path in [*self.path.rglob("*.tmp"), *self.scratch.rglob("*.tmp")]:
-                path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         except OSError:
             self.discard()
             raise
@@ -233,7 +260,8 @@ def _target(output: Path) -> Path:
         raise DataError(f"output {output} is a symbolic link that leads to itself") from None
 
 
-def _text(fingerprint: Mapping[str, object]) -> str:
+def fingerprint_text(fingerprint: Mapping[str, object]) -> str:
+    """What is kept of the settings of a run, to be compared with those of the next."""
     return json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from embcomp.cli import consoles as console
 from embcomp.cli.stopping import stoppable
+
+if TYPE_CHECKING:
+    from embcomp.data_pipelines.preparing.engine import Engine
 
 
 def prepare(
@@ -16,12 +20,15 @@ def prepare(
         str, typer.Argument(help="Raw format: criteo, avazu, movielens, libfm or table.")
     ],
     paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="[RAW]... OUTPUT", help="Raw files or a folder; the output folder."),
+        list[str],
+        typer.Argument(
+            metavar="[RAW]... OUTPUT",
+            help="Raw files or a folder; the output folder. Each a path, or a URL as s3://bucket/day1.",
+        ),
     ],
-    train: Annotated[list[Path] | None, typer.Option(help="Raw files of the train split.")] = None,
-    valid: Annotated[list[Path] | None, typer.Option(help="Raw files of the valid split.")] = None,
-    test: Annotated[list[Path] | None, typer.Option(help="Raw files of the test split.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Raw files of the train split.")] = None,
+    valid: Annotated[list[str] | None, typer.Option(help="Raw files of the valid split.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Raw files of the test split.")] = None,
     schema: Annotated[
         Path | None, typer.Option(help="Schema YAML that the format 'table' needs.")
     ] = None,
@@ -57,10 +64,19 @@ def prepare(
     ] = None,
     encode: Annotated[
         list[str] | None,
-        typer.Option(help="hash: ids are hashes of values; or FEATURE=hash; repeatable."),
+        typer.Option(
+            help="hash: ids are hashes of values; ids: values are ids; or FEATURE=hash; repeatable."
+        ),
+    ] = None,
+    encoded: Annotated[
+        bool, typer.Option(help="All values are ids already, as the schema sizes them.")
+    ] = False,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(help="A folder of counts taken elsewhere: Parquet of feature, value, count."),
     ] = None,
     extend: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="An earlier dataset: its values keep their ids, new ones come after."),
     ] = None,
     room: Annotated[
@@ -82,10 +98,19 @@ def prepare(
         float, typer.Option(help="Share of malformed rows above which nothing is made.")
     ] = 1e-4,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing dataset.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where parts are worked on: this process, or a Ray cluster."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of the Ray cluster's head; else what Ray finds by itself."),
+    ] = None,
 ) -> None:
     """Prepare raw logs: count, rank ids by frequency, encode to Parquet."""
     from embcomp.data_pipelines.importers.registry import make_importer
     from embcomp.data_pipelines.prepare import prepare as run
+    from embcomp.data_pipelines.preparing.engine import LocalEngine
     from embcomp.data_pipelines.preparing.news import value_news
     from embcomp.errors import DataError
 
@@ -97,8 +122,13 @@ def prepare(
             "give the raw files before the output folder, or by --train, --valid and --test; "
             f"got {len(raw)} before it and {len(by_split)} split(s) by option"
         )
-    with stoppable(
-        lambda: f"what {output} has so far is kept; the same command goes on from there"
+    if encoded and encode:
+        raise DataError("--encoded says it for all features; leave out --encode")
+    if engine == "local" and address is not None:
+        raise DataError("--address is of a Ray cluster; give --engine ray with it")
+    with (
+        stoppable(lambda: f"what {output} has so far is kept; the same command goes on from there"),
+        _ray(address) if engine == "ray" else nullcontext(LocalEngine()) as where,
     ):
         info = run(
             by_split if by_split else list(raw),
@@ -110,7 +140,8 @@ def prepare(
             numeric=_per_feature(numeric, "--numeric", str),
             group=group,
             weight=weight,
-            encode=_per_feature(encode, "--encode", str),
+            encode="ids" if encoded else _per_feature(encode, "--encode", str),
+            vocabulary=vocabulary,
             extend=extend,
             room=room,
             decay=decay,
@@ -118,6 +149,7 @@ def prepare(
             max_memory=max_memory,
             max_bad_rows=max_bad_rows,
             overwrite=overwrite,
+            engine=where,
             progress=console.stderr().is_terminal,
             report=lambda line: console.stderr().print(line, markup=False, highlight=False),
         )
@@ -129,6 +161,12 @@ def prepare(
         f"{output}: {rows} rows; {len(info.numeric)} numeric and {len(info.categorical)} "
         f"categorical features, {ids:,} ids{', weighted rows' if info.weight is not None else ''}"
     )
+
+
+def _ray(address: str | None) -> AbstractContextManager[Engine]:
+    from embcomp.data_pipelines.preparing.ray_engine import RayEngine
+
+    return RayEngine(address)
 
 
 def _rule(split: str | None, shares: str | None, seed: int) -> dict[str, Any] | None:

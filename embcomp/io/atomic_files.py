@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from embcomp.io.folder_lock import is_at, try_lock
+from embcomp.io.remote_paths import RemotePath
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
@@ -34,7 +35,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             power cut leaves the old file or the new one, and what killed writers left goes first.
             Not for the many files of a folder whose owner removes `*.tmp` and checks digests.
     """
-    if durable:
+    if durable and not isinstance(path, RemotePath):
         _remove_leftovers(path)
     with _renamed(path, durable=durable) as temporary:
         yield temporary
@@ -44,8 +45,13 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def _renamed(path: Path, *, durable: bool) -> Iterator[Path]:
     """Each writer has a name of its own, as workers of a search may end at the same moment.
 
-    It holds a lock on its file, which tells that from what killed writers left.
+    It holds a lock on its file, which tells that from what killed writers left. What lies behind a URL
+    is written here and goes there as a whole.
     """
+    if isinstance(path, RemotePath):
+        with path.written() as temporary:
+            yield temporary
+        return
     temporary, handle = _locked_file(path)
     try:
         yield temporary

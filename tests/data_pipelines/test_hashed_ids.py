@@ -119,7 +119,7 @@ def test_a_command_hashes_features_of_any_format(home, tmp_path):
 
 def test_what_cannot_be_is_said(home, tmp_path):
     options = {"importer": "table", "schema": home / "shop.yaml", "split": SPLIT}
-    with pytest.raises(DataError, match="encode of user is 'md5'; there are vocabulary and hash"):
+    with pytest.raises(DataError, match="encode of user is 'md5'; there are vocabulary, hash, ids"):
         prepare(home / "1.csv", tmp_path / "out", encode={"user": "md5"}, **options)
     with pytest.raises(DataError, match="encode names 'nobody'"):
         prepare(home / "1.csv", tmp_path / "out", encode={"nobody": "hash"}, **options)
