@@ -3,7 +3,9 @@
 // A vector's score for a codeword is their product less half the codeword's square: the nearest codeword
 // has the largest. Vectors stand side by side in a register, codewords come one after another in groups,
 // of which the largest score is kept, and only the best group of a vector is looked into. Where rounding
-// could have decided between two codewords, or numbers are too large, the code is -1: float64 must tell.
+// could have decided between two codewords, or numbers are too large, squared differences in float64 do,
+// of the codewords that are near enough. Those are not contracted, so that they are what torch computes;
+// what is to be fused is written so.
 
 #include <algorithm>
 #include <array>
@@ -32,6 +34,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 constexpr int kSide = 2;             // registers of vectors that are looked at together
 constexpr int kTile = kSide * kLanes;
 constexpr int kGroup = 16;           // codewords; their number is that of `nearest_compiled.py`
+constexpr int kParts = kGroup / kLanes;
 constexpr int64_t kRows = 256;       // rows of a part; they stay in a core's cache for all columns
 constexpr float kSmallest = 1e-36f;  // more than what is too small to be squared can add up to
 
@@ -56,6 +59,16 @@ inline Floats smaller(Floats a, Floats b) {
   return (Floats)_mm_min_ps((__m128)a, (__m128)b);
 #else
   return a < b ? a : b;
+#endif
+}
+
+inline Floats multiply_add(Floats a, Floats b, Floats sum) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return a * b + sum;
 #endif
 }
 
@@ -96,8 +109,8 @@ void find_groups(const float* lines, int64_t groups, int width, const float* poi
         for (int s = 0; s < kSide; ++s) {
           Floats point;
           std::memcpy(&point, points + axis * kTile + s * kLanes, sizeof point);
-          one[s] += all(line[axis * kGroup + word]) * point;
-          other[s] += all(line[axis * kGroup + word + 1]) * point;
+          one[s] = multiply_add(all(line[axis * kGroup + word]), point, one[s]);
+          other[s] = multiply_add(all(line[axis * kGroup + word + 1]), point, other[s]);
         }
       }
       for (int s = 0; s < kSide; ++s) most[s] = larger(most[s], larger(one[s], other[s]));
@@ -124,19 +137,23 @@ void find_groups(const float* lines, int64_t groups, int width, const float* poi
   }
 }
 
-// The only codeword of a group whose score is at least `least`; -1 where there are several.
-int32_t only(const float* line, int width, const float* points, int at, float least) {
-  constexpr int kParts = kGroup / kLanes;
-  Floats scores[kParts];
+// The scores of a group for one vector of a tile.
+void score(const float* line, int width, const float* points, int at, Floats (&scores)[kParts]) {
   std::memcpy(scores, line + width * kGroup, sizeof scores);
   for (int axis = 0; axis < width; ++axis) {
     const Floats point = all(points[axis * kTile + at]);
     for (int part = 0; part < kParts; ++part) {
       Floats words;
       std::memcpy(&words, line + axis * kGroup + part * kLanes, sizeof words);
-      scores[part] += words * point;
+      scores[part] = multiply_add(words, point, scores[part]);
     }
   }
+}
+
+// The only codeword of a group whose score is at least `least`; -1 where there are several.
+int32_t only(const float* line, int width, const float* points, int at, float least) {
+  Floats scores[kParts];
+  score(line, width, points, at, scores);
   Ints near{};  // one in the upper half and its place in the lower, wherever a score is large
   for (int part = 0; part < kParts; ++part) {
     Ints here;
@@ -148,23 +165,47 @@ int32_t only(const float* line, int width, const float* points, int at, float le
   return sum >> 16 == 1 ? sum & 0xffff : -1;
 }
 
+// The first of the nearest codewords in float64, among those whose score is not below `least`.
+int64_t settle(const float* lines, const float* words, int64_t groups, int64_t count, int width,
+               const float* points, int at, const float* vector, float least) {
+  int64_t found = 0;
+  double shortest = INFINITY;
+  for (int64_t group = 0; group < groups; ++group) {
+    Floats scores[kParts];
+    score(lines + group * (width + 1) * kGroup, width, points, at, scores);
+    float each[kGroup];
+    std::memcpy(each, scores, sizeof each);
+    const int64_t end = std::min<int64_t>(kGroup, count - group * kGroup);
+    for (int64_t place = 0; place < end; ++place) {
+      if (each[place] < least) continue;
+      const int64_t code = group * kGroup + place;
+      double distance = 0;
+      for (int axis = 0; axis < width; ++axis) {
+        const double gap = double(vector[axis]) - double(words[code * width + axis]);
+        distance += gap * gap;
+      }
+      if (distance < shortest) shortest = distance, found = code;
+    }
+  }
+  return found;
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t embcomp_nearest_group() { return kGroup; }
 
-// Vectors are (rows, columns, width); lines, centres and reaches have one codebook for each of `books`,
-// of which `which` says the one of a column; two scores of a vector p differ by rounding by less than
-// `factor` (|p| + reach) reach. Codes are (rows, columns). Returns how many of them are -1.
-int64_t embcomp_nearest(const float* vectors, const float* lines, const float* centres,
-                        const float* reaches, const int64_t* which, int64_t rows, int64_t columns,
-                        int64_t width, int64_t groups, float factor, int64_t* codes,
-                        int32_t threads) {
-  int64_t open = 0;
+// Vectors are (rows, columns, width); words are (books, count, width), lines, centres and reaches have one
+// codebook for each of `books`, of which `which` says the one of a column; two scores of a vector p differ
+// by rounding by less than `factor` (|p| + reach) reach. Codes are (rows, columns).
+void embcomp_nearest(const float* vectors, const float* words, const float* lines,
+                     const float* centres, const float* reaches, const int64_t* which, int64_t rows,
+                     int64_t columns, int64_t width, int64_t count, int64_t groups, float factor,
+                     int64_t* codes, int32_t threads) {
   const int64_t parts = (rows + kRows - 1) / kRows;
   const int64_t line = (width + 1) * kGroup;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && parts > 1) reduction(+ : open)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && parts > 1)
   for (int64_t part = 0; part < parts; ++part) {
     std::vector<float> points(size_t(width) * kTile);
     Found found;
@@ -175,34 +216,37 @@ int64_t embcomp_nearest(const float* vectors, const float* lines, const float* c
       const float* centre = centres + book * width;
       const float reach = reaches[book];
       for (int64_t start = part * kRows; start < end; start += kTile) {
-        const int count = int(std::min<int64_t>(kTile, end - start));
+        const int filled = int(std::min<int64_t>(kTile, end - start));
         const float* from = vectors + (start * columns + column) * width;
-        for (int at = 0; at < count; ++at)
+        for (int at = 0; at < filled; ++at)
           for (int64_t axis = 0; axis < width; ++axis)
             points[axis * kTile + at] = from[at * columns * width + axis] - centre[axis];
-        if (count < kTile)
+        if (filled < kTile)
           for (int64_t axis = 0; axis < width; ++axis)
-            std::fill_n(&points[axis * kTile + count], kTile - count, 0.0f);
+            std::fill_n(&points[axis * kTile + filled], kTile - filled, 0.0f);
         float norms[kTile] = {};
         for (int64_t axis = 0; axis < width; ++axis)
           for (int at = 0; at < kTile; ++at)
             norms[at] += points[axis * kTile + at] * points[axis * kTile + at];
         find_groups(own, groups, int(width), points.data(), found);
-        for (int at = 0; at < count; ++at) {
+        for (int at = 0; at < filled; ++at) {
           const float rounding = (std::sqrt(norms[at]) + reach) * (reach * factor) + kSmallest;
-          const float best = found.best[at], least = best - rounding;
-          int32_t code = -1;
-          if (std::isfinite(best) && std::isfinite(rounding) && found.second[at] < least) {
+          const float best = found.best[at];
+          const bool tells = std::isfinite(best) && std::isfinite(rounding);
+          const float least = tells ? best - rounding : -INFINITY;
+          int64_t code = -1;
+          if (tells && found.second[at] < least) {
             const int32_t group = found.group[at];
             code = only(own + group * line, int(width), points.data(), at, least);
             if (code >= 0) code += group * kGroup;
           }
-          open += code < 0;
+          if (code < 0)
+            code = settle(own, words + book * count * width, groups, count, int(width),
+                          points.data(), at, from + at * columns * width, least);
           codes[(start + at) * columns + column] = code;
         }
       }
     }
   }
-  return open;
 }
 }

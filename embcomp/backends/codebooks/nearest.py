@@ -50,10 +50,12 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
     if compiling or reads_wait(vectors.device):
         return nearest_by_differences(vectors, codebooks, which)
     found = torch.empty(vectors.shape[:2], dtype=torch.int64)
-    if library() is None:
-        unsettled = _search_by_torch(vectors, codebooks[which], found)
-    else:
-        unsettled = _search_by_compiled_code(vectors, codebooks, which, found)
+    if library() is not None:
+        own = _Centred(codebooks)
+        books = CompiledBooks(codebooks, own.moved, own.centres, own.reaches, own.factor)
+        books.search(vectors, which, found)
+        return found
+    unsettled = _search_by_torch(vectors, codebooks[which], found)
     if len(unsettled):
         _settle(vectors, codebooks, which, found, unsettled)
     return found
@@ -78,15 +80,6 @@ class _Centred:
         self.moved = (words.double() - self.centres.double().unsqueeze(1)).float()
         self.reaches = self.moved.square().sum(2).amax(1).sqrt()
         self.factor = 4 * (words.shape[2] + 5) * _ROUNDING
-
-
-def _search_by_compiled_code(
-    vectors: Tensor, codebooks: Tensor, which: Tensor, codes: Tensor
-) -> Tensor:
-    """As `_search_by_torch`."""
-    own = _Centred(codebooks)
-    books = CompiledBooks(own.moved, own.centres, own.reaches, own.factor)
-    return (codes < 0).nonzero() if books.search(vectors, which, codes) else which.new_empty(0, 2)
 
 
 def _search_by_torch(vectors: Tensor, words: Tensor, codes: Tensor) -> Tensor:

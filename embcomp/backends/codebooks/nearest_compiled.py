@@ -1,4 +1,4 @@
-"""The nearest codeword by compiled code, of vectors for which float32 can tell."""
+"""The nearest codeword by compiled code."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def library() -> ctypes.CDLL | None:
     """The compiled search, built where it is not there yet; None where it cannot be."""
     try:
         found = compiled_library(
-            "embcomp.backends.codebooks", "nearest.cpp", flags=["-ffp-contract=fast"]
+            "embcomp.backends.codebooks", "nearest.cpp", flags=["-ffp-contract=off"]
         )
     except MissingKernelError:
         return None
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    sizes = [integer] * 4
+    sizes = [integer] * 5
     found.embcomp_nearest.argtypes = [
-        *[pointer] * 5, *sizes, ctypes.c_float, pointer, ctypes.c_int32,
+        *[pointer] * 6, *sizes, ctypes.c_float, pointer, ctypes.c_int32,
     ]  # fmt: skip
-    found.embcomp_nearest.restype = integer
+    found.embcomp_nearest.restype = None
     found.embcomp_nearest_group.restype = integer
     assert found.embcomp_nearest_group() == _GROUP
     return found
@@ -37,16 +37,19 @@ class CompiledBooks:
     """Codebooks, laid out for the compiled search.
 
     Args:
-        moved: (G, k, d) float32 codewords, counted from their centres.
+        words: (G, k, d) float32 codewords.
+        moved: the same, counted from their centres.
         centres: (G, d) float32.
         reaches: (G,) float32, of each the longest codeword.
         factor: two scores of a vector of norm p, counted from the centre, can differ by rounding by at
             most `factor * (p + reach) * reach`.
     """
 
-    def __init__(self, moved: Tensor, centres: Tensor, reaches: Tensor, factor: float) -> None:
+    def __init__(
+        self, words: Tensor, moved: Tensor, centres: Tensor, reaches: Tensor, factor: float
+    ) -> None:
         books, count, width = moved.shape
-        self._groups, self._factor = -(-count // _GROUP), factor
+        self._words, self._groups, self._factor = words.contiguous(), -(-count // _GROUP), factor
         self._centres, self._reaches = centres.contiguous(), reaches.contiguous()
         lines = moved.new_zeros(books, width + 1, self._groups * _GROUP)
         lines[:, width] = -torch.inf
@@ -56,29 +59,25 @@ class CompiledBooks:
             lines.view(books, width + 1, self._groups, _GROUP).transpose(1, 2).contiguous()
         )
 
-    def search(self, vectors: Tensor, which: Tensor, codes: Tensor) -> int:
-        """Write codes (R, K) of vectors (R, K, d) in the codebooks `which` (K,).
-
-        Returns:
-            The number of codes that are -1, because rounding may have decided.
-        """
+    def search(self, vectors: Tensor, which: Tensor, codes: Tensor) -> None:
+        """Write codes (R, K) of vectors (R, K, d) in the codebooks `which` (K,)."""
         found = library()
         assert found is not None and codes.is_contiguous()
         rows, columns, width = vectors.shape
         held, books = vectors.contiguous(), which.contiguous()
-        return int(
-            found.embcomp_nearest(
-                held.data_ptr(),
-                self._lines.data_ptr(),
-                self._centres.data_ptr(),
-                self._reaches.data_ptr(),
-                books.data_ptr(),
-                rows,
-                columns,
-                width,
-                self._groups,
-                self._factor,
-                codes.data_ptr(),
-                torch.get_num_threads(),
-            )
+        found.embcomp_nearest(
+            held.data_ptr(),
+            self._words.data_ptr(),
+            self._lines.data_ptr(),
+            self._centres.data_ptr(),
+            self._reaches.data_ptr(),
+            books.data_ptr(),
+            rows,
+            columns,
+            width,
+            self._words.shape[1],
+            self._groups,
+            self._factor,
+            codes.data_ptr(),
+            torch.get_num_threads(),
         )
