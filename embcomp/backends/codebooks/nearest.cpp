@@ -31,6 +31,11 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
+constexpr int kHalf = kLanes / 2;  // lanes of a register of doubles
+typedef float Halves __attribute__((vector_size(4 * kHalf)));
+typedef double Doubles __attribute__((vector_size(8 * kHalf)));
+typedef int64_t Longs __attribute__((vector_size(8 * kHalf)));
+
 constexpr int kSide = 2;             // registers of vectors that are looked at together
 constexpr int kTile = kSide * kLanes;
 constexpr int kGroup = 16;           // codewords; their number is that of `nearest_compiled.py`
@@ -165,29 +170,57 @@ int32_t only(const float* line, int width, const float* points, int at, float le
   return sum >> 16 == 1 ? sum & 0xffff : -1;
 }
 
-// The first of the nearest codewords in float64, among those whose score is not below `least`.
-int64_t settle(const float* lines, const float* words, int64_t groups, int64_t count, int width,
+inline bool any(Ints flags) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)flags, (__m512i)flags) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)flags) != 0;
+#else
+  int32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum |= flags[lane];
+  return sum != 0;
+#endif
+}
+
+// Squared distances of a vector from kHalf words, whose numbers lie kGroup apart.
+inline Doubles distances(const float* words, int width, const float* vector) {
+  Doubles sum{};
+  for (int axis = 0; axis < width; ++axis) {
+    Halves here;
+    std::memcpy(&here, words + axis * kGroup, sizeof here);
+    const Doubles gap = double(vector[axis]) - __builtin_convertvector(here, Doubles);
+    sum += gap * gap;
+  }
+  return sum;
+}
+
+// The first of the nearest codewords in float64, among groups with a score that is not below `least`.
+// Words are (groups, width, kGroup), the last group filled up by what is never nearest.
+int64_t settle(const float* lines, const float* words, int64_t groups, int width,
                const float* points, int at, const float* vector, float least) {
-  int64_t found = 0;
-  double shortest = INFINITY;
+  Doubles shortest = double(INFINITY) - Doubles{};
+  Longs found{};  // kHalf codes together count as one
   for (int64_t group = 0; group < groups; ++group) {
     Floats scores[kParts];
     score(lines + group * (width + 1) * kGroup, width, points, at, scores);
-    float each[kGroup];
-    std::memcpy(each, scores, sizeof each);
-    const int64_t end = std::min<int64_t>(kGroup, count - group * kGroup);
-    for (int64_t place = 0; place < end; ++place) {
-      if (each[place] < least) continue;
-      const int64_t code = group * kGroup + place;
-      double distance = 0;
-      for (int axis = 0; axis < width; ++axis) {
-        const double gap = double(vector[axis]) - double(words[code * width + axis]);
-        distance += gap * gap;
+    for (int part = 0; part < kParts; ++part) {
+      if (!any(scores[part] >= all(least))) continue;
+      for (int half = 2 * part; half < 2 * part + 2; ++half) {
+        const Doubles own = distances(words + group * width * kGroup + half * kHalf, width, vector);
+        const Longs nearer = own < shortest;
+        found = nearer ? Longs{} + (group * 2 * kParts + half) : found;
+        shortest = nearer ? own : shortest;
       }
-      if (distance < shortest) shortest = distance, found = code;
     }
   }
-  return found;
+  int64_t code = 0;
+  double least_distance = INFINITY;
+  for (int lane = 0; lane < kHalf; ++lane) {
+    const int64_t own = found[lane] * kHalf + lane;
+    if (shortest[lane] < least_distance || (shortest[lane] == least_distance && own < code))
+      least_distance = shortest[lane], code = own;
+  }
+  return std::isfinite(least_distance) ? code : 0;
 }
 
 }  // namespace
@@ -196,13 +229,13 @@ extern "C" {
 
 int64_t embcomp_nearest_group() { return kGroup; }
 
-// Vectors are (rows, columns, width); words are (books, count, width), lines, centres and reaches have one
-// codebook for each of `books`, of which `which` says the one of a column; two scores of a vector p differ
-// by rounding by less than `factor` (|p| + reach) reach. Codes are (rows, columns).
+// Vectors are (rows, columns, width); words, lines, centres and reaches have one codebook for each of
+// `books`, of which `which` says the one of a column; two scores of a vector p differ by rounding by less
+// than `factor` (|p| + reach) reach. Codes are (rows, columns).
 void embcomp_nearest(const float* vectors, const float* words, const float* lines,
                      const float* centres, const float* reaches, const int64_t* which, int64_t rows,
-                     int64_t columns, int64_t width, int64_t count, int64_t groups, float factor,
-                     int64_t* codes, int32_t threads) {
+                     int64_t columns, int64_t width, int64_t groups, float factor, int64_t* codes,
+                     int32_t threads) {
   const int64_t parts = (rows + kRows - 1) / kRows;
   const int64_t line = (width + 1) * kGroup;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && parts > 1)
@@ -241,7 +274,7 @@ void embcomp_nearest(const float* vectors, const float* words, const float* line
             if (code >= 0) code += group * kGroup;
           }
           if (code < 0)
-            code = settle(own, words + book * count * width, groups, count, int(width),
+            code = settle(own, words + book * groups * width * kGroup, groups, int(width),
                           points.data(), at, from + at * columns * width, least);
           codes[(start + at) * columns + column] = code;
         }

@@ -23,7 +23,7 @@ def library() -> ctypes.CDLL | None:
     except MissingKernelError:
         return None
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    sizes = [integer] * 5
+    sizes = [integer] * 4
     found.embcomp_nearest.argtypes = [
         *[pointer] * 6, *sizes, ctypes.c_float, pointer, ctypes.c_int32,
     ]  # fmt: skip
@@ -49,15 +49,16 @@ class CompiledBooks:
         self, words: Tensor, moved: Tensor, centres: Tensor, reaches: Tensor, factor: float
     ) -> None:
         books, count, width = moved.shape
-        self._words, self._groups, self._factor = words.contiguous(), -(-count // _GROUP), factor
+        self._groups, self._factor = -(-count // _GROUP), factor
         self._centres, self._reaches = centres.contiguous(), reaches.contiguous()
+        plain = words.new_full((books, width, self._groups * _GROUP), torch.inf)
+        plain[:, :, :count] = words.transpose(1, 2)
+        self._words = _in_groups(plain, self._groups)
         lines = moved.new_zeros(books, width + 1, self._groups * _GROUP)
         lines[:, width] = -torch.inf
         lines[:, :width, :count] = moved.transpose(1, 2)
         lines[:, width, :count] = moved.square().sum(2) / -2
-        self._lines = (
-            lines.view(books, width + 1, self._groups, _GROUP).transpose(1, 2).contiguous()
-        )
+        self._lines = _in_groups(lines, self._groups)
 
     def search(self, vectors: Tensor, which: Tensor, codes: Tensor) -> None:
         """Write codes (R, K) of vectors (R, K, d) in the codebooks `which` (K,)."""
@@ -75,9 +76,13 @@ class CompiledBooks:
             rows,
             columns,
             width,
-            self._words.shape[1],
             self._groups,
             self._factor,
             codes.data_ptr(),
             torch.get_num_threads(),
         )
+
+
+def _in_groups(lines: Tensor, groups: int) -> Tensor:
+    """(G, n, groups * _GROUP) numbers of codewords, those of a group together: (G, groups, n, _GROUP)."""
+    return lines.view(*lines.shape[:2], groups, _GROUP).transpose(1, 2).contiguous()
