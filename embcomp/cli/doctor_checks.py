@@ -38,10 +38,12 @@ RUNTIME = (
     "plotly",
     "psutil",
     "optuna",
+    "fsspec",
     "cmaes",
 )
 OPTIONAL = {
     "tensorboard": "training writes no TensorBoard logs; metrics.jsonl has them all",
+    "ray": "prepare runs on this machine alone; pip install 'embcomp[ray]'",
     "onnxruntime": "no ONNX programs; pip install 'embcomp[onnx]'",
 }
 
