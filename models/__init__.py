@@ -7,9 +7,15 @@ from embcomp.models.base import ModelConfig, ModelInputs
 from embcomp.models.dcnv2 import DCNv2, DCNv2Config
 from embcomp.models.deepfm import DeepFM, DeepFMConfig
 from embcomp.models.dlrm import DLRM, DLRMConfig
+from embcomp.models.fibinet import FiBiNET, FiBiNETConfig
+from embcomp.models.finalmlp import FinalMLP, FinalMLPConfig
 from embcomp.models.fm import FM, FMConfig
+from embcomp.models.gdcn import GDCN, GDCNConfig
 from embcomp.models.lr import LR, LRConfig
+from embcomp.models.masknet import MaskNet, MaskNetConfig
+from embcomp.models.pnn import PNN, PNNConfig
 from embcomp.models.widedeep import WideDeep, WideDeepConfig
+from embcomp.models.xdeepfm import XDeepFM, XDeepFMConfig
 
 MODELS: dict[str, type[ModelConfig]] = {
     "autoint": AutoIntConfig,
@@ -17,16 +23,24 @@ MODELS: dict[str, type[ModelConfig]] = {
     "dcnv2": DCNv2Config,
     "deepfm": DeepFMConfig,
     "dlrm": DLRMConfig,
+    "fibinet": FiBiNETConfig,
+    "finalmlp": FinalMLPConfig,
     "fm": FMConfig,
+    "gdcn": GDCNConfig,
     "lr": LRConfig,
+    "masknet": MaskNetConfig,
+    "pnn": PNNConfig,
     "widedeep": WideDeepConfig,
+    "xdeepfm": XDeepFMConfig,
 }
 
 __all__ = [
     "DLRM",
     "FM",
+    "GDCN",
     "LR",
     "MODELS",
+    "PNN",
     "AutoInt",
     "AutoIntConfig",
     "AutoIntPlusConfig",
@@ -36,9 +50,19 @@ __all__ = [
     "DeepFM",
     "DeepFMConfig",
     "FMConfig",
+    "FiBiNET",
+    "FiBiNETConfig",
+    "FinalMLP",
+    "FinalMLPConfig",
+    "GDCNConfig",
     "LRConfig",
+    "MaskNet",
+    "MaskNetConfig",
     "ModelConfig",
     "ModelInputs",
+    "PNNConfig",
     "WideDeep",
     "WideDeepConfig",
+    "XDeepFM",
+    "XDeepFMConfig",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from typing_extensions import override
 
 from embcomp.errors import ConfigError
-from embcomp.io.constraints import Broken, Count, Le, Rule
+from embcomp.io.constraints import Between, Broken, Count, Le, Rule
 from embcomp.io.numeric_settings import shown
 
 MOST_LAYERS = 1000
@@ -48,14 +48,31 @@ class LayerWidths(Rule):
         return ""
 
 
+@dataclass(frozen=True)
+class NameList(Rule):
+    """Names of features, of which there may be none."""
+
+    whole = True
+
+    @override
+    def expected(self, value: Any) -> str:
+        fits = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        return "" if fits else "a list of names of features, such as [user]"
+
+
 Dropout = Annotated[float, Probability()]
 """A share of activations that are dropped; at 1 nothing would pass."""
 HiddenUnits = Annotated[tuple[int, ...], LayerWidths()]
 """Widths of hidden layers; there may be none."""
+FeatureNames = Annotated[tuple[str, ...], NameList()]
+"""Names of features; there may be none."""
 Width = Annotated[int, Count(1), Le(WIDEST)]
 """Of a layer, a row or an attention."""
 Depth = Annotated[int, Count(1), Le(MOST_LAYERS)]
 """How many layers, heads or experts."""
+RATIO = Between(0, 1000, "(]")
+Ratio = Annotated[float, RATIO]
+"""How many times wider or narrower a layer is than another."""
 
 
 def not_expected(broken: Broken) -> str:
@@ -89,6 +106,11 @@ def check_dropout(name: str, value: float) -> None:
     check_setting(name, value, Probability())
 
 
+def check_ratio(name: str, value: float) -> None:
+    """Raise unless `value` is a number above 0 by which a width may be multiplied or divided."""
+    check_setting(name, value, RATIO)
+
+
 def check_units(name: str, value: Sequence[int]) -> None:
     """Raise unless `value` is a sequence of layer widths of at least 1; it may be empty."""
     check_setting(name, value, LayerWidths())
@@ -109,6 +131,15 @@ def check_heads(attention_dim: int, num_heads: int) -> None:
         raise ConfigError(
             f"attention_dim={attention_dim}: expected a multiple of num_heads={num_heads}, "
             f"such as {nearest}"
+        )
+
+
+def check_two_fields(model: str, feature_names: Sequence[str], num_dense: int) -> None:
+    """Raise unless there are two fields for a model that multiplies pairs of them."""
+    if len(feature_names) + num_dense < 2:
+        raise ConfigError(
+            f"{model}: expected at least two fields, whose products it learns from; got "
+            f"{list(feature_names)} and no numeric feature"
         )
 
 

@@ -72,14 +72,21 @@ class FactorizationMachine(nn.Module):
         return 0.5 * (total.square() - fields.square().sum(dim=1)).sum(dim=1)
 
 
+def pairs_of_fields(num_fields: int, device: torch.device) -> Tensor:
+    """Both fields of all pairs (2, F * (F - 1) / 2), each pair once, ordered by first field.
+
+    Made anew each time: a cached index would be a buffer, which a build on `meta` zeroes.
+    """
+    return torch.triu_indices(num_fields, num_fields, 1, device=device)
+
+
 class PairwiseDots(nn.Module):
     """Inner products of all pairs of fields, each pair once; no parameters."""
 
     def forward(self, fields: Tensor) -> Tensor:
         """Map the fields (B, F, D) to the products (B, F * (F - 1) / 2), ordered by first field."""
         num_fields = fields.shape[1]
-        # Made anew each time: a cached index would be a buffer, which a build on `meta` zeroes.
-        first, second = torch.triu_indices(num_fields, num_fields, 1, device=fields.device)
+        first, second = pairs_of_fields(num_fields, fields.device)
         products = torch.bmm(fields, fields.transpose(1, 2)).flatten(1)  # (B, F * F)
         return products.index_select(1, first * num_fields + second)
 

@@ -21,11 +21,17 @@ from embcomp.models import (
     DCNv2Config,
     DeepFMConfig,
     DLRMConfig,
+    FiBiNETConfig,
+    FinalMLPConfig,
     FMConfig,
+    GDCNConfig,
     LRConfig,
+    MaskNetConfig,
     ModelConfig,
     ModelInputs,
+    PNNConfig,
     WideDeepConfig,
+    XDeepFMConfig,
 )
 from embcomp.models.fields import Pooling
 
@@ -50,9 +56,50 @@ CASES: dict[str, list[ModelConfig]] = {
         DLRMConfig(bottom_hidden_units=(6, 5), top_hidden_units=(7,)),
         DLRMConfig(interaction="cat", bottom_hidden_units=(), top_hidden_units=()),
     ],
+    "fibinet": [
+        FiBiNETConfig(hidden_units=(5, 3)),
+        FiBiNETConfig(
+            bilinear="field_all", share_bilinear=False, reduction_ratio=0.5, hidden_units=(5,)
+        ),
+        FiBiNETConfig(bilinear="field_each", excitation="sigmoid", hidden_units=()),
+    ],
+    "finalmlp": [
+        FinalMLPConfig(
+            mlp1_hidden_units=(6, 4), mlp2_hidden_units=(8,), num_heads=2, gate_hidden_units=(5,)
+        ),
+        FinalMLPConfig(
+            mlp1_hidden_units=(4,),
+            mlp2_hidden_units=(5, 6),
+            gate_hidden_units=(5, 4),
+            context1=("user", "tag"),
+            context1_numeric=True,
+            context2=("item",),
+            gate_only=("item",),
+        ),
+        FinalMLPConfig(
+            mlp1_hidden_units=(6,), mlp2_hidden_units=(3,), num_heads=3, feature_selection=False
+        ),
+    ],
     "fm": [FMConfig()],
+    "gdcn": [
+        GDCNConfig(num_cross_layers=2, hidden_units=(5, 3)),
+        GDCNConfig(structure="stacked", hidden_units=(5,)),
+        GDCNConfig(structure="cross"),
+    ],
     "lr": [LRConfig()],
+    "masknet": [
+        MaskNetConfig(hidden_units=(6, 5), reduction_ratio=0.5),
+        MaskNetConfig(hidden_units=(6,), embedding_norm=False, layer_norm=False),
+        MaskNetConfig(
+            structure="parallel", num_blocks=2, block_dim=4, hidden_units=(5,), reduction_ratio=1.5
+        ),
+    ],
+    "pnn": [PNNConfig(hidden_units=(5, 3))],
     "widedeep": [WideDeepConfig(hidden_units=(5, 3))],
+    "xdeepfm": [
+        XDeepFMConfig(cin_units=(4, 3), hidden_units=(5, 3)),
+        XDeepFMConfig(cin_units=(4,), hidden_units=()),
+    ],
 }
 CONFIGS = [config for configs in CASES.values() for config in configs]
 

@@ -17,10 +17,16 @@ from embcomp.models import (
     DCNv2Config,
     DeepFMConfig,
     DLRMConfig,
+    FiBiNETConfig,
+    FinalMLPConfig,
     FMConfig,
+    GDCNConfig,
+    MaskNetConfig,
     ModelConfig,
     ModelInputs,
+    PNNConfig,
     WideDeepConfig,
+    XDeepFMConfig,
 )
 from embcomp.models.fields import FeatureStack, FieldEmbeddings, FirstOrder, NumericVectors
 from embcomp.models.layers import (
@@ -119,15 +125,25 @@ def test_linear_layers_and_numeric_vectors_start_xavier_normal():
     assert abs(expert.core.std().item() - (2 / 120) ** 0.5) < 3e-3
 
 
-@pytest.mark.parametrize("config", [FMConfig(), DeepFMConfig()], ids=["fm", "deepfm"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FMConfig(),
+        DeepFMConfig(),
+        XDeepFMConfig(cin_units=(8, 8)),
+        PNNConfig(),
+        FiBiNETConfig(excitation="sigmoid"),
+    ],
+    ids=["fm", "deepfm", "xdeepfm", "pnn", "fibinet"],
+)
 def test_products_of_large_values_do_not_start_as_large_logits(config):
     """Logarithms of counts are as large as ten, and sums of their products a hundred times that."""
     torch.manual_seed(0)
-    tables = [make_tables(width).requires_grad_(False) for width in (16, 1)]
-    for table in tables:
-        for weight in table.parameters():
-            weight.zero_()
-    model = config.build(ModelInputs(NAMES, 16, num_dense=13), *tables)
+    tables, first_order = (make_tables(width).requires_grad_(False) for width in (16, 1))
+    for weight in (*tables.parameters(), *first_order.parameters()):
+        weight.zero_()
+    inputs = ModelInputs(NAMES, 16, num_dense=13)
+    model = config.build(inputs, tables, first_order if config.uses_first_order else None)
     logits = model(torch.full((6, 13), 8.0), make_batch().sparse)
     assert logits.abs().max() < 2
 
@@ -230,6 +246,34 @@ BAD_SETTINGS = [
     (DLRMConfig, {"top_hidden_units": (1.5,)}, "top_hidden_units"),
     (DLRMConfig, {"bottom_dropout": 1.0}, "bottom_dropout"),
     (DLRMConfig, {"top_dropout": "a"}, "top_dropout='a'"),
+    (
+        XDeepFMConfig,
+        {"cin_units": ()},
+        r"cin_units=\[\]: expected at least one layer of feature maps",
+    ),
+    (XDeepFMConfig, {"cin_units": (4, 0)}, r"cin_units=\[4, 0\]: .* got 0"),
+    (PNNConfig, {"hidden_units": 400}, "hidden_units=400: expected a list of layer widths"),
+    (FiBiNETConfig, {"bilinear": "all"}, "bilinear='all': expected one of 'field_all'"),
+    (FiBiNETConfig, {"excitation": "tanh"}, "excitation='tanh': expected one of 'relu', 'sigmoid'"),
+    (FiBiNETConfig, {"reduction_ratio": 0}, r"reduction_ratio=0: expected in \(0, 1000\]"),
+    (FiBiNETConfig, {"reduction_ratio": float("nan")}, "reduction_ratio=nan: expected"),
+    (MaskNetConfig, {"structure": "stacked"}, "structure='stacked': .* 'serial', 'parallel'"),
+    (MaskNetConfig, {"hidden_units": ()}, "structure='serial' needs at least one block"),
+    (MaskNetConfig, {"reduction_ratio": -1.0}, "reduction_ratio=-1.0: expected"),
+    (MaskNetConfig, {"num_blocks": 0}, "num_blocks=0: expected an integer of at least 1"),
+    (MaskNetConfig, {"block_dim": 1.5}, "block_dim=1.5: expected an integer of at least 1"),
+    (GDCNConfig, {"structure": "both"}, "structure='both': .* 'parallel', 'stacked', 'cross'"),
+    (GDCNConfig, {"hidden_units": ()}, "structure='parallel' needs at least one hidden layer"),
+    (GDCNConfig, {"num_cross_layers": 0}, "num_cross_layers=0: expected an integer"),
+    (FinalMLPConfig, {"num_heads": 3}, r"mlp1_hidden_units=.*num_heads=3 divides, such as 399"),
+    (FinalMLPConfig, {"mlp2_hidden_units": (9,), "num_heads": 2}, r"mlp2_hidden_units=\[9\]"),
+    (FinalMLPConfig, {"mlp2_hidden_units": ()}, r"mlp2_hidden_units=\[\]: expected at least one"),
+    (FinalMLPConfig, {"context1": "user"}, "context1='user': expected a list of names of features"),
+    (
+        FinalMLPConfig,
+        {"context2": ("user",), "feature_selection": False},
+        "context2 belongs to the gates, which feature_selection=False leaves out",
+    ),
     (ModelInputs, {"feature_names": ()}, r"feature_names=\(\): .* at least one"),
     (ModelInputs, {"feature_names": ("a", "b", "a")}, r"each name once, got \['a'\]"),
     (ModelInputs, {"embedding_dim": -4}, "embedding_dim=-4: expected an integer of at least 1"),
@@ -263,6 +307,56 @@ def test_dot_interaction_needs_two_fields():
         DLRMConfig().build(ModelInputs(("user",), 4, 0), make_tables(4), None)
     DLRMConfig(interaction="cat").build(ModelInputs(("user",), 4, 0), make_tables(4), None)
     DLRMConfig().build(ModelInputs(("user",), 4, 1), make_tables(4), None)
+
+
+@pytest.mark.parametrize(("config", "tables"), [(PNNConfig(), 1), (FiBiNETConfig(), 2)])
+def test_models_of_pairs_need_two_fields(config: ModelConfig, tables: int):
+    collections = [make_tables(width) for width in (4, 1)][:tables] + [None] * (2 - tables)
+    with pytest.raises(
+        ConfigError, match=r"(pnn|fibinet): expected at least two fields.*\['user'\]"
+    ):
+        config.build(ModelInputs(("user",), 4, 0), *collections)
+    config.build(ModelInputs(("user",), 4, 1), *collections)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        (
+            {"context1": ("usr",)},
+            r"context1: no categorical feature 'usr' \(did you mean 'user'\?\)",
+        ),
+        ({"context2": ("tag", "tag")}, "context2: expected each feature once, got 'tag'"),
+        ({"gate_only": ("tag",)}, "gate_only: 'tag' is in neither context1 nor context2"),
+        ({"context1": NAMES, "gate_only": NAMES}, "gate_only: expected at least one .* a field"),
+    ],
+)
+def test_contexts_of_gates_are_checked_against_the_data(contexts, message: str):
+    with pytest.raises(ConfigError, match=message):
+        FinalMLPConfig(**contexts).build(ModelInputs(NAMES, 4, 0), make_tables(4), None)
+
+
+def test_masks_wider_than_any_layer_are_refused_before_they_are_allocated():
+    config = MaskNetConfig(hidden_units=(2**20, 4), reduction_ratio=1000.0)
+    with (
+        pytest.raises(
+            ConfigError, match="reduction_ratio=1000.0: expected masks with at most 1,048"
+        ),
+        torch.device("meta"),
+    ):
+        config.build(ModelInputs(NAMES, 4, 0), make_tables(4, device="meta"), None)
+
+
+def test_gates_without_context_learn_from_the_first_step():
+    """Their vector and hidden layers would get no gradient if they started at zero."""
+    torch.manual_seed(0)
+    config = FinalMLPConfig(mlp1_hidden_units=(8,), mlp2_hidden_units=(8,), gate_hidden_units=(8,))
+    model = config.build(ModelInputs(NAMES, 4, 0), make_tables(4), None)
+    batch = make_batch(num_dense=0, batch_size=64)
+    model(batch.dense, batch.sparse).sum().backward()
+    for name in ("gate1.vector.weight", "gate1.network.0.weight", "gate2.vector.weight"):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None and gradient.abs().sum() > 0, name
 
 
 def test_settings_are_frozen():

@@ -15,10 +15,16 @@ from embcomp.models import (
     DCNv2Config,
     DeepFMConfig,
     DLRMConfig,
+    FiBiNETConfig,
+    FinalMLPConfig,
     FMConfig,
+    GDCNConfig,
     LRConfig,
+    MaskNetConfig,
     ModelConfig,
+    PNNConfig,
     WideDeepConfig,
+    XDeepFMConfig,
 )
 from tests.helpers.model_cases import CASES, CONFIGS, DIM, NAMES, Batch, build, make_batch
 
@@ -185,22 +191,152 @@ def reference_autoint(config: AutoIntConfig, weights: Weights, batch: Batch, row
     return logit
 
 
+def reference_xdeepfm(config: XDeepFMConfig, weights: Weights, batch: Batch, row: int) -> float:
+    fields = all_fields(weights, batch, row)
+    maps, sums = fields, []
+    for layer in range(len(config.cin_units)):
+        mixture = weights[f"cin.layers.{layer}.weight"]
+        constant = weights[f"cin.layers.{layer}.bias"]
+        products = torch.stack([field * other for field in fields for other in maps])
+        maps = [mixture[u] @ products + constant[u] for u in range(len(mixture))]
+        sums += [each.sum() for each in maps]
+    logit = linear_part(weights, batch, row)
+    logit += affine(weights, "cin_output", torch.stack(sums)).item()
+    if config.hidden_units:
+        logit += mlp(weights, "dnn", torch.cat(fields)).item()
+    return logit
+
+
+def reference_pnn(config: PNNConfig, weights: Weights, batch: Batch, row: int) -> float:
+    fields = all_fields(weights, batch, row)
+    products = torch.tensor(pairs(fields), dtype=torch.float64)
+    return mlp(weights, "dnn", torch.cat([*fields, products])).item()
+
+
+def bilinear_products(config: FiBiNETConfig, matrices: Tensor, fields: list[Tensor]) -> Tensor:
+    products: list[Tensor] = []
+    for i in range(len(fields)):
+        for j in range(i + 1, len(fields)):
+            place = {"field_all": 0, "field_each": i, "field_interaction": len(products)}
+            products.append((fields[i] @ matrices[place[config.bilinear]]) * fields[j])
+    return torch.cat(products)
+
+
+def reference_fibinet(config: FiBiNETConfig, weights: Weights, batch: Batch, row: int) -> float:
+    fields = all_fields(weights, batch, row)
+    means = torch.stack([field.mean() for field in fields])
+    hidden = affine(weights, "weigh.squeeze", means).clamp(min=0)
+    factors = affine(weights, "weigh.excite", hidden)
+    factors = factors.clamp(min=0) if config.excitation == "relu" else factors.sigmoid()
+    weighed = [factor * field for factor, field in zip(factors, fields)]
+    second = "products" if config.share_bilinear else "weighed_products"
+    products = [
+        bilinear_products(config, weights["products.weight"], fields),
+        bilinear_products(config, weights[f"{second}.weight"], weighed),
+    ]
+    return linear_part(weights, batch, row) + mlp(weights, "dnn", torch.cat(products)).item()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * weight + bias
+
+
+def mask_block(
+    config: MaskNetConfig, weights: Weights, block: int, flat: Tensor, hidden: Tensor
+) -> Tensor:
+    name = f"masked.blocks.{block}"
+    out = weights[f"{name}.linear.weight"] @ (hidden * mlp(weights, f"{name}.mask", flat))
+    if config.layer_norm:
+        out = layer_norm(out, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
+    return out.clamp(min=0)
+
+
+def reference_masknet(config: MaskNetConfig, weights: Weights, batch: Batch, row: int) -> float:
+    fields = all_fields(weights, batch, row)
+    flat = hidden = torch.cat(fields)
+    if config.embedding_norm:
+        scales, shifts = weights["norm.weight"], weights["norm.bias"]
+        hidden = torch.cat([layer_norm(*each) for each in zip(fields, scales, shifts)])
+    if config.structure == "serial":
+        for block in range(len(config.hidden_units)):
+            hidden = mask_block(config, weights, block, flat, hidden)
+        return affine(weights, "masked.output", hidden).item()
+    blocks = [mask_block(config, weights, n, flat, hidden) for n in range(config.num_blocks)]
+    return mlp(weights, "masked.dnn", torch.cat(blocks)).item()
+
+
+def reference_gdcn(config: GDCNConfig, weights: Weights, batch: Batch, row: int) -> float:
+    x0 = torch.cat(all_fields(weights, batch, row))
+    x = x0
+    for layer in range(config.num_cross_layers):
+        name = f"cross.layers.{layer}"
+        x = (
+            x
+            + x0
+            * affine(weights, f"{name}.cross", x)
+            * (weights[f"{name}.gate.weight"] @ x).sigmoid()
+        )
+    if config.structure == "parallel":
+        x = torch.cat([x, mlp(weights, "dnn", x0, relu_last=True)])
+    elif config.structure == "stacked":
+        x = mlp(weights, "dnn", x, relu_last=True)
+    return affine(weights, "output", x).item()
+
+
+def gated(config: FinalMLPConfig, weights: Weights, batch: Batch, row: int, stream: int) -> Tensor:
+    fields = all_fields(weights, batch, row)
+    place = {name: len(fields) - len(NAMES) + n for n, name in enumerate(NAMES)}
+    left_out = [place[name] for name in config.gate_only]
+    flat = torch.cat([field for n, field in enumerate(fields) if n not in left_out])
+    if not config.feature_selection:
+        return flat
+    names, numeric = {
+        1: (config.context1, config.context1_numeric),
+        2: (config.context2, config.context2_numeric),
+    }[stream]
+    context = [fields[place[name]] for name in names]
+    if numeric:
+        vectors = weights[f"gate{stream}.numeric.weight"]
+        context = [float(batch.dense[row, i]) * vectors[i] for i in range(len(vectors))] + context
+    if not context:
+        context = [weights[f"gate{stream}.vector.weight"][0]]
+    return 2 * mlp(weights, f"gate{stream}.network", torch.cat(context)).sigmoid() * flat
+
+
+def reference_finalmlp(config: FinalMLPConfig, weights: Weights, batch: Batch, row: int) -> float:
+    first, second = (
+        mlp(weights, f"mlp{stream}", gated(config, weights, batch, row, stream), relu_last=True)
+        for stream in (1, 2)
+    )
+    logit = affine(weights, "fusion.first", first) + affine(weights, "fusion.second", second)
+    heads = zip(
+        first.chunk(config.num_heads), weights["fusion.weight"], second.chunk(config.num_heads)
+    )
+    return logit.item() + sum(float(x @ matrix @ y) for x, matrix, y in heads)
+
+
 REFERENCES: dict[str, Callable[..., float]] = {
     "autoint": reference_autoint,
     "autoint_plus": reference_autoint,
     "dcnv2": reference_dcnv2,
     "deepfm": reference_deepfm,
     "dlrm": reference_dlrm,
+    "fibinet": reference_fibinet,
+    "finalmlp": reference_finalmlp,
     "fm": reference_fm,
+    "gdcn": reference_gdcn,
     "lr": reference_lr,
+    "masknet": reference_masknet,
+    "pnn": reference_pnn,
     "widedeep": reference_widedeep,
+    "xdeepfm": reference_xdeepfm,
 }
 
 
 def with_batch_norm(config: ModelConfig) -> ModelConfig | None:
-    if "batch_norm" not in {field.name for field in dataclasses.fields(config)}:
-        return None
-    return dataclasses.replace(config, batch_norm=True)  # type: ignore[call-arg]
+    names = [field.name for field in dataclasses.fields(config)]
+    switched = {name: True for name in names if name.endswith("batch_norm")}
+    return dataclasses.replace(config, **switched) if switched else None  # type: ignore[arg-type]
 
 
 NORMED = [normed for config in CONFIGS if (normed := with_batch_norm(config)) is not None]
