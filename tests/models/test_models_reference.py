@@ -336,7 +336,7 @@ REFERENCES: dict[str, Callable[..., float]] = {
 def with_batch_norm(config: ModelConfig) -> ModelConfig | None:
     names = [field.name for field in dataclasses.fields(config)]
     switched = {name: True for name in names if name.endswith("batch_norm")}
-    return dataclasses.replace(config, **switched) if switched else None  # type: ignore[arg-type]
+    return dataclasses.replace(config, **switched) if switched else None
 
 
 NORMED = [normed for config in CONFIGS if (normed := with_batch_norm(config)) is not None]

@@ -27,7 +27,7 @@ EVERY = [config for configs in CASES.values() for config in configs]
 def exported(config: ModelConfig, folder) -> tuple[torch.nn.Module, ServingModel]:
     """A model on hashed tables with batch norm where it has some, and what was saved of it."""
     switched = {f.name: True for f in dataclasses.fields(config) if f.name.endswith("batch_norm")}
-    config = dataclasses.replace(config, **switched)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, **switched)
 
     def tables(dim: int) -> CompressedEmbeddingBagCollection:
         plain: Any = make_tables(dim)
