@@ -73,11 +73,12 @@ def test_a_program_of_torch_answers_as_the_artefact(config: ModelConfig, tmp_pat
     check_program(config, "pt2", tmp_path / "a")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     find_spec("onnx") is None or find_spec("onnxruntime") is None,
     reason="the extra embcomp[onnx] is not installed",
 )
-@pytest.mark.parametrize("config", long_but(TRACED[2:3], EVERY), ids=str)
+@pytest.mark.parametrize("config", TRACED, ids=str)
 def test_a_program_of_onnx_answers_as_the_artefact(config: ModelConfig, tmp_path):
     check_program(config, "onnx", tmp_path / "a")
 
