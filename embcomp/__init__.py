@@ -13,6 +13,7 @@ from embcomp.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from embcomp.backends import (
         BACKENDS as BACKENDS,
+        CCE as CCE,
         DNIS as DNIS,
         LR2VQ as LR2VQ,
         MDE as MDE,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         QR as QR,
         TT as TT,
         Blocks as Blocks,
+        Cafe as Cafe,
         Coded as Coded,
         DNISSearch as DNISSearch,
         DoubleHash as DoubleHash,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         Mapped as Mapped,
         Matryoshka as Matryoshka,
         OptEmbed as OptEmbed,
+        Robe as Robe,
         Sparse as Sparse,
         Unified as Unified,
     )
@@ -62,6 +65,8 @@ _HOMES = {
     "Blocks": "embcomp.backends",
     "BudgetError": "embcomp.errors",
     "CheckpointError": "embcomp.errors",
+    "CCE": "embcomp.backends",
+    "Cafe": "embcomp.backends",
     "Coded": "embcomp.backends",
     "CompressedEmbeddingBagCollection": "embcomp.collection.collection",
     "CompressedEmbeddingCollection": "embcomp.collection.collection",
@@ -84,6 +89,7 @@ _HOMES = {
     "PQ": "embcomp.backends",
     "Plan": "embcomp.collection.plan",
     "QR": "embcomp.backends",
+    "Robe": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "TT": "embcomp.backends",
     "Unified": "embcomp.backends",

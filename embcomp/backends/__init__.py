@@ -13,6 +13,8 @@ from embcomp.backends.discovery import ENTRY_POINTS, Methods, methods_of
 
 if TYPE_CHECKING:
     from embcomp.backends.blocks import Blocks as Blocks
+    from embcomp.backends.cafe.cafe import Cafe as Cafe
+    from embcomp.backends.cce import CCE as CCE
     from embcomp.backends.codebooks.coded import Coded as Coded
     from embcomp.backends.codebooks.low_rank import LowRank as LowRank
     from embcomp.backends.codebooks.lr2vq import LR2VQ as LR2VQ
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from embcomp.backends.mde import MDE as MDE
     from embcomp.backends.mlet import MLET as MLET
     from embcomp.backends.qr import QR as QR
+    from embcomp.backends.robe import Robe as Robe
     from embcomp.backends.sparse import Sparse as Sparse
     from embcomp.backends.tt import TT as TT
     from embcomp.backends.unified import Unified as Unified

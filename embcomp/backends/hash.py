@@ -9,27 +9,22 @@ frequency, which is a silent use of that ranking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from torch import nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
-from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
-from embcomp.io.constraints import Between, Ge
-from embcomp.layers.block_work import Work
-from embcomp.layers.followed_ids import FollowedIds
+from embcomp.backends.base import Backend
+from embcomp.backends.hashed_rows import HashedRows, SizedByRows
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.routing import HashRoute
-from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
-
-_RATIO_STEPS = 1 << 40  # a ratio is a multiple of this one's inverse, so it is an exact float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hash(BackendConfig):
+class Hash(SizedByRows, HashedRows):
     """One hashed row per id, in a table of its own for each logical table.
 
     Args:
@@ -39,27 +34,9 @@ class Hash(BackendConfig):
         seed: salts the hash.
     """
 
-    num_buckets: Annotated[int | None, Ge(1)] = None
-    ratio: Annotated[float | None, Between(0, 1, "(]")] = None
-    collisionless: Annotated[int, Ge(0)] = 100
     seed: int = 2021
 
     name: ClassVar[str] = "hash"
-    hashes_ids: ClassVar[bool] = True
-    hashes_small: ClassVar[bool] = True
-    size_fields: ClassVar[tuple[str, ...]] = ("num_buckets", "ratio")
-
-    def rows(self, table: TableSpec) -> int:
-        """Rows of the hashed table that stands for `table`."""
-        if self.ratio is not None:
-            return max(1, int(table.num_embeddings * self.ratio))
-        return self.num_buckets or 1
-
-    @override
-    def keeps_full(self, table: TableSpec) -> bool:
-        return (
-            table.num_embeddings <= self.collisionless or self.rows(table) >= table.num_embeddings
-        )
 
     @override
     def joins(self, tables: Sequence[TableSpec]) -> bool:
@@ -91,34 +68,3 @@ class Hash(BackendConfig):
             num_rows=[self.rows(table) for table in owners],
         )
         return Backend(physical_tables=physical, keys=keys, route=route, combine=nn.Identity())
-
-    @property
-    @override
-    def needs_same_numbers(self) -> bool:
-        return True
-
-    @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        return FollowedForm(config=self)
-
-    def _at(self, step: int) -> Self:
-        return self.with_size(ratio=step / _RATIO_STEPS)
-
-    @override
-    def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
-        def fits(step: int) -> bool:
-            return self._at(step).footprint(tables).serve_bytes <= budget
-
-        step = largest_int(fits, 1, _RATIO_STEPS)
-        return None if step is None else self._at(step)
-
-    @override
-    def smallest(self, tables: Sequence[TableSpec]) -> Self:
-        return self._at(1)

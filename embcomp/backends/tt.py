@@ -30,7 +30,7 @@ from embcomp.backends.full import RangeCheck
 from embcomp.io.constraints import Ge, Le
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, beside_ids, renamed
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
@@ -163,14 +163,7 @@ class DigitsRoute(nn.Module):
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(self.check(features))
-        ids = copies.values().to(torch.int64)
-        places, factors = self._places.on(ids.device), self._factors.on(ids.device)
-        count = common_count(copies)
-        if count is None:
-            places, factors = per_value(places, copies), per_value(factors, copies)
-        else:
-            ids = ids.view(len(self._keys), count)
-            places, factors = places.unsqueeze(1), factors.unsqueeze(1)
+        ids, (places, factors) = beside_ids(copies, (self._places, self._factors))
         digits = ids.div(places, rounding_mode="floor").remainder_(factors)
         return renamed(copies, self._keys, digits.view(-1))
 

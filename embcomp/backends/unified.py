@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
+from embcomp.backends.base import Backend
+from embcomp.backends.hashed_rows import HashedRows
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
-from embcomp.layers.block_work import Work
-from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
 from embcomp.layers.lookup_context import LookupContext
@@ -40,7 +39,7 @@ from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformIni
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unified(BackendConfig):
+class Unified(HashedRows):
     """Feature multiplexing over one hashed table, or a few.
 
     Args:
@@ -66,8 +65,6 @@ class Unified(BackendConfig):
     seed: int = 2021
 
     name: ClassVar[str] = "unified"
-    hashes_ids: ClassVar[bool] = True
-    hashes_small: ClassVar[bool] = True
     size_fields: ClassVar[tuple[str, ...]] = ("num_buckets",)
 
     @override
@@ -199,22 +196,6 @@ class Unified(BackendConfig):
                 if self._is_projected(table, width)
             )
         )
-
-    @property
-    @override
-    def needs_same_numbers(self) -> bool:
-        return True
-
-    @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        return FollowedForm(config=self)
 
     def _refuse_unknown_tables(self, tables: Sequence[TableSpec]) -> None:
         unknown = sorted(set(self.chunks) - {table.name for table in tables})

@@ -96,6 +96,7 @@ class _Compressed(AssembledTables):
         )
 
         self._holder = self.route.holder
+        self._writes_rows = self.route.writes_rows
 
     @property
     def footprint(self) -> Footprint:
@@ -116,7 +117,8 @@ class _Compressed(AssembledTables):
     def _tell_route(self, features: KeyedJaggedTensor) -> None:
         """Let it know what holds the rows by now: TorchRec puts sharded collections in our place."""
         traced = isinstance(features, torch.fx.Proxy)
-        self._holder.tell(HeldRows.by(self.unpooled_rows), traced=traced)
+        held = HeldRows.by(self.unpooled_rows)
+        self._holder.tell(held, self.unpooled_rows if self._writes_rows else None, traced=traced)
 
     def _read_unpooled(self, bags: KeyedJaggedTensor) -> Any:
         """Rows of look-ups in bags of one."""
@@ -161,8 +163,23 @@ class _Compressed(AssembledTables):
         assert isinstance(combine, Combine)
         combine.detach_rows(detached)
 
+    def settle(self) -> None:
+        """Do what the last step left for the beginning of the next, before anybody reads what was learnt.
+
+        A training loop of your own calls it on all ranks before a checkpoint of sharded tables; `embcomp train`
+        does. Tables that are not sharded settle by themselves.
+        """
+        if self._writes_rows and self.unpooled_rows is not None:
+            self.route.write_rows(self.unpooled_rows)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if isinstance(self.unpooled_rows, EmbeddingBagCollection):
+            self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def states(self) -> list[GroupState]:
         """Every method with its tables and tensors; only for a collection that is not sharded."""
+        self.settle()
         return read_states(self._groups, self._inner_weights())
 
     def forms(self) -> list[GroupState]:

@@ -76,20 +76,24 @@ class RowsHolder:
         held: how the rows are held by now.
         by_key: whether the next look-up may have keys of different lengths. Whoever calls the route
             without saying so, as a traced graph does, gets keys padded to one length.
+        rows: what holds them, for routes that write to rows: of look-ups in bags of one.
     """
 
     held: HeldRows = field(default_factory=HeldRows)
     by_key: bool = False
+    rows: nn.Module | None = None
 
-    def tell(self, held: HeldRows, *, traced: bool) -> None:
+    def tell(self, held: HeldRows, rows: nn.Module | None, *, traced: bool) -> None:
         """Say how rows are held in the look-up that follows.
 
         Args:
             held: how.
+            rows: what holds them.
             traced: whether a tracer records it, as one call of the inner collection for any batch.
         """
         if held != self.held:
             self.held = held
+        self.rows = rows
         # A compiled graph may not know whether keys differ in length.
         compiling = torch.compiler.is_compiling()
         self.by_key = held.takes_keys_of_any_length and not traced and not compiling

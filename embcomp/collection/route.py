@@ -24,6 +24,7 @@ from embcomp.collection.scripted import (
     plain_lookups,
 )
 from embcomp.collection.table_identity import marks
+from embcomp.layers.held_pieces import WritesRows
 from embcomp.layers.host_values import known_equal, on_device
 from embcomp.layers.traced_leaves import leaf_call
 
@@ -56,6 +57,21 @@ class CompositeRoute(nn.Module):
         self._orders: dict[tuple[str, ...], list[int] | None] = {}
         self.holder = RowsHolder()
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether a method writes to rows between steps."""
+        return any(isinstance(route, WritesRows) for route in self.routes.values())
+
+    def write_rows(self, rows: nn.Module) -> None:
+        """Let methods write what the last step asks for; all ranks call it.
+
+        Args:
+            rows: what holds the rows of look-ups in bags of one.
+        """
+        for route in self.routes.values():
+            if isinstance(route, WritesRows):
+                route.write_rows(rows)
+
     def forward(
         self, features: KeyedJaggedTensor
     ) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None, KeyedJaggedTensor]:
@@ -76,6 +92,8 @@ class CompositeRoute(nn.Module):
         by_key = self.holder.take_by_key()
         if not self._tables:
             return None, None, features
+        if self.training and self.holder.rows is not None and torch.is_grad_enabled():
+            self.write_rows(self.holder.rows)
         features = self._select(features)
         bags = self._as_bags(features)
         parts = bags.split(self._sizes) if len(self._sizes) > 1 else [bags]

@@ -20,9 +20,9 @@ from typing_extensions import override
 
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.layers.block_work import RowBlock, row_blocks
+from embcomp.layers.held_pieces import local_pieces
 from embcomp.layers.row_sources import ComputedRows, MemoryRows, RowSource
 from embcomp.training.files.row_pieces import PieceRows, RowPiece, write_piece
-from embcomp.training.optim.initial_rows import local_pieces
 
 Weight = Tensor | ShardedTensor
 

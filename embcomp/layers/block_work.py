@@ -136,6 +136,37 @@ def part_sizes(
     return own
 
 
+class NamedWork:
+    """Work whose steps have a name of their own before them, where several have the same ones.
+
+    Args:
+        work: does it.
+        name: unique.
+    """
+
+    def __init__(self, work: Work, name: str) -> None:
+        self._work, self._name = work, name
+
+    def map(
+        self, name: str, function: Callable[[Item], Statistics], items: Sequence[Item]
+    ) -> Iterator[Statistics]:
+        """As `Work.map`."""
+        return self._work.map(f"{self._name}-{name}", function, items)
+
+    def write(
+        self,
+        name: str,
+        function: Callable[[Any], Tensor],
+        items: Sequence[Any],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> RowSource:
+        """As `Work.write`."""
+        return self._work.write(f"{self._name}-{name}", function, items, shape, dtype, sizes=sizes)
+
+
 class MemoryWork:
     """All is done here and at once, and what is written stays in memory."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
@@ -40,6 +41,26 @@ def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
         return constants.unsqueeze(1).expand(-1, count).reshape(-1)
     counts = on_device(features.length_per_key(), constants.device)
     return constants.repeat_interleave(counts, output_size=features.values().numel())
+
+
+def beside_ids(
+    features: KeyedJaggedTensor, constants: Sequence[Constant]
+) -> tuple[Tensor, list[Tensor]]:
+    """The ids of a batch, and constants of its keys of a shape that broadcasts over them.
+
+    Args:
+        features: any number of values for each key.
+        constants: one value for each key, each.
+
+    Returns:
+        int64 ids, (keys, count) where all keys have equally many, else (N,); and the constants.
+    """
+    ids = features.values().to(torch.int64)
+    own = [constant.on(ids.device) for constant in constants]
+    count = common_count(features)
+    if count is None:
+        return ids, [per_value(constant, features) for constant in own]
+    return ids.view(len(features.keys()), count), [constant.unsqueeze(1) for constant in own]
 
 
 class RepeatFeatures(nn.Module):
@@ -129,13 +150,5 @@ class HashRoute(nn.Module):
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(features)
-        values = copies.values()
-        salts = self._salts.on(values.device)
-        num_rows = self._num_rows.on(values.device)
-        count = common_count(copies)
-        if count is None:
-            rows = hash_rows(values, per_value(salts, copies), per_value(num_rows, copies))
-        else:
-            ids = values.view(len(self._keys), count)
-            rows = hash_rows(ids, salts.unsqueeze(1), num_rows.unsqueeze(1)).view(-1)
-        return renamed(copies, self._keys, rows)
+        ids, (salts, num_rows) = beside_ids(copies, (self._salts, self._num_rows))
+        return renamed(copies, self._keys, hash_rows(ids, salts, num_rows).view(-1))

@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcomp.backends.full import wait_for_checks
+from embcomp.collection.collection import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
 from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import STATE_VERSION, ParquetLoader
@@ -269,6 +273,9 @@ class Training:
         """Finish what training does late, or on each rank by itself, before anyone reads it."""
         self.steps.pause()
         wait_for_checks(self.unsharded.model)
+        for module in self.sharded.modules():
+            if isinstance(module, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection):
+                module.settle()
         if self.decay is not None:
             self.decay.flush()
         if self.process.world_size > 1:

@@ -20,11 +20,11 @@ from embcomp.collection.table_row_types import RowTypes, is_final
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
+from embcomp.layers.held_pieces import local_pieces
 from embcomp.tables.footprint import Footprint
 from embcomp.tables.row_types import RowType, pack, served_footprint, unpack
 from embcomp.tables.specs import PhysicalTable, TableSpec
 from embcomp.training.build import TASK_PREFIX, UnshardedModel
-from embcomp.training.optim.initial_rows import local_pieces
 
 _CHUNK = 1 << 18  # rows that are rounded together
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embcomp.backends import (
+    CCE,
     DNIS,
     LR2VQ,
     MDE,
@@ -11,6 +12,7 @@ from embcomp.backends import (
     QR,
     TT,
     Blocks,
+    Cafe,
     Coded,
     DNISSearch,
     DoubleHash,
@@ -21,6 +23,7 @@ from embcomp.backends import (
     Mapped,
     Matryoshka,
     OptEmbed,
+    Robe,
     Sparse,
     Unified,
 )
@@ -37,6 +40,11 @@ CASES = {
         takes_any_id=True,
         init_std=FULL,
     ),
+    "cafe": BackendCase(
+        config=Cafe(num_buckets=50, hot_share=0.4, threshold=1.0, margin=1.0, collisionless=0),
+        takes_any_id=True,
+    ),
+    "cce": BackendCase(config=CCE(num_buckets=9, subvector_dim=5, collisionless=0)),
     "low_dim": BackendCase(config=LowDim(width=5), injective=True, init_std=FULL * (5 / 16) ** 0.5),
     "low_dim_mixed": BackendCase(
         config=LowDim(width=3, widths={"t0": 5, "t1": 4}),
@@ -58,6 +66,10 @@ CASES = {
         config=MLET(width=3, factor=2), injective=True, init_std=FULL * (3 / 16) ** 0.5
     ),
     "tensor_train": BackendCase(config=TT(rank=5), injective=True),
+    "robe": BackendCase(
+        config=Robe(num_weights=700, block_size=6, step=3, signs=True, init_range=0.1),
+        takes_any_id=True,
+    ),
     "optembed": BackendCase(config=OptEmbed(), injective=True),
     "optembed_rows": BackendCase(config=OptEmbed(prune="rows", norm=2), injective=True),
     "matryoshka": BackendCase(config=Matryoshka(weights={16: 3.0}), injective=True),

@@ -65,6 +65,10 @@ STAGED: dict[str, StagedCase] = {
         budget="40%",
         stages={"supernet": SHORT, "retrain": SHORT},
     ),
+    "cce": StagedCase(
+        method={"name": "cce", "num_buckets": 3, "subvector_dim": 2, "collisionless": 12},
+        stages={"hashed": SHORT, "clustered_1": SHORT, "clustered_2": SHORT},
+    ),
     "matryoshka": StagedCase(
         method={"name": "matryoshka", "width_grid": 4},
         budget="60%",

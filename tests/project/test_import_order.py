@@ -13,8 +13,9 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection, tools"
     " < config, serving, testing < planning < training < compressing, search < cli",
-    "embcomp.backends": "stages < base < discovery, full < hash, qr, unified, blocks, low_dim, mde, tt"
-    " < codebooks, double_hash, mapped, mlet, sparse < dnis, widths",
+    "embcomp.backends": "stages < base < discovery, full, hashed_rows < hash, qr, unified, blocks, low_dim,"
+    " mde, tt < cafe, codebooks, double_hash, mapped, mlet, robe, sparse"
+    " < cce, dnis, widths",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"

@@ -189,8 +189,19 @@ class MappedRoute(LearnedBuffers):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        self.ensure_filled()
         copies = self.copies(self.check(features))
+        return widened(copies, self._keys, self.coded_rows(copies), self._width)
+
+    def coded_rows(self, copies: KeyedJaggedTensor) -> Tensor:
+        """The rows that codes name, -1 for none.
+
+        Args:
+            copies: the ids of each look-up.
+
+        Returns:
+            int64 (look-ups, count, columns) where all have equally many, else (N, columns).
+        """
+        self.ensure_filled()
         ids = copies.values().to(torch.int64)
         constants = [
             c.on(ids.device)
@@ -205,19 +216,17 @@ class MappedRoute(LearnedBuffers):
             starts, steps, bits, none, firsts = (constant.unsqueeze(1) for constant in constants)
         codes = gather_codes(self.codes, ids.unsqueeze(-1) * steps + starts, bits, self._widest)
         rows = codes + firsts
-        if self._skips:
-            rows = torch.where(codes == none, -1, rows)
-        return _widened(copies, self._keys, rows.reshape(-1), self._width)
+        return torch.where(codes == none, -1, rows) if self._skips else rows
 
 
-def _widened(
+def widened(
     features: KeyedJaggedTensor, keys: list[str], rows: Tensor, width: int
 ) -> KeyedJaggedTensor:
-    """The same bags of so many rows in the place of each id."""
+    """The same bags of so many rows in the place of each id, of any shape."""
     weights = features.weights_or_none()
     return KeyedJaggedTensor(
         keys=keys,
-        values=rows,
+        values=rows.reshape(-1),
         weights=None if weights is None else weights.repeat_interleave(width),
         lengths=features.lengths() * width,
         stride=features.stride(),

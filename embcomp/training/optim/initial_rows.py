@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from typing_extensions import override
 
+from embcomp.layers.held_pieces import local_pieces
 from embcomp.layers.row_sources import RowSource
 
 _BLOCK_ROWS = 65536
@@ -101,13 +102,6 @@ class InitialRows(RowSource):
             rows[:, self._used_columns :] = 0
             self._drawn = (block, rows)
         return self._drawn[1]
-
-
-def local_pieces(weight: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
-    """The parts of a table on this rank, with the row and column where each begins."""
-    if isinstance(weight, ShardedTensor):
-        return [(s.tensor, s.metadata.shard_offsets) for s in weight.local_shards()]
-    return [(weight, [0, 0])]
 
 
 def _block_seed(seed: int, name: str, block: int) -> int:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
+from embcomp.layers.held_pieces import local_pieces
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.training.checkpoint import model_state
-from embcomp.training.optim.initial_rows import local_pieces
 
 _ROWS_AT_ONCE = 1 << 16
 

@@ -22,6 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embcomp.errors import CheckpointError
 from embcomp.io.atomic_files import atomic_path
 from embcomp.layers.block_work import Work, row_blocks
+from embcomp.layers.held_pieces import local_pieces
 from embcomp.layers.learned_buffers import overwriting
 from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.training.checkpoint import model_state
@@ -32,7 +33,6 @@ from embcomp.training.files.run_checksums import (
     read_checked,
     write_checked,
 )
-from embcomp.training.optim.initial_rows import local_pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 SMALL_FILE = "model.safetensors"

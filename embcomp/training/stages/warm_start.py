@@ -29,7 +29,7 @@ from embcomp.collection.plan_document import plan_to_document
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.layers.block_work import Work
+from embcomp.layers.block_work import NamedWork, Work
 from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import by_name
@@ -339,7 +339,7 @@ class _Tables:
         ids = {table.name: self._ids[table.name] for table in tables if table.name in self._ids}
         config = each.form.config
         found = config.follow_ids(
-            tables, each.form, earlier, ids, _Named(work, f"{label}-{names[0]}")
+            tables, each.form, earlier, ids, NamedWork(work, f"{label}-{names[0]}")
         )
         came: dict[str, Tensor | RowSource] = {**each.form.tensors, **each.form.sources}
         came |= found.tensors
@@ -409,25 +409,3 @@ def _followed(values: FollowedValues, counts: Tensor) -> FollowedIds:
 def _is_of(state: str, rows: str) -> bool:
     """Whether an optimizer's entry, `state.fused.model.<rows>.<more>`, belongs to physical rows."""
     return re.match(rf"state\.\w+\.model\.{re.escape(rows)}\.", state) is not None
-
-
-class _Named:
-    """Work whose steps have a name of their own before them, as each group has the same ones."""
-
-    def __init__(self, work: Work, name: str) -> None:
-        self._work, self._name = work, name
-
-    def map(self, name: str, function: Any, items: Any) -> Any:
-        return self._work.map(f"{self._name}-{name}", function, items)
-
-    def write(
-        self,
-        name: str,
-        function: Any,
-        items: Any,
-        shape: Any,
-        dtype: torch.dtype,
-        *,
-        sizes: Any = None,
-    ) -> RowSource:
-        return self._work.write(f"{self._name}-{name}", function, items, shape, dtype, sizes=sizes)

@@ -1,0 +1,1 @@
+"""CAFE: rows of their own for hot ids, found in training by a sketch."""
