@@ -20,6 +20,8 @@ TABLES = [
 ]
 APART = {
     "blocks",
+    "cafe",
+    "cce",
     "double_hash",
     "full",
     "hash",

@@ -42,6 +42,8 @@ FIXED: dict[str, dict[str, Any]] = {  # whose rows follow from ids
     "hash": {"name": "hash", "num_buckets": 20, "collisionless": 12},
     "double_hash": {"name": "double_hash", "num_buckets": 20, "collisionless": 12},
     "unified": {"name": "unified", "num_buckets": 40},
+    "robe": {"name": "robe", "num_weights": 160},
+    "cafe": {"name": "cafe", "num_buckets": 20, "threshold": 1.0, "collisionless": 12},
     "qr": {"name": "qr", "divisor": 8},
     "qr-add": {"name": "qr", "divisor": 8, "combine": "add"},
     "dnis": {"name": "dnis", "quantiles": [0.5], "budget": "60%"},
