@@ -78,6 +78,10 @@ class Cafe(Hash):
     def is_serving_form(self) -> bool:
         return not self.adapts
 
+    @override
+    def joins(self, tables: Sequence[TableSpec]) -> bool:
+        return True  # the sketches of all tables are one tensor
+
     def _tables(self, tables: Sequence[TableSpec]) -> list[SketchedTable]:
         return [
             SketchedTable(
