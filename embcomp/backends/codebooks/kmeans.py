@@ -119,7 +119,10 @@ def _sample(
 
 
 def _distinct(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal points made one."""
+    """Equal points made one, in the order in which they come first.
+
+    So what is drawn of them does not turn on their last bits, which other ranks round in another way.
+    """
     points = points + 0.0  # makes the two zeros one
     keys = torch.zeros(len(points), dtype=torch.int64)
     for bits in points.view(torch.int32).unbind(1):
@@ -127,7 +130,11 @@ def _distinct(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     distinct, inverse = keys.unique(return_inverse=True)
     if len(distinct) == len(points):
         return points, weights
-    some = points[torch.empty_like(distinct).scatter_(0, inverse, torch.arange(len(points)))]
+    places = torch.arange(len(points))
+    first = torch.full_like(distinct, len(points)).scatter_reduce(0, inverse, places, "amin")
+    first, order = first.sort()
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))[inverse]
+    some = points[first]
     if not torch.equal(some[inverse], points):  # different points of one hash
         some, inverse = points.unique(dim=0, return_inverse=True)
     return some, weights.new_zeros(len(some)).index_add_(0, inverse, weights)
