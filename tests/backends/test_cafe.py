@@ -11,6 +11,7 @@ import torch
 from embcomp import Cafe, ConfigError, Hash, load, save
 from embcomp.backends.cafe.hot_sketch import WAYS, HotSketch
 from embcomp.layers.held_pieces import _sharded_pieces
+from embcomp.serving.exported_program import Program, export_program, program_inputs
 from embcomp.testing.cases import BackendCase, pooled
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.testing.planted import Planted, plant
@@ -128,6 +129,9 @@ def test_state_and_artefact_have_what_is_hot(tmp_path):
     save(collection, tmp_path / "a")
     assert 7 in hot_ids(collection)
     torch.testing.assert_close(load(tmp_path / "a")(batch).values(), collection(batch).values())
+    program = Program(load(tmp_path / "a", rows="torch"), bags=True)
+    found = export_program(program).module()(program_inputs(program, torch.zeros(6, 0), batch))
+    torch.testing.assert_close(found["f0"], collection(batch)["f0"])
     assert collection.footprint.serve_bytes == 40 * 8 * 4 + 8 * 4
 
 
