@@ -1,13 +1,16 @@
 """How long tables take from one stage to the next, and what memory that takes beside a rank's shards.
 
     python benchmarks/handover.py [--methods pq,dnis] [--rows 1000000] [--dim 16] [--ranks 1]
-        [--against e3f9063] [--json FILE]
+        [--against e3f9063] [--more] [--json FILE]
 
 A run of each method is made whose stages are a step long, and its hand-overs are measured: on this
 checkout, and in turn on the one of another commit (`--against ""` leaves it out), where tables are whole on
-one rank, as not all of its methods can be placed row-wise. `extra memory` is the
+one rank, as not all of its methods can be placed row-wise. Seconds are those of the clock, which a busy
+machine spoils, and of the processor, of the rank that took most. `extra memory` is the
 most anonymous memory of any rank during a hand-over, over that at its beginning, as a share of a rank's
-part of the tables. `--json` adds an object a line.
+part of the tables. With `--more` the first rank then compacts the run's tables, exports and inspects them,
+and exports them with vocabularies rewritten where something is pruned; it has no part of the tables, so that what
+this takes is a share of all of them. `--json` adds an object a line.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def stage_of(args):  # what a hand-over is called with has changed between commi
     parts = [getattr(each, "schedule", each) for each in args]
     return next(each for each in parts if hasattr(each, "stages")).stages[index].name
 
-def measured(*args):
+def measured(stage, function):
     gc.collect()
     before, most, stop = anonymous(), [0], threading.Event()
     def watch():
@@ -75,20 +78,41 @@ def measured(*args):
             most[0] = max(most[0], anonymous())
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begun = time.perf_counter()
+    begun, processor = time.perf_counter(), time.process_time()
     try:
-        return prepare(*args)
+        return function()
     finally:
-        seconds = time.perf_counter() - begun
+        seconds, processor = time.perf_counter() - begun, time.process_time() - processor
         stop.set()
         watcher.join()
         extra = max(0, most[0] - before)
-        found.append({"stage": stage_of(args), "seconds": seconds, "extra": extra})
+        line = {"stage": stage, "seconds": seconds, "processor": processor, "extra": extra}
+        found.append(line)
 
-run_module.prepare_start = measured
-config, runs, out = sys.argv[1:]
-train(load_config(config), runs=runs, quiet=True)
+def compacted(run):
+    from embcomp.training.stages.opened_model import open_trained
+    from embcomp.training.stages.run_context import RunContext
+    open_trained(RunContext.opened(run)).tables.compact()
+
+def after_training(run):  # what one process does with the tables of all
+    from embcomp.errors import ConfigError
+    from embcomp.serving.artefact_report import inspect_artefact
+    from embcomp.training.export.export import export_run
+    measured("compact", lambda: compacted(run))
+    measured("export", lambda: export_run(run, rows=2000))
+    measured("inspect", lambda: inspect_artefact(f"{run}/artefact"))
+    try:
+        measured("rewrite", lambda: export_run(run, f"{run}/rewritten", rewrite=True, rows=2000))
+    except ConfigError:  # nothing is pruned
+        found.pop()
+
+run_module.prepare_start = lambda *args: measured(stage_of(args), lambda: prepare(*args))
+config, runs, out, more = sys.argv[1:]
+loaded = load_config(config)
+train(loaded, runs=runs, quiet=True)
 rank = os.environ.get("RANK", "0")
+if more and rank == "0":
+    after_training(f"{runs}/{loaded.name}")
 Path(f"{out}.{rank}").write_text(json.dumps(found))
 """
 
@@ -102,11 +126,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--against", default=AGAINST, help="a commit; empty for none")
+    parser.add_argument(
+        "--more", action="store_true", help="also compact, export, inspect and rewrite vocabularies"
+    )
     parser.add_argument("--json", type=Path, help="a file to add results to")
     args = parser.parse_args()
     table = ResultTable(
         f"hand-overs, {args.rows:,} rows x {args.dim}, {args.ranks} rank(s)",
-        ["method", "stage", "commit", "seconds", "extra memory"],
+        ["method", "stage", "commit", "seconds", "of the processor", "extra memory"],
         ["method", "stage", "commit"],
     )
     with tempfile.TemporaryDirectory() as name, checkouts(args.against, Path(name)) as commits:
@@ -117,8 +144,8 @@ def main() -> None:
             for commit, checkout in commits.items():
                 for line in measure(method, commit, checkout, folder, args):
                     ratio = f"{line['extra_memory_ratio']:.2f}"
-                    seconds = f"{line['seconds']:.2f}"
-                    table.add(method, str(line["stage"]), commit, seconds, ratio)
+                    times = [f"{line[key]:.2f}" for key in ("seconds", "processor_seconds")]
+                    table.add(method, str(line["stage"]), commit, *times, ratio)
                     if args.json:
                         with args.json.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(line) + "\n")
@@ -168,7 +195,8 @@ def measure(
     if args.ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks)]
     (place / "child.py").write_text(CHILD)
-    command = [*launch, "child.py", "config.yaml", "runs", "found"]
+    more = "more" if commit == "here" and args.more else ""
+    command = [*launch, "child.py", "config.yaml", "runs", "found", more]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=place, env=environment, capture_output=True, text=True, check=False
@@ -180,12 +208,13 @@ def measure(
         print(failure, file=sys.stderr, flush=True)
         return []
     ranks = [json.loads(file.read_text()) for file in sorted(place.glob("found.*"))]
-    shard = args.rows * args.dim * 4 / args.ranks
+    whole = args.rows * args.dim * 4
+    alone = ("compact", "export", "inspect", "rewrite")
     found: dict[str, dict[str, Any]] = {}
     for each in (line for rank in ranks for line in rank):
-        own = found.setdefault(each["stage"], {"seconds": 0.0, "extra": 0})
-        own["seconds"] = max(own["seconds"], each["seconds"])
-        own["extra"] = max(own["extra"], each["extra"])
+        own = found.setdefault(each["stage"], {"seconds": 0.0, "processor": 0.0, "extra": 0})
+        for key in own:
+            own[key] = max(own[key], each[key])
     return [
         {
             "method": method,
@@ -195,8 +224,9 @@ def measure(
             "dim": args.dim,
             "ranks": args.ranks,
             "seconds": own["seconds"],
+            "processor_seconds": own["processor"],
             "extra_bytes": own["extra"],
-            "extra_memory_ratio": own["extra"] / shard,
+            "extra_memory_ratio": own["extra"] / (whole if stage in alone else whole / args.ranks),
         }
         for stage, own in found.items()
     ]

@@ -15,6 +15,7 @@ from embcomp.data_pipelines.schema import (
     DatasetInfo,
 )
 from embcomp.errors import DataError, one_line
+from embcomp.io.mapped_arrays import temporary_zeros
 
 _AT_ONCE = 1 << 17  # values of a vocabulary that are read together
 
@@ -24,11 +25,16 @@ def id_counts(info: DatasetInfo) -> dict[str, NDArray[np.int64]]:
 
     Values are counted exactly; in a dataset that extends another, with what earlier ones counted, decayed. The ids for missing and for rare values are not in a vocabulary:
     missing rows are counted over all splits in `dataset.json` and taken here in proportion, and
-    what is left of the train rows is rare.
+    what is left of the train rows is rare. Those of a large vocabulary are in a temporary file, which is gone
+    once nobody looks at them.
+
+    Raises:
+        DataError: a vocabulary cannot be read, or there is no room for the file.
     """
     found = {}
     for feature in counted_features(info):
-        found[feature.name] = np.zeros(feature.num_embeddings, dtype=np.int64)
+        what = f"how often ids of {feature.name!r} occur"
+        found[feature.name] = temporary_zeros(feature.num_embeddings, what)
         fill_counts(info, feature, found[feature.name])
     return found
 

@@ -41,7 +41,21 @@ def shard_codes(
             "codes are sharded over the ranks of a process group, of which this process is none; call "
             "torch.distributed.init_process_group first, or leave them whole"
         )
-    least = parse_budget(above, name="above")
-    if least < 1:
-        raise ConfigError(f"above: expected a number of bytes such as '64MiB'; got {above!r}")
+    least = check_shard_codes_above(above, "above")
     return [table for buffers in shardable(model) for table in buffers.shard(group, least)]
+
+
+def check_shard_codes_above(above: str | int, name: str) -> int:
+    """The bytes up to which a table's codes, bitmaps and pointers stay on every rank.
+
+    Args:
+        above: as it was given.
+        name: what the setting is called.
+
+    Raises:
+        ConfigError: it is no number of bytes.
+    """
+    least = parse_budget(above, name=name)
+    if least < 1:
+        raise ConfigError(f"{name}: expected a number of bytes such as '64MiB'; got {above!r}")
+    return least

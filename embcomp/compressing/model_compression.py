@@ -18,6 +18,7 @@ from embcomp.compressing.model_tables import Include, ModelTables, find_tables
 from embcomp.compressing.sharded_model import opened_shards, wrap_again
 from embcomp.compressing.table_forms import TableForms, forms_of
 from embcomp.layers.block_work import IN_MEMORY
+from embcomp.tables.budget import SHARD_CODES_ABOVE
 
 AnyMethods = Plan | BackendConfig | Mapping[str, BackendConfig]
 
@@ -62,6 +63,7 @@ def compress_(
     include: Include = None,
     seed: int = 0,
     folder: Path | None = None,
+    shard_codes_above: str | int = SHARD_CODES_ABOVE,
 ) -> CompressionReport:
     """Replace a model's embedding collections by compressed ones with the best approximation of their rows.
 
@@ -86,6 +88,8 @@ def compress_(
         seed: of what is drawn.
         folder: of a sharded model, where its tables' rows lie in files while this goes on; all ranks see
             it. The system's folder for temporary files by default.
+        shard_codes_above: of a sharded model, bytes up to which a table's codes and bitmaps are on every
+            rank; larger ones are dealt out, as by `shard_codes`.
 
     Raises:
         ConfigError: a method that cannot begin from trained rows, counts of another length, what is
@@ -97,7 +101,7 @@ def compress_(
     check_approximates(wanted)
     own = counts or {}
     if isinstance(model, DistributedModelParallel):
-        with opened_shards(model, include, folder) as shards:
+        with opened_shards(model, include, folder, shard_codes_above) as shards:
             forms = forms_of(shards.found, wanted, counts=own, seed=seed, work=shards.work)
             made = shards.sharded(forms)
         inside = get_unwrapped_module(model)

@@ -29,6 +29,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedModul
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 
 from embcomp.collection.assembled import PooledTables, UnpooledTables
+from embcomp.collection.sharded_codes import check_shard_codes_above, shard_codes
 from embcomp.collection.torchrec_states import torchrec_state_dict
 from embcomp.compressing.model_tables import (
     Include,
@@ -63,11 +64,13 @@ class OpenedShards:
         model: the model.
         found: its collections.
         work: shares blocks among the ranks.
+        shard_codes_above: bytes up to which a table's codes and bitmaps will be on every rank.
     """
 
     model: DistributedModelParallel
     found: Sequence[ModelTables]
     work: Work
+    shard_codes_above: str | int
 
     def sharded(self, forms: Sequence[TableForms]) -> list[nn.Module]:
         """What takes the collections' places, sharded and filled; every rank calls it.
@@ -91,10 +94,13 @@ class OpenedShards:
                     apply_optimizer_in_backward(kind, rows.parameters(), settings)
             # Without a fused optimizer rows have gradients, as ordinary optimizers want them.
             way: Sharding = "table_wise" if optimizer is None else "auto"
-            own = plan_sharding(module, sharder, process, way, _BATCH, "adagrad", {})
+            own = plan_sharding(
+                module, sharder, process, way, _BATCH, "adagrad", {}, self.shard_codes_above
+            )
             plans |= {
                 f"{number}.{path}" if path else f"{number}": p for path, p in own.plan.items()
             }
+        shard_codes(holder, above=self.shard_codes_above)
         made = DistributedModelParallel(
             holder,
             env=self.model._env,
@@ -116,7 +122,10 @@ class OpenedShards:
 
 @contextmanager
 def opened_shards(
-    model: DistributedModelParallel, include: Include, folder: Path | None
+    model: DistributedModelParallel,
+    include: Include,
+    folder: Path | None,
+    shard_codes_above: str | int,
 ) -> Iterator[OpenedShards]:
     """The tables of a sharded model while they lie in files; every rank calls it.
 
@@ -124,11 +133,13 @@ def opened_shards(
         model: the model.
         include: which collections.
         folder: where a folder for the files is made, which goes again.
+        shard_codes_above: as for `shard_codes`.
 
     Raises:
         ConfigError: nothing to compress, a model that is sharded in another way, or a folder that not all
             ranks see.
     """
+    check_shard_codes_above(shard_codes_above, "shard_codes_above")
     if type(model) is not DistributedModelParallel or model.model_trackers:
         what = "has trackers of rows" if model.model_trackers else f"is a {type(model).__name__}"
         raise ConfigError(f"the model {what}; expected a plain DistributedModelParallel")
@@ -146,7 +157,9 @@ def opened_shards(
         process = Process(dist.get_rank(), dist.get_world_size(), model.device)
         progress = WorkProgress("compress_", lambda line: None)
         with FolderWork(place / "work", process, BLOCK_COST, progress) as work:
-            yield OpenedShards(model=model, found=found, work=work)
+            yield OpenedShards(
+                model=model, found=found, work=work, shard_codes_above=shard_codes_above
+            )
 
 
 @contextmanager

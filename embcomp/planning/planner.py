@@ -41,6 +41,7 @@ from embcomp.collection.collection import (
 )
 from embcomp.errors import EmbcompError
 from embcomp.layers.shardable_buffers import shardable
+from embcomp.planning.enumerator import SharingEnumerator
 from embcomp.planning.proposers import proposers
 from embcomp.tables.budget import SHARD_CODES_ABOVE, parse_budget, reserved_bytes
 from embcomp.tables.footprint import RowOptimizer
@@ -154,9 +155,13 @@ def find_plan(
     constraints = _constraints(model, query)
     # Which placement is best depends on hosts; whether there is one does not.
     for host in dict.fromkeys((query.local_world_size or query.world_size, query.world_size)):
+        topology = topology_of(replace(query, local_world_size=host), beside)
         planner = EmbeddingShardingPlanner(
-            topology=topology_of(replace(query, local_world_size=host), beside),
+            topology=topology,
             batch_size=query.batch_size,
+            enumerator=SharingEnumerator(
+                topology=topology, batch_size=query.batch_size, constraints=constraints
+            ),
             constraints=constraints,
             proposer=proposers(),
             stats=[],

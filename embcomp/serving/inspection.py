@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from embcomp.collection.groups import Group
+from embcomp.serving.id_collisions import Collisions, IdKeys
 from embcomp.serving.id_statistics import IdStatistics
 from embcomp.serving.neighbours import Tables
-from embcomp.serving.row_sharing import RowSharing
+from embcomp.serving.row_sharing import RowSharing, placed_blocks
 from embcomp.tables.specs import TableSpec
+
+_AT_ONCE = 1 << 20  # ids whose traffic is added up together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,82 +120,98 @@ def _facts(
     traffic: Tensor | None,
     size: float,
 ) -> TableFacts:
-    group, placed, reached = (
-        serving.groups[index],
-        uses.placed[table.name],
-        uses.reached[table.name],
-    )
-    ids = IdStatistics.of(serving, table)
-    skipped = torch.ones(table.num_embeddings, dtype=torch.bool)
-    for _, places in placed:
-        skipped &= places < 0
-    pruned = skipped if pruned is None else skipped | pruned.cpu()
-    together = _together(placed, table.num_embeddings)
-    others = torch.bincount(together)[together] > 1
-    count = sum(len(part) for part in reached.values())
-    shared = sum(int((uses.users[name][part] > 1).sum()) for name, part in reached.items())
+    group, reached = serving.groups[index], uses.reached[table.name]
+    ids = IdStatistics.of(serving, table, traffic)
+    rows = uses.rows(table.name)
+    lookups = _Lookups.of(group, table, distinct_rows=rows, traffic=traffic)
+    gone = lookups.skipped if pruned is None else lookups.skipped.logical_or_(pruned.cpu())
+    collided = Collisions()
+    if lookups.keys is not None:
+        collided = Collisions.of(lookups.keys, gone, traffic)
+    total = 0.0 if traffic is None else float(traffic.sum())
     return TableFacts(
         table=table.name,
         features=table.feature_names,
         method=group.config.name,
         ids=table.num_embeddings,
-        rows=count,
+        rows=rows,
         row_type="/".join(sorted({serving.record.row_types[name] for name in reached})),
         width=ids.width,
-        mean_width=_weighted(ids.columns.double(), traffic),
+        mean_width=ids.mean_width,
         bytes=round(size),
-        pruned=int(pruned.sum()),
-        pruned_traffic=_share(pruned, traffic),
-        dead=int((~ids.alive).sum()),
-        norm=_spread(ids.norms[ids.alive]),
-        collided=int((others & ~pruned).sum()),
-        collided_traffic=_share(_follows(together, traffic) & ~pruned, traffic),
-        shared_rows=shared / count if count else 0.0,
-        codebook=_codebook(group, table, placed, traffic),
+        pruned=int(gone.sum()),
+        pruned_traffic=None if traffic is None else _share(_traffic_of(gone, traffic), total),
+        dead=ids.dead,
+        norm=ids.norm,
+        collided=collided.ids,
+        collided_traffic=None if traffic is None else _share(collided.traffic, total),
+        shared_rows=uses.shared_rows(table.name) / rows if rows else 0.0,
+        codebook=_codebook(group, table, lookups),
     )
 
 
-def _together(placed: Sequence[tuple[str, Tensor]], ids: int) -> Tensor:
-    """(ids,) a number for each set of rows: equal where two ids have all their rows in common."""
-    found = torch.zeros(ids, dtype=torch.int64)
-    for _, rows in placed:
-        pairs = found * (int(rows.max()) + 2) + rows + 1  # a skipped look-up is -1
-        found = torch.unique(pairs, return_inverse=True)[1]
-    return found
+@dataclass(kw_only=True)
+class _Lookups:
+    """What the look-ups of a table's ids add up to.
+
+    Attributes:
+        skipped: (ids,) bool, the ids none of whose look-ups is made.
+        keys: tells ids apart by their rows; None where each has a row of its own.
+        uses: (rows,) how many look-ups go to each row of the codebook; None for other tables.
+        weighted: the same by traffic; None without counts.
+    """
+
+    skipped: Tensor
+    keys: IdKeys | None
+    uses: Tensor | None
+    weighted: Tensor | None
+
+    @classmethod
+    def of(
+        cls, group: Group, table: TableSpec, *, distinct_rows: int, traffic: Tensor | None
+    ) -> _Lookups:
+        ids, physical = table.num_embeddings, group.backend.physical_tables
+        found = cls(skipped=torch.ones(ids, dtype=torch.bool), keys=None, uses=None, weighted=None)
+        if _has_codebook(group, table):
+            rows_of_words = max(each.num_embeddings for each in physical)
+            found.uses = torch.zeros(rows_of_words, dtype=torch.int64)
+            found.weighted = None if traffic is None else found.uses.double()
+        for start, placed in placed_blocks(group, table):
+            rows = [each for _, each in placed]
+            if start == 0 and not (len(rows) == 1 and distinct_rows == ids):
+                found.keys = IdKeys(ids)
+            own = slice(start, start + len(rows[0]) if rows else start)
+            found._add(own, rows, None if traffic is None else traffic[own])
+        return found
+
+    def _add(self, own: slice, rows: Sequence[Tensor], traffic: Tensor | None) -> None:
+        for each in rows:
+            self.skipped[own] &= each < 0
+        if self.keys is not None and rows:
+            self.keys.put(own.start, rows)
+        if self.uses is None:
+            return
+        for each in rows:
+            self.uses += each.bincount(minlength=len(self.uses))
+            if self.weighted is not None and traffic is not None:
+                self.weighted += each.bincount(traffic.double(), len(self.weighted))
 
 
-def _follows(together: Tensor, traffic: Tensor | None) -> Tensor:
-    """(ids,) whether a more frequent id has all rows in common; of equals, the lower one leads."""
-    ids = len(together)
-    weight = torch.zeros(ids, dtype=torch.int64) if traffic is None else traffic.to(torch.int64)
-    order = torch.argsort(weight, descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(ids)
-    first = torch.full((int(together.max()) + 1,), ids)
-    first = first.scatter_reduce(0, together, place, "amin")
-    return place > first[together]
-
-
-def _codebook(
-    group: Group,
-    table: TableSpec,
-    placed: Sequence[tuple[str, Tensor]],
-    traffic: Tensor | None,
-) -> CodebookFacts | None:
+def _has_codebook(group: Group, table: TableSpec) -> bool:
+    physical = group.backend.physical_tables
     within = group.config.codeword_count(table, group.tables)
-    is_codebook = [physical.is_codebook for physical in group.backend.physical_tables]
-    if within is None or not all(is_codebook):
+    return within is not None and all(each.is_codebook for each in physical)
+
+
+def _codebook(group: Group, table: TableSpec, lookups: _Lookups) -> CodebookFacts | None:
+    within = group.config.codeword_count(table, group.tables)
+    if within is None or lookups.uses is None:
         return None
-    rows = torch.stack([part for _, part in placed])  # (look-ups, ids)
-    uses = torch.bincount(rows.reshape(-1))
-    weighted = None
-    if traffic is not None:
-        repeated = traffic.double().expand(len(rows), -1).reshape(-1)
-        weighted = torch.bincount(rows.reshape(-1), weights=repeated)
+    weighted = lookups.weighted
     return CodebookFacts(
         codewords=within,
-        used=int((uses > 0).sum()) / within,
-        entropy=_entropy(uses.double()),
+        used=int((lookups.uses > 0).sum()) / within,
+        entropy=_entropy(lookups.uses.double()),
         traffic_entropy=None if weighted is None else _entropy(weighted),
     )
 
@@ -205,20 +224,11 @@ def _entropy(weights: Tensor) -> float:
     return float(-(shares * shares.log2()).sum())
 
 
-def _spread(norms: Tensor) -> tuple[float, float, float]:
-    if not len(norms):
-        return (0.0, 0.0, 0.0)
-    return float(norms.mean()), float(norms.min()), float(norms.max())
+def _traffic_of(mask: Tensor, traffic: Tensor) -> float:
+    """What the ids of a mask count."""
+    parts = zip(mask.split(_AT_ONCE), traffic.split(_AT_ONCE))
+    return sum(float(own[chosen].sum()) for chosen, own in parts)
 
 
-def _weighted(values: Tensor, traffic: Tensor | None) -> float:
-    if traffic is None or not float(traffic.sum()):
-        return float(values.mean())
-    return float((values * traffic).sum() / traffic.sum())
-
-
-def _share(mask: Tensor, traffic: Tensor | None) -> float | None:
-    if traffic is None:
-        return None
-    total = float(traffic.sum())
-    return float(traffic[mask].sum()) / total if total else 0.0
+def _share(part: float, total: float) -> float:
+    return part / total if total else 0.0

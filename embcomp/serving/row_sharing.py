@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from embcomp.tables.row_types import RowType, row_bytes
 from embcomp.tables.specs import TableSpec
 
 _CHUNK = 1 << 16  # ids that are routed together
+_ROWS_AT_ONCE = 1 << 20  # whose users are counted together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,28 +22,40 @@ class RowSharing:
     """Where the ids of a method's tables lie.
 
     Attributes:
-        placed: by table, the look-ups of an id: physical table and (num_embeddings,) rows.
-        reached: by table and physical table, the rows that its ids reach, ascending.
-        users: by physical table, (rows,) how many logical tables reach each row.
+        reached: by table and physical table, (rows,) bool which rows its ids reach.
+        users: by physical table, (rows,) int32 how many logical tables reach each row.
     """
 
-    placed: Mapping[str, Sequence[tuple[str, Tensor]]]
     reached: Mapping[str, Mapping[str, Tensor]]
     users: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, group: Group) -> RowSharing:
         """Look up every id of a group's tables and count who shares its rows."""
-        placed = {table.name: rows_of_ids(group, table) for table in group.tables}
-        reached = {name: _distinct(parts) for name, parts in placed.items()}
-        users = {
-            t.name: torch.zeros(t.num_embeddings, dtype=torch.int64)
-            for t in group.backend.physical_tables
-        }
+        rows = {table.name: table.num_embeddings for table in group.backend.physical_tables}
+        reached: dict[str, dict[str, Tensor]] = {}
+        for table in group.tables:
+            own = reached[table.name] = {}
+            for _, placed in placed_blocks(group, table):
+                for name, part in placed:
+                    if name not in own:
+                        own[name] = torch.zeros(rows[name], dtype=torch.bool)
+                    own[name][part[part >= 0]] = True
+        users = {name: torch.zeros(count, dtype=torch.int32) for name, count in rows.items()}
         for by_table in reached.values():
-            for name, rows in by_table.items():
-                users[name][rows] += 1
-        return cls(placed=placed, reached=reached, users=users)
+            for name, mask in by_table.items():
+                users[name] += mask
+        return cls(reached=reached, users=users)
+
+    def rows(self, table: str) -> int:
+        """How many physical rows a table's ids reach; shared ones count once."""
+        return sum(int(mask.sum()) for mask in self.reached[table].values())
+
+    def shared_rows(self, table: str) -> int:
+        """How many of them ids of other tables reach as well."""
+        return sum(
+            int((mask & (self.users[name] > 1)).sum()) for name, mask in self.reached[table].items()
+        )
 
     def bytes_by_table(self, group: Group, row_types: Mapping[str, RowType]) -> dict[str, float]:
         """A method's serving bytes, shared out to its tables.
@@ -55,14 +68,13 @@ class RowSharing:
             group: the method as built.
             row_types: how the rows of each physical table are stored.
         """
-        sizes = dict.fromkeys(self.placed, 0.0)
+        sizes = dict.fromkeys(self.reached, 0.0)
         for table in group.backend.physical_tables:
             size = row_bytes(table.embedding_dim, row_types[table.name])
             users = self.users[table.name]
             lookup = [name for name in sizes if table.name in self.reached[name]]
             for name in lookup:
-                rows = self.reached[name][table.name]
-                sizes[name] += size * float((1 / users[rows].double()).sum())
+                sizes[name] += size * _shares(self.reached[name][table.name], users)
                 sizes[name] += size * int((users == 0).sum()) / len(lookup)
         for tensor in group.config.footprint(group.tables).tensors:
             if not tensor.lookup:
@@ -74,16 +86,22 @@ class RowSharing:
         return sizes
 
 
-def rows_of_ids(group: Group, table: TableSpec) -> list[tuple[str, Tensor]]:
-    """Where a method puts the ids of a table.
+def _shares(mask: Tensor, users: Tensor) -> float:
+    """The sum over rows of one over their users."""
+    parts = zip(mask.split(_ROWS_AT_ONCE), users.split(_ROWS_AT_ONCE))
+    return sum(float((1 / own[reached].double()).sum()) for reached, own in parts)
+
+
+def placed_blocks(group: Group, table: TableSpec) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
+    """Where a method puts the ids of a table, a part of them at a time.
 
     Args:
         group: the method as built.
         table: one of its tables.
 
-    Returns:
-        For each physical look-up of an id, the physical table and (num_embeddings,) rows in it; a
-        negative row where the look-up is skipped.
+    Yields:
+        The first id, and for each physical look-up of an id, the physical table and (ids,) int64 rows in
+        it; a negative row where the look-up is skipped. Look-ups come in the same order each time.
     """
     owners = {key: t.name for t in group.backend.physical_tables for key in t.keys}
     feature = table.feature_names[0]
@@ -92,7 +110,6 @@ def rows_of_ids(group: Group, table: TableSpec) -> list[tuple[str, Tensor]]:
         n for n, i in enumerate(group.instances) if i.table is table and i.feature == feature
     )
     size = group.backend.ids_per_value
-    parts: dict[str, list[Tensor]] = {}
     for start in range(0, table.num_embeddings, _CHUNK):
         ids = torch.arange(start, min(start + _CHUNK, table.num_embeddings))
         batch = KeyedJaggedTensor(
@@ -105,20 +122,13 @@ def rows_of_ids(group: Group, table: TableSpec) -> list[tuple[str, Tensor]]:
             length_per_key=[len(ids) if n == own else 0 for n in range(len(keys))],
         )
         routed = group.backend.route(batch)
-        counts, values = routed.length_per_key(), routed.values()
-        for key, part in zip(routed.keys(), values.split(counts)):
-            if len(part):
-                parts.setdefault(key, []).append(part.view(len(ids), size))
-    return [
-        (owners[key], column)
-        for key, pieces in parts.items()
-        for column in torch.cat(pieces).to(torch.int64).unbind(dim=1)
-    ]
-
-
-def _distinct(parts: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows that are reached in each physical table, once each."""
-    joined: dict[str, list[Tensor]] = {}
-    for name, rows in parts:
-        joined.setdefault(name, []).append(rows[rows >= 0])
-    return {name: torch.unique(torch.cat(rows)) for name, rows in joined.items()}
+        parts = zip(routed.keys(), routed.values().split(routed.length_per_key()))
+        yield (
+            start,
+            [
+                (owners[key], column)
+                for key, part in parts
+                if len(part)
+                for column in part.view(len(ids), size).to(torch.int64).unbind(dim=1)
+            ],
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Mapping, Sequence
+
 import torch.distributed as dist
 
 from embcomp.training.checkpoint import saved_steps
@@ -39,6 +42,7 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
                 write_outcome(place, outcomes[-1], log_sizes)
         elif stage.kind == "search":
             outcomes.append(StageSearch(run, index, process, console).run())
+            gc.collect()
             if process.is_main:
                 write_outcome(place, outcomes[-1], log_sizes)
         elif index == 0 and run.config.train.start_from is not None:
@@ -53,12 +57,41 @@ def run_stages(run: RunContext, process: Process, console: RunConsole) -> Report
             elif index > schedule.trained[0] and not saved_steps(place.checkpoints):
                 prepare_start(run, index, process, console)
             dist.barrier()
-            training = Training(run, index, process, console, log_sizes)
-            training.train()
-            if index == schedule.trained[-1]:
-                return training.finish(outcomes)
-            training.hand_on()
+            report = _train_stage(run, index, process, console, log_sizes, outcomes)
+            if report is not None:
+                return report
             outcome, log_sizes = read_stage_result(place)
             outcomes.append(outcome)
         dist.barrier()
     raise AssertionError("the last stage of a method trains")
+
+
+def _train_stage(
+    run: RunContext,
+    index: int,
+    process: Process,
+    console: RunConsole,
+    log_sizes: Mapping[str, int],
+    before: Sequence[StageResult],
+) -> Report | None:
+    """Train a stage to its end; the run's report where it is the last one.
+
+    Its shards are given back before the next stage has any: TorchRec's modules refer to each other, so that
+    they would otherwise wait for the garbage collector, however much they hold.
+
+    Args:
+        run: the run.
+        index: the place of the stage.
+        process: the process group.
+        console: what a person sees.
+        log_sizes: bytes of the run's logs when the stage began.
+        before: what earlier stages ended with.
+    """
+    training = Training(run, index, process, console, log_sizes)
+    training.train()
+    if index == run.schedule.trained[-1]:
+        return training.finish(before)
+    training.hand_on()
+    del training
+    gc.collect()
+    return None

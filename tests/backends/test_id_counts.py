@@ -14,7 +14,7 @@ from embcomp.backends.dnis.pruning import block_traffic
 from embcomp.backends.full import Full
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ConfigError
-from embcomp.layers.id_counts import check_ranked, counted
+from embcomp.layers.id_counts import check_ranked, counted, sums_of_largest
 from embcomp.tables.specs import specs_from_configs
 
 ROWS, TRAINED = 2_000, 100
@@ -158,3 +158,18 @@ def test_a_search_on_unranked_ids_stops_before_it_begins():
     method = DNIS(serve_bytes=10_000)
     with pytest.raises(ConfigError, match="not ranked by frequency"):
         method.start_stage(method.stages()[1], own, past)
+
+
+@pytest.mark.parametrize("kind", ["counts", "fractions", "alike"])
+def test_sums_of_the_largest_are_those_of_sorted_values(kind, monkeypatch):
+    monkeypatch.setattr("embcomp.layers.id_counts._AT_ONCE", 700)
+    random = torch.Generator().manual_seed(3)
+    values = {
+        "counts": (1e5 / (1 + torch.rand(5000, generator=random) * 5000)).long(),
+        "fractions": torch.rand(5000, generator=random, dtype=torch.float64) ** 9,
+        "alike": torch.full((5000,), 7),
+    }[kind]
+    asked = [1, 2, 699, 2500, 4999, 5000, 6000]
+    best = values.double().sort(descending=True).values.cumsum(0)
+    wanted = [float(best[min(count, 5000) - 1]) for count in asked]
+    assert sums_of_largest(values, asked) == pytest.approx(wanted, rel=1e-12)

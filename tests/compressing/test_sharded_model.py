@@ -18,9 +18,19 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.optim import RowWiseAdagrad
 
-from embcomp import PQ, CompressedEmbeddingBagCollection, ConfigError, DataError, LowDim, compress_
+from embcomp import (
+    LR2VQ,
+    PQ,
+    CompressedEmbeddingBagCollection,
+    ConfigError,
+    DataError,
+    LowDim,
+    compress_,
+)
 from embcomp.errors import EmbcompError
+from embcomp.layers.shardable_buffers import shardable
 from embcomp.planning.planner import RowSharder
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 ROWS, DIM = {"a": 700, "b": 301}, 8
@@ -139,6 +149,29 @@ def check_trains_on(sharded, codes):
     assert all(torch.equal(each, weights[0]) for each in weights)
 
 
+def check_codes_dealt_out(method, folder):
+    """The same answers where each rank holds a chunk of the codes."""
+    whole, sharded = sharded_model("row_wise"), sharded_model("row_wise")
+    wanted = compress_(whole, method, counts=COUNTS, folder=folder)
+    found = compress_(sharded, method, counts=COUNTS, folder=folder, shard_codes_above=1)
+    assert str(found) == str(wanted)
+    assert torch.equal(sharded(features()), whole(features()))
+    own, all_of_it = (
+        [b.nbytes for p in shardable(model) for n, b in p.named_buffers() if n != "filled"]
+        for model in (sharded, whole)
+    )
+    ranks = dist.get_world_size()
+    assert own and sum(own) <= sum(all_of_it) / ranks + 64 * len(own)
+    state = {name: each for name, each in sharded.state_dict().items() if "route" in name}
+    for name, each in state.items():
+        for shard in each.local_shards():
+            first = shard.metadata.shard_offsets[0]
+            own_rows = whole.state_dict()[name][first : first + len(shard.tensor)]
+            assert torch.equal(shard.tensor, own_rows), name
+    assert any(each.local_shards() for each in state.values())
+    check_trains_on(sharded, {})
+
+
 def check_refusals(folder):
     sharded = sharded_model("row_wise")
     before = sharded(features()).detach()
@@ -148,6 +181,7 @@ def check_refusals(folder):
         (PQ(budget="20%"), {"include": "nowhere"}, ConfigError, "include chooses none of bags "),
         (PQ(budget="20%"), {"counts": {"a": torch.ones(9)}}, ConfigError, "'a' has 700 ids"),
         (PQ(budget="20%"), {"folder": Path("/nowhere")}, EmbcompError, "/nowhere: No such file"),
+        (PQ(budget="20%"), {"shard_codes_above": "5%"}, ConfigError, "shard_codes_above: expected"),
     ):
         with pytest.raises(kind, match=said):
             compress_(sharded, plan, **{"folder": folder, **more})
@@ -175,6 +209,21 @@ def test_ranks_together_make_what_one_process_does_and_train_it_on(
     workers, ranks, sharding, method, tmp_path
 ):
     workers.run(ranks, check_same_as_unsharded, sharding, method, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "method"),
+    long_but(
+        [(2, PQ(subvector_dim=4, num_codewords=16))],
+        [
+            (2, PQ(subvector_dim=4, num_codewords=16)),
+            (4, LowDim(kept={"a": 300, "b": 100})),
+            (4, LR2VQ(subvector_dim=4, num_codewords=16)),
+        ],
+    ),
+)
+def test_codes_are_dealt_out_where_they_are_large(workers, ranks, method, tmp_path):
+    workers.run(ranks, check_codes_dealt_out, method, tmp_path)
 
 
 def test_what_cannot_be_is_refused_on_all_ranks_and_changes_nothing(workers, tmp_path):

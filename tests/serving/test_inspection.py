@@ -22,7 +22,7 @@ from embcomp.errors import DataError
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.serving.inspection import inspect_tables
 from embcomp.serving.neighbours import embeddings, nearest
-from embcomp.serving.row_sharing import rows_of_ids
+from embcomp.serving.row_sharing import placed_blocks
 from embcomp.testing.cases import embed_ids, pooled
 from embcomp.testing.check_data import awkward_tables, plain_tables
 from embcomp.training import train
@@ -41,6 +41,12 @@ def served(config, tmp_path, tables=None, change=None, row_type="fp32"):
             change({t: bag.weight for t, bag in collection.rows.embedding_bags.items()})
     save(collection, tmp_path / "a", row_type=row_type)
     return load(tmp_path / "a", rows="torch")
+
+
+def rows_of_ids(group, table):
+    """For each look-up of an id, the physical table and all rows in it."""
+    blocks = [placed for _, placed in placed_blocks(group, table)]
+    return [(part[0][0], torch.cat([rows for _, rows in part])) for part in zip(*blocks)]
 
 
 def random_counts(tables):
@@ -86,6 +92,27 @@ def test_hash_collisions_are_counted_by_ids_and_by_traffic(tmp_path):
         follows = sum(traffic[i] for i in range(facts.ids) if leaders[rows[i]] != i)
         assert facts.collided_traffic == pytest.approx(follows / sum(traffic))
         assert facts.pruned == 0 and facts.shared_rows == 0
+
+
+@pytest.mark.parametrize("method", [Hash(num_buckets=20, collisionless=0), Unified(num_buckets=12)])
+def test_parts_count_what_a_plain_loop_over_all_ids_does(method, tmp_path, monkeypatch):
+    """Ids are looked at a few at a time; those that share rows may be far from each other."""
+    monkeypatch.setattr("embcomp.serving.row_sharing._CHUNK", 7)
+    monkeypatch.setattr("embcomp.serving.row_sharing._ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("embcomp.serving.id_collisions._PART_IDS", 9)
+    monkeypatch.setattr("embcomp.serving.id_collisions._AT_ONCE", 11)
+    monkeypatch.setattr("embcomp.io.mapped_arrays._IN_MEMORY", 0)
+    serving = served(method, tmp_path)
+    counts = {name: own % 5 for name, own in random_counts(plain_tables(8)).items()}
+    for facts, table in zip(inspect_tables(serving, counts), serving.plan.tables):
+        columns = [rows.tolist() for _, rows in rows_of_ids(serving.groups[0], table)]
+        places, own = list(zip(*columns)), counts[table.name].tolist()
+        sizes, leaders = Counter(places), {}
+        for id_ in sorted(range(facts.ids), key=lambda i: (-own[i], i)):
+            leaders.setdefault(places[id_], id_)
+        assert facts.collided == sum(sizes[place] > 1 for place in places) > 0
+        follows = sum(own[i] for i in range(facts.ids) if leaders[places[i]] != i)
+        assert facts.collided_traffic == pytest.approx(follows / sum(own))
 
 
 def test_rows_that_tables_share_are_told_and_their_bytes_shared_out(tmp_path):

@@ -13,6 +13,7 @@ from embcomp.training.checkpoint import checkpoint_folder, saved_steps
 from embcomp.training.export.export import export_run
 from embcomp.training.loop import Training
 from embcomp.training.run_folder import RunFolder
+from tests.helpers.long import long_but
 from tests.helpers.training_cases import train_on_ranks, write_recipe_dataset
 from tests.training.test_several_staged import DNIS, OPTEMBED, PQ
 
@@ -141,6 +142,40 @@ def test_a_run_goes_on_with_other_ranks_and_another_setting(runs, dataset, worke
                 assert torch.equal(found[name], value), name
             else:
                 torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_run(dataset, tmp_path_factory):
+    """A run of full tables, and what one process makes of it that begins `pq` and `dnis` with it."""
+    folder = tmp_path_factory.mktemp("full")
+    full = ("name=full", "tables.method=full", "tables.overrides={}")
+    train(config_of(dataset, *full), runs=folder, quiet=True)
+    train(started_from(dataset, folder), runs=folder / "one", quiet=True)
+    return folder
+
+
+def started_from(dataset, folder, *overrides):
+    elements = (
+        "tables.overrides={C2: {name: dnis, structure: element, budget: 40%, quantiles: [0.5]}}"
+    )
+    start = f"train.start_from={folder / 'full'}"
+    return config_of(dataset, elements, start, "train.sharding=row_wise", *overrides)
+
+
+@pytest.mark.parametrize("ranks", long_but([2], [2, 4]))
+def test_ranks_start_from_another_run_as_one_process_does(workers, dataset, full_run, ranks):
+    place = full_run / f"on-{ranks}"
+    workers.run(ranks, train_on_ranks, started_from(dataset, full_run, SHARDED), place)
+    wanted, found = (load_model(each / "run").state_dict() for each in (full_run / "one", place))
+    codes = [name for name in wanted if ".routes." in name]
+    kinds = {name.split("@")[0].rpartition(".")[2] for name in codes}
+    assert kinds == {"codes", "pointers", "columns"}
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        if ".codes@" in name:
+            assert torch.equal(found[name], value), name
+        elif name not in codes:
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_the_size_is_a_number_of_bytes(dataset):

@@ -364,3 +364,32 @@ def test_two_ranks_go_on_as_one_process_does(workers, data, first_day, tmp_path)
     one, two = (load_model(tmp_path / each / config.name) for each in ("one", "two"))
     for key, wanted in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[key], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    long_but([("pq", 2)], [(n, r) for n in ("pq", "lr2vq", "optembed", "pruned") for r in (2, 4)]),
+)
+def test_codes_that_ranks_share_follow_as_whole_ones_do(
+    workers, data, first_day, tmp_path, name, ranks
+):
+    """Days of whole and of sharded codes begin with each other's, on any number of ranks."""
+    shared = ("train.sharding=row_wise", "train.shard_codes_above=1")
+    days = [config_of(name, data / "day1", "name=first", *shared)]
+    for number, earlier in enumerate((first_day(name), tmp_path / "first")):
+        warm = f"train.warm_start={earlier}"
+        days.append(config_of(name, data / "day2", f"name=second{number}", warm, *shared))
+    for config in days:
+        workers.run(ranks, train_on_ranks, config, tmp_path)
+    whole = config_of(name, data / "day2", f"train.warm_start={first_day(name)}")
+    train(whole, runs=tmp_path, quiet=True)
+    wanted = load_model(tmp_path / whole.name).state_dict()
+    found, again = (load_model(tmp_path / f"second{n}").state_dict() for n in (0, 1))
+    codes = [key for key in wanted if ".routes." in key]
+    assert codes and list(found) == list(again) == list(wanted)
+    for key, value in wanted.items():
+        if key in codes:
+            assert torch.equal(found[key], value), key
+        else:
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+        assert again[key].shape == value.shape

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,7 @@ class InitialRows(RowSource):
     """
 
     _drawing = threading.Lock()  # torch has one random state for all threads
+    _latest: ClassVar[weakref.ref[InitialRows] | None] = None  # the one that keeps a block
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class InitialRows(RowSource):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _block(self, block: int) -> Tensor:
-        """A block of the table; the last one that was asked for is kept."""
+        """A block of the table; the last one that was asked for of all tables is kept."""
         if self._drawn is None or self._drawn[0] != block:
             # Drawn whole: a shorter tensor would not be the beginning of a longer one.
             length = min(_BLOCK_ROWS, len(self) - block * _BLOCK_ROWS)
@@ -100,7 +103,10 @@ class InitialRows(RowSource):
                 torch.manual_seed(_block_seed(self._seed, self._name, block))
                 self._init_fn(rows)
             rows[:, self._used_columns :] = 0
-            self._drawn = (block, rows)
+            latest = None if InitialRows._latest is None else InitialRows._latest()
+            if latest is not None:
+                latest._drawn = None  # of many tables, each would keep a block
+            InitialRows._latest, self._drawn = weakref.ref(self), (block, rows)
         return self._drawn[1]
 
 

@@ -23,6 +23,8 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.host_values import reads_wait
 
+_ROWS_AT_ONCE = 1 << 18  # of a table, when all are paid
+
 
 class LazyDecay:
     """Decays the fused rows of a sharded model.
@@ -137,10 +139,11 @@ class _Kernel:
         self._paid.index_fill_(0, rows, due)
 
     def pay_all(self, due: float) -> None:
-        """Pay all rows and forgets."""
-        for weight, paid in zip(self._weights, self._paid_by_table):
-            weight.mul_(torch.exp(due - paid.double()).to(weight.dtype).unsqueeze(1))
-            paid.zero_()
+        """Pay all rows and forget what they paid before."""
+        for whole, paid_by_all in zip(self._weights, self._paid_by_table):
+            for weight, paid in zip(whole.split(_ROWS_AT_ONCE), paid_by_all.split(_ROWS_AT_ONCE)):
+                weight.mul_(torch.exp(due - paid.double()).to(weight.dtype).unsqueeze(1))
+                paid.zero_()
 
 
 def _shared_storage(weights: Sequence[Tensor]) -> Tensor | None:

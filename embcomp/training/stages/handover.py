@@ -23,6 +23,7 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan_document import plan_to_document
 from embcomp.data_pipelines.frequencies import counted_features, fill_counts
 from embcomp.data_pipelines.schema import DatasetInfo
+from embcomp.io.mapped_arrays import zeros_in_file
 from embcomp.layers.block_work import Work
 from embcomp.layers.row_sources import RowSource
 from embcomp.planning.stage_order import StagedGroup, check_apart_now
@@ -69,17 +70,20 @@ def counts_of(info: DatasetInfo, folder: Path, work: Work) -> dict[str, Tensor]:
     places = {name: folder / _COUNTS / f"{n}.counts" for n, name in enumerate(features)}
 
     def count(name: str) -> dict[str, Tensor]:
-        rows = features[name].num_embeddings
-        counts = np.memmap(places[name], dtype=np.int64, mode="w+", shape=(rows,))
+        with places[name].open("w+b") as file:
+            rows = features[name].num_embeddings
+            counts = zeros_in_file(file, rows, f"how often ids of {name!r} occur")
         fill_counts(info, features[name], counts)
-        counts.flush()
+        assert isinstance(counts, np.memmap)
+        counts.flush()  # where ranks of other hosts read it
         return {}
 
     for _ in work.map(_COUNTS, count, list(features)):
         pass
+    # Shared with the file: a private mapping counts as this process's own memory, though it is read only.
     return {
         name: torch.from_file(
-            str(path), shared=False, size=features[name].num_embeddings, dtype=torch.int64
+            str(path), shared=True, size=features[name].num_embeddings, dtype=torch.int64
         )
         for name, path in places.items()
     }
