@@ -1,7 +1,7 @@
 """Runs whose tables do not fit into what a rank may have, and do fit into what four may have.
 
-    python benchmarks/rank_limit.py [--methods pq,lr2vq,dnis,optembed] [--mib 1200] [--dim 64] [--ranks 4]
-        [--handover-memory 64MiB] [--against e3f9063] [--phases] [--json FILE]
+    python benchmarks/rank_limit.py [--methods pq,lr2vq,dnis,optembed] [--mib 1000] [--dim 64] [--ranks 4]
+        [--handover-memory 128MiB] [--against e3f9063] [--phases] [--json FILE]
 
 For each method the same small run is made first on tables of a thousand rows: the most private memory
 (VmData, which RLIMIT_DATA bounds: what a process asks for, used or not) that one of its ranks ever has is
@@ -143,10 +143,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--methods", default="pq,lr2vq,dnis,optembed")
-    parser.add_argument("--mib", type=int, default=1200, help="of the two large tables together")
+    parser.add_argument("--mib", type=int, default=1000, help="of the two large tables together")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--handover-memory", default="64MiB")
+    parser.add_argument("--handover-memory", default="128MiB")
     parser.add_argument("--against", default=AGAINST, help="a commit; empty for none")
     parser.add_argument("--phases", action="store_true", help="print the peak of each phase")
     parser.add_argument("--json", type=Path, help="a file to add results to, an object a line")
@@ -290,8 +290,10 @@ def finished(words: list[str], place: Path, environment: dict[str, str]) -> str 
 
 def cause(text: str) -> str:
     """What a rank died of: the first line that says so."""
-    signs = ("Error: ", "error: ", "bad_alloc", "Cannot allocate", "MemoryError")
-    lines = [line.strip() for line in text.splitlines() if any(s in line for s in signs)]
+    signs = ("can't allocate memory", "bad_alloc", "Cannot allocate", "MemoryError")
+    if any(sign in text for sign in signs):
+        return "died: no memory"
+    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
     return f"died: {lines[0][:60]}" if lines else f"died: {text[-60:]}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from embcomp.io.arrow_memory import spare_arrow_memory
 from embcomp.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from embcomp.serving.artefact_saving import save as save
     from embcomp.serving.programs.forms import load_program as load_program
     from embcomp.serving.raw_encoder import encoder as encoder
+
+spare_arrow_memory()  # before anything loads Arrow
 
 _HOMES = {
     "ArtefactError": "embcomp.errors",

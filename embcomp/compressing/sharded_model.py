@@ -100,7 +100,13 @@ class OpenedShards:
             plans |= {
                 f"{number}.{path}" if path else f"{number}": p for path, p in own.plan.items()
             }
-        shard_codes(holder, above=self.shard_codes_above)
+        tensors: dict[str, Tensor | RowSource] = {}
+        for number, (each, (module, collection)) in enumerate(zip(forms, built)):
+            path = next(path for path, own in module.named_modules() if own is collection)
+            prefix = ".".join(filter(None, [f"{number}", path]))
+            found = collection.state_of(each.found.states)
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in found.items()}
+        shard_codes(holder, above=self.shard_codes_above)  # which from then on have no whole
         made = DistributedModelParallel(
             holder,
             env=self.model._env,
@@ -109,12 +115,6 @@ class OpenedShards:
             sharders=[sharder],
             init_data_parallel=False,
         )
-        tensors: dict[str, Tensor | RowSource] = {}
-        for number, (each, (module, collection)) in enumerate(zip(forms, built)):
-            path = next(path for path, own in module.named_modules() if own is collection)
-            prefix = ".".join(filter(None, [f"{number}", path]))
-            found = collection.state_of(each.found.states)
-            tensors |= {f"{prefix}.{name}": tensor for name, tensor in found.items()}
         with torch.no_grad(), overwriting(made, set(tensors)):
             fill_state(made.state_dict(), tensors)
         return list(made.module)

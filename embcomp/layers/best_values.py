@@ -155,20 +155,11 @@ class BestValues:
             return {"bins": bins, "counts": counts[bins]}
 
         name = "-".join([self._name, "histogram", *map(str, prefix)])
-        totals: dict[int, Tensor] = {}
+        totals = torch.zeros(1 << _BITS, len(self._tables), dtype=torch.int64)
         for block, found in zip(self._blocks, self._work.map(name, count, self._blocks)):
-            table = self._tables.index(block.table)
-            for bin_, number in zip(found["bins"].tolist(), found["counts"].tolist()):
-                if bin_ not in totals:
-                    totals[bin_] = torch.zeros(len(self._tables), dtype=torch.int64)
-                totals[bin_][table] += number
-        bins = sorted(totals, reverse=True)
-        counts = [totals[each] for each in bins]
-        empty = torch.zeros(0, len(self._tables), dtype=torch.int64)
-        return _Histogram(
-            bins=torch.tensor(bins, dtype=torch.int64),
-            counts=torch.stack(counts) if counts else empty,
-        )
+            totals[found["bins"], self._tables.index(block.table)] += found["counts"]
+        bins = totals.any(1).nonzero()[:, 0].flip(0)
+        return _Histogram(bins=bins, counts=totals[bins])
 
     def _with_ties(
         self, fits: Callable[[Counts], bool], prefix: tuple[int, ...], above: Tensor, ties: Tensor

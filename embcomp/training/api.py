@@ -11,7 +11,6 @@ import torch.distributed as dist
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.integrity import check_vocabularies
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.io.arrow_memory import spare_arrow_memory
 from embcomp.io.atomic_files import remove_leftovers
 from embcomp.training.build import check_precision, shard_model
 from embcomp.training.checkpoint import checkpoint_folder, load_weights
@@ -60,7 +59,6 @@ def train(
         CheckpointError: The folder's checkpoint does not belong to the run.
         RankFailedError: Another rank died; the text has its number.
     """
-    spare_arrow_memory()
     folder = RunFolder(Path(runs) / config.name)
     folder.check_dataset_is_there(config)
     info = DatasetInfo.load(config.data.path)
@@ -126,7 +124,6 @@ def evaluate(
         data: where the run's dataset lies now; where its config says by default.
         verify: whether every byte of the dataset is compared with its checksum first.
     """
-    spare_arrow_memory()
     opened = RunContext.opened(run, data)
     config, info = opened.config, opened.info
     labelled = [split] if split in info.splits else []

@@ -162,13 +162,14 @@ def check_codes_dealt_out(method, folder):
     )
     ranks = dist.get_world_size()
     assert own and sum(own) <= sum(all_of_it) / ranks + 64 * len(own)
-    state = {name: each for name, each in sharded.state_dict().items() if "route" in name}
-    for name, each in state.items():
+    state = sharded.state_dict()
+    dealt = {n: each for n, each in state.items() if "route" in n and hasattr(each, "local_shards")}
+    for name, each in dealt.items():
         for shard in each.local_shards():
             first = shard.metadata.shard_offsets[0]
             own_rows = whole.state_dict()[name][first : first + len(shard.tensor)]
             assert torch.equal(shard.tensor, own_rows), name
-    assert any(each.local_shards() for each in state.values())
+    assert dealt  # where tables are short, not all ranks hold some of them
     check_trains_on(sharded, {})
 
 

@@ -9,12 +9,14 @@ import pytest
 
 CHILD = """
 import resource, sys
-from embcomp.io.arrow_memory import spare_arrow_memory
 for name in sys.argv[1:]:
     resource.setrlimit(getattr(resource, name), (1 << 40,) * 2)
-spare_arrow_memory()
+import embcomp
 import pyarrow as pa
-kept = pa.array(range(1000))
+import pyarrow.parquet as pq
+sink = pa.BufferOutputStream()
+pq.write_table(pa.table({"a": range(1000)}), sink)
+kept = pq.read_table(pa.BufferReader(sink.getvalue()))
 data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
 print(pa.default_memory_pool().backend_name, int(data.split()[1]) >> 10)
 """

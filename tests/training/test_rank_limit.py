@@ -13,7 +13,7 @@ from tests.helpers.source_tree import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-@pytest.mark.parametrize("method", ["pq", "lr2vq", "dnis", "optembed"])
+@pytest.mark.parametrize("method", ["pq", "dnis", "optembed"])
 def test_four_ranks_train_hand_over_export_and_evaluate_what_one_cannot_hold(method, tmp_path):
     found = tmp_path / "found.jsonl"
     command = [sys.executable, "benchmarks/rank_limit.py", "--methods", method, "--against", ""]

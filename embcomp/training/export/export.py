@@ -27,7 +27,6 @@ from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ArtefactError, ParityError
-from embcomp.io.arrow_memory import spare_arrow_memory
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.artefact_loading import load
 from embcomp.serving.artefact_saving import MAX_FILE_SIZE, AnyRowTypes, Saved, save_model
@@ -143,7 +142,6 @@ def export_run(
     """
     forms = tuple(format for format in formats if format != "safetensors")
     check_forms(forms, opset)
-    spare_arrow_memory()
     folder = RunFolder(Path(run))
     config = folder.config(data)
     if not folder.report.exists():
