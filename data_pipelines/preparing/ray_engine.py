@@ -106,9 +106,16 @@ class RayEngine(Engine):
                 f"machine {asked[late[0]]} of the Ray cluster does not answer; take it out of the "
                 f"cluster, or look at its logs"
             )
-        seen = mark.read_text(encoding="utf-8")
+        seen, found = mark.read_text(encoding="utf-8"), {}
         for answer in done:
-            if self._result(answer) != seen:
+            try:
+                found[answer] = self._result(answer)
+            except EngineError as error:
+                lost = error  # a machine that is lost while it is looked at, as it may be later
+        if not found:
+            raise lost
+        for answer, text in found.items():
+            if text != seen:
                 raise DataError(
                     f"machine {asked[answer]} of the Ray cluster does not see {mark.parents[2]}, where the "
                     f"dataset is made; give a folder that all machines share, or a URL such as "

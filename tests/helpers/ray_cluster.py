@@ -19,16 +19,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-_START_SECONDS = 90
+_START_SECONDS = 150
 _MEMORY = 4 << 30
 _STORE = 80 << 20
-# Nodes that died are missed after 3 s rather than 20.
+# Nodes that died are missed after some 5 s rather than 20.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    # On a machine of two busy cores a node takes its time.
+    "RAY_raylet_start_wait_time_s": "120",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -56,13 +58,22 @@ class Cluster:
     folder: Path
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
-    def add_node(self, environment: Mapping[str, str] | None = None) -> None:
-        """Start one more node and wait until the cluster has it."""
-        count = len(self.nodes)
-        self.nodes.append(
-            _start(["--address", self.address], self.folder, f"node-{count}", environment or {})
-        )
-        _wait_for(lambda: self._joined(count), "a node to join", self.nodes[-1], self.folder)
+    def add_nodes(self, count: int, environment: Mapping[str, str] | None = None) -> None:
+        """Start more nodes and wait until the cluster has them."""
+        first = len(self.nodes)
+        for number in range(first, first + count):
+            arguments = ["--address", self.address]
+            self.nodes.append(_start(arguments, self.folder, f"node-{number}", environment or {}))
+        for number in range(first, first + count):
+            self._wait_for(number)
+
+    def _wait_for(self, number: int) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while not self._joined(number):
+            if self.nodes[number].poll() is not None or time.monotonic() > end:
+                logs = "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+                pytest.fail(f"waited in vain for node {number} of Ray:\n{logs}")
+            time.sleep(0.2)
 
     def _joined(self, count: int) -> bool:
         log = (self.folder / f"node-{count}.log").read_text()
@@ -85,9 +96,8 @@ def cluster(nodes: int) -> Iterator[Cluster]:
         head = ["--head", "--port", str(port), "--include-dashboard", "false"]
         head += ["--temp-dir", str(folder)]
         running.nodes.append(_start([*head, "--num-cpus", "0"], folder, "node-0", {}))
-        _wait_for(lambda: running._joined(0), "the head to start", running.nodes[0], folder)
-        for _ in range(nodes):
-            running.add_node()
+        running._wait_for(0)
+        running.add_nodes(nodes)
         yield running
     finally:
         for node in reversed(running.nodes):
@@ -123,15 +133,6 @@ def _start(
             start_new_session=True,
             env={**os.environ, **_ENVIRONMENT, **environment},
         )
-
-
-def _wait_for(condition, what: str, process: subprocess.Popen, folder: Path) -> None:
-    end = time.monotonic() + _START_SECONDS
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            logs = "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-            pytest.fail(f"waited in vain for {what}:\n{logs}")
-        time.sleep(0.2)
 
 
 def _kill_tree(process: subprocess.Popen) -> None:
