@@ -147,7 +147,8 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
     if not feature.vocabulary:
         return
     path = folder / feature.vocabulary
-    columns = ["id", "count"] if feature.change is None else ["id", "count", "decayed", "idle"]
+    columns = ["id", "count", *(["value"] if feature.holds_ids else [])]
+    columns += [] if feature.change is None else ["decayed", "idle"]
     try:
         table = pq.read_table(arrow_input(path), columns=columns, page_checksum_verification=True)
     except UNREADABLE as error:
@@ -164,6 +165,12 @@ def _check_vocabulary(folder: Path, feature: CategoricalFeature) -> None:
         is_whole = (decayed >= counts).all() and ((idle > 0) == (counts == 0)).all()
         if not inside or (np.diff(ids) <= 0).any() or (counts < 0).any() or not is_whole:
             raise DataError(f"{path} is no vocabulary that goes on; prepare the dataset again")
+        return
+    if feature.holds_ids:
+        own = [int(value) for value in table.column("value").to_pylist()]
+        inside = not len(ids) or (ids[0] >= FIRST_ID and ids[-1] < feature.num_embeddings)
+        if not inside or own != ids.tolist() or (np.diff(ids) <= 0).any() or (counts < 1).any():
+            raise DataError(f"{path} is no vocabulary of ids; prepare the dataset again")
         return
     ranked = np.array_equal(ids, np.arange(FIRST_ID, len(ids) + FIRST_ID))
     if not ranked or (np.diff(counts) > 0).any() or (counts < feature.min_count).any():

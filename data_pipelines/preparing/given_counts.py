@@ -137,7 +137,8 @@ def cut_given(task: GivenTask, advance: Advance) -> GivenPart:
             part.rows[name] = part.rows.get(name, 0) + rows.height
             part.total[name] = part.total.get(name, 0) + int(rows["count"].sum())
             if rows.height:
-                runs.add(places[name], rows.select("value", "count"))
+                # Values that come twice are then fewer than rows, wherever they come.
+                runs.add(places[name], rows.group_by("value").agg(pl.sum("count")))
     runs.flush()
     part.runs = runs.files
     return part
