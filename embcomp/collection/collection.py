@@ -29,9 +29,10 @@ from embcomp.collection.assembled import (
 from embcomp.collection.combine import Combine
 from embcomp.collection.group_states import GroupState, pad_columns, read_states, state_tensors
 from embcomp.collection.groups import Group
-from embcomp.collection.held_rows import HeldRows, read_rows
+from embcomp.collection.held_rows import HeldRows
 from embcomp.collection.plan import Plan, ResolvedPlan
 from embcomp.collection.reforming import compacted_states, sliced_states
+from embcomp.collection.row_reading import RowReader
 from embcomp.collection.scripted import ScriptedBags, ScriptedRows
 from embcomp.collection.table_identity import check_tables, is_mark
 from embcomp.collection.table_views import TableViews
@@ -97,6 +98,11 @@ class _Compressed(AssembledTables):
 
         self._holder = self.route.holder
         self._writes_rows = self.route.writes_rows
+        assert isinstance(self.combine, Combine)
+        self._pooled_rows = RowReader([group for group in groups if not group.unpooled])
+        self._rows_of_one = RowReader(
+            [group for group in groups if group.unpooled], self.combine.joined
+        )
 
     @property
     def footprint(self) -> Footprint:
@@ -120,11 +126,15 @@ class _Compressed(AssembledTables):
         held = HeldRows.by(self.unpooled_rows)
         self._holder.tell(held, self.unpooled_rows if self._writes_rows else None, traced=traced)
 
-    def _read_unpooled(self, bags: KeyedJaggedTensor) -> Any:
+    def _read_pooled(self, bags: Any) -> Any:
+        """Rows of look-ups whose bags are pooled."""
+        return self._pooled_rows.pooled(self.rows, bags)
+
+    def _read_unpooled(self, bags: Any) -> Any:
         """Rows of look-ups in bags of one."""
         if isinstance(bags, KeyedJaggedTensor) and bags.variable_stride_per_key():
-            return read_rows(self.unpooled_rows, bags)
-        return self.unpooled_rows(bags)
+            return self._rows_of_one.by_key(self.unpooled_rows, bags)
+        return self._rows_of_one.pooled(self.unpooled_rows, bags)
 
     def penalty(self) -> Tensor | None:
         """What the last forward pass in training mode adds to the loss, where a method says so.
@@ -387,10 +397,10 @@ class CompressedEmbeddingBagCollection(_Compressed, PooledTables):
         self._tell_route(features)
         x = self.route(features)
         if self.unpooled_rows is None:
-            return self.combine(None if self.rows is None else self.rows(x[0]), None, x[2])
+            return self.combine(None if self.rows is None else self._read_pooled(x[0]), None, x[2])
         if self.rows is None:
             return self.combine(None, self._read_unpooled(x[1]), x[2])
-        return self.combine(self.rows(x[0]), self._read_unpooled(x[1]), x[2])
+        return self.combine(self._read_pooled(x[0]), self._read_unpooled(x[1]), x[2])
 
 
 class CompressedEmbeddingCollection(_Compressed, UnpooledTables):

@@ -6,6 +6,8 @@ Like `embcomp.collection.route` it is a leaf for TorchRec's train pipeline, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from typing_extensions import override
 
 from embcomp.collection.batch_shapes import one_bag_a_key, one_empty_row
+from embcomp.collection.compiled_rows import Bags, KeyRead, RowReads, are_readable
 from embcomp.collection.each_pair import EachPair, key_widths
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.collection.scripted import ScriptedPooled, ScriptedUnpooled, plain_lookups
@@ -57,22 +60,20 @@ class LookupSplitter(nn.Module):
         picked = [starts[key] + column for key, dim in self._wanted for column in range(dim)]
         return None if picked == list(range(sum(dims))) else Constant(picked)
 
-    def by_key(self, rows: KeyedTensor | RowsByKey, counts: Mapping[str, int]) -> dict[str, Tensor]:
-        """(N, width) rows of each key.
+    def by_key(self, rows: KeyedTensor | RowsByKey, counts: Mapping[str, int]) -> RowsByKey:
+        """The rows of each key by themselves.
 
         Args:
             rows: as looked up, padded or not.
             counts: for each key, how many values it has.
         """
-        if isinstance(rows, RowsByKey):
-            found = {key: rows.rows[key][:, :dim] for key, dim in self._wanted}
-        else:
+        if not isinstance(rows, RowsByKey):
             dims = rows.length_per_key()
             starts = dict(zip(rows.keys(), [sum(dims[:i]) for i in range(len(dims))]))
             places = [(counts[key], starts[key], dim) for key, dim in self._wanted]
             parts = split_padded(rows.values(), places)
-            found = {key: part for (key, _), part in zip(self._wanted, parts)}
-        return {key: part.detach() for key, part in found.items()} if self.detach else found
+            rows = RowsByKey({(key,): part for (key, _), part in zip(self._wanted, parts)})
+        return rows.detached() if self.detach else rows
 
 
 class Combine(nn.Module):
@@ -99,6 +100,11 @@ class Combine(nn.Module):
         """What TorchScript compiles in this module's place."""
         raise NotImplementedError
 
+    @property
+    def joined(self) -> list[tuple[str, ...]]:
+        """Look-ups in bags of one whose rows methods want side by side, where keys differ in length."""
+        return [keys for each in self._each for keys in each.joined]
+
     def detach_rows(self, detached: bool) -> None:
         """Keep gradients from the rows, or let them through again."""
         self.pooled.detach = self.unpooled.detach = detached
@@ -119,7 +125,7 @@ class Combine(nn.Module):
         rectangle = unpooled is None or self._is_rectangle(unpooled, features)
         parts = iter(self.pooled(pooled) if pooled is not None else [])
         rows = iter(self.unpooled(unpooled) if unpooled is not None and rectangle else [])
-        by_key = {} if rectangle else self.unpooled.by_key(unpooled, self._counts(features))
+        by_key = None if rectangle else self.unpooled.by_key(unpooled, self._counts(features))
         counts = features.length_per_key()
         found: list[tuple[list[TableFeature], bool, Tensor | list[Tensor]]] = []
         start = 0
@@ -128,7 +134,7 @@ class Combine(nn.Module):
         ):
             own = slice(start, start + len(instances))
             combined: Tensor | list[Tensor]
-            if is_unpooled and not rectangle:
+            if is_unpooled and by_key is not None:
                 context = LookupContext(features, own, max(counts[own]), sharded)
                 combined = each.combine(combine, by_key, context)
             else:
@@ -269,6 +275,10 @@ def sum_bags(
             weights is None and known_equal(counts[own], batch) and bool((lengths[own] == 1).all())
         ):
             return rows[:batch]  # one value a bag: already in place
+    compiled = _sum_by_compiled_code(rows, dims, features, start)
+    if compiled is not None:
+        return compiled
+    if isinstance(rows, Tensor):
         rows = rows.split(dims, dim=1)
     pooled = []
     for n, part in enumerate(rows, start):
@@ -280,6 +290,43 @@ def sum_bags(
         )
         pooled.append(part.new_zeros(batch, part.shape[1]).index_add(0, bags, values))
     return torch.cat(pooled, dim=1)
+
+
+def _sum_by_compiled_code(
+    rows: Tensor | Sequence[Tensor], dims: Sequence[int], features: KeyedJaggedTensor, start: int
+) -> Tensor | None:
+    """`sum_bags` in one call; None where compiled code cannot read the rows."""
+    tables = [rows] if isinstance(rows, Tensor) else list(rows)
+    weights = features.weights_or_none()
+    if not are_readable(tables, features.lengths_or_none(), weights):
+        return None
+    batch, own = features.stride(), slice(start, start + len(dims))
+    ends = features.offset_per_key()
+    counts = features.length_per_key()[own]
+    bags = Bags(
+        counts=counts,
+        bags=[batch] * len(dims),
+        offsets=features.offsets()[own.start * batch : own.stop * batch + 1].to(torch.int64),
+        weights=None if weights is None else weights[ends[own.start] : ends[own.stop]].float(),
+    )
+    reads = _reads_of_values(tuple(dims), side_by_side=isinstance(rows, Tensor))
+    return reads.sums(tables, bags)[0]
+
+
+@lru_cache
+def _reads_of_values(dims: tuple[int, ...], *, side_by_side: bool) -> RowReads:
+    """Sums of the values of (table, feature) pairs, whose rows are columns of one tensor or of each its own."""
+    firsts = [0, *accumulate(dims)]
+    keys = [
+        KeyRead(
+            table=0 if side_by_side else n,
+            first=first if side_by_side else 0,
+            width=dim,
+            into=first,
+        )
+        for n, (dim, first) in enumerate(zip(dims, firsts))
+    ]
+    return RowReads(keys, [firsts[-1]])
 
 
 def _sum_rectangle(

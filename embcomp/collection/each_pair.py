@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from embcomp.backends.base import Backend
 from embcomp.collection.groups import Group
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.layers.rows_by_key import CombinesEach
+from embcomp.layers.rows_by_key import CombinesEach, RowsByKey
 
 
 class EachPair:
@@ -31,15 +29,18 @@ class EachPair:
         """For each key, the (table, feature) that it is looked up for."""
         self._own = [[k for k in self.keys if pair_of[k] == pair] for pair in range(count)]
         self._in_order = [key for own in self._own for key in own] == self.keys
+        takes_parts = isinstance(group.backend.combine, nn.Identity | CombinesEach)
+        self.joined = [tuple(own) for own in self._own if own and self._in_order and takes_parts]
+        """Keys whose rows are wanted side by side."""
 
     def combine(
-        self, combine: nn.Module, rows: Mapping[str, Tensor], looked_up: LookupContext
+        self, combine: nn.Module, rows: RowsByKey, looked_up: LookupContext
     ) -> list[Tensor]:
         """For each (table, feature), (N of its values, embedding_dim).
 
         Args:
             combine: the method's.
-            rows: for each key, (N, columns).
+            rows: of its keys.
             looked_up: what they were looked up for.
         """
         if self._in_order and isinstance(combine, nn.Identity):
@@ -48,29 +49,20 @@ class EachPair:
             return combine.each(self._parts(rows, looked_up), looked_up)
         return self._padded(combine, rows, looked_up)
 
-    def _parts(self, rows: Mapping[str, Tensor], looked_up: LookupContext) -> list[Tensor]:
+    def _parts(self, rows: RowsByKey, looked_up: LookupContext) -> list[Tensor]:
         counts = looked_up.features.length_per_key()[looked_up.own]
-        none = next(iter(rows.values())).new_zeros
-        return [
-            _side_by_side([rows[key] for key in own]) if own else none(n, 0)
-            for own, n in zip(self._own, counts)
-        ]
+        none = next(iter(rows.rows.values())).new_zeros
+        return [rows.side_by_side(own) if own else none(n, 0) for own, n in zip(self._own, counts)]
 
     def _padded(
-        self, combine: nn.Module, rows: Mapping[str, Tensor], looked_up: LookupContext
+        self, combine: nn.Module, rows: RowsByKey, looked_up: LookupContext
     ) -> list[Tensor]:
         """Of a method that takes rectangles alone."""
-        most = looked_up.rows
-        whole = torch.cat(
-            [F.pad(rows[key], (0, 0, 0, most - len(rows[key]))) for key in self.keys], dim=1
-        )
+        most, parts = looked_up.rows, [rows.side_by_side([key]) for key in self.keys]
+        whole = torch.cat([F.pad(part, (0, 0, 0, most - len(part))) for part in parts], dim=1)
         found = combine(whole, looked_up) if self._needs_context else combine(whole)
         counts = looked_up.features.length_per_key()[looked_up.own]
         return [part[:n] for part, n in zip(found.split(self._dims, dim=1), counts)]
-
-
-def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(list(rows), dim=1)
 
 
 def _pairs_of_keys(group: Group) -> dict[str, int]:

@@ -10,14 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingEnv2D, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-from embcomp.layers.rows_by_key import RowsByKey
 
 _SPLIT_BY_ROWS = {
     ShardingType.ROW_WISE.value,
@@ -102,31 +98,3 @@ class RowsHolder:
         """Whether the look-up that begins may have keys of different lengths; it alone."""
         by_key, self.by_key = self.by_key, False
         return by_key
-
-
-def read_rows(inner: EmbeddingBagCollection, bags: KeyedJaggedTensor) -> RowsByKey:
-    """Look up key by key in a collection that is not sharded, and pad nothing.
-
-    Args:
-        inner: what holds the rows.
-        bags: for each key as many bags as it has values.
-    """
-    owner = {
-        key: inner.embedding_bags[table.name].weight
-        for table in inner.embedding_bag_configs()
-        for key in table.feature_names
-    }
-    ids = bags.values().split(bags.length_per_key())
-    lengths = bags.lengths().split(bags.stride_per_key())
-    return RowsByKey(
-        {key: _read(owner[key], *own) for key, own in zip(bags.keys(), zip(ids, lengths))}
-    )
-
-
-def _read(weight: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The rows of ids (N,), added up in bags of lengths (R,): (R, columns)."""
-    if len(ids) == len(lengths):
-        return F.embedding(ids, weight)
-    ends = lengths.cumsum(0)
-    offsets = torch.cat((ends.new_zeros(1), ends))
-    return F.embedding_bag(ids, weight, offsets, mode="sum", include_last_offset=True)

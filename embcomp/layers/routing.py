@@ -97,6 +97,27 @@ class RepeatFeatures(nn.Module):
             length_per_key=[count] * len(self._keys),
         )
 
+    def around(self, features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
+        """Values of repeated features, already made, in the bags of these.
+
+        Args:
+            features: as they come.
+            values: of each look-up, look-up after look-up.
+        """
+        index = self._index.on(features.device())
+        weights, counts = features.weights_or_none(), features.length_per_key()
+        if weights is not None and not self._is_identity:
+            parts = weights.split(counts)
+            weights = torch.cat([parts[source] for source in self._sources])
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=values,
+            weights=weights,
+            lengths=features.lengths().view(len(counts), -1)[index].view(-1),
+            stride=features.stride(),
+            length_per_key=[counts[source] for source in self._sources],
+        )
+
 
 def renamed(
     features: KeyedJaggedTensor, keys: list[str], values: Tensor | None = None

@@ -6,7 +6,7 @@ has a hundred values a sample and others have one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,13 +35,22 @@ class CombinesEach(Protocol):
 
 @dataclass(frozen=True)
 class RowsByKey:
-    """Looked-up rows, each key's by themselves.
+    """Looked-up rows, each key's by themselves, or those of keys of one length side by side.
 
     Args:
-        rows: for each key, (N, columns, padding included).
+        rows: for each key or keys, (N, columns), without padding.
     """
 
-    rows: dict[str, Tensor]
+    rows: Mapping[tuple[str, ...], Tensor]
+
+    def side_by_side(self, keys: Sequence[str]) -> Tensor:
+        """(N, columns) of keys of one length, as they came or one by one."""
+        found = self.rows.get(tuple(keys))
+        return torch.cat([self.rows[key,] for key in keys], dim=1) if found is None else found
+
+    def detached(self) -> RowsByKey:
+        """The same, through which no gradient goes."""
+        return RowsByKey({keys: rows.detach() for keys, rows in self.rows.items()})
 
 
 def split_padded(values: Tensor, places: Sequence[tuple[int, int, int]]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -27,6 +28,7 @@ from embcomp.backends.codebooks.bit_packing import (
     unpack_bits,
 )
 from embcomp.backends.codebooks.clustering import Codebooks, Latents, encode
+from embcomp.backends.codebooks.codewords_compiled import gather_codes, is_readable
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.backends.codebooks.vector_quantized import (
     VectorQuantized,
@@ -144,6 +146,7 @@ class CodedRoute(ShardableBuffers):
                 offsets += [place * count for place in layout.places(n)]
                 source += 1
         self.copies = RepeatFeatures(self._keys, sources)
+        self._sources, self._steps_of, self._offsets_of = sources, steps, offsets
         self._steps, self._offsets = Constant(steps), Constant(offsets)
         positions_of = [layout.positions(table) for table in layout.tables]
         sizes = [
@@ -167,6 +170,8 @@ class CodedRoute(ShardableBuffers):
             owners += [n] * len(table.feature_names)
             starts += [first + position for _ in table.feature_names for position in positions]
         self._starts = Constant(starts)
+        of_keys = self._sources, starts, self._steps_of, self._offsets_of
+        self._compiled = tuple(np.array(each, dtype=np.int64) for each in of_keys)
         if self.exchange is None:
             return
         steps = [self._layout.positions(table) for table in self._layout.tables]
@@ -224,6 +229,9 @@ class CodedRoute(ShardableBuffers):
         features = self.check(features)
         if self.exchange is not None:
             return self._from_all_ranks(features)
+        own_ids = features.values()
+        if own_ids.dtype == torch.int64 and is_readable(own_ids, self.codes):
+            return self._by_compiled_code(features)
         copies = self.copies(features)
         ids = copies.values().to(torch.int64)
         constants = [c.on(ids.device) for c in (self._steps, self._starts, self._offsets)]
@@ -235,6 +243,22 @@ class CodedRoute(ShardableBuffers):
             steps, starts, offsets = (constant.unsqueeze(1) for constant in constants)
         codes = gather_bits(self.codes, ids * steps + starts, self._bits)
         return renamed(copies, self._keys, (codes + offsets).view(-1))
+
+    def _by_compiled_code(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The same in one pass over the ids, none of which is copied first."""
+        sources, starts, steps, firsts = self._compiled
+        counts = features.length_per_key()
+        rows = gather_codes(
+            self.codes,
+            self._bits,
+            features.values(),
+            counts,
+            sources=sources,
+            starts=starts,
+            steps=steps,
+            firsts=firsts,
+        )
+        return self.copies.around(features, rows)
 
     def _from_all_ranks(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The same where other ranks hold codes: each id's are asked for once, and come together."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from typing_extensions import override
 
-from embcomp.backends.codebooks.nearest import nearest
+from embcomp.backends.codebooks.codewords_compiled import add_totals, is_readable, snap
+from embcomp.backends.codebooks.nearest import nearest, nearest_of_each
 from embcomp.backends.codebooks.nearest_compiled import library
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.layers.constant_tensors import Constant
@@ -88,9 +91,9 @@ class Codewords(LearnedBuffers):
     @torch.no_grad()
     def learn(
         self,
-        latents: Tensor,
-        slots: Tensor,
-        gaps: Tensor,
+        latents: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        gaps: Sequence[Tensor],
         chosen: Tensor | None,
         *,
         shared: bool,
@@ -98,14 +101,18 @@ class Codewords(LearnedBuffers):
         """Move codewords towards the latents that chose them; the same on every rank.
 
         Args:
-            latents: (N, d).
-            slots: (N,) the codeword that each chose, counted over all codebooks.
-            gaps: (N,) their squared distances from it.
-            chosen: (N,) whether a row was looked up, or only pads; None when all were.
+            latents: (N, d) each.
+            slots: (N,) each, the codeword that each chose, counted over all codebooks.
+            gaps: (N,) each, their squared distances from it.
+            chosen: (N,) of one alone, whether a row was looked up, or only pads; None when all were.
             shared: whether other ranks have the rest of the step's rows.
         """
         uses, sums, errors = self._totals(
-            latents.float(), slots, gaps.float(), chosen, shared=shared
+            [own.float() for own in latents],
+            slots,
+            [own.float() for own in gaps],
+            chosen,
+            shared=shared,
         )
         self.masses.mul_(self._decay).add_(uses, alpha=1 - self._decay).clamp_(min=_LEAST_MASS)
         # A moving mean: masses weigh what the codeword was by how much of them is old.
@@ -130,14 +137,26 @@ class Codewords(LearnedBuffers):
         return step + 1
 
     def _totals(
-        self, latents: Tensor, slots: Tensor, gaps: Tensor, chosen: Tensor | None, *, shared: bool
+        self,
+        latents: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        gaps: Sequence[Tensor],
+        chosen: Tensor | None,
+        *,
+        shared: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks, per codeword: share of uses, sums of latents, squared errors alike."""
         count, size, width = self.words.shape
-        columns = torch.cat([torch.ones_like(gaps)[:, None], latents, gaps[:, None]], dim=1)
-        if chosen is not None:
-            columns = torch.where(chosen.unsqueeze(1), columns, 0.0)
-        totals = columns.new_zeros(count * size, width + 2).index_add_(0, slots, columns)
+        totals = self.words.new_zeros(count * size, width + 2, dtype=torch.float32)
+        if is_readable(totals, *latents, *slots, *gaps):
+            for parts in zip(latents, slots, gaps):
+                add_totals(totals, *parts, chosen)
+        else:
+            all_gaps = _joined(gaps)[:, None]
+            columns = torch.cat([torch.ones_like(all_gaps), _joined(latents), all_gaps], dim=1)
+            if chosen is not None:
+                columns = torch.where(chosen.unsqueeze(1), columns, 0.0)
+            totals.index_add_(0, _joined(slots), columns)
         if shared:
             totals = _over_ranks(totals)
         # Shares, not numbers: a process that sees the whole batch must count as its ranks do.
@@ -190,6 +209,29 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+class _Snapped(torch.autograd.Function):
+    """Codewords in the place of latents, and the squared distances; gradients pass straight through."""
+
+    @staticmethod
+    @override
+    def forward(ctx: FunctionCtx, latents: Tensor, slots: Tensor, words: Tensor) -> Any:
+        # (n, d), (n,), (words, d) -> (n, d), (n,)
+        if latents.dtype == words.dtype == torch.float32 and is_readable(latents, slots, words):
+            found, gaps = snap(latents, slots, words)
+        else:
+            found = words.index_select(0, slots).to(latents.dtype)
+            gaps = (latents - found).square().sum(1)
+        ctx.save_for_backward(latents, found)
+        return found, gaps
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, grad: Tensor, gap_grads: Tensor) -> Any:
+        latents, found = ctx.saved_tensors
+        return (latents - found).mul_(2 * gap_grads.unsqueeze(1)).add_(grad), None, None
+
+
 class Quantize(Penalised):
     """Puts the nearest codeword in the place of every looked-up latent, and decodes it.
 
@@ -226,17 +268,19 @@ class Quantize(Penalised):
         codes = self._nearest(latents.detach(), which, looked_up)
         chosen = self._chosen(looked_up, rows.device) if self._learns() else None
         (found,) = self._found([latents], [codes], [which], looked_up, chosen)
-        return self.decode(found.flatten(1))
+        return self.decode(found)
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
         self.codewords.ensure_filled()
         which = [self._which.on(parts[0].device)[own] for own in self._own]
         latents = [part.unflatten(1, (len(own), -1)) for part, own in zip(parts, which)]
-        ids = looked_up.each_ids()
-        codes = [self._codes(z.detach(), own, i) for z, own, i in zip(latents, which, ids)]
-        found = self._found(latents, codes, which, looked_up, None)
-        return self.decode.each([each.flatten(1) for each in found], looked_up)
+        if self._measures_each_id_once(latents[0]):
+            ids = looked_up.each_ids()
+            codes = [self._codes(z.detach(), own, i) for z, own, i in zip(latents, which, ids)]
+        else:
+            codes = nearest_of_each([z.detach() for z in latents], self.codewords.words, which)
+        return self.decode.each(self._found(latents, codes, which, looked_up, None), looked_up)
 
     def _found(
         self,
@@ -250,33 +294,34 @@ class Quantize(Penalised):
 
         Args:
             latents: (N, K, d) each.
-            codes: (N, K) each.
+            codes: (N, K) each; they are written to.
             which: (K,) each, the codebooks.
             looked_up: what they were looked up for.
             chosen: (N, K) of one alone, whether a row was looked up for a value; None when none pads.
+
+        Returns:
+            (N, K * d) each.
         """
-        words = self.codewords.words
-        slots = [own * words.shape[1] + c for own, c in zip(which, codes)]
-        found = [
-            words.flatten(0, 1).index_select(0, slot.reshape(-1)).view_as(z).to(z.dtype)
-            for slot, z in zip(slots, latents)
-        ]
+        words = self.codewords.words.flatten(0, 1)
+        size = self.codewords.words.shape[1]
+        slots = [c.add_(own * size).reshape(-1) for own, c in zip(which, codes)]
         self.penalty = None
         if not self._learns():
-            return found
-        gaps = [(z - word).square().sum(2) for z, word in zip(latents, found)]
-        if chosen is not None:
-            gaps = [own * chosen for own in gaps]
-        distances = _joined([own.reshape(-1) for own in gaps])
-        self.penalty = self._commitment * distances.sum() / looked_up.features.stride()
+            found = [words.index_select(0, slot).to(z.dtype) for slot, z in zip(slots, latents)]
+            return [word.view(z.shape).flatten(1) for word, z in zip(found, latents)]
+        vectors = [z.reshape(-1, z.shape[2]) for z in latents]
+        snapped = [_Snapped.apply(z, slot, words) for z, slot in zip(vectors, slots)]
+        mask = None if chosen is None else chosen.reshape(-1)
+        gaps = [gap if mask is None else gap * mask for _, gap in snapped]
+        self.penalty = self._commitment * _joined(gaps).sum() / looked_up.features.stride()
         self.codewords.learn(
-            _joined([z.detach().reshape(-1, z.shape[2]) for z in latents]),
-            _joined([slot.reshape(-1) for slot in slots]),
-            distances.detach(),
-            None if chosen is None else chosen.reshape(-1),
+            [z.detach() for z in vectors],
+            slots,
+            [gap.detach() for gap in gaps],
+            mask,
             shared=looked_up.sharded,
         )
-        return [z + (word - z).detach() for z, word in zip(latents, found)]
+        return [word.view(z.shape).flatten(1) for (word, _), z in zip(snapped, latents)]
 
     def _learns(self) -> bool:
         return self.training and torch.is_grad_enabled()

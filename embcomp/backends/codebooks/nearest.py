@@ -9,7 +9,7 @@ number of threads, nor on whether compiled code or torch finds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,20 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
     Returns:
         (R, K) int64 codes in `[0, k)`; any where a vector is not finite.
     """
-    vectors, codebooks = vectors.float(), codebooks.float()
+    return nearest_of_each([vectors], codebooks, [which])[0]
+
+
+@torch.no_grad()
+def nearest_of_each(
+    parts: Sequence[Tensor], codebooks: Tensor, which: Sequence[Tensor]
+) -> list[Tensor]:
+    """`nearest` of several sets of vectors, (R, K, d) each, whose columns have codebooks of their own."""
+    codebooks = codebooks.float()
+    books = _Compiled(codebooks)
+    return [_nearest(part.float(), codebooks, own, books) for part, own in zip(parts, which)]
+
+
+def _nearest(vectors: Tensor, codebooks: Tensor, which: Tensor, books: _Compiled) -> Tensor:
     compiling = torch.compiler.is_compiling()  # the number of vectors may be unknown
     if not compiling and not vectors.numel():
         return which.new_empty(vectors.shape[:2])
@@ -51,8 +64,6 @@ def nearest(vectors: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
         return nearest_by_differences(vectors, codebooks, which)
     found = torch.empty(vectors.shape[:2], dtype=torch.int64)
     if library() is not None:
-        own = _Centred(codebooks)
-        books = CompiledBooks(codebooks, own.moved, own.centres, own.reaches, own.factor)
         books.search(vectors, which, found)
         return found
     unsettled = _search_by_torch(vectors, codebooks[which], found)
@@ -80,6 +91,23 @@ class _Centred:
         self.moved = (words.double() - self.centres.double().unsqueeze(1)).float()
         self.reaches = self.moved.square().sum(2).amax(1).sqrt()
         self.factor = 4 * (words.shape[2] + 5) * _ROUNDING
+
+
+class _Compiled:
+    """Codebooks (G, k, d) as compiled code searches them, laid out when they are first asked for."""
+
+    def __init__(self, codebooks: Tensor) -> None:
+        self._codebooks = codebooks
+        self._books: CompiledBooks | None = None
+
+    def search(self, vectors: Tensor, which: Tensor, codes: Tensor) -> None:
+        """Write the codes (R, K) of vectors (R, K, d) in the codebooks `which` (K,)."""
+        if self._books is None:
+            own = _Centred(self._codebooks)
+            self._books = CompiledBooks(
+                self._codebooks, own.moved, own.centres, own.reaches, own.factor
+            )
+        self._books.search(vectors, which, codes)
 
 
 def _search_by_torch(vectors: Tensor, words: Tensor, codes: Tensor) -> Tensor:

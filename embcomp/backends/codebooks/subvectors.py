@@ -23,6 +23,8 @@ from embcomp.tables.specs import LookupKey, TableSpec
 Sharing = Literal["all", "position", "table"]
 """Who shares: all sub-vectors; those at one position of any table; none but of one table there."""
 
+_FEW_POSITIONS = 8
+
 GROUP = "group:"
 """What a name of several tables that share begins with."""
 
@@ -252,6 +254,8 @@ class Decode(nn.Module):
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
+        if self._is_one_matrix:
+            return self._projected_at_once(parts)
         decoded = []
         start = 0
         for part, (table, positions, dim) in zip(parts, self._pairs):
@@ -263,6 +267,32 @@ class Decode(nn.Module):
             found = found[:, :dim]
             decoded.append(found if self.scales is None else found * self.scales.weight[table])
         return decoded
+
+    @property
+    def _is_one_matrix(self) -> bool:
+        """Whether a row's few sub-vectors are projected fastest by one matrix, zeros between them."""
+        alike = len({positions for _, positions, _ in self._pairs}) == 1
+        few = self._pairs[0][1] <= _FEW_POSITIONS
+        return alike and few and self.projections is not None and self.projections.bias is None
+
+    def _projected_at_once(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """`each` by one product a (table, feature)."""
+        assert self.projections is not None
+        weight, positions = self.projections.weight, self._pairs[0][1]
+        which = self._which.on(weight.device) if len(weight) > 1 else None
+        own = (
+            weight.expand(len(self._pairs) * positions, -1, -1) if which is None else weight[which]
+        )
+        if self.scales is not None:
+            tables = torch.tensor([table for table, _, _ in self._pairs], device=weight.device)
+            own = own * self.scales.weight[tables].repeat_interleave(positions)[:, None, None]
+        blocks = own.unflatten(0, (len(self._pairs), positions)).unsqueeze(3)  # (P, K, d, 1, m)
+        here = torch.eye(positions, device=weight.device, dtype=weight.dtype)[:, None, :, None]
+        matrices = (blocks * here).flatten(3, 4).flatten(1, 2)  # (P, K * d, K * m)
+        return [
+            part @ matrix[:, :dim]
+            for part, matrix, (_, _, dim) in zip(parts, matrices.unbind(), self._pairs)
+        ]
 
 
 class Projections(NamedParts):

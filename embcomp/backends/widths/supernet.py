@@ -14,6 +14,7 @@ from typing_extensions import override
 from embcomp.backends.base import SearchContext
 from embcomp.backends.widths.masks import GroupColumns, WidthDraws
 from embcomp.backends.widths.threshold_gate import (
+    GatedPrefixes,
     Norm,
     NormMeans,
     Step,
@@ -131,47 +132,62 @@ class Supernet(Penalised):
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
         self.penalty = None
-        device = parts[0].device
-        places = torch.arange(self._columns.widest, device=device)
-        if self.training or self._fixed_rows is None:
-            parts = self._each_gated(parts, looked_up)
-        else:
-            passing = self._fixed_rows = self._fixed_rows.to(device)
-            starts = self._starts.on(device)
-            kept = [passing[ids + start] for ids, start in zip(looked_up.each_ids(), starts)]
-            parts = [part * own.unsqueeze(1) for part, own in zip(parts, kept)]
-        widths: Sequence[Tensor] = []
+        widths = self._each_width(parts, looked_up)
         if self.training and self.thresholds is not None:
             self.penalty = self._pull * torch.exp(-self.thresholds()).sum()
-        if self.training and self.draws is not None:
-            widths = [drawn.unsqueeze(1) for drawn in self.draws.each(looked_up)]
-        elif not self.training and self._fixed_widths is not None:
-            widths = list(self._fixed_widths.to(device)[self._tables.on(device)])
-        if not widths:
+        if self.thresholds is not None and (self.training or self._fixed_rows is None):
+            return self._each_gated(parts, widths, looked_up)
+        if not self.training and self._fixed_rows is not None:
+            passing = self._fixed_rows = self._fixed_rows.to(parts[0].device)
+            starts = self._starts.on(passing.device)
+            kept = [passing[ids + start] for ids, start in zip(looked_up.each_ids(), starts)]
+            parts = [part * own.unsqueeze(1) for part, own in zip(parts, kept)]
+        if widths is None:
             return list(parts)
-        return [part * (places[: part.shape[1]] < own) for part, own in zip(parts, widths)]
+        places = torch.arange(self._columns.widest, device=parts[0].device)
+        return [
+            part * (places[: part.shape[1]] < own.unsqueeze(1)) for part, own in zip(parts, widths)
+        ]
 
-    def _each_gated(self, parts: Sequence[Tensor], looked_up: LookupContext) -> Sequence[Tensor]:
-        if self.thresholds is None or self.norms is None:
-            return parts
-        norms = [self._norms(part.abs() if self._norm == 1 else part.square()) for part in parts]
+    def _each_width(
+        self, parts: Sequence[Tensor], looked_up: LookupContext
+    ) -> Sequence[Tensor] | None:
+        """The widths to which parts are cut, pair by pair: (N,) or (1,) int64; None where they are whole."""
+        if self.training:
+            return None if self.draws is None else self.draws.each(looked_up)
+        if self._fixed_widths is None:
+            return None
+        device = parts[0].device
+        return self._fixed_widths.to(device)[self._tables.on(device)].split(1)
+
+    def _each_gated(
+        self, parts: Sequence[Tensor], widths: Sequence[Tensor] | None, looked_up: LookupContext
+    ) -> list[Tensor]:
+        assert self.thresholds is not None and self.norms is not None
+        norms = [self._norms(part.detach()) for part in parts]
         tables = self._tables.on(parts[0].device)
         if self.training:
-            counted = torch.stack([own.detach().sum() for own in norms])
+            counted = torch.stack([own.sum() for own in norms])
             counts = on_device([len(own) for own in norms], counted.device).to(counted.dtype)
             self.norms.update(torch.stack((counted, counts)), tables, shared=looked_up.sharded)
         means, thresholds = self.norms()[tables], self.thresholds()[tables]
+        whole = [None] * len(parts) if widths is None else widths
         return [
-            part * Step.apply(relative_norms(own, mean) - threshold).unsqueeze(1)
-            for part, own, mean, threshold in zip(parts, norms, means, thresholds)
+            GatedPrefixes.apply(
+                part,
+                own,
+                mean,
+                limit,
+                None if width is None else width.expand(len(part)),
+                self._norm,
+            )
+            for part, own, mean, limit, width in zip(parts, norms, means, thresholds, whole)
         ]
 
     def _norms(self, rows: Tensor) -> Tensor:
-        """(N, D) absolute values or squares -> (N,)."""
-        norms = rows.sum(1)
-        if self._norm == 2:
-            norms = norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
-        return norms
+        """(N, D) -> (N,), never zero where they are divided by."""
+        norms = torch.linalg.vector_norm(rows, self._norm, dim=1)
+        return norms if self._norm == 1 else norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
 
     def _gated(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         if self.thresholds is None or self.norms is None:

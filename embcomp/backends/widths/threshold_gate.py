@@ -23,6 +23,7 @@ from embcomp.layers.named_parts import NamedParts
 Norm = Literal[1, 2]
 
 _MOMENTUM = 0.99
+_AT_ONCE = 1024  # rows
 
 
 class Step(torch.autograd.Function):
@@ -42,9 +43,65 @@ class Step(torch.autograd.Function):
     @override
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (u,) = ctx.saved_tensors
-        far = u.abs()
-        slope = torch.where(far <= 0.4, 2 - 4 * far, torch.where(far <= 1, 0.4, 0.0))
-        return grad * slope
+        return grad * _slope(u)
+
+
+def _slope(u: Tensor) -> Tensor:
+    """What `Step` says is its derivative."""
+    far = u.abs()
+    return torch.where(far <= 0.4, 2 - 4 * far, torch.where(far <= 1, 0.4, 0.0))
+
+
+class GatedPrefixes(torch.autograd.Function):
+    """Rows whose gate is open, cut to prefixes: `rows * Step(u) * (column < width)`, `u` of the rows' norms.
+
+    Rows are taken a few at a time, which stay in a core's cache, and nothing as large as they is kept.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: FunctionCtx,
+        rows: Tensor,
+        norms: Tensor,
+        mean: Tensor,
+        threshold: Tensor,
+        widths: Tensor | None,
+        norm: Norm,
+    ) -> Tensor:
+        # (N, D), (N,), (), (), (N,) -> (N, D)
+        u = relative_norms(norms, mean) - threshold
+        every = u.new_full(u.shape, rows.shape[1], dtype=torch.int64) if widths is None else widths
+        ctx.save_for_backward(rows, norms, mean, u, every)
+        ctx.norm = norm  # type: ignore[attr-defined]
+        columns = torch.arange(rows.shape[1], device=rows.device)
+        found = torch.empty_like(rows)
+        limits = torch.where(u > 0, every, 0)
+        for part, limit, out in zip(
+            rows.split(_AT_ONCE), limits.split(_AT_ONCE), found.split(_AT_ONCE)
+        ):
+            torch.mul(part, columns < limit.unsqueeze(1), out=out)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, norms, mean, u, widths = ctx.saved_tensors
+        columns = torch.arange(rows.shape[1], device=rows.device)
+        found, slopes = torch.empty_like(rows), _slope(u)
+        saved = (rows, grad, norms, u, widths, slopes, found)
+        moved = []
+        for part, own, size, gate, width, slope, out in zip(
+            *(each.split(_AT_ONCE) for each in saved)
+        ):
+            own = own * (columns < width.unsqueeze(1))
+            pull = (own * part).sum(1).mul_(slope)  # the gradient of u
+            moved.append(pull)
+            along = part.sign() if ctx.norm == 1 else part / size.unsqueeze(1)
+            along *= relative_norms(pull, mean).unsqueeze(1)
+            torch.addcmul(along, own, (gate > 0).to(own.dtype).unsqueeze(1), out=out)
+        return found, None, None, -torch.cat(moved).sum(), None, None
 
 
 def row_norms(rows: Tensor, norm: Norm) -> Tensor:

@@ -53,7 +53,7 @@ HEADER = np.dtype(
     [(name, "<u8") for name in ("features", "steps", "places")]
     + [(name, "<i8") for name in ("num_features", "num_steps", "num_sources", "widest", "stride")]
 )
-_IN_CACHE = 1 << 18  # bytes of a table that a core's own cache holds
+_IN_CACHE = 1 << 18  # bytes of tables that a core's own cache holds, all of a collection together
 _LINE = 64  # bytes of a cache line
 _MOST_ASKED = 256  # bytes of a row; the processor follows what lies behind by itself
 _RANKED, _CODED = 4, 5  # kinds of steps that read something beside the row
@@ -81,6 +81,7 @@ class FusedProgram:
 
 @dataclass
 class _Writer:
+    far: bool  # whether rows are not all in a core's own cache, so that they are asked for ahead
     steps: list[dict[str, Any]] = field(default_factory=list)
     features: list[dict[str, Any]] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
@@ -102,7 +103,7 @@ def make_program(
         stored: their physical tables.
         sources: the features that come, in order.
     """
-    writer = _Writer()
+    writer = _Writer(far=sum(table.rows.nbytes for table in stored.values()) > _IN_CACHE)
     instances: list[TableFeature] = []
     for group in groups:
         told = _told(group)
@@ -216,8 +217,8 @@ def _step(writer: _Writer, table: HeldTable, placed: PlacedRow) -> dict[str, Any
         "rows": rows.data_ptr(),
         "row_bytes": row_bytes(table.dim, table.row_type),
         "num_rows": len(rows),
-        "asked": asked if rows.nbytes > _IN_CACHE else 0,
-        "last": asked - 1 if rows.nbytes > _IN_CACHE and straddles else 0,
+        "asked": asked if writer.far else 0,
+        "last": asked - 1 if writer.far and straddles else 0,
         "row_type": ROW_TYPES.index(table.row_type),
         "how": _HOW[placed.how],
         "into": placed.into,
