@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from embcomp.backends.base import SearchContext
+from embcomp.backends.widths.gates_compiled import is_readable, norms_of
 from embcomp.backends.widths.masks import GroupColumns, WidthDraws
 from embcomp.backends.widths.threshold_gate import (
     GatedPrefixes,
@@ -178,7 +179,7 @@ class Supernet(Penalised):
                 own,
                 mean,
                 limit,
-                None if width is None else width.expand(len(part)),
+                None if width is None else width.expand(len(part)).contiguous(),
                 self._norm,
             )
             for part, own, mean, limit, width in zip(parts, norms, means, thresholds, whole)
@@ -186,7 +187,7 @@ class Supernet(Penalised):
 
     def _norms(self, rows: Tensor) -> Tensor:
         """(N, D) -> (N,), never zero where they are divided by."""
-        norms = torch.linalg.vector_norm(rows, self._norm, dim=1)
+        norms = norms_of(rows, self._norm) if is_readable(rows) else row_norms(rows, self._norm)
         return norms if self._norm == 1 else norms.clamp(min=torch.finfo(norms.dtype).tiny ** 0.5)
 
     def _gated(self, rows: Tensor, looked_up: LookupContext) -> Tensor:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from typing_extensions import override
 
+from embcomp.backends.widths.gates_compiled import gate_grads, gated, is_readable
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.named_parts import NamedParts
 
 Norm = Literal[1, 2]
 
 _MOMENTUM = 0.99
-_AT_ONCE = 1024  # rows
 
 
 class Step(torch.autograd.Function):
@@ -55,13 +55,13 @@ def _slope(u: Tensor) -> Tensor:
 class GatedPrefixes(torch.autograd.Function):
     """Rows whose gate is open, cut to prefixes: `rows * Step(u) * (column < width)`, `u` of the rows' norms.
 
-    Rows are taken a few at a time, which stay in a core's cache, and nothing as large as they is kept.
+    Nothing as large as the rows is kept.
     """
 
     @staticmethod
     @override
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         rows: Tensor,
         norms: Tensor,
         mean: Tensor,
@@ -71,37 +71,34 @@ class GatedPrefixes(torch.autograd.Function):
     ) -> Tensor:
         # (N, D), (N,), (), (), (N,) -> (N, D)
         u = relative_norms(norms, mean) - threshold
-        every = u.new_full(u.shape, rows.shape[1], dtype=torch.int64) if widths is None else widths
-        ctx.save_for_backward(rows, norms, mean, u, every)
-        ctx.norm = norm  # type: ignore[attr-defined]
-        columns = torch.arange(rows.shape[1], device=rows.device)
-        found = torch.empty_like(rows)
-        limits = torch.where(u > 0, every, 0)
-        for part, limit, out in zip(
-            rows.split(_AT_ONCE), limits.split(_AT_ONCE), found.split(_AT_ONCE)
-        ):
-            torch.mul(part, columns < limit.unsqueeze(1), out=out)
-        return found
+        ctx.save_for_backward(rows, norms, mean, u, widths)
+        ctx.norm = norm
+        if is_readable(rows, u, widths):
+            return gated(rows, u, widths)
+        return rows * _prefixes(rows, widths) * (u > 0).unsqueeze(1)
 
     @staticmethod
     @once_differentiable
     @override
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, norms, mean, u, widths = ctx.saved_tensors
-        columns = torch.arange(rows.shape[1], device=rows.device)
-        found, slopes = torch.empty_like(rows), _slope(u)
-        saved = (rows, grad, norms, u, widths, slopes, found)
-        moved = []
-        for part, own, size, gate, width, slope, out in zip(
-            *(each.split(_AT_ONCE) for each in saved)
-        ):
-            own = own * (columns < width.unsqueeze(1))
-            pull = (own * part).sum(1).mul_(slope)  # the gradient of u
-            moved.append(pull)
-            along = part.sign() if ctx.norm == 1 else part / size.unsqueeze(1)
-            along *= relative_norms(pull, mean).unsqueeze(1)
-            torch.addcmul(along, own, (gate > 0).to(own.dtype).unsqueeze(1), out=out)
-        return found, None, None, -torch.cat(moved).sum(), None, None
+        grad = grad.contiguous()
+        if is_readable(rows, grad, norms, u, widths):
+            unit = float(mean) if mean > 0 else 1.0
+            found, pulls = gate_grads(rows, grad, norms, u, widths, norm=ctx.norm, mean=unit)
+        else:
+            grad = grad * _prefixes(rows, widths)
+            pulls = (grad * rows).sum(1) * _slope(u)
+            along = rows.sign() if ctx.norm == 1 else rows / norms.unsqueeze(1)
+            found = along * relative_norms(pulls, mean).unsqueeze(1) + grad * (u > 0).unsqueeze(1)
+        return found, None, None, -pulls.sum(), None, None
+
+
+def _prefixes(rows: Tensor, widths: Tensor | None) -> Tensor | bool:
+    """(N, D) which columns of rows (N, D) are left by widths (N,); True for all."""
+    if widths is None:
+        return True
+    return torch.arange(rows.shape[1], device=rows.device) < widths.unsqueeze(1)
 
 
 def row_norms(rows: Tensor, norm: Norm) -> Tensor:
