@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,39 @@ from embcomp.layers.rows_by_key import RowsByKey, split_padded
 from embcomp.layers.traced_leaves import leaf_call
 
 
+class ColumnPick:
+    """Runs of columns in another order, copied run by run, forward and backward.
+
+    Args:
+        runs: first column and width of each, in the order wanted; none empty.
+        total: columns that come.
+    """
+
+    def __init__(self, runs: Sequence[tuple[int, int]], total: int) -> None:
+        edges = sorted({0, total, *chain.from_iterable((a, a + width) for a, width in runs)})
+        self._sizes = [end - start for start, end in pairwise(edges)]
+        pieces = {start: n for n, start in enumerate(edges)}
+        self._order = [piece for a, width in runs for piece in range(pieces[a], pieces[a + width])]
+
+    @classmethod
+    def of(cls, wanted: Sequence[tuple[int, int]], total: int) -> ColumnPick | None:
+        """The columns of these blocks, (first, width) each; None where they are all in place."""
+        runs: list[tuple[int, int]] = []
+        for first, width in wanted:
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + width)
+            elif width:
+                runs.append((first, width))
+        return None if runs == [(0, total)] or not total else cls(runs, total)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(R, columns that come) -> (R, columns that are wanted)."""
+        if not self._order:
+            return values[:, :0]
+        parts = values.split(self._sizes, dim=1)
+        return torch.cat([parts[piece] for piece in self._order], dim=1)
+
+
 class LookupSplitter(nn.Module):
     """Picks physical look-ups by key out of what TorchRec returns, padding cut off.
 
@@ -40,25 +73,24 @@ class LookupSplitter(nn.Module):
         super().__init__()
         self._widths = [group.width for group in groups]
         self._wanted = [(key, dim) for group in groups for key, dim in key_widths(group.backend)]
-        self._columns: dict[tuple[str, ...], Constant | None] = {}
+        self._picks: dict[tuple[str, ...], ColumnPick | None] = {}
         self.detach = False
 
     def forward(self, rows: KeyedTensor) -> list[Tensor]:
         """Split `(B, all physical columns)` into one `(B, width)` tensor per method."""
         keys = tuple(rows.keys())
-        if keys not in self._columns:
-            self._columns[keys] = self._pick(keys, rows.length_per_key())
-        columns = self._columns[keys]
+        if keys not in self._picks:
+            self._picks[keys] = self._pick(keys, rows.length_per_key())
+        pick = self._picks[keys]
         # Fused kernels update rows in every backward pass, unless no gradient reaches them.
         values = rows.values().detach() if self.detach else rows.values()
-        if columns is not None:
-            values = values.index_select(1, columns.on(values.device))
+        if pick is not None:
+            values = pick(values)
         return list(values.split(self._widths, dim=1)) if len(self._widths) > 1 else [values]
 
-    def _pick(self, keys: tuple[str, ...], dims: list[int]) -> Constant | None:
+    def _pick(self, keys: tuple[str, ...], dims: list[int]) -> ColumnPick | None:
         starts = dict(zip(keys, [sum(dims[:i]) for i in range(len(dims))]))
-        picked = [starts[key] + column for key, dim in self._wanted for column in range(dim)]
-        return None if picked == list(range(sum(dims))) else Constant(picked)
+        return ColumnPick.of([(starts[key], dim) for key, dim in self._wanted], sum(dims))
 
     def by_key(self, rows: KeyedTensor | RowsByKey, counts: Mapping[str, int]) -> RowsByKey:
         """The rows of each key by themselves.
@@ -175,7 +207,7 @@ class PooledCombine(Combine):
         super().__init__(groups, instances)
         self._keys = [instance.key for instance in instances]
         self._dims = [instance.table.embedding_dim for instance in instances]
-        self._columns = _columns(self._came, instances)
+        self._pick = _pick_of(self._came, instances)
         means = [i.table.mean_pooling for i in self._came]
         self._means = Constant(means) if any(means) else None
         self._owner = Constant(
@@ -207,8 +239,8 @@ class PooledCombine(Combine):
         values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if self._means is not None:
             values = values * self._bag_scales(bags)
-        if self._columns is not None:
-            values = values.index_select(1, self._columns.on(values.device))
+        if self._pick is not None:
+            values = self._pick(values)
         if bags is not features:
             values = values[:0]
         return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values)
@@ -226,19 +258,14 @@ class PooledCombine(Combine):
         return scales.t().index_select(1, self._owner.on(lengths.device))
 
 
-def _columns(came: Sequence[TableFeature], wanted: Sequence[TableFeature]) -> Constant | None:
+def _pick_of(came: Sequence[TableFeature], wanted: Sequence[TableFeature]) -> ColumnPick | None:
     """Where the wanted columns are among those that came; None when they are in place."""
     starts: dict[tuple[str, str], int] = {}
     start = 0
     for instance in came:
         starts[instance.pair] = start
         start += instance.table.embedding_dim
-    picked = [
-        starts[instance.pair] + column
-        for instance in wanted
-        for column in range(instance.table.embedding_dim)
-    ]
-    return None if picked == list(range(start)) else Constant(picked)
+    return ColumnPick.of([(starts[i.pair], i.table.embedding_dim) for i in wanted], start)
 
 
 def sum_bags(

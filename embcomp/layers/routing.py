@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -13,6 +14,7 @@ from typing_extensions import override
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import FusedRoutes, HashedRow
 from embcomp.layers.hashing import hash_rows
+from embcomp.layers.hashing_compiled import hash_each, is_hashable
 from embcomp.layers.host_values import known_equal, on_device
 
 
@@ -156,6 +158,7 @@ class HashRoute(nn.Module):
         self.copies = RepeatFeatures(keys, sources)
         self._salts = Constant(salts)
         self._num_rows = Constant(num_rows)
+        self._hashed = [np.array(each, dtype=np.int64) for each in (salts, num_rows)]
         self._fused = FusedRoutes(
             by_key={
                 key: [HashedRow(salt=salt, num_rows=rows)]
@@ -171,5 +174,9 @@ class HashRoute(nn.Module):
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(features)
+        values = copies.values()
+        if is_hashable(values):
+            counts = copies.length_per_key()
+            return renamed(copies, self._keys, hash_each(values, counts, *self._hashed))
         ids, (salts, num_rows) = beside_ids(copies, (self._salts, self._num_rows))
         return renamed(copies, self._keys, hash_rows(ids, salts, num_rows).view(-1))

@@ -1,0 +1,59 @@
+"""The hash of `embcomp.layers.hashing` by compiled code, on the CPU: the same rows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embcomp.io.compiled_library import MissingKernelError, compiled_library
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, built where it is not there yet; None where it cannot be."""
+    try:
+        found = compiled_library("embcomp.layers", "hashing.cpp")
+    except MissingKernelError:
+        return None
+    found.embcomp_hash.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p]
+    found.embcomp_hash.restype = None
+    return found
+
+
+def is_hashable(ids: Tensor) -> bool:
+    """Whether compiled code can read ids just now: a plain tensor of int64, contiguous, on the CPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(ids) is Tensor
+        and ids.device.type == "cpu"
+        and ids.dtype == torch.int64
+        and ids.is_contiguous()
+        and library() is not None
+    )
+
+
+def hash_each(
+    ids: Tensor, counts: Sequence[int], salts: np.ndarray, num_rows: np.ndarray
+) -> Tensor:
+    """Place the ids of many look-ups in rows.
+
+    Args:
+        ids: (sum of counts,) int64, look-up after look-up, as `is_hashable` allows.
+        counts: how many ids each look-up has.
+        salts: (look-ups,) int64.
+        num_rows: (look-ups,) int64, how many rows each has to choose from.
+
+    Returns:
+        (sum of counts,) int64.
+    """
+    found, sizes, built = torch.empty_like(ids), np.array(counts, dtype=np.int64), library()
+    assert built is not None and int(sizes.sum()) == len(ids)
+    pointers = [each.ctypes.data for each in (sizes, salts, num_rows)]
+    built.embcomp_hash(ids.data_ptr(), *pointers, len(sizes), found.data_ptr())
+    return found
