@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.layers.host_values import reads_by_address
 
 _KEY = np.dtype(
     [(name, "<u8") for name in ("rows", "ids", "offsets", "weights", "out")]
@@ -51,13 +52,8 @@ def are_readable(tables: Sequence[Tensor], *others: Tensor | None) -> bool:
         others: ids, offsets, weights.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(each) in (Tensor, nn.Parameter) for each in tables)
+        reads_by_address(*tables, *others)
         and all(each.dtype == torch.float32 and each.stride()[1:] == (1,) for each in tables)
-        and all(each is None or type(each) is Tensor for each in others)
-        and all(each.device.type == "cpu" for each in (*tables, *others) if each is not None)
         and library() is not None
     )
 

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from embcomp.collection.compiled_rows import Bags, KeyRead, RowReads, are_readable
 from embcomp.collection.each_pair import key_widths
 from embcomp.collection.groups import Group
+from embcomp.layers.host_values import reads_wait
 from embcomp.layers.rows_by_key import RowsByKey
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -40,7 +41,7 @@ class RowReader:
         self._by_key = self._reads(self._parts)
 
     def _reads(self, outputs: Sequence[tuple[str, ...]]) -> RowReads:
-        places = {}
+        places: dict[str, tuple[int, int]] = {}
         for n, keys in enumerate(outputs):
             ends = list(accumulate(self._widths[key] for key in keys))
             places |= {key: (n, end - self._widths[key]) for key, end in zip(keys, ends)}
@@ -65,6 +66,7 @@ class RowReader:
         weights = self._weights(inner, bags)
         if weights is None or bags.inverse_indices_or_none() is not None:
             return inner(bags)
+        assert isinstance(inner, EmbeddingBagCollection)
         (found,) = self._pooled.sums(weights, _as_read(bags, weighted=inner.is_weighted()))
         return KeyedTensor(keys=self._keys, length_per_key=[*self._widths.values()], values=found)
 
@@ -85,10 +87,14 @@ class RowReader:
         """The tables' rows; None where compiled code cannot read them, or others must know of it."""
         if torch.compiler.is_compiling() or not isinstance(bags, KeyedJaggedTensor):
             return None
-        if type(inner) is not EmbeddingBagCollection:
-            return None
-        held = [inner.embedding_bags[name] for name in self._tables]
-        if any(type(bag) is not nn.EmbeddingBag for bag in held) or bags.keys() != self._keys:
+        if (
+            not isinstance(inner, EmbeddingBagCollection)
+            or type(inner) is not EmbeddingBagCollection
+        ):
+            return None  # one of another kind reads in a way of its own
+        bags_of = dict(inner.embedding_bags.named_children())
+        held = [bag for name in self._tables if type(bag := bags_of.get(name)) is nn.EmbeddingBag]
+        if len(held) < len(self._tables) or bags.keys() != self._keys:
             return None
         if any(getattr(module, hooks) for module in (inner, *held) for hooks in _HOOKS):
             return None
@@ -134,7 +140,7 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 def _read(weight: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
     """The rows of ids (N,), added up in bags of lengths (R,): (R, columns)."""
-    if len(ids) == len(lengths) and _are_ones(lengths):
+    if not reads_wait(ids.device) and len(ids) == len(lengths) and _are_ones(lengths):
         return F.embedding(ids, weight)
     ends = lengths.cumsum(0)
     offsets = torch.cat((ends.new_zeros(1), ends))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.layers.host_values import reads_by_address
 
 
 @lru_cache
@@ -28,10 +29,7 @@ def library() -> ctypes.CDLL | None:
 def is_hashable(ids: Tensor) -> bool:
     """Whether compiled code can read ids just now: a plain tensor of int64, contiguous, on the CPU."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(ids) is Tensor
-        and ids.device.type == "cpu"
+        reads_by_address(ids)
         and ids.dtype == torch.int64
         and ids.is_contiguous()
         and library() is not None

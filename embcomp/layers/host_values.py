@@ -10,16 +10,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 AT_HAND = frozenset({"cpu"})
 """Types of devices whose values the host has at hand."""
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def reads_wait(device: torch.device) -> bool:
     """Whether the host cannot look at a tensor's values for nothing."""
     return device.type not in AT_HAND or torch.compiler.is_compiling()
+
+
+def reads_by_address(*tensors: Tensor | None) -> bool:
+    """Whether compiled code can be given the addresses of these tensors just now.
+
+    They are plain tensors or parameters on the CPU, and nothing traces, compiles or transforms.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and all(each is None or type(each) in _PLAIN for each in tensors)
+        and all(
+            each is None or (each.device.type == "cpu" and not reads_wait(each.device))
+            for each in tensors
+        )
+    )
 
 
 def known_equal(counts: Sequence[int], value: int) -> bool:

@@ -411,14 +411,15 @@ def test_ids_that_repeat_get_the_codes_that_each_row_would(latent_dim, compiled,
     collection = collection_of(tables, plan)
     module = collection.combine.combines["lr2vq"]
     seen = []
-    codes_of = module._codes
+    codes_of = module._nearest_of_each
 
-    def kept(latents, which, ids):
-        codes = codes_of(latents, which, ids)
-        seen.append((latents, which, ids, codes))
+    def kept(latents, which, looked_up):
+        codes = codes_of(latents, which, looked_up)
+        copies = [own.clone() for own in codes]
+        seen.extend(zip(latents, which, looked_up.each_ids(), copies, strict=True))
         return codes
 
-    monkeypatch.setattr(module, "_codes", kept)
+    monkeypatch.setattr(module, "_nearest_of_each", kept)
     collection(random_batch(tables, seed=1, batch_size=64))  # ragged: keys differ in length
     assert len({len(ids) for _, _, ids, _ in seen}) == len(seen) == 3
     assert any(len(ids.unique()) < len(ids) / 2 for _, _, ids, _ in seen)

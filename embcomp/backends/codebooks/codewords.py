@@ -275,11 +275,7 @@ class Quantize(Penalised):
         self.codewords.ensure_filled()
         which = [self._which.on(parts[0].device)[own] for own in self._own]
         latents = [part.unflatten(1, (len(own), -1)) for part, own in zip(parts, which)]
-        if self._measures_each_id_once(latents[0]):
-            ids = looked_up.each_ids()
-            codes = [self._codes(z.detach(), own, i) for z, own, i in zip(latents, which, ids)]
-        else:
-            codes = nearest_of_each([z.detach() for z in latents], self.codewords.words, which)
+        codes = self._nearest_of_each([z.detach() for z in latents], which, looked_up)
         return self.decode.each(self._found(latents, codes, which, looked_up, None), looked_up)
 
     def _found(
@@ -334,6 +330,15 @@ class Quantize(Penalised):
         for ids, own in zip(looked_up.each_ids(), self._own):
             codes[: len(ids), own] = self._codes(latents[: len(ids), own], which[own], ids)
         return codes
+
+    def _nearest_of_each(
+        self, latents: Sequence[Tensor], which: Sequence[Tensor], looked_up: LookupContext
+    ) -> list[Tensor]:
+        """(N, K) codes of each (table, feature)'s latents."""
+        if not self._measures_each_id_once(latents[0]):
+            return nearest_of_each(latents, self.codewords.words, which)
+        ids = looked_up.each_ids()
+        return [self._codes(z, own, i) for z, own, i in zip(latents, which, ids)]
 
     def _codes(self, latents: Tensor, which: Tensor, ids: Tensor) -> Tensor:
         """(N, K) codes of the latents of ids (N,)."""

@@ -8,9 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.layers.host_values import reads_by_address
 
 _CODES = np.dtype(
     [(name, "<u8") for name in ("ids", "rows")]
@@ -43,10 +44,8 @@ def library() -> ctypes.CDLL | None:
 def is_readable(*tensors: Tensor) -> bool:
     """Whether compiled code can read these tensors just now: plain ones, contiguous, on the CPU."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and all(type(each) in (Tensor, nn.Parameter) for each in tensors)
-        and all(each.device.type == "cpu" and each.is_contiguous() for each in tensors)
+        reads_by_address(*tensors)
+        and all(each.is_contiguous() for each in tensors)
         and library() is not None
     )
 

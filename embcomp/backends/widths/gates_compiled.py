@@ -6,9 +6,10 @@ import ctypes
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.layers.host_values import reads_by_address
 
 # A row's columns may be summed in any order: nothing else depends on it.
 _FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
@@ -36,9 +37,8 @@ def is_readable(*tensors: Tensor | None) -> bool:
     """Whether compiled code can read these tensors just now: plain ones, contiguous, on the CPU."""
     given = [each for each in tensors if each is not None]
     return (
-        not torch.compiler.is_compiling()
-        and all(type(each) in (Tensor, nn.Parameter) for each in given)
-        and all(each.device.type == "cpu" and each.is_contiguous() for each in given)
+        reads_by_address(*given)
+        and all(each.is_contiguous() for each in given)
         and all(each.dtype in (torch.float32, torch.int64) for each in given)
         and library() is not None
     )
