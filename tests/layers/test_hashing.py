@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from embcomp.layers.hashing import hash_rows, salt, splitmix64, table_salt, to_signed
+from embcomp.layers.hashing_compiled import hash_each, library
 from embcomp.tables.name_hash import name64
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -104,3 +106,19 @@ def test_features_and_chunks_are_independent():
     for one, other in ((0, 1), (0, 2), (1, 2)):
         pairs = torch.bincount(placed[one] * 100 + placed[other], minlength=10_000)
         assert ((pairs - 2.0) ** 2 / 2).sum() < 9_999 + 6 * (2 * 9_999) ** 0.5
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler")
+def test_compiled_code_hashes_alike():
+    rows = [1, 2, 3, 1000, 2**31 - 1, 2**40 + 7, 2**63 - 1]
+    salts = [table_salt(n, f"t{n}") for n in range(len(rows))]
+    counts = [50 * n for n in range(len(rows))]
+    ends = torch.tensor([-(2**63), 2**63 - 1, -1, 0])
+    ids = torch.randint(-(2**63), 2**63 - 1, (sum(counts),))
+    ids[:4] = ends
+    wanted = [
+        hash_rows(own, torch.tensor(salt), torch.tensor(size))
+        for own, salt, size in zip(ids.split(counts), salts, rows)
+    ]
+    found = hash_each(ids, counts, np.array(salts), np.array(rows))
+    assert torch.equal(found, torch.cat(wanted))
