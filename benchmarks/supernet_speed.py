@@ -94,7 +94,7 @@ def print_passes(args: argparse.Namespace, config: SearchConfig, folder: Path) -
     prepared = prepare_search(config)
     home = folder / config.name
     home.mkdir()
-    evaluator = make_evaluator(prepared, home, make_slots(config, torch.cuda.device_count()))
+    evaluator = make_evaluator(prepared, home, make_slots(config.trials, torch.cuda.device_count()))
     assert isinstance(evaluator, SupernetEvaluator)
     evaluator.prepare()
     bare = bare_pass(evaluator)

@@ -52,7 +52,7 @@ def search(
     prepared = prepare_search(config)
     home = Path(folder) / config.name
     home.mkdir(parents=True, exist_ok=True)
-    slots = make_slots(config, _cuda_devices())
+    slots = make_slots(config.trials, cuda_devices())
     evaluator = make_evaluator(prepared, home, slots)
     storage = open_storage(config.storage, home)
     with explained(config.storage, home), SearchConsole(config, enabled=not quiet) as console:
@@ -68,7 +68,8 @@ def search(
     return result
 
 
-def _cuda_devices() -> int:
+def cuda_devices() -> int:
+    """How many CUDA devices there are."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

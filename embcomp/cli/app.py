@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from embcomp.cli import (
     bench,
+    benchmark,
     catalog,
     compare,
     compress,
@@ -125,6 +126,7 @@ app.command("validate")(validate.validate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("search")(search.search)
+app.command("benchmark")(benchmark.benchmark)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compress")(compress.compress)
 app.command("export")(export.export)

@@ -37,6 +37,7 @@ def _validate_dataset(folder: Path) -> None:
 
 
 def _validate_config(target: str, overrides: list[str]) -> None:
+    from embcomp.benchmark.benchmark_config import is_benchmark
     from embcomp.config.catalog import find_recipe
     from embcomp.config.train_config import load_config
     from embcomp.data_pipelines.schema import FILE_NAME
@@ -44,6 +45,9 @@ def _validate_config(target: str, overrides: list[str]) -> None:
     from embcomp.search.config.search_config import is_search
 
     path = find_recipe(target)
+    if is_benchmark(path):
+        _validate_benchmark(path, overrides)
+        return
     if is_search(path):
         _validate_search(path, overrides)
         return
@@ -68,3 +72,18 @@ def _validate_search(path: Path, overrides: list[str]) -> None:
 
     prepare_search(search)
     print(f"{path}: a sound search that agrees with the dataset {data}")
+
+
+def _validate_benchmark(path: Path, overrides: list[str]) -> None:
+    from embcomp.benchmark.benchmark_config import load_benchmark
+    from embcomp.data_pipelines.schema import FILE_NAME
+
+    benchmark = load_benchmark(path, overrides)
+    data = benchmark.base().data.path
+    if not (Path(data) / FILE_NAME).is_file():
+        print(f"{path}: a sound benchmark; its dataset {data} is not here to compare with")
+        return
+    from embcomp.benchmark.cells import prepare_benchmark
+
+    prepare_benchmark(benchmark)
+    print(f"{path}: a sound benchmark that agrees with the dataset {data}")

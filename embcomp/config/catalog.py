@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
 from embcomp.errors import ConfigError
 from embcomp.io.checkout import checkout_root
-from embcomp.io.yaml_reading import did_you_mean, listed
+from embcomp.io.yaml_reading import did_you_mean, listed, plain, read_yaml
 
 if TYPE_CHECKING:
     from embcomp.backends.stages import Stage
@@ -107,6 +107,35 @@ def find_recipe(name: str) -> Path:
         have = f"the recipes are {listed(sorted(recipes))}" if recipes else _NO_RECIPES
         raise ConfigError(f"no recipe {name!r}{hint}; {have}")
     return path
+
+
+def recipe_document(name: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """A recipe as a mapping, with nested overrides over it, and its file.
+
+    Args:
+        name: its name or path.
+        overrides: keys that are other, nested as in its YAML.
+
+    Raises:
+        ConfigError: when there is none, or its YAML cannot be read.
+    """
+    path = find_recipe(name)
+    document = read_yaml(path)
+    put_over(document, plain(overrides))
+    return document, path
+
+
+def put_over(document: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put nested overrides over a document; a mapping that names a choice replaces it whole."""
+    for key, value in overrides.items():
+        old = document.get(key)
+        if isinstance(old, str) and isinstance(value, dict) and "name" not in value:
+            old = {"name": old}  # the short form of a choice
+        if isinstance(old, dict) and isinstance(value, dict) and "name" not in value:
+            document[key] = dict(old)
+            put_over(document[key], value)
+        else:
+            document[key] = value
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:

@@ -14,3 +14,12 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def plain_json(value: Any) -> Any:
+    """The same as `without_nan`, lists and tuples taken apart too."""
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
+    return without_nan(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def train(
     runs: str | Path = "runs",
     quiet: bool = False,
     verify: bool = False,
+    scores: Path | None = None,
 ) -> Report:
     """Train, goes on with a run that was interrupted, or return a finished run's report.
 
@@ -52,6 +54,8 @@ def train(
         quiet: whether to print nothing.
         verify: whether every byte of the dataset is compared with its checksum first; what is quick
             to compare always is.
+        scores: a file to keep the test split's logits and labels in (`.npz`), as they were evaluated;
+            None keeps none.
 
     Raises:
         ConfigError: The folder holds a run with another config, or the config cannot run.
@@ -65,7 +69,7 @@ def train(
     check_splits(info)
     check_vocabularies(info)
     check_monitor(config, info)
-    run = RunContext.of(config, info, folder)
+    run = replace(RunContext.of(config, info, folder), scores=scores)
     run.schedule.check_installed()
     if config.train.warm_start is None:  # which keeps the structure, wherever ids are
         run.schedule.check_ids(info)

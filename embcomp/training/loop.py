@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,7 @@ class Training:
     ) -> None:
         config = self.config = run.config
         self.info, self.folder, self.process = run.info, run.folder, process
+        self._scores = run.scores
         self.setup, self.console = run.setup(index), console
         stage = self.stage = self.setup.stage
         self.checkpoints = self.setup.folder.checkpoints
@@ -260,11 +262,11 @@ class Training:
             what = "has not improved" if value is not None else "was undefined, or not better,"
             state.stopped = f"{train.monitor} {what} in {state.stalled} evaluations"
 
-    def _evaluate(self, split: str) -> Evaluation:
+    def _evaluate(self, split: str, scores: Path | None = None) -> Evaluation:
         self.settle()
         batches = evaluation_batches(self.config, self.info, split, self.process)
         with self.precision():
-            evaluation = evaluate_batches(self.sharded, batches, self.process)
+            evaluation = evaluate_batches(self.sharded, batches, self.process, keep=scores)
         self.console.evaluation(split, self.state.step, evaluation)
         return evaluation
 
@@ -390,7 +392,7 @@ class Training:
             round_rows(self.sharded.state_dict(), self.unsharded, types)
             valid = as_record(self._evaluate("valid"))
         if has_rows(self.info, "test"):
-            test = as_record(self._evaluate("test"))
+            test = as_record(self._evaluate("test", scores=self._scores))
             self.logs.metrics("test", best, test)
         self.logs.close()
         state.wall_seconds = time.perf_counter() - self.started

@@ -12,13 +12,13 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from embcomp.config.catalog import recipe_document
 from embcomp.config.sections import Bytes, FolderName, PositiveFloat, Seed, YamlConfig
 from embcomp.config.train_config import Monitor, TrainConfig, parse_config
 from embcomp.io.yaml_reading import (
     config_error,
     did_you_mean,
     listed,
-    plain,
     read_yaml,
 )
 from embcomp.search.config.choices import ChoiceConfig, GroupConfig
@@ -185,11 +185,7 @@ class SearchConfig(YamlConfig):
         Raises:
             ConfigError: when there is no such recipe, or it is not sound.
         """
-        from embcomp.config.catalog import find_recipe
-
-        path = find_recipe(self.recipe)
-        document = read_yaml(path)
-        _merge(document, plain(self.overrides))
+        document, path = recipe_document(self.recipe, self.overrides)
         return parse_config(document, source=f"{path} with the search's overrides")
 
 
@@ -216,17 +212,4 @@ def parse_search(
 def is_search(path: str | Path) -> bool:
     """Whether a YAML describes a search rather than a training run."""
     document = read_yaml(Path(path))
-    return "recipe" in document and "model" not in document
-
-
-def _merge(document: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put nested overrides over a document; a mapping that names a choice replaces it whole."""
-    for key, value in overrides.items():
-        old = document.get(key)
-        if isinstance(old, str) and isinstance(value, dict) and "name" not in value:
-            old = {"name": old}  # the short form of a choice
-        if isinstance(old, dict) and isinstance(value, dict) and "name" not in value:
-            document[key] = dict(old)
-            _merge(document[key], value)
-        else:
-            document[key] = value
+    return "recipe" in document and "model" not in document and "methods" not in document

@@ -84,27 +84,35 @@ class FidelityConfig(Section):
         return self
 
 
-class TrialsConfig(Section):
-    """How candidates are run.
+class ProcessesConfig(Section):
+    """How trainings are run, each in a process of its own.
 
     Attributes:
-        count: candidates to try.
         parallel: how many at once, in each worker; None takes one on CPU, and on CUDA as many as
             the devices allow.
-        world_size: ranks of one candidate's training.
+        world_size: ranks of one training.
         devices: `auto`, `cpu`, or CUDA device numbers.
         threads: CPU threads of a rank; None shares the cores out evenly.
-        timeout: seconds after which a candidate is stopped and counts as failed.
-        retries: how often a candidate is tried again whose worker died.
+        timeout: seconds after which a training that is tried is stopped and counts as failed.
+        retries: how often one is begun again whose worker died.
     """
 
-    count: PositiveInt = 40
     parallel: PositiveInt | None = None
     world_size: PositiveInt = 1
     devices: Literal["auto", "cpu"] | tuple[NonNegativeInt, ...] = "auto"
     threads: PositiveInt | None = None
     timeout: PositiveFloat | None = None
     retries: NonNegativeInt = 5
+
+
+class TrialsConfig(ProcessesConfig):
+    """How candidates are run.
+
+    Attributes:
+        count: candidates to try.
+    """
+
+    count: PositiveInt = 40
 
 
 class FinalsConfig(Section):

@@ -6,6 +6,7 @@ import statistics
 import time
 
 import torch
+from torch import nn
 
 from embcomp.config.train_config import TrainConfig
 from embcomp.data_pipelines.loader.parquet_loader import ParquetLoader
@@ -28,7 +29,20 @@ def look_up_microseconds(config: TrainConfig) -> float:
     device = choose_device(config.train.device)
     tables = build_model(config, info, torch.device("cpu")).tables
     assert tables is not None
-    tables.to(device).eval()
+    return tables_microseconds(tables.to(device).eval(), config, info)
+
+
+@torch.no_grad()
+def tables_microseconds(tables: nn.Module, config: TrainConfig, info: DatasetInfo) -> float:
+    """Median time of one forward pass of embedding tables, where they are.
+
+    Args:
+        tables: the tables, in the mode of evaluation.
+        config: the run, of whose batches one is looked up.
+        info: its dataset.
+    """
+    device = choose_device(config.train.device)
+    tables.to(device)
     rows = min(config.data.batch_size, info.split("valid").rows)
     loader = ParquetLoader(info, "valid", batch_size=rows, drop_last=False, prefetch=0)
     features = next(iter(loader)).to(device).sparse

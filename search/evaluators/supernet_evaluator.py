@@ -94,7 +94,7 @@ class SupernetEvaluator(Evaluator):
                 f"data.search_share: {share} of {rows:,} training rows leave no row to score "
                 "candidates on; raise overrides.data.search_share"
             )
-        steps = search_steps(config, space.base, info, rows=trained)
+        steps = search_steps(config.fidelity, space.base, info, rows=trained)
         self.fidelity = (
             f"{steps:,} training steps of one {config.evaluator.method} supernet, on "
             f"{scored:,} search-validation rows"

@@ -23,9 +23,15 @@ from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.io.atomic_files import write_atomically
 from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.config.search_sections import FidelityConfig, ProcessesConfig
 from embcomp.search.evaluators.base import Evaluator, Rung, Task, TrialHandle, TrialResult
 from embcomp.search.evaluators.dataset_view import write_view
-from embcomp.search.evaluators.trial_process import FAILURE_FILE, LATENCY_FILE, PARENT
+from embcomp.search.evaluators.trial_process import (
+    FAILURE_FILE,
+    LATENCY_FILE,
+    MEASURED_FILE,
+    PARENT,
+)
 from embcomp.search.evaluators.trial_pruning import rung_steps
 from embcomp.search.space.recipes import full_config, trial_config
 from embcomp.search.space.space import Space
@@ -48,17 +54,17 @@ class Slot:
     threads: int
 
 
-def make_slots(config: SearchConfig, num_devices: int) -> list[Slot]:
+def make_slots(trials: ProcessesConfig, num_devices: int, *, key: str = "trials") -> list[Slot]:
     """Share a machine out to candidates.
 
     Args:
-        config: the search.
+        trials: how they are run.
         num_devices: CUDA devices that there are.
+        key: what the YAML calls it.
 
     Raises:
         ConfigError: when a candidate needs more devices than there are.
     """
-    trials = config.trials
     cores = os.cpu_count() or 1
     devices: Sequence[int] = ()
     if trials.devices == "auto":
@@ -68,7 +74,7 @@ def make_slots(config: SearchConfig, num_devices: int) -> list[Slot]:
         wrong = [number for number in devices if number >= num_devices]
         if wrong:
             raise ConfigError(
-                f"trials.devices: there is no CUDA device {wrong[0]}; there are {num_devices}"
+                f"{key}.devices: there is no CUDA device {wrong[0]}; there are {num_devices}"
             )
     if not devices:
         count = trials.parallel or 1
@@ -78,9 +84,9 @@ def make_slots(config: SearchConfig, num_devices: int) -> list[Slot]:
     most = len(devices) // each
     if most < (trials.parallel or 1):
         raise ConfigError(
-            f"trials: {trials.parallel or 1} candidate(s) at once on {each} device(s) each need "
+            f"{key}: {trials.parallel or 1} candidate(s) at once on {each} device(s) each need "
             f"more than the {len(devices)} CUDA device(s) here; lower parallel or world_size, or "
-            "set trials.devices=cpu"
+            f"set {key}.devices=cpu"
         )
     count = trials.parallel or most
     threads = trials.threads or max(1, cores // (count * each))
@@ -97,19 +103,19 @@ def full_steps(base: TrainConfig, info: DatasetInfo) -> int:
 
 
 def search_steps(
-    config: SearchConfig, base: TrainConfig, info: DatasetInfo, rows: int | None = None
+    fidelity: FidelityConfig, base: TrainConfig, info: DatasetInfo, rows: int | None = None
 ) -> int:
-    """Steps that the fidelity leaves of it.
+    """Steps that a fidelity leaves of it.
 
     Args:
-        config: the search.
-        base: its recipe.
+        fidelity: how much training there is.
+        base: the recipe.
         info: the dataset.
         rows: training rows; None takes all.
     """
     each = _steps_per_epoch(base, info.split("train").rows if rows is None else rows)
-    epochs = min(config.fidelity.epochs or base.train.epochs, base.train.epochs)
-    bounds = (config.fidelity.max_steps, base.train.max_steps)
+    epochs = min(fidelity.epochs or base.train.epochs, base.train.epochs)
+    bounds = (fidelity.max_steps, base.train.max_steps)
     return min(epochs * each, *(bound or sys.maxsize for bound in bounds))
 
 
@@ -149,7 +155,7 @@ class TrainingEvaluator(Evaluator):
         self.slots = len(self._slots)
         info = DatasetInfo.load(space.base.data.path)
         self.full_steps = full_steps(space.base, info)
-        self.steps = self.full_steps if in_full else search_steps(config, space.base, info)
+        self.steps = self.full_steps if in_full else search_steps(config.fidelity, space.base, info)
         rows = info.split("valid").rows
         scored = rows if in_full else min(config.fidelity.valid_rows or rows, rows)
         each = " in each stage" if staged_methods(space) else ""
@@ -213,6 +219,7 @@ class TrainingRun(TrialHandle):
         quality: the metric.
         rungs: steps at which scores on the way are handed out.
         latency: whether look-ups are timed.
+        scored: whether the scores of test rows are kept, and what serving takes is measured.
         world_size: ranks.
         timeout: seconds that it may take.
         clean: whether checkpoints are removed at the end.
@@ -228,6 +235,7 @@ class TrainingRun(TrialHandle):
         quality: str,
         rungs: Sequence[int] = (),
         latency: bool = False,
+        scored: bool = False,
         world_size: int = 1,
         timeout: float | None = None,
         clean: bool = True,
@@ -236,11 +244,15 @@ class TrainingRun(TrialHandle):
         self._failure = runs / f"{name}.{FAILURE_FILE}"
         self._failure.unlink(missing_ok=True)
         self._quality, self._rungs, self._latency = quality, list(rungs), latency
-        self._timeout, self._clean = timeout, clean
+        self._scored, self._timeout, self._clean = scored, timeout, clean
         self._begun = time.monotonic()
         self._handed: set[int] = set()
         self._stopped = False
-        arguments = [str(config_path), "--runs", str(runs)] + ["--latency"] * latency
+        arguments = (
+            [str(config_path), "--runs", str(runs)]
+            + ["--latency"] * latency
+            + ["--scored"] * scored
+        )
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*_launcher(world_size), *arguments],
@@ -275,6 +287,9 @@ class TrainingRun(TrialHandle):
         details: dict[str, Any] = {"valid": _numbers(report.valid), "best_step": report.best_step}
         if report.test is not None:
             details |= {"test": _numbers(report.test), "full_bytes": report.full_bytes}
+        if self._scored:
+            details |= {"report": report_figures(report)}
+            details |= json.loads((self.folder / MEASURED_FILE).read_text(encoding="utf-8"))
         return TrialResult(
             quality=float(value),
             latency=self._read_latency(),
@@ -371,6 +386,21 @@ def _environment(slot: Slot) -> dict[str, str]:
             names[number] if names else str(number) for number in slot.devices
         )
     return environment
+
+
+def report_figures(report: Report) -> dict[str, int | float]:
+    """What a run took and its tables take, of its report."""
+    return {
+        "serve_bytes": report.serve_bytes,
+        "full_bytes": report.full_bytes,
+        "first_order_bytes": report.first_order_bytes,
+        "train_bytes": report.train_bytes,
+        "dense_parameters": report.dense_parameters,
+        "train_seconds": report.train_seconds,
+        "wall_seconds": report.wall_seconds,
+        "rows_per_second": report.samples_per_second,
+        "world_size": report.world_size,
+    }
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

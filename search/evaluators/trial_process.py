@@ -22,6 +22,9 @@ PARENT = "EMBCOMP_SEARCH_WORKER"
 """Environment variable with the worker's process id and the second in which it began."""
 FAILURE_FILE = "failure.json"
 LATENCY_FILE = "latency.json"
+MEASURED_FILE = "measured.json"
+SCORES_FILE = "scores.npz"
+"""The logits and labels of the test rows."""
 
 
 def main() -> None:
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--scored", action="store_true")
     arguments = parser.parse_args()
     threading.Thread(target=_die_with_worker, daemon=True).start()
 
@@ -41,7 +45,14 @@ def main() -> None:
     folder = arguments.runs / config.name
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        train(config, runs=arguments.runs)
+        is_trained = (folder / "report.json").exists()
+        memory = None if is_trained else psutil.Process().memory_info().rss
+        scores = folder / SCORES_FILE if arguments.scored else None
+        train(config, runs=arguments.runs, scores=scores)
+        if arguments.scored and is_first and not (folder / MEASURED_FILE).exists():
+            from embcomp.search.evaluators.served_measures import measure_run
+
+            _write(folder / MEASURED_FILE, measure_run(folder, idle_memory=memory))
         if arguments.latency and is_first and not (folder / LATENCY_FILE).exists():
             _write(folder / LATENCY_FILE, {"microseconds": look_up_microseconds(config)})
     except BaseException as error:

@@ -16,6 +16,7 @@ from embcomp.io.html import (
     escaped,
     figure_html,
     table,
+    tone,
     write_page,
 )
 from embcomp.search.reporting.page_correlation import correlation_note, draw_correlation
@@ -25,27 +26,23 @@ from embcomp.tables.budget import format_bytes
 _NAMES = {"auc": "AUC", "gauc": "grouped AUC", "log_loss": "log loss"}
 _SIDES = ("top center", "bottom center", "middle right", "middle left")
 _MOST_CANDIDATES = 200  # rows of the table of candidates
+_LEAST_SHARE = 1e-9
 
 
 def write_search_page(result: SearchResult, path: Path) -> None:
     """Write the page, plotly's script included."""
-    metric = _NAMES[result.objectives[0]]
+    metric, title = _NAMES[result.objectives[0]], title_of(result)
     parts = [
-        f"<h1>{escaped(result.name)}</h1>",
+        f"<h1>{escaped(title)}</h1>",
         f"<p>{_introduction(result)}</p>",
         _summary(result),
         f"<h2>{metric} against bytes</h2>",
         figure_html(_front(result), "front", first=True),
     ]
     if result.points:
-        parts += [
-            "<h2>What each table got</h2>",
-            _heat_note(),
-            figure_html(_heat_map(result), "choices"),
-        ]
+        parts += ["<h2>What each table got</h2>", _choices_note(), _choices(result)]
     if any(result.importance.values()):
-        parts += ["<h2>Which choices matter</h2>", _importance_note()]
-        parts.append(figure_html(_importance(result), "importance"))
+        parts += ["<h2>Which choices matter</h2>", _importance_note(), _importance(result)]
     if result.correlation is not None:
         parts += ["<h2>How well the supernet ranks</h2>", correlation_note(result)]
         parts.append(figure_html(draw_correlation(result), "correlation"))
@@ -54,7 +51,13 @@ def write_search_page(result: SearchResult, path: Path) -> None:
     if result.notes:
         dropped = "".join(f"<li>{escaped(note)}</li>" for note in result.notes)
         parts.append(f"<h2>Dropped choices</h2><ul>{dropped}</ul>")
-    write_page(path, result.name, parts)
+    write_page(path, title, parts)
+
+
+def title_of(result: SearchResult) -> str:
+    """What was searched on which data, for people; a search's own name says neither."""
+    recipe = Path(result.recipe).stem
+    return f"{recipe} on {result.dataset}: tables in {format_bytes(result.budget)}"
 
 
 def _introduction(result: SearchResult) -> str:
@@ -124,7 +127,12 @@ def _front(result: SearchResult) -> plotly.Figure:
             name=f"retrained in full ({result.split}, mean and deviation over seeds)",
             hovertemplate="%{text}<br>%{y:.6f}<extra></extra>",
         )
-    figure.add_vline(x=result.budget, line_dash="dot", line_color="#666", annotation_text="budget")
+    figure.add_vline(
+        x=result.budget,
+        line_dash="dot",
+        line_color="#666",
+        annotation={"text": "budget", "xanchor": "right"},
+    )
     figure.update_xaxes(
         title="serving bytes of the embedding tables",
         **_bytes_axis([*(c.serve_bytes for c in done), result.budget]),
@@ -133,77 +141,50 @@ def _front(result: SearchResult) -> plotly.Figure:
     figure.update_layout(
         template="plotly_white",
         height=520,
-        margin={"l": 70, "r": 20, "t": 20, "b": 60},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        margin={"l": 60, "r": 30, "t": 20, "b": 60},
     )
     return figure
 
 
-def _heat_map(result: SearchResult) -> plotly.Figure:
-    units = sorted(result.rows, key=lambda name: (result.rows[name], name))
-    columns = [_short_name(result, point) for point in result.points]
-    shares = [[point.share[unit] for point in result.points] for unit in units]
-    labels = [[point.options[unit] for point in result.points] for unit in units]
-    figure = plotly.Figure(
-        plotly.Heatmap(
-            x=columns,
-            y=[f"{unit}  ({result.rows[unit]:,} rows)" for unit in units],
-            z=[[math.log2(max(share, 1e-9)) for share in row] for row in shares],
-            text=labels,
-            customdata=shares,
-            texttemplate="%{text}",
-            textfont={"size": 11},
-            hovertemplate="%{y}, %{x}<br>%{text}: %{customdata:.2%} of its bytes<extra></extra>",
-            colorscale="Blues",
-            zmin=min(math.log2(max(share, 1e-9)) for row in shares for share in row) - 0.01,
-            zmax=0,
-            colorbar=_share_bar(shares),
-            xgap=2,
-            ygap=1,
-        )
-    )
-    figure.update_layout(
-        template="plotly_white",
-        height=120 + 24 * len(units),
-        margin={"l": 20, "r": 20, "t": 40, "b": 20},
-    )
-    figure.update_xaxes(side="top", type="category")
-    figure.update_yaxes(automargin=True, type="category")
-    return figure
+def _choices(result: SearchResult) -> str:
+    """A row for each unit of tables, most rows first: what each point chose, and a tone for its bytes."""
+    units = sorted(result.rows, key=lambda name: (-result.rows[name], name))
+    logs = [math.log2(max(p.share[u], _LEAST_SHARE)) for p in result.points for u in units]
+    low, high = min(logs), max(0.0, *logs)
+    rows = [
+        [
+            escaped(unit),
+            f"{result.rows[unit]:,}",
+            *(_choice(point, unit, low, high) for point in result.points),
+        ]
+        for unit in units
+    ]
+    return table(["tables", "rows", *(_short_name(result, p) for p in result.points)], rows)
 
 
-def _share_bar(shares: list[list[float]]) -> dict[str, object]:
-    least = min(share for row in shares for share in row)
-    ticks = range(max(-30, math.floor(math.log2(max(least, 1e-9)))), 1)
-    shown = list(ticks)[:: -max(1, len(ticks) // 6)]
-    return {
-        "title": "share of full bytes",
-        "tickvals": shown,
-        "ticktext": [f"{2.0**tick:.3%}" if tick < -6 else f"{2.0**tick:.1%}" for tick in shown],
-    }
+def _choice(point: PointResult, unit: str, low: float, high: float) -> str:
+    share = point.share[unit]
+    at = (math.log2(max(share, _LEAST_SHARE)) - low) / (high - low) if high > low else 1.0
+    colour, _ = tone(at)
+    size = f"{share:.1%}" if share >= 0.01 else f"{share:.3%}"
+    return (
+        f'<i class="tone" style="background:{colour}"></i>{escaped(point.options[unit])} ({size})'
+    )
 
 
-def _importance(result: SearchResult) -> plotly.Figure:
-    items = [(name, share) for name, share in result.importance.items() if share > 0][:40][::-1]
-    figure = plotly.Figure(
-        plotly.Bar(
-            x=[share for _, share in items],
-            y=[f"{name}  ({result.rows[name]:,} rows)" for name, _ in items],
-            orientation="h",
-            marker={"color": BLUE},
-            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-        )
-    )
-    figure.update_layout(
-        template="plotly_white",
-        height=90 + 22 * len(items),
-        margin={"l": 20, "r": 20, "t": 10, "b": 50},
-    )
-    figure.update_xaxes(
-        tickformat=".0%", title="share of the metric's variance", rangemode="tozero"
-    )
-    figure.update_yaxes(automargin=True, type="category")
-    return figure
+def _importance(result: SearchResult) -> str:
+    """A row for each unit whose choice explains something, with a bar."""
+    items = [(name, share) for name, share in result.importance.items() if share > 0][:40]
+    most = max(share for _, share in items)
+    rows = [
+        [
+            escaped(name),
+            f"{result.rows[name]:,}",
+            f'<i class="bar" style="width:{8 * share / most:.2f}em"></i>{share:.1%}',
+        ]
+        for name, share in items
+    ]
+    return table(["tables", "rows", "share of the metric's variance"], rows)
 
 
 def _cost(result: SearchResult) -> str:
@@ -263,10 +244,10 @@ def _candidates(result: SearchResult) -> str:
     return table(head, rows)
 
 
-def _heat_note() -> str:
+def _choices_note() -> str:
     return (
-        '<p class="note">A row for each table, the one with most rows on top; the darker, the '
-        "larger its share of its own full bytes.</p>"
+        '<p class="note">A row for each table, the one with most rows on top: what it is stored as, and '
+        "its share of its own full bytes; the darker, the larger.</p>"
     )
 
 

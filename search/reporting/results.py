@@ -17,7 +17,7 @@ from embcomp.config.train_config import is_loss
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import EmbcompError, one_line
 from embcomp.io.atomic_files import write_atomically
-from embcomp.io.json_values import without_nan
+from embcomp.io.json_values import plain_json
 from embcomp.search.attempts import KIND, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.evaluators.base import Evaluator
@@ -198,7 +198,7 @@ class SearchResult:
 
     def save(self, folder: Path) -> None:
         """Write search_result.json."""
-        text = json.dumps(_plain(dataclasses.asdict(self)), indent=1) + "\n"
+        text = json.dumps(plain_json(dataclasses.asdict(self)), indent=1) + "\n"
         write_atomically(folder / RESULT_FILE, text)
 
     @classmethod
@@ -367,11 +367,3 @@ def _final_runs(
             )
         )
     return {name: sorted(runs, key=lambda run: run.seed) for name, runs in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return without_nan(value)

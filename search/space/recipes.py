@@ -14,6 +14,7 @@ from embcomp.config.sections import MethodConfig
 from embcomp.config.train_config import TrainConfig, parse_config
 from embcomp.io.yaml_reading import plain
 from embcomp.search.config.search_config import SearchConfig
+from embcomp.search.config.search_sections import FidelityConfig
 from embcomp.search.space.space import Candidate, Space
 
 
@@ -145,21 +146,36 @@ def full_config(
 
 
 def for_search(search: SearchConfig, config: TrainConfig, view: str) -> TrainConfig:
-    """A run on the dataset's view, for as long as the fidelity says."""
+    """A run on the dataset's view, for as long as the search's fidelity says."""
+    on_cpu = search.trials.devices == "cpu"
+    return shortened(config, view, search.quality, search.fidelity, on_cpu=on_cpu)
+
+
+def shortened(
+    config: TrainConfig, view: str, quality: str, fidelity: FidelityConfig, *, on_cpu: bool
+) -> TrainConfig:
+    """A run on a dataset's view, for as long as a fidelity says.
+
+    Args:
+        config: the run in full.
+        view: the folder of the view.
+        quality: the metric that decides what is best.
+        fidelity: how much training it gets.
+        on_cpu: whether it stays away from CUDA devices.
+    """
     train: dict[str, Any] = {
-        "monitor": search.quality,
+        "monitor": quality,
         "plateau": None,
         "early_stop": None,
         "keep_checkpoints": 1,
     }
-    fidelity = search.fidelity
     if fidelity.max_steps is not None:
         train["max_steps"] = min(fidelity.max_steps, config.train.max_steps or fidelity.max_steps)
     if fidelity.epochs is not None:
         train["epochs"] = min(fidelity.epochs, config.train.epochs)
     if fidelity.rungs is not None:
         train["eval_every"] = fidelity.rungs.min_steps
-    if search.trials.devices == "cpu":
+    if on_cpu:
         train["device"] = "cpu"
     # Values of settings that are checked already, and that no rule ties to the others.
     shorter = config.model_copy(update={"train": config.train.model_copy(update=train)})

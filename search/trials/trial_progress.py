@@ -111,7 +111,9 @@ class SearchConsole:
         left = self._count - len(ended)
         eta = ""
         if seconds and left > 0:
-            eta = f", about {_duration(sum(seconds) / len(seconds) * left / max(1, self._slots))} left"
+            eta = (
+                f", about {duration(sum(seconds) / len(seconds) * left / max(1, self._slots))} left"
+            )
         here = ", ".join(map(str, running)) or "none"
         return f"{len(ended)} of {self._count} ended ({failed} failed), here run {here}{eta}"
 
@@ -126,7 +128,8 @@ def best_first(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]
     return sorted(done, key=lambda trial: (trial.values[0] * (-1 if maximize else 1), trial.number))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

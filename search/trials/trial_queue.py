@@ -102,12 +102,22 @@ class TrialQueue:
 
     def has_waiting(self) -> bool:
         """Whether a candidate that was enqueued waits to be started."""
+        return self._has((TrialState.WAITING,))
+
+    def _has(self, states: Sequence[TrialState]) -> bool:
         trials = self.study.get_trials(deepcopy=False)
-        return any(trial.state is TrialState.WAITING for trial in trials)
+        return any(trial.state in states and self._is_planned(trial) for trial in trials)
+
+    def _is_planned(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is for something in the plan; one that an earlier plan left is not."""
+        return self._planned is None or _wanted_of(trial) in self._planned
 
     def next(self) -> Trial | None:
         """Start the next candidate; None when others were quicker."""
         trial = self.study.ask(fixed_distributions=self._distributions)
+        if self._planned is not None and trial.params not in self._planned:
+            self.withdraw(trial)
+            return None
         if RETRY_OF not in trial.user_attrs and self._is_surplus(trial):
             self.withdraw(trial)
             return None
@@ -129,10 +139,7 @@ class TrialQueue:
 
     def others_run(self) -> bool:
         """Whether other workers still have candidates in hand."""
-        return any(
-            trial.state in (TrialState.RUNNING, TrialState.WAITING)
-            for trial in self.study.get_trials(deepcopy=False)
-        )
+        return self._has((TrialState.RUNNING, TrialState.WAITING))
 
     def retry_stale(self) -> list[int]:
         """Enqueue what dead workers left; returns the numbers of first attempts."""
@@ -212,6 +219,11 @@ class TrialQueue:
             if other.user_attrs.get(RETRY_OF) == first and other.number > trial.number
         ]
         return first, later
+
+
+def _wanted_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial was enqueued with, else what it has drawn."""
+    return dict(trial.system_attrs.get("fixed_params", trial.params))
 
 
 def _plan_of(trial: FrozenTrial) -> dict[str, Any] | None:

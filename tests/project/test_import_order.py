@@ -12,7 +12,7 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 # its group. A name stands for a module or a folder; docs/architecture.md shows the same lines.
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection, tools"
-    " < config, serving, testing < planning < training < compressing, search < cli",
+    " < config, serving, testing < planning < training < compressing, search < benchmark < cli",
     "embcomp.backends": "stages < base < discovery, full, hashed_rows < hash, qr, unified, blocks, low_dim,"
     " mde, tt < cafe, codebooks, double_hash, mapped, mlet, robe, sparse"
     " < cce, dnis, widths",
@@ -20,6 +20,10 @@ ORDER = {
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"
     " < prepared, reporting < search_run < api",
+    "embcomp.benchmark": "benchmark_config, significance < cells < planned_runs"
+    " < tuning, training_jobs, seed_halving, ledger"
+    " < final_scores, benchmark_result, benchmark_progress < benchmark_run, benchmark_page"
+    " < benchmark_picture < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
     " < transforms, frequencies, bayes_metrics, sample_weights < importers, loader < preparing"
     " < prepare, followed_values < synthetic, validate",

@@ -376,7 +376,7 @@ def test_failures_are_told_apart():
 
 def test_slots_share_a_machine_out(recipe):
     def slots(number, **trials):
-        return make_slots(parse_search(search_document(recipe, trials=trials)), number)
+        return make_slots(parse_search(search_document(recipe, trials=trials)).trials, number)
 
     assert [slot.devices for slot in slots(4)] == [(0,), (1,), (2,), (3,)]
     assert [slot.devices for slot in slots(5, world_size=2)] == [(0, 1), (2, 3)]

@@ -9,7 +9,15 @@ import plotly.graph_objects as plotly
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from embcomp.io.html import COLOURS, byte_ticks, escaped, figure_html, table, write_page
+from embcomp.io.html import (
+    COLOURS,
+    byte_ticks,
+    escaped,
+    figure_html,
+    marker_of,
+    table,
+    write_page,
+)
 from embcomp.tables.budget import format_bytes
 from embcomp.training.reporting.compared_run import ComparedRun
 
@@ -63,15 +71,15 @@ def write_html(
         path: the page.
     """
     figure = plotly.Figure()
-    for (method, points), colour in zip(_by_method(runs).items(), _cycled(runs)):
+    for place, (method, points) in enumerate(_by_method(runs).items()):
+        colour, symbol = marker_of(place)
         figure.add_scatter(
             x=[run.serve_bytes for run in points],
             y=[run.auc for run in points],
-            mode="markers+text",
-            marker={"size": 12, "color": colour},
-            name=method,
+            mode="markers",
+            marker={"size": 12, "color": colour, "symbol": symbol},
+            name=escaped(method),
             text=[escaped(run.name) for run in points],
-            textposition="top center",
             customdata=[
                 (format_bytes(run.serve_bytes), run.compression, run.log_loss, run.model)
                 for run in points
@@ -90,8 +98,7 @@ def write_html(
     figure.update_layout(
         template="plotly_white",
         height=520,
-        legend_title_text="method",
-        margin={"l": 60, "r": 20, "t": 20, "b": 60},
+        margin={"l": 60, "r": 30, "t": 20, "b": 60},
     )
     ticks = byte_ticks([run.serve_bytes for run in runs])
     figure.update_xaxes(
@@ -101,13 +108,21 @@ def write_html(
         ticktext=[_round_bytes(size) for size in ticks],
     )
     figure.update_yaxes(title="AUC")
+    title = title_of(runs)
     parts = [
-        f"<h1>{_TITLE}</h1>",
+        f"<h1>{escaped(title)}</h1>",
         figure_html(figure, "auc-against-bytes", first=True),
         table(lines[0], [[escaped(cell) for cell in line] for line in lines[1:]], left=3),
         f"<p>{escaped(caption)}</p>",
     ]
-    write_page(path, _TITLE, parts)
+    write_page(path, title, parts)
+
+
+def title_of(runs: Sequence[ComparedRun]) -> str:
+    """Which models on which data are compared, for people."""
+    models = dict.fromkeys(run.model for run in runs)
+    datasets = dict.fromkeys(run.dataset for run in runs)
+    return f"{', '.join(models)} on {', '.join(datasets)}: {_TITLE}"
 
 
 def _round_bytes(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.data_pipelines.loader.batch import Batch
 from embcomp.data_pipelines.schema import UNSEEN_ID
+from embcomp.io.atomic_files import atomic_path
 from embcomp.training.distributed.process import Process
 from embcomp.training.reporting.metrics import Metrics, compute_metrics
 
@@ -35,13 +37,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_batches(task: nn.Module, batches: Iterable[Batch], process: Process) -> Evaluation:
+def evaluate_batches(
+    task: nn.Module, batches: Iterable[Batch], process: Process, *, keep: Path | None = None
+) -> Evaluation:
     """Evaluate a sharded `TrainTask`; all ranks call it and all get the same result.
 
     Args:
         task: returns loss and logits of a batch.
         batches: this rank's share of the split, as many batches as on the other ranks.
         process: the process group.
+        keep: a file for what was gathered, `logits` and `labels` (N,) float32; None keeps none.
     """
     was_training = task.training
     task.eval()
@@ -64,11 +69,19 @@ def evaluate_batches(task: nn.Module, batches: Iterable[Batch], process: Process
     everything = _gather_columns([logits, labels, groups, weights], process)
     if unseen is not None:
         unseen = _sum_over_ranks(unseen.to(process.device)).cpu()
+    if keep is not None and process.is_main:
+        keep_scores(keep, everything[0], everything[1])
     result = [_summarize(everything, unseen, keys)] if process.is_main else [None]
     dist.broadcast_object_list(result, src=0, device=process.device)
     evaluation = result[0]
     assert evaluation is not None
     return evaluation
+
+
+def keep_scores(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Write scores and labels (N,) of a split's rows, in the order of the ranks that scored them."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, logits=logits.astype(np.float32), labels=labels.astype(np.float32))
 
 
 def count_unseen(sparse: KeyedJaggedTensor, rows: int) -> Tensor:

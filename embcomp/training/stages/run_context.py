@@ -25,12 +25,14 @@ class RunContext:
         info: the dataset's description.
         schedule: the stages, with the plans of all tables.
         folder: where the run lies.
+        scores: a file for the logits and labels of the test split; None keeps none.
     """
 
     config: TrainConfig
     info: DatasetInfo
     schedule: StageSchedule
     folder: RunFolder
+    scores: Path | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, info: DatasetInfo, folder: RunFolder) -> RunContext:
