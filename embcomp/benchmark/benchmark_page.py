@@ -19,10 +19,14 @@ FIGURES: Sequence[tuple[str, str, str, Measure]] = (
     ("auc", "AUC against bytes", "test AUC", lambda cell: cell.auc),
     ("log-loss", "Log loss against bytes", "test log loss", lambda cell: cell.log_loss),
     ("time", "Training time", "seconds of training", lambda cell: cell.training_seconds),
-    ("memory", "Peak memory of training", "bytes beyond an idle process", lambda cell: cell.memory),
+    ("memory", "Peak memory of training", "MiB beyond an idle process", lambda c: _mebibytes(c)),
     ("look-up", "Look-up latency", "microseconds a batch", lambda cell: cell.look_up_microseconds),
 )
 """A name, a title, what stands at the axis, and what is drawn against the bytes of the tables."""
+
+
+def _mebibytes(cell: CellResult) -> float | None:
+    return None if cell.memory is None else cell.memory / 2**20
 
 
 def write_benchmark_page(result: BenchmarkResult, path: Path) -> None:
@@ -115,7 +119,7 @@ def _figure(
     ticks = byte_ticks(sizes)
     figure.update_xaxes(
         type="log",
-        title="bytes of the embedding tables, served",
+        title="served bytes of the tables",
         tickvals=ticks,
         ticktext=[format_bytes(tick).replace(".0 ", " ") for tick in ticks],
     )

@@ -56,7 +56,7 @@ class Cell:
     def slug(self) -> str:
         """The cell in file names."""
         parts = (self.model, self.method, (self.budget or "").rstrip("%"))
-        return re.sub(r"[^A-Za-z0-9.]+", "_", "-".join(each for each in parts if each))[:80]
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(each for each in parts if each))[:80]
 
     def run(self, tuned: Mapping[str, float | int], *, seed: int, name: str) -> TrainConfig:
         """An ordinary training run of the cell.

@@ -91,10 +91,7 @@ def _first_ones(prepared: PreparedBenchmark, cell: Cell, count: int) -> list[Tun
         "row": train.row_optimizer.learning_rate,
         "dense": train.dense_optimizer.learning_rate,
     }
-    first = {
-        key: _rounded(min(max(own[key], low), high))
-        for key, (low, high) in bounds.items()
-    }
+    first = {key: _rounded(min(max(own[key], low), high)) for key, (low, high) in bounds.items()}
     found: list[Tuned] = [{**first, "settings": 0}]
     for place in range(1, count):
         at = [(0.5 + place / _PLASTIC**power) % 1 for power in (1, 2)]

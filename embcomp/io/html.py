@@ -26,6 +26,7 @@ GREY = "#999999"
 _MOST_LEFT = 3
 _NARROW = 700  # pixels below which the rows of a table become lists
 _STYLE = (
+    "html{overflow-y:scroll}"  # figures are drawn before a page is long enough to have a scroll bar
     "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;"
     "color:#222;overflow-wrap:anywhere}h1{font-size:1.6em;line-height:1.2}h2{margin-top:2em}"
     "table{border-collapse:collapse;width:100%;font-size:14px}"
@@ -39,10 +40,11 @@ _STYLE = (
     "td i.tone{display:inline-block;width:.8em;height:.8em;margin-right:.4em;"
     "border-radius:50%}i.bar{display:inline-block;height:.7em;background:#0072B2;margin-right:.5em}"
     + "".join(
-        f".left{n} :is(td,th):nth-child(-n+{n}){{text-align:left}}"
+        f".left{n} :is(td,th):nth-child(-n+{n}){{text-align:left;overflow-wrap:anywhere}}"
         for n in range(1, _MOST_LEFT + 1)
     )
-    + f"@media (max-width:{_NARROW}px){{table,thead,tbody,tr,td,th{{display:block;width:auto}}"
+    + "td:first-child{min-width:7em}"
+    f"@media (max-width:{_NARROW}px){{table,thead,tbody,tr,td,th{{display:block;width:auto}}"
     "thead tr{display:flex;flex-wrap:wrap;gap:.2em 1em;border-bottom:1px solid #ddd}"
     "thead th{border:0;padding:.2em 0}tbody tr{border-bottom:2px solid #bbb;padding:.4em 0}"
     "tbody td{display:flex;justify-content:space-between;gap:1em;border:0;padding:.1em 0;"

@@ -134,7 +134,7 @@ def _front(result: SearchResult) -> plotly.Figure:
         annotation={"text": "budget", "xanchor": "right"},
     )
     figure.update_xaxes(
-        title="serving bytes of the embedding tables",
+        title="serving bytes of the tables",
         **_bytes_axis([*(c.serve_bytes for c in done), result.budget]),
     )
     figure.update_yaxes(title=_NAMES[metric])
@@ -192,7 +192,7 @@ def _cost(result: SearchResult) -> str:
     stopped = sum(1 for c in result.candidates if c.state.startswith("stopped"))
     failed = sum(1 for c in result.candidates if c.state not in ("complete",)) - stopped
     return table(
-        ["", "trainings", "in full trainings", "hours"],
+        ["part", "trainings", "in full trainings", "hours"],
         [
             [
                 f"search ({stopped} stopped early, {failed} failed)",

@@ -21,7 +21,8 @@ def correlation_note(result: SearchResult) -> str:
         f"supernet and validation scores after retraining, of {count} candidates, one seed "
         f"each.{lost}</p>"
         '<p class="note">The candidates are the best, the worst, and those closest to even steps '
-        "of the score between them. What differs by less than the spread over seeds is no "
+        "of the score between them, scored on search-validation rows, and on the validation split "
+        "after retraining. What differs by less than the spread over seeds is no "
         "order.</p>"
     )
 
@@ -47,6 +48,6 @@ def draw_correlation(result: SearchResult) -> plotly.Figure:
     figure.update_layout(
         template="plotly_white", height=420, margin={"l": 70, "r": 20, "t": 20, "b": 60}
     )
-    figure.update_xaxes(title=f"{metric} by the supernet, search-validation rows")
-    figure.update_yaxes(title=f"{metric} retrained in full, validation split")
+    figure.update_xaxes(title=f"{metric} by the supernet")
+    figure.update_yaxes(title=f"{metric} retrained in full")
     return figure

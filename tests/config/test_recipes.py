@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from embcomp.benchmark.benchmark_config import is_benchmark, load_benchmark
+from embcomp.benchmark.cells import prepare_benchmark
 from embcomp.cli import app
 from embcomp.config.train_config import load_config
 from embcomp.data_pipelines.importers.table import TableImporter
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SCHEMAS = sorted((CONFIGS / "datasets").glob("*.yaml"))
 SEARCHES = sorted(path for path in CONFIGS.glob("*.yaml") if is_search(path))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - {*SCHEMAS, *SEARCHES})
+BENCHMARKS = sorted(path for path in CONFIGS.glob("*.yaml") if is_benchmark(path))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - {*SCHEMAS, *SEARCHES, *BENCHMARKS})
 # These repeat what `frappe_x1_deepfm` and `frappe_x1_dcnv2` show of a run, for one more model.
 TWINS = {f"frappe_x1_{model}" for model in ("fibinet", "gdcn", "masknet", "pnn", "xdeepfm")}
 KEPT = [path for path in RECIPES if path.stem not in TWINS]
@@ -43,6 +46,7 @@ def test_recipes_are_found():
     assert len(RECIPES) >= 11
     assert SCHEMAS
     assert len(SEARCHES) >= 2
+    assert len(BENCHMARKS) >= 6
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.stem)
@@ -72,6 +76,16 @@ def test_recipe_runs(path, dataset, tmp_path):
         assert report.serve_bytes == planned
     if config.tables.budget == "10%":
         assert report.compression >= 10
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmark_is_named_after_its_file_and_each_of_its_methods_can_be_trained(path, dataset):
+    config = load_benchmark(path, [f"overrides.data.path={dataset}"])
+    assert config.name == path.stem and path.read_text().startswith("# Benchmark: ")
+    prepared = prepare_benchmark(config)
+    left_out = {note.partition(": ")[0].split(", ")[1].split(" at ")[0] for note in prepared.notes}
+    assert {cell.method for cell in prepared.cells} | left_out == {m.name for m in config.methods}
+    assert {"full", "hash", "unified", "low_dim"} <= {cell.method for cell in prepared.cells}
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)

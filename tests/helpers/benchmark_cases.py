@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from embcomp.config.train_config import load_config
 from embcomp.search.evaluators import training_evaluator
 from embcomp.search.evaluators.served_measures import measure_run
 from embcomp.search.evaluators.trial_process import MEASURED_FILE, SCORES_FILE
+from embcomp.search.trials import trial_queue
 from embcomp.training.api import train
 
 
@@ -49,9 +51,12 @@ def train_benchmark_here(
 
     Args:
         monkeypatch: puts the way of starting processes back.
-        dies_at: the place of a training in which the worker is interrupted, before it begins.
+        dies_at: the place of a training that the worker does not live to begin.
     """
     started: list[str] = []
+    if dies_at is not None:  # under the name of a process that is no more when others look
+        gone = f"{socket.gethostname()}:{2**22 + dies_at}:0"
+        monkeypatch.setattr(trial_queue, "this_worker", lambda: gone)
 
     def popen(command: list[str], **_: object) -> _Ended:
         place = command.index("--runs")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import yaml
 from typer.main import get_command
 
+from embcomp.benchmark.benchmark_config import parse_benchmark
 from embcomp.cli import app
 from embcomp.config.catalog import find_recipe
 from embcomp.config.train_config import parse_config
@@ -99,6 +100,8 @@ def test_whole_configs_in_yaml_blocks_are_valid(page):
             parse_config(document)
         if isinstance(document, dict) and {"name", "recipe", "groups"} <= set(document):
             find_recipe(parse_search(document).recipe)
+        if isinstance(document, dict) and {"name", "recipe", "methods"} <= set(document):
+            find_recipe(parse_benchmark(document).recipe)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

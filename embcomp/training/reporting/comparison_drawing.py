@@ -103,7 +103,7 @@ def write_html(
     ticks = byte_ticks([run.serve_bytes for run in runs])
     figure.update_xaxes(
         type="log",
-        title="serving bytes of the embedding tables",
+        title="serving bytes of the tables",
         tickvals=ticks,
         ticktext=[_round_bytes(size) for size in ticks],
     )
