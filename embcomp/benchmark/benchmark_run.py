@@ -27,7 +27,7 @@ from embcomp.benchmark.planned_runs import (
 )
 from embcomp.benchmark.seed_halving import Standing, going_on
 from embcomp.benchmark.training_jobs import DISTRIBUTIONS, RUN, PlannedTrainings
-from embcomp.benchmark.tuning import Tried, best_of, propose, round_sizes
+from embcomp.benchmark.tuning import TuningTrial, best_of, propose, round_sizes
 from embcomp.config.train_config import is_loss
 from embcomp.search.attempts import latest_attempts
 from embcomp.search.evaluators.base import TrialResult
@@ -62,7 +62,7 @@ class BenchmarkOutcome:
         cut_short: what hours did not suffice for, for people.
     """
 
-    tried: list[list[Tried]]
+    tried: list[list[TuningTrial]]
     finals: list[FinalRun]
     losers: list[Cell] = field(default_factory=list)
     cut_short: list[str] = field(default_factory=list)
@@ -135,9 +135,9 @@ class BenchmarkRun:
             tried=tried, finals=finals, losers=losers, cut_short=self._cut_short
         )
 
-    def _tune(self, view: str) -> list[list[Tried]]:
+    def _tune(self, view: str) -> list[list[TuningTrial]]:
         prepared, config = self._prepared, self._config
-        tried: list[list[Tried]] = [[] for _ in prepared.cells]
+        tried: list[list[TuningTrial]] = [[] for _ in prepared.cells]
         sizes = round_sizes(config)
         for place, size in enumerate(sizes):
             if place and not self._has_time_for(tried, size):
@@ -156,7 +156,7 @@ class BenchmarkRun:
             outcomes = self._phase(f"tuning {place + 1}", planned, still=still, seconds=seconds)
             for cell, past in zip(prepared.cells, tried):
                 past += [
-                    Tried(
+                    TuningTrial(
                         tuned=run.tuned,
                         quality=outcomes[run.number].quality,
                         seconds=outcomes[run.number].seconds,
@@ -167,7 +167,7 @@ class BenchmarkRun:
                 ]
         return tried
 
-    def _has_time_for(self, tried: Sequence[Sequence[Tried]], size: int) -> bool:
+    def _has_time_for(self, tried: Sequence[Sequence[TuningTrial]], size: int) -> bool:
         if self._allowed is None:
             return True
         next_round = size * sum(self._trial_seconds(tried).values())
@@ -256,7 +256,7 @@ class BenchmarkRun:
         self._spent += sum(each.seconds for each in outcomes.values())
         return outcomes
 
-    def _trial_seconds(self, tried: Sequence[Sequence[Tried]]) -> dict[str, float]:
+    def _trial_seconds(self, tried: Sequence[Sequence[TuningTrial]]) -> dict[str, float]:
         """Mean seconds of a trial of each cell that has some."""
         return {
             cell.label: sum(each.seconds for each in past) / len(past)
@@ -265,7 +265,7 @@ class BenchmarkRun:
         }
 
     def _final_seconds(
-        self, tried: Sequence[Sequence[Tried]], finals: Sequence[FinalRun]
+        self, tried: Sequence[Sequence[TuningTrial]], finals: Sequence[FinalRun]
     ) -> dict[str, float]:
         """Seconds of a final run of each cell: as the last took, else by a trial's steps."""
         ratio = self._steps_ratio()

@@ -28,7 +28,7 @@ _ATTEMPTS = 32  # at something that was not tried before
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class TuningTrial:
     """One trial of a cell.
 
     Attributes:
@@ -51,7 +51,7 @@ def round_sizes(config: BenchmarkConfig) -> list[int]:
 
 
 def propose(
-    prepared: PreparedBenchmark, cell: Cell, past: Sequence[Tried], count: int
+    prepared: PreparedBenchmark, cell: Cell, past: Sequence[TuningTrial], count: int
 ) -> list[Tuned]:
     """What a cell tries in the next round.
 
@@ -76,7 +76,7 @@ def propose(
     return found
 
 
-def best_of(config: BenchmarkConfig, tried: Sequence[Tried]) -> Tried | None:
+def best_of(config: BenchmarkConfig, tried: Sequence[TuningTrial]) -> TuningTrial | None:
     """The trial with the best validation metric, the earliest of equals; None where all failed."""
     sign = -1 if is_loss(config.quality) else 1
     done = [each for each in tried if each.quality is not None]
@@ -103,7 +103,9 @@ def _first_ones(prepared: PreparedBenchmark, cell: Cell, count: int) -> list[Tun
     return found
 
 
-def _by_tpe(config: BenchmarkConfig, cell: Cell, past: Sequence[Tried], count: int) -> list[Tuned]:
+def _by_tpe(
+    config: BenchmarkConfig, cell: Cell, past: Sequence[TuningTrial], count: int
+) -> list[Tuned]:
     tuning = config.tuning
     space: dict[str, BaseDistribution] = {
         "row": FloatDistribution(*tuning.row_learning_rate, log=True),

@@ -14,18 +14,18 @@ import torch
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.io.digests import sha256_of_file
 from embcomp.search.evaluators.latency import tables_microseconds
-from embcomp.search.evaluators.trial_process import SCORES_FILE
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.loading import load_model
 
 PACKAGES = ("embcomp", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "optuna", "numpy")
 
 
-def measure_run(run: Path, *, idle_memory: int | None) -> dict[str, Any]:
+def measure_run(run: Path, scores: Path, *, idle_memory: int | None) -> dict[str, Any]:
     """Time look-ups of the best weights, and say on what and with what they were trained.
 
     Args:
         run: the folder of a run that has just ended in this process.
+        scores: the file of its kept scores.
         idle_memory: resident bytes before it began, libraries included; None for a run that another
             process trained, whose memory is not known.
 
@@ -36,7 +36,6 @@ def measure_run(run: Path, *, idle_memory: int | None) -> dict[str, Any]:
     """
     config = RunFolder(run).config()
     info = DatasetInfo.load(config.data.path)
-    scores = run / SCORES_FILE
     measured: dict[str, Any] = {
         "peak_memory": None if idle_memory is None else peak_memory(),
         "idle_memory": idle_memory,

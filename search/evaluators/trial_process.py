@@ -49,10 +49,10 @@ def main() -> None:
         memory = None if is_trained else psutil.Process().memory_info().rss
         scores = folder / SCORES_FILE if arguments.scored else None
         train(config, runs=arguments.runs, scores=scores)
-        if arguments.scored and is_first and not (folder / MEASURED_FILE).exists():
+        if scores is not None and is_first and not (folder / MEASURED_FILE).exists():
             from embcomp.search.evaluators.served_measures import measure_run
 
-            _write(folder / MEASURED_FILE, measure_run(folder, idle_memory=memory))
+            _write(folder / MEASURED_FILE, measure_run(folder, scores, idle_memory=memory))
         if arguments.latency and is_first and not (folder / LATENCY_FILE).exists():
             _write(folder / LATENCY_FILE, {"microseconds": look_up_microseconds(config)})
     except BaseException as error:

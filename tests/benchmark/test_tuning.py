@@ -13,7 +13,7 @@ from embcomp.benchmark.benchmark_config import parse_benchmark
 from embcomp.benchmark.cells import Cell, prepare_benchmark
 from embcomp.benchmark.planned_runs import final_run, tuning_run
 from embcomp.benchmark.seed_halving import Standing, going_on
-from embcomp.benchmark.tuning import Tried, best_of, propose, round_sizes
+from embcomp.benchmark.tuning import TuningTrial, best_of, propose, round_sizes
 from embcomp.errors import ConfigError
 from tests.helpers.benchmark_cases import benchmark_document
 from tests.helpers.search_cases import RECIPE, write_recipe
@@ -38,8 +38,10 @@ def optimum(tuned) -> float:
     return -abs(math.log(tuned["row"] / 0.02)) - abs(math.log(tuned["dense"] / 0.001))
 
 
-def tried(tuned, quality=None) -> Tried:
-    return Tried(tuned=tuned, quality=optimum(tuned) if quality is None else quality, seconds=1.0)
+def tried(tuned, quality=None) -> TuningTrial:
+    return TuningTrial(
+        tuned=tuned, quality=optimum(tuned) if quality is None else quality, seconds=1.0
+    )
 
 
 def test_rounds_share_the_trials():
@@ -91,7 +93,9 @@ def test_what_tpe_proposes_gets_nearer_to_the_best_rates(prepared):
 
 def test_failed_trials_are_learnt_from_and_never_chosen(prepared):
     tuned = propose(prepared, prepared.cells[0], [], 3)
-    past = [Tried(tuned=each, quality=None, seconds=1.0, failure="diverged") for each in tuned]
+    past = [
+        TuningTrial(tuned=each, quality=None, seconds=1.0, failure="diverged") for each in tuned
+    ]
     assert best_of(prepared.config, past) is None
     assert len(propose(prepared, prepared.cells[0], past, 2)) == 2
     past.append(tried(propose(prepared, prepared.cells[0], past, 1)[0]))

@@ -68,7 +68,7 @@ def train_benchmark_here(
         scored = "--scored" in command
         train(config, runs=runs, quiet=True, scores=folder / SCORES_FILE if scored else None)
         if scored:
-            measured = measure_run(folder, idle_memory=1)
+            measured = measure_run(folder, folder / SCORES_FILE, idle_memory=1)
             (folder / MEASURED_FILE).write_text(json.dumps(measured))
         return _Ended()
 

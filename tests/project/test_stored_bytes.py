@@ -23,7 +23,8 @@ from tests.helpers.digests import artefact_digests, bag_tables, dataset_digests
 from tests.helpers.stored_values import check_keys, check_stored
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith("search_"))
+OTHERS = ("search_", "benchmark_")
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith(OTHERS))
 DESCRIPTION = "whole description"
 SIZES = """
 C1: 2002
