@@ -125,7 +125,8 @@ def look_at(
         encoding="utf-8",
     )
     command = [
-        *(find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+        *(find_browser(), "--headless", "--disable-gpu", "--dump-dom"),
+        *(["--no-sandbox"] if os.getuid() == 0 else []),  # Chromium has no sandbox for root
         *("--disable-dev-shm-usage", "--virtual-time-budget=30000", "--window-size=1600,1000"),
         *("--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}"),
         around.resolve().as_uri(),
