@@ -27,8 +27,18 @@ from tests.helpers.browser import look_at
 
 pytestmark = pytest.mark.slow
 WIDTHS = (400, 1400)
-METHODS = ("full", "hash", "double_hash", "qr", "unified", "unified with four chunks", "low_dim")
-METHODS += ("mde", "mlet", "tt", "pq", "lr2vq", "optembed, widths alone", "dnis", "matryoshka")
+METHODS: tuple[str, ...] = ("full", "hash", "double_hash", "qr", "unified", "unified, 4 chunks")
+METHODS += (
+    "low_dim",
+    "mde",
+    "mlet",
+    "tt",
+    "pq",
+    "lr2vq",
+    "optembed, widths alone",
+    "dnis",
+    "matryoshka",
+)
 
 
 def comparison() -> Comparison:
