@@ -26,6 +26,7 @@ def main() -> None:
     )
     parser.add_argument("recipe")
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--budget", default="10%", help="of the hashed tables")
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
@@ -56,7 +57,7 @@ def document(args: argparse.Namespace) -> dict[str, object]:
         "recipe": args.recipe,
         "overrides": {"data": {"path": str(args.data.resolve())}},
         "methods": ["hash"],
-        "budgets": ["10%"],
+        "budgets": [args.budget],
         "seeds": args.seeds,
         "tuning": {"trials": args.trials, "rounds": 1},
         "processes": {"devices": "cpu", "threads": 1},
