@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.schema import NumericFeature
@@ -98,6 +100,27 @@ def clipped_expression(feature: NumericFeature) -> pl.Expr:
     else:
         lost = x.abs() > _LARGEST
     return lost.sum().alias(feature.name)
+
+
+def transformed(
+    frame: pl.DataFrame, features: Sequence[NumericFeature]
+) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
+    """Put raw Float64 columns through their transforms.
+
+    Returns:
+        The (B,) float32 column of each feature, and by feature how many raw values its transform cannot
+        represent.
+    """
+    if not features:
+        return [], {}
+    numbers = frame.select(numeric_expression(feature) for feature in features)
+    clipped = frame.select(clipped_expression(feature) for feature in features)
+    return [column.to_numpy() for column in numbers.iter_columns()], clipped.row(0, named=True)
+
+
+def needs_figures(transform: str) -> bool:
+    """Whether a transform takes figures of the train split."""
+    return transform in ("standard_log", "min_max")
 
 
 def bucket_expression(name: str) -> pl.Expr:

@@ -116,7 +116,7 @@ class AvazuTable(TextTable):
 
     @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
-        parsed = self.formats[file].parse(data, rows)
+        parsed = self.formats[file].parse(data, rows, self.numberings)
         names = parsed.frame.columns
         label = pl.col("click").cast(pl.Float32).alias("label") if "click" in names else NO_LABEL
         stamp = pl.col("hour").cast(pl.String)

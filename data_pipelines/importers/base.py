@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
@@ -26,6 +27,7 @@ import polars as pl
 from typing_extensions import Self
 
 from embcomp.data_pipelines.importers.compressed import reading
+from embcomp.data_pipelines.numbering import Numbering
 from embcomp.data_pipelines.sample_weights import EXPECTED, are_weights
 from embcomp.data_pipelines.splits import SplitRule
 from embcomp.errors import DataError
@@ -167,6 +169,9 @@ class RawTable(ABC):
         has_labels: whether some file has labels; can be False only of a table that is `to_score`.
         has_weights: whether some file has weights of its rows.
         row_limit: how many rows are wanted in all; the index of a text need not go further.
+        numberings: what numbers the values of categorical columns, by name. A column of one value a row may
+            come as these numbers (UInt32, 0 where missing) instead of texts; rows for which it does not
+            are numbered by whoever asked.
     """
 
     files: list[RawFile]
@@ -175,6 +180,7 @@ class RawTable(ABC):
     has_labels: bool = True
     has_weights: bool = False
     row_limit: int | None = None
+    numberings: Mapping[str, Numbering] = MappingProxyType({})
 
     @abstractmethod
     def index(self, file: int, row: int, advance: Callable[[int], None]) -> FileIndex:

@@ -80,7 +80,7 @@ class CriteoTable(TextTable):
         )
         super().__init__(files, layout)
         columns: list[tuple[str, ColumnType]] = [("label", "int")]
-        columns += [(name, "int") for name in NUMERIC]
+        columns += [(name, "whole") for name in NUMERIC]
         columns += [(name, "text") for name in CATEGORICAL]
         whole = Delimited(columns=tuple(columns), separator="\t")
         self.formats = [whole] * len(self.files)
@@ -91,7 +91,7 @@ class CriteoTable(TextTable):
 
     @override
     def parse(self, data: bytes, rows: int, file: int) -> Parsed:
-        parsed = self.formats[file].parse(data, rows)
+        parsed = self.formats[file].parse(data, rows, self.numberings)
         label = pl.col("label").cast(pl.Float32) if "label" in parsed.frame.columns else NO_LABEL
-        parsed.frame = parsed.frame.with_columns(label, pl.col(NUMERIC).cast(pl.Float64))
+        parsed.frame = parsed.frame.with_columns(label)
         return parsed

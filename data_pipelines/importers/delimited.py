@@ -11,17 +11,22 @@ import numpy as np
 import polars as pl
 
 from embcomp.data_pipelines.importers.base import RawFile
+from embcomp.data_pipelines.importers.plain_lines import read_plain_lines
 from embcomp.data_pipelines.importers.text import LineError, Parsed, read_head, split_lines
+from embcomp.data_pipelines.numbering import Numbering
 
-ColumnType = Literal["int", "float", "label", "text"]
+ColumnType = Literal["int", "whole", "float", "label", "text"]
+"""`whole` numbers are written as `int`, and come as Float64."""
 _DTYPES: dict[str, type[pl.DataType]] = {
     "int": pl.Int64,
+    "whole": pl.Int64,
     "float": pl.Float64,
     "label": pl.Float64,
     "text": pl.String,
 }
 _NOUNS = {
     "int": "an integer",
+    "whole": "an integer",
     "float": "a number",
     "label": "0 or 1, True or False, or a rule for words (positive: '== yes', negative: '!= yes')",
 }
@@ -66,16 +71,38 @@ class Delimited:
         """The type that each column is read as."""
         return {name: _DTYPES[kind] for name, kind in self.columns}
 
-    def parse(self, data: bytes, rows: int) -> Parsed:
+    def parse(
+        self, data: bytes, rows: int, numberings: Mapping[str, Numbering] | None = None
+    ) -> Parsed:
         """Return the columns of every sound line, and the offsets and faults of the others.
+
+        Args:
+            data: a block of whole lines.
+            rows: how many lines it has.
+            numberings: columns of texts that may come as their numbers instead.
 
         Raises:
             LineError: a quoted field spans lines, so that lines are not rows.
         """
+        parsed = self._parse(data, rows, numberings or {})
+        whole = [
+            name
+            for name, kind in self.columns
+            if kind == "whole" and parsed.frame.schema[name] != pl.Float64
+        ]
+        if whole:
+            parsed.frame = parsed.frame.with_columns(pl.col(whole).cast(pl.Float64))
+        return parsed
+
+    def _parse(self, data: bytes, rows: int, numberings: Mapping[str, Numbering]) -> Parsed:
         # Polars cuts a carriage return off any field, and a byte order mark off any block.
-        if data.startswith("\ufeff".encode()) or data.count(b"\r") != data.count(b"\r\n"):
+        odd_returns = b"\r" in data and data.count(b"\r") != data.count(b"\r\n")
+        if odd_returns or data.startswith("\ufeff".encode()):
             return self._parse_slowly(data, rows)
         quoted = self.quote is not None and self.quote.encode() in data
+        plain = None if quoted else self._read_plain(data, rows, numberings)
+        if plain is not None:
+            return Parsed(plain)
         if not quoted and self._is_plain(data, rows):
             frame = self._read(data, self.schema, rows)
             if frame is not None:
@@ -87,6 +114,14 @@ class Delimited:
         if frame is None:
             return self._parse_slowly(data, rows)
         return self._converted(frame, np.arange(rows), rows, [])
+
+    def _read_plain(
+        self, data: bytes, rows: int, numberings: Mapping[str, Numbering]
+    ) -> pl.DataFrame | None:
+        # Of a single column, a blank line is a row to some and nothing to others.
+        if len(self.columns) == 1 or self.null_values:
+            return None
+        return read_plain_lines(data, rows, self.columns, self.separator, numberings)
 
     def _is_plain(self, data: bytes, rows: int) -> bool:
         if data.count(self.separator.encode()) != (len(self.columns) - 1) * rows:
@@ -242,7 +277,7 @@ def _number(name: str, kind: ColumnType) -> pl.Expr:
     text = pl.col(name)
     # Leading blanks are what polars' own reader allows before a number.
     value = text.str.strip_chars_start(" \t").cast(_DTYPES[kind], strict=False)
-    if kind != "int":
+    if kind in ("float", "label"):
         truth = text.str.to_lowercase().replace_strict(
             _TRUTH, default=None, return_dtype=pl.Float64
         )

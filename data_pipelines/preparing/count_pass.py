@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from embcomp.data_pipelines.importers.base import Block, RawTable
 from embcomp.data_pipelines.preparing.bad_rows import BadRowLimit
-from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, count_part
+from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, ValueSink, count_part
 from embcomp.data_pipelines.preparing.engine import Advance, Part, map_parts
 from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.input_parts import InputParts, RowSplit, rows_of
+from embcomp.data_pipelines.preparing.numeric_figures import known_figures
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
+from embcomp.data_pipelines.preparing.stored_part import StoredValues
 from embcomp.data_pipelines.preparing.workspace import Workspace
 from embcomp.data_pipelines.sample_weights import check_sums
+from embcomp.data_pipelines.schema import NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
 from embcomp.errors import DataError
 
 COUNTS = "counts"
 """Where the scratch folder holds the run files."""
+MERGING, NUMBERING = 6, 2
+"""Into how many times its size counts grow when they are merged, and numbered values when they are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,9 @@ class CountTask:
         partitions: into how many parts values are cut by their hash.
         folder: where run files go.
         prefix: what their names begin with.
-        limit: bytes of counts that are held at once.
+        budget: bytes that counting may take.
+        known: numeric features whose transforms need no figures of this input, by name, where rows are to be
+            stored for the encode pass; None where they are not.
     """
 
     table: RawTable
@@ -47,26 +55,41 @@ class CountTask:
     partitions: int
     folder: Path
     prefix: str
-    limit: int
+    budget: int
+    known: Mapping[str, NumericFeature] | None
 
 
 def count(task: CountTask, advance: Advance) -> PartCounts:
     """Count a part of the input."""
-    return count_part(
-        task.table,
-        task.blocks,
+    with _sink(task) as sink:
+        return count_part(
+            task.table,
+            task.blocks,
+            features=task.features,
+            split_of=task.split_of,
+            runs=sink,
+            check_bad=task.bad_rows.check,
+            advance=advance,
+        )
+
+
+@contextmanager
+def _sink(task: CountTask) -> Iterator[ValueSink]:
+    """What takes a part's values in: their numbers and rows, or counts alone."""
+    if task.known is None:
+        yield RunWriter(
+            task.features, task.partitions, task.folder, task.prefix, task.budget // MERGING
+        )
+        return
+    with StoredValues(
         features=task.features,
-        split_of=task.split_of,
-        runs=RunWriter(
-            features=len(task.features.categorical),
-            partitions=task.partitions,
-            folder=task.folder,
-            prefix=task.prefix,
-            limit=task.limit,
-        ),
-        check_bad=task.bad_rows.check,
-        advance=advance,
-    )
+        known=task.known,
+        partitions=task.partitions,
+        folder=task.folder,
+        prefix=task.prefix,
+        limit=task.budget // NUMBERING,
+    ) as values:
+        yield values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +100,7 @@ class CountPass:
     work: Workspace
     source: InputParts
     partitions: int
+    store: bool
 
     def run(self) -> PartCounts:
         """Return the figures of the whole input."""
@@ -129,6 +153,7 @@ class CountPass:
             partitions=self.partitions,
             folder=self.work.scratch / COUNTS,
             prefix=name,
-            limit=self.settings.memory_budget // 6,
+            budget=self.settings.memory_budget,
+            known=known_figures(self.settings) if self.store else None,
         )
         return Part(seal=f"{COUNTS}/{name}.json", task=task, size=rows_of(blocks))

@@ -7,12 +7,15 @@ hash partition can later be merged on their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from embcomp.data_pipelines.importers.base import WEIGHT, BadRow, Block, RawTable, Rows
@@ -22,11 +25,12 @@ from embcomp.data_pipelines.preparing.given_ids import check_given_ids
 from embcomp.data_pipelines.preparing.text_hash import hash_texts
 from embcomp.data_pipelines.sample_weights import sum_of
 from embcomp.data_pipelines.splits import SPLITS
-from embcomp.data_pipelines.transforms import NumericStats
+from embcomp.data_pipelines.transforms import NumericStats, needs_figures
 from embcomp.io.atomic_files import atomic_path
 from embcomp.io.digests import HashedFile
 from embcomp.io.remote_paths import RemotePath
 
+TRAIN = SPLITS.index("train")
 SplitOf = Callable[[Block, Rows], np.ndarray]
 """Gives the index in `SPLITS` of each usable row of a block, (rows,) int8."""
 
@@ -51,6 +55,20 @@ class BadLine(BaseModel):
         return BadRow(
             path=self.path, line=self.line, reason=self.reason, raw=self.raw.encode("latin-1")
         )
+
+
+class StoredPart(BaseModel):
+    """What the count pass left of a part for the encode pass: files of the folder of counts.
+
+    Attributes:
+        rows: the file of its rows.
+        sha256: of that file.
+        runs: the files of its values, which number them, in order.
+    """
+
+    rows: str
+    sha256: str
+    runs: list[str]
 
 
 class FeatureCounts(BaseModel):
@@ -78,6 +96,8 @@ class PartCounts(BaseModel):
     categorical: dict[str, FeatureCounts] = Field(default_factory=dict)
     runs: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of the run files, by name."""
+    stored: list[StoredPart | None] = Field(default_factory=list)
+    """For each part, what the encode pass may read instead of the input."""
 
     def merge(self, other: PartCounts) -> None:
         """Add the figures of a later part."""
@@ -87,6 +107,7 @@ class PartCounts(BaseModel):
         self.dropped += other.dropped
         self.bad += other.bad
         self.runs |= other.runs
+        self.stored += other.stored
         for name, stats in other.numeric.items():
             self.numeric.setdefault(name, NumericStats()).merge(stats)
         for name, missing in other.numeric_missing.items():
@@ -102,14 +123,35 @@ class PartCounts(BaseModel):
 class RunWriter:
     """Counts of the current part; they move to a run file whenever they outgrow `limit` bytes."""
 
-    def __init__(self, features: int, partitions: int, folder: Path, prefix: str, limit: int):
+    stored: StoredPart | None = None
+
+    def __init__(
+        self, features: Features, partitions: int, folder: Path, prefix: str, limit: int
+    ) -> None:
         self.partitions = partitions
         self.files: dict[str, str] = {}
+        self._features = features
         self._folder = folder
         self._prefix = prefix
         self._limit = limit
-        self._frames: list[list[pl.DataFrame]] = [[] for _ in range(features)]
+        self._frames: list[list[pl.DataFrame]] = [[] for _ in features.categorical]
         self._bytes = 0
+
+    def read(self, table: RawTable, blocks: Sequence[Block]) -> Iterator[CountedBlock]:
+        """Yield the rows of blocks; see `ValueSink`."""
+        for block, rows in table.read(blocks):
+            yield CountedBlock(block=block, rows=rows, frame=self._features.columns(rows.frame))
+
+    def take(self, block: CountedBlock, splits: NDArray[np.int8]) -> None:
+        """Count the values of the train rows of a block; see `ValueSink`."""
+        is_train = pl.Series(splits == TRAIN)
+        for place, feature in enumerate(self._features.categorical):
+            if not feature.is_counted:
+                continue
+            values = block.frame.get_column(feature.name).filter(is_train)
+            values = flat_values(values) if feature.multi_valued else values.drop_nulls()
+            counts = values.alias("value").value_counts(name="count")
+            self.add(place, counts.cast({"count": pl.Int64}))
 
     def add(self, feature: int, counts: pl.DataFrame) -> None:
         """Take in columns value (String) and count (Int64) of one feature."""
@@ -173,7 +215,18 @@ def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
 
 
 def read_run(path: Path, batch: int) -> pl.DataFrame:
-    """Read the counts of one feature and partition (`feature * partitions + partition`)."""
+    """Read the counts of one feature and partition (`feature * partitions + partition`).
+
+    Values that only other splits have are left out: their rows were stored, and they are not counted.
+    """
+    frame = read_batch(path, batch)
+    if "number" not in frame.columns:
+        return frame
+    return frame.lazy().filter(pl.col("count") > 0).select("value", "count").collect()
+
+
+def read_batch(path: Path, batch: int) -> pl.DataFrame:
+    """Read a batch of a run file as it is."""
     with (
         pa.PythonFile(path.open("rb"), mode="r")
         if isinstance(path, RemotePath)
@@ -185,13 +238,60 @@ def read_run(path: Path, batch: int) -> pl.DataFrame:
     return frame
 
 
+@dataclass(kw_only=True)
+class CountedBlock:
+    """The usable rows of a block, B of them, on their way through the count pass.
+
+    Attributes:
+        block: where they come from.
+        rows: what the table read.
+        frame: what `Features.columns` made of it. A categorical column of one value a row may hold numbers
+            of values (UInt32, 0 where missing).
+        values: where values were numbered, the numbers of each categorical feature, of bags in a row; or
+            ids where these are hashes.
+        run: which run of the part numbers them.
+    """
+
+    block: Block
+    rows: Rows
+    frame: pl.DataFrame
+    values: dict[int, NDArray[Any]] = field(default_factory=dict)
+    run: int = 0
+
+    def lengths(self, name: str) -> NDArray[np.int64]:
+        """Return the (B,) lengths of a feature's bags."""
+        lengths = self.frame.get_column(name).list.len().fill_null(0)
+        return lengths.to_numpy().astype(np.int64)
+
+
+class ValueSink(Protocol):
+    """Where the values of a part go.
+
+    Attributes:
+        files: SHA-256 of the run files so far, by name.
+        stored: what the encode pass may read instead of the input, once all is flushed.
+    """
+
+    files: dict[str, str]
+    stored: StoredPart | None
+
+    def read(self, table: RawTable, blocks: Sequence[Block]) -> Iterator[CountedBlock]:
+        """Yield the rows of blocks in order, in a thread of its own."""
+
+    def take(self, block: CountedBlock, splits: NDArray[np.int8]) -> None:
+        """Count the values of a block, given the (B,) splits of its rows."""
+
+    def flush(self) -> None:
+        """Write what is held."""
+
+
 def count_part(
     table: RawTable,
     blocks: Sequence[Block],
     *,
     features: Features,
     split_of: SplitOf,
-    runs: RunWriter,
+    runs: ValueSink,
     check_bad: Callable[[Sequence[BadRow]], None],
     advance: Callable[[int], None],
 ) -> PartCounts:
@@ -202,46 +302,60 @@ def count_part(
     """
     part = PartCounts()
     bad: list[BadRow] = []
-    for block, rows in ahead(table.read(blocks)):
-        codes = split_of(block, rows)
-        frame = features.columns(rows.frame)
+    for found in ahead(runs.read(table, blocks)):
+        block, rows, frame = found.block, found.rows, found.frame
+        splits = split_of(block, rows)
         check_given_ids(frame, features, str(table.files[block.file].path))
         bad += rows.bad
         if rows.bad:
             check_bad(bad)
         part.dropped += rows.dropped
-        _count_rows(part, frame, codes)
-        is_train = codes == 0
-        train = frame if is_train.all() else frame.filter(pl.Series(is_train))
-        for column in features.numeric:
-            missing = frame.get_column(column.name).null_count()
-            part.numeric_missing[column.name] = part.numeric_missing.get(column.name, 0) + missing
-            stats = part.numeric.setdefault(column.name, NumericStats())
-            stats.update(train.get_column(column.name))
-        for i, feature in enumerate(features.categorical):
+        _count_rows(part, frame, splits)
+        _count_numbers(part, frame, splits == TRAIN, features)
+        for feature in features.categorical:
             figures = part.categorical.setdefault(feature.name, FeatureCounts())
-            values = train.get_column(feature.name)
-            if feature.multi_valued:
-                lengths = frame.get_column(feature.name).list.len()
-                figures.missing += int((lengths == 0).sum())
-                figures.max_length = max(figures.max_length, int(lengths.max() or 0))  # type: ignore[arg-type]
-                figures.train_missing += int((values.list.len() == 0).sum())
-                values = flat_values(values)
-            else:
-                figures.missing += frame.get_column(feature.name).null_count()
-                figures.max_length = 1
-                figures.train_missing += values.null_count()
-                values = values.drop_nulls()
-            figures.train_values += len(values)
-            if not feature.is_counted:
-                continue
-            counts = values.alias("value").value_counts(name="count")
-            runs.add(i, counts.cast({"count": pl.Int64}))
+            _count_values(figures, frame.get_column(feature.name), splits == TRAIN)
+        runs.take(found, splits)
         advance(block.rows)
     runs.flush()
     part.bad = [BadLine.of(row) for row in bad]
     part.runs = runs.files
+    part.stored = [runs.stored]
     return part
+
+
+def _count_numbers(
+    part: PartCounts, frame: pl.DataFrame, is_train: NDArray[np.bool_], features: Features
+) -> None:
+    for column in features.numeric:
+        missing = frame.get_column(column.name).null_count()
+        part.numeric_missing[column.name] = part.numeric_missing.get(column.name, 0) + missing
+    names = [column.name for column in features.numeric if needs_figures(column.transform)]
+    if not names:
+        return
+    train = frame.select(names)
+    train = train if is_train.all() else train.filter(pl.Series(is_train))
+    for name in names:
+        part.numeric.setdefault(name, NumericStats()).update(train.get_column(name))
+
+
+def _count_values(figures: FeatureCounts, column: pl.Series, is_train: NDArray[np.bool_]) -> None:
+    train = int(np.count_nonzero(is_train))
+    if column.dtype == pl.List:
+        lengths = column.list.len().fill_null(0).to_numpy()
+        figures.missing += int((lengths == 0).sum())
+        figures.max_length = max(figures.max_length, int(lengths.max(initial=0)))
+        figures.train_missing += int((lengths[is_train] == 0).sum())
+        figures.train_values += int(lengths[is_train].sum())
+        return
+    is_missing = (column == 0 if column.dtype == pl.UInt32 else column.is_null()).to_numpy()
+    missing = missing_of_train = int(np.count_nonzero(is_missing))
+    if missing and train < len(column):
+        missing_of_train = int(np.count_nonzero(is_missing & is_train))
+    figures.missing += missing
+    figures.max_length = 1
+    figures.train_missing += missing_of_train
+    figures.train_values += train - missing_of_train
 
 
 def _count_rows(part: PartCounts, frame: pl.DataFrame, codes: np.ndarray) -> None:

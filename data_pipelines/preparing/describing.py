@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from embcomp.data_pipelines.bayes_metrics import read_bayes
 from embcomp.data_pipelines.preparing.counting import PartCounts
-from embcomp.data_pipelines.preparing.encode_pass import numeric_features
 from embcomp.data_pipelines.preparing.encoding import PartRows, unseen_rates
 from embcomp.data_pipelines.preparing.features import Feature, Features
 from embcomp.data_pipelines.preparing.index_pass import InputIndex
+from embcomp.data_pipelines.preparing.numeric_figures import numeric_features
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.vocabulary import Ranked, vocabulary_file
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from embcomp.data_pipelines.importers.base import Block, RawTable
-from embcomp.data_pipelines.preparing.counting import PartCounts
+from embcomp.data_pipelines.preparing.count_pass import COUNTS
+from embcomp.data_pipelines.preparing.counting import PartCounts, StoredPart
 from embcomp.data_pipelines.preparing.encoding import (
     PartRows,
+    PartSource,
     StoredIds,
     encode_part,
     plan_rounds,
     store_ids,
 )
 from embcomp.data_pipelines.preparing.engine import Advance, Part, map_parts
-from embcomp.data_pipelines.preparing.input_parts import InputParts, RowSplit, rows_of
+from embcomp.data_pipelines.preparing.input_parts import InputParts, rows_of
+from embcomp.data_pipelines.preparing.numeric_figures import numeric_features
+from embcomp.data_pipelines.preparing.part_sources import RawPart, StoredRows
 from embcomp.data_pipelines.preparing.prepare_settings import PrepareSettings
 from embcomp.data_pipelines.preparing.progress import phase
 from embcomp.data_pipelines.preparing.rank_pass import vocabulary_path
@@ -29,7 +32,7 @@ from embcomp.data_pipelines.preparing.round_index import (
 from embcomp.data_pipelines.preparing.vocabulary import Ranked
 from embcomp.data_pipelines.preparing.workspace import Workspace
 from embcomp.data_pipelines.schema import NumericFeature
-from embcomp.data_pipelines.transforms import NumericStats
+from embcomp.io.digests import sha256_of_file
 
 _ROWS = "rows"
 
@@ -39,14 +42,12 @@ class RoundTask:
     """One part of the input in an early round, which leaves the ids that it finds in a file.
 
     Attributes:
-        table: the raw input.
-        blocks: of the part.
+        source: the part.
         index: what the round looks up.
         path: the file of ids.
     """
 
-    table: RawTable
-    blocks: Sequence[Block]
+    source: PartSource
     index: RoundIndex
     path: Path
 
@@ -56,50 +57,37 @@ class EncodeTask:
     """One part of the input in the last round, which writes its rows.
 
     Attributes:
-        table: the raw input.
-        blocks: of the part.
+        source: the part.
         index: what the round looks up.
         folder: where the rows go.
         number: of the part, for the names of its files.
         numeric: the numeric features, with the figures of their transforms.
-        split_of: gives the split of each usable row of a block.
         earlier: the files of ids that the early rounds left.
         rows_per_group: rows of a row group.
     """
 
-    table: RawTable
-    blocks: Sequence[Block]
+    source: PartSource
     index: RoundIndex
     folder: Path
     number: int
     numeric: Sequence[NumericFeature]
-    split_of: RowSplit
     earlier: Sequence[Path]
     rows_per_group: int
 
 
 def store_round(task: RoundTask, advance: Advance) -> StoredIds:
     """Find the ids of an early round for a part."""
-    return store_ids(
-        task.table,
-        task.blocks,
-        task.path,
-        features=task.index.features,
-        encoder=encoder_of(task.index),
-        advance=advance,
-    )
+    return store_ids(task.source, task.path, encoder=encoder_of(task.index), advance=advance)
 
 
 def encode(task: EncodeTask, advance: Advance) -> PartRows:
     """Write the rows of a part."""
     return encode_part(
-        task.table,
-        task.blocks,
+        task.source,
         folder=task.folder,
         number=task.number,
         features=task.index.features,
         numeric=task.numeric,
-        split_of=task.split_of,
         encoder=encoder_of(task.index),
         earlier=task.earlier,
         rows_per_group=task.rows_per_group,
@@ -114,6 +102,7 @@ class EncodePass:
     settings: PrepareSettings
     work: Workspace
     source: InputParts
+    partitions: int
     counts: PartCounts
     ranked: Sequence[Ranked]
 
@@ -141,6 +130,11 @@ class EncodePass:
             )
         ]
 
+    @cached_property
+    def sources(self) -> list[PartSource]:
+        """Where each part is taken from."""
+        return [self._source(at) for at in range(len(self.source.parts))]
+
     def run(self) -> list[PartRows]:
         """Return what was written, for each part."""
         (self.work.scratch / _ROWS).mkdir(exist_ok=True)
@@ -164,12 +158,10 @@ class EncodePass:
         """Let the parts that are left go through an early round."""
         parts = []
         for at in left:
-            path, blocks = self._ids_file(number, at), self.source.parts[at]
-            task = RoundTask(
-                table=self.settings.table, blocks=blocks, index=self.rounds[number], path=path
-            )
+            path = self._ids_file(number, at)
+            task = RoundTask(source=self.sources[at], index=self.rounds[number], path=path)
             seal = f"{_ROWS}/{path.stem}.json"
-            parts.append(Part(seal=seal, task=task, size=rows_of(blocks)))
+            parts.append(Part(seal=seal, task=task, size=rows_of(self.source.parts[at])))
         map_parts(
             self.settings.engine,
             self.work,
@@ -186,13 +178,11 @@ class EncodePass:
         numeric = numeric_features(self.settings, self.counts)
         for at, blocks in enumerate(self.source.parts):
             task = EncodeTask(
-                table=self.settings.table,
-                blocks=blocks,
+                source=self.sources[at],
                 index=self.rounds[-1],
                 folder=self.work.path,
                 number=at,
                 numeric=numeric,
-                split_of=self.source.split_of,
                 earlier=[self._ids_file(number, at) for number in range(len(self.rounds) - 1)],
                 rows_per_group=self.settings.rows_per_group,
             )
@@ -211,28 +201,40 @@ class EncodePass:
             taken=_forget_rounds,
         )
 
+    def _source(self, at: int) -> PartSource:
+        """Where a part is taken from."""
+        blocks = self.source.parts[at]
+        stored = self._stored(at)
+        if stored is None:
+            return RawPart(
+                table=self.settings.table,
+                blocks=blocks,
+                features=self.settings.features,
+                split_of=self.source.split_of,
+            )
+        folder = self.work.scratch / COUNTS
+        return StoredRows(
+            rows=folder / stored.rows,
+            runs=[folder / run for run in stored.runs],
+            partitions=self.partitions,
+            features=self.settings.features,
+            size=rows_of(blocks),
+        )
+
+    def _stored(self, at: int) -> StoredPart | None:
+        """What the count pass stored of a part, if it did and that is as it was."""
+        stored = self.counts.stored[at]
+        if stored is None or not self.work.resumed:
+            return stored
+        path = self.work.scratch / COUNTS / stored.rows
+        is_same = path.is_file() and sha256_of_file(path) == stored.sha256
+        return stored if is_same else None
+
     def _ids_file(self, number: int, at: int) -> Path:
         """Where a round leaves the ids of a part."""
-        name = f"ids-{number}-{len(self.rounds)}-{at:05d}.arrow"
+        kind = "runs" if isinstance(self.sources[at], StoredRows) else "blocks"
+        name = f"ids-{number}-{len(self.rounds)}-{at:05d}-{kind}.arrow"
         return self.work.scratch / _ROWS / name
-
-
-def numeric_features(settings: PrepareSettings, counts: PartCounts) -> list[NumericFeature]:
-    """Return the numeric features with what their transforms take from the train split.
-
-    A dataset that extends another takes the other's figures: a number means today what it meant then.
-    """
-    found = []
-    for column in settings.features.numeric:
-        missing = counts.numeric_missing.get(column.name, 0)
-        stats = counts.numeric.get(column.name, NumericStats())
-        found.append(stats.feature(column.name, column.transform, missing))
-    if settings.before is None:
-        return found
-    return [
-        then.model_copy(update={"missing": now.missing, "clipped": 0})
-        for then, now in zip(settings.before.numeric, found)
-    ]
 
 
 def _forget_rounds(task: EncodeTask, part: PartRows) -> None:

@@ -11,15 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from embcomp.data_pipelines.importers.base import WEIGHT, Block, RawTable
-from embcomp.data_pipelines.loader.prefetch import ahead
-from embcomp.data_pipelines.preparing.counting import SplitOf
 from embcomp.data_pipelines.preparing.features import Feature, Features, flat_values
 from embcomp.data_pipelines.preparing.given_ids import GivenIds
 from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE, HashedIds, ValueIndex
@@ -27,7 +26,6 @@ from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.sample_weights import WEIGHT_COLUMN
 from embcomp.data_pipelines.schema import UNSEEN_ID, FileRecord, NumericFeature
 from embcomp.data_pipelines.splits import SPLITS
-from embcomp.data_pipelines.transforms import clipped_expression, numeric_expression
 from embcomp.io.atomic_files import atomic_path
 from embcomp.io.digests import HashedFile
 
@@ -101,11 +99,22 @@ class Encoder:
         """End the threads that look up."""
         self._pool.shutdown()
 
+    @property
+    def places(self) -> list[int]:
+        """The features that this round has a part of."""
+        return [each.feature for each in self._slices]
+
     def ids(self, frame: pl.DataFrame) -> dict[int, np.ndarray]:
         """Return int32 ids by feature: (B,), or (N,) of all bags in a row when multi-valued."""
-        values = [self._values(frame, self._features.categorical[s.feature]) for s in self._slices]
-        found = self._pool.map(lambda pair: pair[0].ids(pair[1]), zip(self._indices, values))
-        return {s.feature: ids for s, ids in zip(self._slices, found)}
+        categorical = self._features.categorical
+        return self.ids_of({at: self._values(frame, categorical[at]) for at in self.places})
+
+    def ids_of(self, values: Mapping[int, pl.Series]) -> dict[int, np.ndarray]:
+        """Return the (N,) int32 ids of N values (String) of each of some features."""
+        indices = [index for at, index in zip(self.places, self._indices) if at in values]
+        places = [at for at in self.places if at in values]
+        found = self._pool.map(lambda pair: pair[0].ids(values[pair[1]]), zip(indices, places))
+        return dict(zip(places, found))
 
     @staticmethod
     def _values(frame: pl.DataFrame, feature: Feature) -> pl.Series:
@@ -134,16 +143,65 @@ def dataset_schema(features: Features) -> pa.Schema:
     return pa.schema(fields)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodedBlock:
+    """Encoded rows of a block, B of them.
+
+    Attributes:
+        read: how many rows the block has, malformed ones included.
+        splits: (B,) int8.
+        told: (B,) float32 labels, and weights where there are any.
+        numbers: (B,) float32 of each numeric feature.
+        clipped: how many raw values the transforms cannot represent, by feature.
+        ids: for each categorical feature (B,) int32, or those of all bags in a row.
+        lengths: (B,) of each multi-valued feature's bags, by its place.
+    """
+
+    read: int
+    splits: NDArray[np.int8]
+    told: Sequence[NDArray[np.float32]]
+    numbers: Sequence[NDArray[np.float32]]
+    clipped: Mapping[str, int]
+    ids: Sequence[NDArray[np.int32]]
+    lengths: Mapping[int, NDArray[np.int64]]
+
+
+Ids = Mapping[int, NDArray[np.int32]]
+"""Ids that a round found, by the feature's place."""
+
+
+class PartSource(Protocol):
+    """A part of the input, to be encoded."""
+
+    def found_ids(self, encoder: Encoder, advance: Callable[[int], None]) -> Iterator[Ids]:
+        """Yield what an early round finds, piece by piece."""
+
+    def encoded(
+        self, encoder: Encoder, earlier: Sequence[Iterator[Ids]], numeric: Sequence[NumericFeature]
+    ) -> Iterator[EncodedBlock]:
+        """Yield the rows of each block.
+
+        Args:
+            encoder: of the last round.
+            earlier: what each round before found, in the same pieces.
+            numeric: the numeric features, with the figures of their transforms.
+        """
+
+
+def merged_rounds(found: Ids, earlier: Sequence[Iterator[Ids]]) -> dict[int, NDArray[np.int32]]:
+    """Put together what all rounds found of a piece."""
+    merged = dict(found)
+    for more in earlier:
+        for at, ids in next(more).items():
+            # A value is in one slice only; the others say 1, which is less than its id.
+            merged[at] = np.maximum(merged[at], ids) if at in merged else ids
+    return merged
+
+
 def store_ids(
-    table: RawTable,
-    blocks: Sequence[Block],
-    path: Path,
-    *,
-    features: Features,
-    encoder: Encoder,
-    advance: Callable[[int], None],
+    source: PartSource, path: Path, *, encoder: Encoder, advance: Callable[[int], None]
 ) -> StoredIds:
-    """Write the ids of an early round for one part: a stream of one list per feature and block."""
+    """Write the ids of an early round for one part: a stream of one list per feature and piece."""
     schema = pa.schema([("feature", pa.int32()), ("ids", pa.list_(pa.int32()))])
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with (
@@ -151,19 +209,17 @@ def store_ids(
         HashedFile(temporary) as file,
         pa.ipc.new_file(file, schema, options=options) as writer,
     ):
-        for block, rows in ahead(table.read(blocks)):
-            found = encoder.ids(features.columns(rows.frame))
+        for found in source.found_ids(encoder, advance):
             offsets = np.cumsum([0, *(len(ids) for ids in found.values())])
             flat = np.concatenate([*found.values(), np.empty(0, dtype=np.int32)])
             lists = pa.ListArray.from_arrays(
                 pa.array(offsets, pa.int32()), pa.array(flat, pa.int32())
             )
             writer.write_batch(pa.record_batch([pa.array(list(found), pa.int32()), lists], schema))
-            advance(block.rows)
     return StoredIds(sha256=file.sha256)
 
 
-def _stored(path: Path, stack: ExitStack) -> Iterator[dict[int, np.ndarray]]:
+def _stored(path: Path, stack: ExitStack) -> Iterator[Ids]:
     reader = pa.ipc.open_file(stack.enter_context(path.open("rb")))
     for batch in range(reader.num_record_batches):
         columns = reader.get_batch(batch)
@@ -173,14 +229,12 @@ def _stored(path: Path, stack: ExitStack) -> Iterator[dict[int, np.ndarray]]:
 
 
 def encode_part(
-    table: RawTable,
-    blocks: Sequence[Block],
+    source: PartSource,
     *,
     folder: Path,
     number: int,
     features: Features,
     numeric: Sequence[NumericFeature],
-    split_of: SplitOf,
     encoder: Encoder,
     earlier: Sequence[Path],
     rows_per_group: int,
@@ -193,31 +247,15 @@ def encode_part(
     """
     schema = dataset_schema(features)
     part = PartRows()
-    transforms = [numeric_expression(feature) for feature in numeric]
-    clipped = [clipped_expression(feature) for feature in numeric]
     with ExitStack() as stack:
         stored = [_stored(path, stack) for path in earlier]
         writers: dict[str, RowGroupWriter] = {}
         positives: dict[str, int] = {}
-        for block, rows in ahead(table.read(blocks)):
-            codes = split_of(block, rows)
-            frame = features.columns(rows.frame)
-            found = encoder.ids(frame)
-            for more in stored:
-                for at, ids in next(more).items():
-                    # A value is in one slice only; the others say 1, which is less than its id.
-                    found[at] = np.maximum(found[at], ids) if at in found else ids
-            told = ["label", WEIGHT] if features.weighted else ["label"]
-            arrays = [pa.array(frame.get_column(name).to_numpy(), pa.float32()) for name in told]
-            if transforms:
-                numbers = frame.select(transforms)
-                for name, count in frame.select(clipped).row(0, named=True).items():
-                    part.clipped[name] = part.clipped.get(name, 0) + count
-                arrays += [pa.array(c.to_numpy(), pa.float32()) for c in numbers.iter_columns()]
-            for i, feature in enumerate(features.categorical):
-                arrays.append(_column(frame, feature, found[i], schema.field(feature.name).type))
-            encoded = pa.Table.from_arrays(arrays, schema=schema)
-            for code in np.unique(codes).tolist():
+        for block in source.encoded(encoder, stored, numeric):
+            for name, count in block.clipped.items():
+                part.clipped[name] = part.clipped.get(name, 0) + count
+            encoded = _table(block, schema)
+            for code in np.unique(block.splits).tolist():
                 split = SPLITS[code]
                 if split not in writers:
                     name = f"{split}-{number:05d}.parquet"
@@ -226,23 +264,28 @@ def encode_part(
                     )
                     part.files[split] = name
                     positives[split] = 0
-                mask = codes == code
+                mask = block.splits == code
                 mine = encoded if mask.all() else encoded.filter(pa.array(mask))
                 writers[split].write(mine)
                 positives[split] += int(mine.column("label").to_numpy().sum(dtype=np.float64))
                 _count_unseen(part, split, mine, features)
-            advance(block.rows)
+            advance(block.read)
     part.records = {split: writers[split].record(positives[split]) for split in writers}
     return part
 
 
-def _column(frame: pl.DataFrame, feature: Feature, ids: np.ndarray, kind: pa.DataType) -> pa.Array:
-    if not feature.multi_valued:
-        return pa.array(ids, pa.int32())
-    lengths = frame.get_column(feature.name).list.len().to_numpy()
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids, pa.int32()), type=kind)
+def _table(block: EncodedBlock, schema: pa.Schema) -> pa.Table:
+    arrays = [pa.array(column, pa.float32()) for column in (*block.told, *block.numbers)]
+    kinds = schema.types[len(arrays) :]
+    for at, (ids, kind) in enumerate(zip(block.ids, kinds)):
+        flat = pa.array(ids, pa.int32())
+        if at not in block.lengths:
+            arrays.append(flat)
+            continue
+        offsets = np.zeros(len(block.lengths[at]) + 1, dtype=np.int32)
+        np.cumsum(block.lengths[at], out=offsets[1:])
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind))
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _count_unseen(part: PartRows, split: str, table: pa.Table, features: Features) -> None:

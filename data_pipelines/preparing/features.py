@@ -67,6 +67,11 @@ class Features:
         # An id of 0 is a missing value, and counted as one.
         return pl.when(values != "0").then(values).alias(feature.name)
 
+    @property
+    def are_all_counted(self) -> bool:
+        """Whether no vocabulary comes from elsewhere, and no feature holds ids already."""
+        return not any(f.counted_before or f.num_embeddings for f in self.categorical)
+
     def counted_elsewhere(self) -> Features:
         """Return the features with counts of someone else for all that are counted."""
         categorical = [

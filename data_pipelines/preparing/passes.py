@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from embcomp.data_pipelines.numbering import can_number
 from embcomp.data_pipelines.preparing.bad_rows import set_aside
 from embcomp.data_pipelines.preparing.count_pass import CountPass
 from embcomp.data_pipelines.preparing.counting import PartCounts
@@ -44,12 +45,23 @@ class PreparePasses:
             work.check_space(self._disk_bytes(index))
         source = cut_input(settings, work, index.all_blocks())
         partitions = max(1, math.ceil(self._counting_bytes(index) / settings.memory_budget))
-        counts = CountPass(settings=settings, work=work, source=source, partitions=partitions).run()
+        counts = CountPass(
+            settings=settings,
+            work=work,
+            source=source,
+            partitions=partitions,
+            store=self._can_store(index),
+        ).run()
         set_aside(settings, work, counts.bad)
         given = self._given(partitions)
         ranked = rank_values(settings, work, counts, partitions, given)
         parts = EncodePass(
-            settings=settings, work=work, source=source, counts=counts, ranked=ranked
+            settings=settings,
+            work=work,
+            source=source,
+            partitions=partitions,
+            counts=counts,
+            ranked=ranked,
         ).run()
         self._check_known(counts, parts)
         describe(settings, index, counts, ranked, parts).save(work.path)
@@ -60,6 +72,20 @@ class PreparePasses:
         features = self.settings.features
         columns = len(features.numeric) + len(features.categorical) + 1 + features.weighted
         return int(0.4 * index.text_bytes) + 4 * columns * index.rows
+
+    def _can_store(self, index: InputIndex) -> bool:
+        """Whether rows are stored on the way, so that no text is read twice.
+
+        That takes a compiler and disk of this machine, and vocabularies that are made here.
+        """
+        features = self.settings.features
+        if not (can_number() and self.settings.engine.is_here and features.are_all_counted):
+            return False
+        numbers = 4 * len(features.categorical) + 8 * len(features.numeric) + 16
+        bags = any(feature.multi_valued for feature in features.categorical)
+        # Each value of a bag has a number of 4 bytes, and at least two of text.
+        stored = index.rows * numbers + 2 * index.text_bytes * bags + 2 * index.text_bytes
+        return self.work.has_space(self._disk_bytes(index) + stored)
 
     def _counting_bytes(self, index: InputIndex) -> int:
         """The worst case: one feature holds all of the text, and no value occurs twice."""

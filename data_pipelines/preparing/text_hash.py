@@ -17,6 +17,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from embcomp.data_pipelines.numbering import views_of
+
 GAMMA = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
@@ -45,12 +47,7 @@ def hash_texts(values: pl.Series, seed: int) -> Words:
 
 
 def _views(values: pl.Series) -> Words:
-    """Return the (N, 2) words of Arrow's views, without a copy."""
-    if not len(values):
-        return np.empty((0, 2), dtype=np.uint64)
-    array = values.rechunk().to_arrow(compat_level=pl.CompatLevel.newest())
-    words = np.frombuffer(array.buffers()[1], dtype="<u8").reshape(-1, 2)
-    return words[array.offset : array.offset + len(array)]
+    return views_of(values).words if len(values) else np.empty((0, 2), dtype=np.uint64)
 
 
 def _start(views: Words, seed: int, hashes: Words) -> None:

@@ -103,6 +103,11 @@ class UrlWorkspace(Workspace):
         return isinstance(error, OSError)
 
     @override
+    def has_space(self, needed: int) -> bool:
+        """Say no: what need not be kept is not sent there."""
+        return False
+
+    @override
     def check_space(self, needed: int) -> None:
         """Do nothing: a store has room, or says that it has none."""
 

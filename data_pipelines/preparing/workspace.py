@@ -222,6 +222,10 @@ class Workspace:
             return
         shutil.rmtree(self.root, ignore_errors=True)
 
+    def has_space(self, needed: int) -> bool:
+        """Whether the disk has room for so many bytes."""
+        return needed <= shutil.disk_usage(self.root).free
+
     def check_space(self, needed: int) -> None:
         """Raise a DataError when the disk has less room than the estimate."""
         free = shutil.disk_usage(self.root).free

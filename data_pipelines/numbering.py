@@ -1,0 +1,172 @@
+"""The distinct values of a feature, numbered as they come, by compiled code where there is a compiler.
+
+A row's value is hashed and compared once: from then on it is a small number, by which `prepare` counts
+it, stores it and, when ids are known, finds its id.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from embcomp.io.compiled_library import MissingKernelError, compiled_library
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Arrow's views of texts, without a copy.
+
+    Attributes:
+        words: (N, 2) uint64.
+        valid: the bits that tell which texts there are; None where all are there.
+        first: the place of the first text's bit.
+        texts: where texts of more than 12 bytes lie.
+    """
+
+    words: NDArray[np.uint64]
+    valid: pa.Buffer | None
+    first: int
+    texts: Sequence[pa.Buffer]
+
+
+def views_of(values: pl.Series) -> Views:
+    """Return the views of N > 0 texts (String)."""
+    array = values.rechunk().to_arrow(compat_level=pl.CompatLevel.newest())
+    valid, words, *texts = array.buffers()
+    pairs = np.frombuffer(words, dtype="<u8").reshape(-1, 2)
+    return Views(
+        words=pairs[array.offset : array.offset + len(array)],
+        valid=valid,
+        first=array.offset,
+        texts=texts,
+    )
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled code; None where there is none, which costs speed alone."""
+    if sys.byteorder != "little":
+        return None
+    try:
+        found = compiled_library("embcomp.data_pipelines", "numbering.cpp")
+    except MissingKernelError:
+        return None
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    found.embcomp_numbering_new.argtypes = [ctypes.c_uint64]
+    found.embcomp_numbering_new.restype = pointer
+    found.embcomp_numbering_free.argtypes = [pointer]
+    found.embcomp_numbering_free.restype = None
+    for name in ("size", "bytes", "text_bytes"):
+        asked = getattr(found, f"embcomp_numbering_{name}")
+        asked.argtypes, asked.restype = [pointer], integer
+    found.embcomp_numbering_add.argtypes = [
+        *(pointer, pointer, pointer, integer),
+        *(pointer, integer, pointer),
+    ]
+    found.embcomp_numbering_add.restype = ctypes.c_int32
+    found.embcomp_numbering_count.argtypes = [pointer, pointer, pointer, integer]
+    found.embcomp_numbering_count.restype = None
+    found.embcomp_numbering_values.argtypes = [pointer] * 4
+    found.embcomp_numbering_values.restype = None
+    return found
+
+
+def can_number() -> bool:
+    """Whether values can be numbered on this machine."""
+    return _library() is not None
+
+
+def numbering_function() -> int:
+    """The address of what numbers views, for other compiled code."""
+    library = _library()
+    assert library is not None
+    return int(ctypes.cast(library.embcomp_numbering_add, ctypes.c_void_p).value or 0)
+
+
+class Numbering:
+    """Distinct values, numbered from 1 on in the order in which they come.
+
+    Raises:
+        MemoryError: there is none for one more value.
+    """
+
+    def __init__(self) -> None:
+        library = _library()
+        assert library is not None
+        self._library = library
+        # Drawn, so that nobody can write a log whose values all meet in one slot.
+        self._handle = library.embcomp_numbering_new(secrets.randbits(64))
+        if not self._handle:
+            raise MemoryError
+        self._free = weakref.finalize(self, library.embcomp_numbering_free, self._handle)
+
+    def __len__(self) -> int:
+        return int(self._library.embcomp_numbering_size(self._handle))
+
+    @property
+    def bytes(self) -> int:
+        """What the values take."""
+        return int(self._library.embcomp_numbering_bytes(self._handle))
+
+    @property
+    def handle(self) -> int:
+        """What compiled code knows it by."""
+        return int(self._handle)
+
+    def number(self, values: pl.Series) -> NDArray[np.uint32]:
+        """Return the (N,) numbers of N values (String); a null gets 0."""
+        numbers = np.empty(len(values), dtype=np.uint32)
+        if not len(values):
+            return numbers
+        views = views_of(values)
+        texts = (ctypes.c_void_p * max(1, len(views.texts)))(
+            *(text.address for text in views.texts)
+        )
+        failed = self._library.embcomp_numbering_add(
+            self._handle,
+            views.words.ctypes.data,
+            views.valid.address if views.valid is not None else None,
+            views.first,
+            texts,
+            len(values),
+            numbers.ctypes.data,
+        )
+        if failed:
+            raise MemoryError
+        return numbers
+
+    def count(self, numbers: NDArray[np.uint32], counted: NDArray[np.bool_]) -> None:
+        """Count values by (N,) of their numbers, those alone that are `counted`."""
+        assert len(numbers) == len(counted) and int(numbers.max(initial=0)) <= len(self)
+        numbers, counted = np.ascontiguousarray(numbers), np.ascontiguousarray(counted)
+        self._library.embcomp_numbering_count(
+            self._handle, numbers.ctypes.data, counted.ctypes.data, len(numbers)
+        )
+
+    def values(self) -> tuple[pa.LargeStringArray, NDArray[np.int64]]:
+        """Return the (N,) values by their numbers, from 1 on, and (N,) how often each was counted."""
+        size = len(self)
+        counts = np.empty(size, dtype=np.int64)
+        offsets = np.empty(size + 1, dtype=np.int64)
+        text = np.empty(
+            max(1, self._library.embcomp_numbering_text_bytes(self._handle)), dtype=np.uint8
+        )
+        self._library.embcomp_numbering_values(
+            self._handle, counts.ctypes.data, offsets.ctypes.data, text.ctypes.data
+        )
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+        return pa.LargeStringArray.from_buffers(size, *buffers[1:]), counts
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._free()
