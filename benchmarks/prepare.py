@@ -57,7 +57,8 @@ def main() -> int:
     parser.add_argument("--once", nargs=2, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:
-        print(json.dumps(measure(*args.once, args)))
+        source, output = args.once
+        print(json.dumps(measure(source, output, args)))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = args.source or generated(Path(folder) / "train.txt", args)

@@ -20,6 +20,8 @@ TRANSFORMS = ("none", "log1p", "standard_log", "min_max", BUCKET)
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LOWEST = -(2.0**62)
+_LEAST, _TABULATED = -8, 8192
+"""Whole numbers whose transforms are looked up: the first, and how many; fewer rows are not worth a table."""
 
 
 class NumericStats(BaseModel):
@@ -102,20 +104,50 @@ def clipped_expression(feature: NumericFeature) -> pl.Expr:
     return lost.sum().alias(feature.name)
 
 
-def transformed(
-    frame: pl.DataFrame, features: Sequence[NumericFeature]
-) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
-    """Put raw Float64 columns through their transforms.
+class Transforms:
+    """Puts raw Float64 columns through the transforms of numeric features.
 
-    Returns:
-        The (B,) float32 column of each feature, and by feature how many raw values its transform cannot
-        represent.
+    Most numbers of a log are small whole ones: what these become is looked up, in a table that the same
+    expression made.
     """
-    if not features:
-        return [], {}
-    numbers = frame.select(numeric_expression(feature) for feature in features)
-    clipped = frame.select(clipped_expression(feature) for feature in features)
-    return [column.to_numpy() for column in numbers.iter_columns()], clipped.row(0, named=True)
+
+    def __init__(self, features: Sequence[NumericFeature]) -> None:
+        self.features = list(features)
+        self._tables: dict[str, NDArray[np.float32]] = {}
+
+    def apply(self, frame: pl.DataFrame) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
+        """Return (B,) float32 of each feature, and by feature how many values cannot be represented."""
+        if not self.features:
+            return [], {}
+        clipped = frame.select(clipped_expression(feature) for feature in self.features)
+        numbers = [self._column(each, frame.get_column(each.name)) for each in self.features]
+        return numbers, clipped.row(0, named=True)
+
+    def _column(self, feature: NumericFeature, raw: pl.Series) -> NDArray[np.float32]:
+        if len(raw) < _TABULATED:
+            return _transformed(feature, raw)
+        if feature.name not in self._tables:
+            whole = np.arange(_LEAST, _LEAST + _TABULATED, dtype=np.float64)
+            self._tables[feature.name] = _transformed(feature, pl.Series(feature.name, whole))
+        x = raw.to_numpy()
+        with np.errstate(invalid="ignore"):
+            places = x.astype(np.int64) - _LEAST
+        # By their bits: neither a missing number nor -0.0 has a place.
+        whole = (places + _LEAST).astype(np.float64)
+        known = (places >= 0) & (places < _TABULATED) & (whole.view(np.int64) == x.view(np.int64))
+        found = self._tables[feature.name].take(np.where(known, places, 0))
+        left = ~known
+        if raw.null_count():
+            missing = raw.is_null().to_numpy()
+            found[missing] = 0.0
+            left &= ~missing
+        if left.any():
+            found[left] = _transformed(feature, raw.filter(pl.Series(left)))
+        return found
+
+
+def _transformed(feature: NumericFeature, raw: pl.Series) -> NDArray[np.float32]:
+    return raw.to_frame(feature.name).select(numeric_expression(feature)).to_series().to_numpy()
 
 
 def needs_figures(transform: str) -> bool:

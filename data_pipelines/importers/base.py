@@ -14,8 +14,10 @@ Everything after that (splits, counting, encoding) is the same for all formats.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -191,6 +193,24 @@ class RawTable(ABC):
             row: how many rows the files before it hold.
             advance: called with the number of bytes read on disk, for progress.
         """
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether the blocks of any part can be read without those before it."""
+        return False
+
+    @contextmanager
+    def for_part(self) -> Iterator[Self]:
+        """The same table for the blocks of a part, which others may read at the same time."""
+        if not self.starts_anywhere:
+            # Its stream goes on where the part before ended.
+            yield self
+            return
+        own = copy.copy(self)
+        try:
+            yield own
+        finally:
+            own.close()
 
     @abstractmethod
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:

@@ -95,6 +95,11 @@ class ParquetTable(RawTable):
         sha256 = "" if self.to_score else file_sha256(path)
         return FileIndex(blocks=blocks, bytes=on_disk, sha256=sha256, text_bytes=size)
 
+    @property
+    @override
+    def starts_anywhere(self) -> bool:
+        return True
+
     @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
         for block in blocks:

@@ -11,11 +11,13 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawFile, RawTable, Rows
 from embcomp.data_pipelines.importers.compressed import compression, reading, unpacked, unpacking
 from embcomp.errors import DataError
+from embcomp.io.digests import HashedReading
 
 BLOCK_BYTES = 4 << 20
 _READ = 1 << 20
@@ -78,21 +80,23 @@ class TextTable(RawTable):
             raise DataError(f"{path} is empty; expected rows of {', '.join(self.layout.names[:4])}")
         blocks: list[Block] = []
         kind = compression(path)
-        with unpacking(path, kind), path.open("rb") as disk, unpacked(disk, kind) as stream:
-            head = [stream.readline(_LONGEST_LINE) for _ in range(self.header_lines)]
-            start = sum(map(len, head))
-            line = 1 + self.header_lines
-            for length, count in self._cuts(stream, disk, path, advance):
-                block = Block(
-                    file=file, start=start, end=start + length, line=line, row=row, rows=count
-                )
-                blocks.append(block)
-                start, line, row = start + length, line + count, row + count
-                if self.row_limit is not None and row >= self.row_limit:
-                    break
+        with unpacking(path, kind), path.open("rb") as disk:
+            read = disk if self.to_score else HashedReading(disk)
+            with unpacked(read, kind) as stream:
+                head = [stream.readline(_LONGEST_LINE) for _ in range(self.header_lines)]
+                start = sum(map(len, head))
+                line = 1 + self.header_lines
+                for length, count in self._cuts(stream, read, path, advance):
+                    block = Block(
+                        file=file, start=start, end=start + length, line=line, row=row, rows=count
+                    )
+                    blocks.append(block)
+                    start, line, row = start + length, line + count, row + count
+                    if self.row_limit is not None and row >= self.row_limit:
+                        break
+                sha256 = read.sha256() if isinstance(read, HashedReading) else ""
         if not blocks:
             raise DataError(f"{path} has a header but no rows")
-        sha256 = "" if self.to_score else file_sha256(path)
         return FileIndex(blocks=blocks, bytes=size, sha256=sha256, text_bytes=start)
 
     def _cuts(
@@ -103,33 +107,39 @@ class TextTable(RawTable):
         advance: Callable[[int], None],
     ) -> Iterator[tuple[int, int]]:
         """Yield (bytes, lines) of successive blocks; each ends with its last whole line."""
-        carry = b""
-        told = 0
+        block, held, told = bytearray(self.block_bytes), 0, 0
+        newlines = np.empty(self.block_bytes, dtype=bool)
         while True:
-            data = stream.read(self.block_bytes - len(carry))
+            come = _fill(stream, memoryview(block)[held:])
             advance(disk.tell() - told)
             told = disk.tell()
-            block = carry + data
-            if not block:
+            size = held + come
+            if not size:
                 return
-            cut = block.rfind(b"\n") + 1
-            if len(block) < self.block_bytes and not data:
+            cut = block.rfind(b"\n", 0, size) + 1
+            count = _count_lines(block, cut, newlines)
+            if size < self.block_bytes and not come:
                 # The end of the file: a last line may lack its newline.
-                yield len(block), block.count(b"\n") + (cut < len(block))
+                yield size, count + (cut < size)
                 return
             if cut == 0:
                 more = stream.readline(_LONGEST_LINE)
-                block += more
                 if not more.endswith(b"\n") and len(more) >= _LONGEST_LINE:
                     raise DataError(
                         f"{path} has a line longer than {_LONGEST_LINE} bytes; it is not a text "
                         f"table with a row per line"
                     )
-                yield len(block), 1
-                carry = b""
+                yield size + len(more), 1
+                held = 0
                 continue
-            yield cut, block.count(b"\n", 0, cut)
-            carry = block[cut:]
+            yield cut, count
+            held = size - cut
+            block[:held] = block[cut:size]
+
+    @property
+    @override
+    def starts_anywhere(self) -> bool:
+        return all(compression(file.path) is None for file in self.files)
 
     @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
@@ -174,6 +184,20 @@ class TextTable(RawTable):
             raise DataError(f"{path} became shorter while it was read; start again")
         # A mark at the start of a file belongs to no value.
         return data.removeprefix(_BOM) if block.start == 0 else data
+
+
+def _fill(stream: IO[bytes], room: memoryview) -> int:
+    """Read until there is no room or nothing more; return how many bytes came."""
+    filled = 0
+    while filled < len(room) and (come := stream.readinto(room[filled:])):  # type: ignore[attr-defined]
+        filled += come
+    return filled
+
+
+def _count_lines(block: bytearray, size: int, newlines: NDArray[np.bool_]) -> int:
+    """Count the newlines of the first bytes of a block, with room to note where they are."""
+    bytes_ = np.frombuffer(block, dtype=np.uint8, count=size)
+    return int(np.count_nonzero(np.equal(bytes_, 10, out=newlines[:size])))
 
 
 def _skip(stream: IO[bytes], count: int) -> None:

@@ -61,9 +61,9 @@ class CountTask:
 
 def count(task: CountTask, advance: Advance) -> PartCounts:
     """Count a part of the input."""
-    with _sink(task) as sink:
+    with _sink(task) as sink, task.table.for_part() as table:
         return count_part(
-            task.table,
+            table,
             task.blocks,
             features=task.features,
             split_of=task.split_of,
@@ -123,6 +123,7 @@ class CountPass:
                 files=lambda task, part: {task.folder / run: sha for run, sha in part.runs.items()},
                 advance=advance,
                 taken=take,
+                at_once=self._at_once,
             )
         found = PartCounts()
         for part in counted:
@@ -139,6 +140,12 @@ class CountPass:
         return found
 
     @property
+    def _at_once(self) -> int:
+        if not self.settings.table.starts_anywhere:
+            return 1
+        return self.settings.at_once(len(self.source.parts))
+
+    @property
     def _bad_rows(self) -> BadRowLimit:
         return BadRowLimit(share=self.settings.max_bad_rows, total=self.source.total)
 
@@ -153,7 +160,7 @@ class CountPass:
             partitions=self.partitions,
             folder=self.work.scratch / COUNTS,
             prefix=name,
-            budget=self.settings.memory_budget,
+            budget=self.settings.memory_budget // self._at_once,
             known=known_figures(self.settings) if self.store else None,
         )
         return Part(seal=f"{COUNTS}/{name}.json", task=task, size=rows_of(blocks))

@@ -126,9 +126,16 @@ class EncodePass:
                     0 if feature.num_embeddings is not None else found.kept
                     for feature, found in zip(self.settings.features.categorical, self.ranked)
                 ],
-                self.settings.memory_budget,
+                self.settings.memory_budget // self._at_once,
             )
         ]
+
+    @cached_property
+    def _at_once(self) -> int:
+        stored = all(isinstance(source, StoredRows) for source in self.sources)
+        if not (stored or self.settings.table.starts_anywhere):
+            return 1
+        return self.settings.at_once(len(self.sources))
 
     @cached_property
     def sources(self) -> list[PartSource]:
@@ -170,6 +177,7 @@ class EncodePass:
             StoredIds,
             files=lambda task, stored: {task.path: stored.sha256},
             advance=advance,
+            at_once=self._at_once,
         )
 
     def _encode(self, done: Sequence[PartRows | None], advance: Advance) -> list[PartRows]:
@@ -199,6 +207,7 @@ class EncodePass:
             advance=advance,
             known=done,
             taken=_forget_rounds,
+            at_once=self._at_once,
         )
 
     def _source(self, at: int) -> PartSource:

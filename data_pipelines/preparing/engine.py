@@ -8,8 +8,10 @@ however often they run, so an engine may repeat one, on another machine and in a
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -35,7 +37,7 @@ class Engine(ABC):
     """What runs the functions of passes.
 
     Attributes:
-        is_here: whether functions run in this process, one after another.
+        is_here: whether functions run in this process.
     """
 
     is_here: bool = False
@@ -53,7 +55,11 @@ class Engine(ABC):
 
     @abstractmethod
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task], advance: Advance
+        self,
+        function: Function[Task, Result],
+        tasks: Sequence[Task],
+        advance: Advance,
+        at_once: int = 1,
     ) -> Iterator[tuple[int, Result]]:
         """Run a function over tasks; yield each one's place and result as it ends, in any order.
 
@@ -61,6 +67,7 @@ class Engine(ABC):
             function: of a module, so that other processes find it by its name.
             tasks: what it is called with.
             advance: told of progress inside a task, where the engine can see it.
+            at_once: how many tasks this process may run at a time, where they run in it.
 
         Raises:
             DataError: as the function raised it.
@@ -69,16 +76,46 @@ class Engine(ABC):
 
 
 class LocalEngine(Engine):
-    """Tasks in this process, one after another; libraries use the cores inside each."""
+    """Tasks in this process, in threads where several are to run at a time.
+
+    Results come in the order of tasks, so that what is kept does not depend on which one fails first.
+    """
 
     is_here = True
 
     @override
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task], advance: Advance
+        self,
+        function: Function[Task, Result],
+        tasks: Sequence[Task],
+        advance: Advance,
+        at_once: int = 1,
     ) -> Iterator[tuple[int, Result]]:
-        for place, task in enumerate(tasks):
-            yield place, function(task, advance)
+        if at_once == 1:
+            for place, task in enumerate(tasks):
+                yield place, function(task, advance)
+            return
+        ended = threading.Event()
+
+        def told(step: int) -> None:
+            # A task that nobody waits for any more ends at its next block.
+            if ended.is_set():
+                raise _EndedError
+            advance(step)
+
+        with ThreadPoolExecutor(at_once, thread_name_prefix="embcomp-part") as pool:
+            coming = [pool.submit(function, task, told) for task in tasks]
+            try:
+                for place, result in enumerate(coming):
+                    yield place, result.result()
+            finally:
+                ended.set()
+                for result in coming:
+                    result.cancel()
+
+
+class _EndedError(Exception):
+    """Ends a task whose result is not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +138,7 @@ def map_parts(
     advance: Advance,
     known: Sequence[Content | None] | None = None,
     taken: Callable[[Task, Content], None] = lambda task, result: None,
+    at_once: int = 1,
 ) -> list[Content]:
     """Run a function over the parts that no earlier run finished; seal each result as it comes.
 
@@ -114,6 +152,7 @@ def map_parts(
         advance: told of progress.
         known: what earlier runs finished, where the caller has looked already.
         taken: called with each new result; may raise to end it all.
+        at_once: how many parts this process may work on at a time.
 
     Returns:
         The results, in the order of `parts`.
@@ -123,7 +162,8 @@ def map_parts(
         if result is not None:
             advance(part.size)
     left = [at for at, result in enumerate(found) if result is None]
-    for place, result in engine.map(function, [parts[at].task for at in left], advance):
+    tasks = [parts[at].task for at in left]
+    for place, result in engine.map(function, tasks, advance, min(at_once, max(1, len(tasks)))):
         part = parts[left[place]]
         work.seal(part.seal, result, files(part.task, result))
         if not engine.is_here:

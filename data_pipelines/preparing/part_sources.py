@@ -17,7 +17,7 @@ from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.numbered_runs import run_values
 from embcomp.data_pipelines.preparing.stored_rows import read_stored
 from embcomp.data_pipelines.schema import MISSING_ID, NumericFeature
-from embcomp.data_pipelines.transforms import transformed
+from embcomp.data_pipelines.transforms import Transforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,32 +38,35 @@ class RawPart:
 
     def found_ids(self, encoder: Encoder, advance: Callable[[int], None]) -> Iterator[Ids]:
         """Yield what an early round finds of each block; see `PartSource`."""
-        for block, rows in ahead(self.table.read(self.blocks)):
-            yield encoder.ids(self.features.columns(rows.frame))
-            advance(block.rows)
+        with self.table.for_part() as table:
+            for block, rows in ahead(table.read(self.blocks)):
+                yield encoder.ids(self.features.columns(rows.frame))
+                advance(block.rows)
 
     def encoded(
         self, encoder: Encoder, earlier: Sequence[Iterator[Ids]], numeric: Sequence[NumericFeature]
     ) -> Iterator[EncodedBlock]:
         """Yield the rows of each block; see `PartSource`."""
         told = ["label", WEIGHT] if self.features.weighted else ["label"]
-        for block, rows in ahead(self.table.read(self.blocks)):
-            frame = self.features.columns(rows.frame)
-            found = merged_rounds(encoder.ids(frame), earlier)
-            numbers, clipped = transformed(frame, numeric)
-            yield EncodedBlock(
-                read=block.rows,
-                splits=self.split_of(block, rows),
-                told=[frame.get_column(name).to_numpy() for name in told],
-                numbers=numbers,
-                clipped=clipped,
-                ids=[found[at] for at in range(len(self.features.categorical))],
-                lengths={
-                    at: frame.get_column(feature.name).list.len().to_numpy()
-                    for at, feature in enumerate(self.features.categorical)
-                    if feature.multi_valued
-                },
-            )
+        transforms = Transforms(numeric)
+        with self.table.for_part() as table:
+            for block, rows in ahead(table.read(self.blocks)):
+                frame = self.features.columns(rows.frame)
+                found = merged_rounds(encoder.ids(frame), earlier)
+                numbers, clipped = transforms.apply(frame)
+                yield EncodedBlock(
+                    read=block.rows,
+                    splits=self.split_of(block, rows),
+                    told=[frame.get_column(name).to_numpy() for name in told],
+                    numbers=numbers,
+                    clipped=clipped,
+                    ids=[found[at] for at in range(len(self.features.categorical))],
+                    lengths={
+                        at: frame.get_column(feature.name).list.len().to_numpy()
+                        for at, feature in enumerate(self.features.categorical)
+                        if feature.multi_valued
+                    },
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

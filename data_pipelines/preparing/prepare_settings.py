@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from embcomp.data_pipelines.preparing.given_counts import GivenCounts
 from embcomp.data_pipelines.preparing.growth import Growth
 from embcomp.data_pipelines.schema import DatasetInfo, RawFormat
 from embcomp.data_pipelines.splits import SplitRule
+
+_TASK_MEMORY = 48 << 20
+_MOST_TASKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +60,17 @@ class PrepareSettings:
     def before(self) -> DatasetInfo | None:
         """The dataset that this one extends, if any."""
         return None if self.growth is None else self.growth.before
+
+    def at_once(self, tasks: int) -> int:
+        """How many of some tasks this process runs at a time: each takes its share of `memory_budget`."""
+        if not self.engine.is_here:
+            return 1
+        room = self.memory_budget // _TASK_MEMORY
+        return max(1, min(tasks, usable_cores(), _MOST_TASKS, room))
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

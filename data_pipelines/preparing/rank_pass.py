@@ -136,6 +136,7 @@ def rank_values(
                 {} if ranked.record is None else {task.path: ranked.record.sha256}
             ),
             advance=advance,
+            at_once=settings.at_once(len(features)),
         )
     for part, ranked in zip(parts, found):
         if settings.given is not None and given is not None and part.task.name in given.rows:
@@ -175,7 +176,7 @@ def _part(
         min_count=feature.min_count,
         missing=missing,
         total=missing + values,
-        limit=settings.memory_budget,
+        limit=settings.memory_budget // settings.at_once(len(settings.features.categorical)),
         scratch=work.scratch / _MARKS / f"{place:05d}",
         growth=settings.growth,
         num_embeddings=feature.num_embeddings,

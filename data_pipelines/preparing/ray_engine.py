@@ -124,7 +124,11 @@ class RayEngine(Engine):
 
     @override
     def map(
-        self, function: Function[Task, Result], tasks: Sequence[Task], advance: Advance
+        self,
+        function: Function[Task, Result],
+        tasks: Sequence[Task],
+        advance: Advance,
+        at_once: int = 1,
     ) -> Iterator[tuple[int, Result]]:
         import ray
 

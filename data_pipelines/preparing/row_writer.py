@@ -5,6 +5,7 @@ Pages carry checksums, which readers compare, and the writer knows the digest of
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,8 @@ ROWS_PER_GROUP = 65_536
 class RowGroupWriter:
     """One Parquet file, written under a temporary name and renamed when it is whole.
 
-    The same rows give the same bytes, however they were cut into pieces.
+    The same rows give the same bytes, however they were cut into pieces. A row group is written in a thread
+    while the next one comes.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
@@ -33,6 +35,8 @@ class RowGroupWriter:
         self._schema = schema
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._naming = ExitStack()
         self._file = HashedFile(self._naming.enter_context(atomic_path(path, durable=False)))
         # Level 1 writes twice as fast as the default and reads as fast, for 3 % more bytes.
@@ -55,16 +59,28 @@ class RowGroupWriter:
 
     def _flush(self, rows: int) -> None:
         whole = pa.concat_tables(self._pending)
-        # Pages end where chunks end, so chunks would show in the bytes.
-        self._writer.write_table(whole.slice(0, rows).combine_chunks(), row_group_size=rows)
+        self._wait()
+        self._writing = self._thread.submit(self._write_group, whole.slice(0, rows))
         rest = whole.slice(rows)
         self._pending = [rest] if rest.num_rows else []
         self._pending_rows = rest.num_rows
+
+    def _write_group(self, rows: pa.Table) -> None:
+        # Pages end where chunks end, so chunks would show in the bytes.
+        self._writer.write_table(rows.combine_chunks(), row_group_size=rows.num_rows)
+
+    def _wait(self) -> None:
+        """Wait for the row group in writing; an error in it is raised here."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Write what is pending and give the file its name."""
         if self._pending_rows:
             self._flush(self._pending_rows)
+        self._wait()
+        self._thread.shutdown()
         self._writer.close()
         self._file.close()
         self._naming.close()
@@ -102,6 +118,7 @@ class RowGroupWriter:
                 raise
 
     def _give_up(self) -> None:
+        self._thread.shutdown()
         # Otherwise pyarrow would try to write the footer once more, and complain, when collected.
         self._writer.is_open = False
         # Closing flushes, which fails again on a full disk.

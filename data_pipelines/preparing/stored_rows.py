@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,7 +22,7 @@ from embcomp.data_pipelines.importers.base import WEIGHT
 from embcomp.data_pipelines.preparing.counting import CountedBlock
 from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.schema import NumericFeature
-from embcomp.data_pipelines.transforms import transformed
+from embcomp.data_pipelines.transforms import Transforms
 from embcomp.io.digests import HashedFile
 
 _SPLIT = "split"
@@ -49,7 +50,7 @@ class StoredBlock:
     told: Sequence[NDArray[np.float32]]
     numbers: Sequence[NDArray[np.float32]]
     clipped: Mapping[str, int]
-    values: Sequence[NDArray[np.generic]]
+    values: Sequence[NDArray[Any]]
     lengths: Mapping[int, NDArray[np.int64]]
 
 
@@ -65,7 +66,7 @@ class RowStore:
     def __init__(self, path: Path, features: Features, known: Mapping[str, NumericFeature]) -> None:
         self.path = path
         self._features = features
-        self._known = [known[c.name] for c in features.numeric if c.name in known]
+        self._known = Transforms([known[c.name] for c in features.numeric if c.name in known])
         self._file = HashedFile(path)
 
     def add(self, block: CountedBlock, splits: NDArray[np.int8]) -> None:
@@ -73,8 +74,8 @@ class RowStore:
         columns: dict[str, pa.Array] = {_SPLIT: pa.array(splits)}
         for name in ["label", *([WEIGHT] if self._features.weighted else [])]:
             columns[name] = pa.array(block.frame.get_column(name).to_numpy(), pa.float32())
-        numbers, clipped = transformed(block.frame, self._known)
-        ready = dict(zip((feature.name for feature in self._known), numbers))
+        numbers, clipped = self._known.apply(block.frame)
+        ready = dict(zip((feature.name for feature in self._known.features), numbers))
         for column in self._features.numeric:
             raw, found = block.frame.get_column(column.name), ready.get(column.name)
             columns[_numeric(column.name)] = raw.to_arrow() if found is None else pa.array(found)
@@ -120,21 +121,28 @@ def read_stored(
         features: of the dataset.
         numeric: the numeric features, with the figures of their transforms.
     """
+    late: Transforms | None = None
     with pa.OSFile(str(path)) as file:
         size = file.size()
         while file.tell() < size:
             with pa.ipc.open_stream(file) as stream:
-                yield _block(stream.read_all().combine_chunks().to_batches()[0], features, numeric)
+                batch = stream.read_all().combine_chunks().to_batches()[0]
+            if late is None:
+                waits = pa.float64()
+                late = Transforms([n for n in numeric if batch[_numeric(n.name)].type == waits])
+            yield _block(batch, features, numeric, late)
 
 
 def _block(
-    batch: pa.RecordBatch, features: Features, numeric: Sequence[NumericFeature]
+    batch: pa.RecordBatch,
+    features: Features,
+    numeric: Sequence[NumericFeature],
+    late: Transforms,
 ) -> StoredBlock:
     told = json.loads(batch.schema.metadata[b"told"])
-    waiting = [each for each in numeric if batch[_numeric(each.name)].type == pa.float64()]
-    raw = pl.DataFrame({each.name: pl.from_arrow(batch[_numeric(each.name)]) for each in waiting})
-    late, clipped = transformed(raw, waiting)
-    ready = dict(zip((each.name for each in waiting), late))
+    raw = {each.name: batch[_numeric(each.name)] for each in late.features}
+    found, clipped = late.apply(pl.DataFrame({n: pl.from_arrow(each) for n, each in raw.items()}))
+    ready = dict(zip(raw, found))
     values, lengths = [], {}
     for at, feature in enumerate(features.categorical):
         column = batch[_categorical(feature.name)]

@@ -45,6 +45,50 @@ def footer_sha256(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
+class HashedReading(io.RawIOBase):
+    """An open file that is read once, from its start, and the digest of all of it.
+
+    Args:
+        file: the file, at its start; it stays open.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        come = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._digest.update(memoryview(buffer)[:come])
+        return int(come)
+
+    @override
+    def readline(self, size: int | None = -1) -> bytes:
+        line = self._file.readline(-1 if size is None else size)
+        self._digest.update(line)
+        return line
+
+    @override
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file; what nobody read of it is read now."""
+        while piece := self._file.read(_PIECE):
+            self._digest.update(piece)
+        return self._digest.hexdigest()
+
+
 class HashedFile(io.RawIOBase):
     """A new file whose digest is known when the last byte is written.
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from embcomp.data_pipelines.importers import plain_lines
-from embcomp.data_pipelines.importers.delimited import Delimited
+from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importers.plain_lines import read_plain_lines
 
-COLUMNS = (
+COLUMNS: tuple[tuple[str, ColumnType], ...] = (
     ("label", "int"),
     ("count", "whole"),
     ("price", "float"),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -53,11 +54,13 @@ def whole(source):
 def die_after(monkeypatch, module, name: str, calls: int) -> list[int]:
     original = getattr(module, name)
     seen: list[int] = []
+    lock = threading.Lock()
 
     def dying(*args, **options):
-        if len(seen) == calls:
-            raise KilledError
-        seen.append(1)
+        with lock:  # parts are worked on in several threads
+            if len(seen) == calls:
+                raise KilledError
+            seen.append(1)
         return original(*args, **options)
 
     monkeypatch.setattr(module, name, dying)
