@@ -35,10 +35,14 @@ struct View {
   uint64_t second;
 };
 
-bool is_ascii(const char* data, int64_t size) {
-  unsigned char all = 0;
-  for (int64_t i = 0; i < size; ++i) all |= static_cast<unsigned char>(data[i]);
-  return all < 0x80;
+// Whether there is nothing but ASCII, and no carriage return.
+bool is_plain_text(const char* data, int64_t size) {
+  unsigned char all = 0, returns = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    all |= static_cast<unsigned char>(data[i]);
+    returns |= static_cast<unsigned char>(data[i] == '\r');
+  }
+  return all < 0x80 && returns == 0;
 }
 
 // What ends fields and lines, found sixteen bytes at a time.
@@ -209,7 +213,7 @@ bool number_batch(Column* columns, Batch* batches, int32_t count, const char* da
 // not plain, -1 where there is no memory.
 extern "C" int32_t embcomp_plain_lines(const char* data, int64_t size, char separator, int32_t count,
                                        Column* columns, int64_t rows, Number number) {
-  if (!is_ascii(data, size)) return 1;
+  if (!is_plain_text(data, size)) return 1;
   std::vector<Batch> batches;
   try {
     batches.resize(static_cast<size_t>(count));

@@ -126,7 +126,7 @@ def read_stored(
         size = file.size()
         while file.tell() < size:
             with pa.ipc.open_stream(file) as stream:
-                batch = stream.read_all().combine_chunks().to_batches()[0]
+                (batch,) = stream
             if late is None:
                 waits = pa.float64()
                 late = Transforms([n for n in numeric if batch[_numeric(n.name)].type == waits])

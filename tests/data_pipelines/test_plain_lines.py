@@ -76,7 +76,9 @@ def lines(separator: str, last: st.SearchStrategy[str]) -> st.SearchStrategy[byt
     broken = st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b""))
     ends = st.sampled_from([b"\n", b"\n", b"\n", b"\r\n"])
     rows = st.lists(st.tuples(st.one_of(line, line, line, broken), ends), min_size=1, max_size=6)
-    whole = rows.map(lambda found: b"".join(text + end for text, end in found))
+    sound = st.lists(st.one_of(*SOUND), min_size=5, max_size=5).map(separator.join).map(str.encode)
+    nearly = st.lists(st.tuples(st.one_of(*[sound] * 9, line), ends), min_size=1, max_size=6)
+    whole = st.one_of(rows, nearly).map(lambda found: b"".join(text + end for text, end in found))
     return st.one_of(whole, whole.map(lambda block: block.removesuffix(b"\n") or b"\n"))
 
 
@@ -112,6 +114,8 @@ def check(form: Delimited, block: bytes) -> None:
 @settings(max_examples=120, deadline=None)
 @given(lines("\t", st.one_of(*HOSTILE)))
 @example(b"1\t-0\t-0\ta\t\n")
+@example(b"1\t2\t3\ta\tb\r\n1\t2\t3\ta\tb\r\n")
+@example(b"1\t2\t3\ta\tb\r\n1\t2\t3\ta\tb\n")
 @example(b"1\t\t\t\t")
 @example(b"\t\t\t\t\n\t\t\t\t\n")
 @example(b"1\t2\t3.5\ttwelve bytes\tthirteen more\n")
@@ -176,7 +180,7 @@ def test_plain_lines_are_read_by_compiled_code(rows, ends):
         b"1111111111111111111,5,3\n",
         b"-,1,3\n",
     ]
-    + [b"1,1234567890123456,3\n", b"1,2,3\n4,5,6\n7,8,9\n"],
+    + [b"1,2,3\r\n", b"1,2,a\rb\n", b"1,1234567890123456,3\n", b"1,2,3\n4,5,6\n7,8,9\n"],
 )
 def test_what_is_not_plain_is_left_to_others(block):
     rows = 2 if block.count(b"\n") > 1 else 1
