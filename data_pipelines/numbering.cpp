@@ -167,6 +167,11 @@ int32_t embcomp_numbering_add(Numbering* numbering, const View* views, const uin
         __builtin_prefetch(&numbering->slots[hashes[i] & numbering->mask]);
       }
       for (int64_t i = 0; i < size; ++i) {
+        if (!is_set(valid, first + start + i)) continue;
+        const uint32_t likely = static_cast<uint32_t>(numbering->slots[hashes[i] & numbering->mask]);
+        if (likely != 0) __builtin_prefetch(&numbering->keys[likely - 1]);
+      }
+      for (int64_t i = 0; i < size; ++i) {
         if (!is_set(valid, first + start + i)) {
           numbers[start + i] = 0;
           continue;

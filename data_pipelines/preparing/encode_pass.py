@@ -126,7 +126,7 @@ class EncodePass:
                     0 if feature.num_embeddings is not None else found.kept
                     for feature, found in zip(self.settings.features.categorical, self.ranked)
                 ],
-                self.settings.memory_budget // self._at_once,
+                self.settings.memory_budget,
             )
         ]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embcomp.data_pipelines.numbering import can_number
+from embcomp.data_pipelines.preparing.allocator import give_memory_back
 from embcomp.data_pipelines.preparing.bad_rows import set_aside
 from embcomp.data_pipelines.preparing.count_pass import CountPass
 from embcomp.data_pipelines.preparing.counting import PartCounts
@@ -52,9 +53,11 @@ class PreparePasses:
             partitions=partitions,
             store=self._can_store(index),
         ).run()
+        give_memory_back()
         set_aside(settings, work, counts.bad)
         given = self._given(partitions)
         ranked = rank_values(settings, work, counts, partitions, given)
+        give_memory_back()
         parts = EncodePass(
             settings=settings,
             work=work,

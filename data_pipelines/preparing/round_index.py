@@ -29,28 +29,31 @@ class RoundIndex:
     slices: tuple[Slice, ...]
 
 
-class _Held(threading.local):
-    """The one encoder that a thread keeps between tasks: two would take twice the memory."""
+class _Held:
+    """The one encoder that a process keeps between tasks: two would take twice the memory."""
 
-    index: RoundIndex | None = None
-    encoder: Encoder | None = None
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.index: RoundIndex | None = None
+        self.encoder: Encoder | None = None
 
 
 _held = _Held()
 
 
 def encoder_of(index: RoundIndex) -> Encoder:
-    """Return the encoder of a round; the one of the task before where it is the same round."""
-    if _held.index != index or _held.encoder is None:
-        release_encoder()
-        threads = max(1, min(pl.thread_pool_size(), 8))
-        _held.encoder = Encoder(index.features, index.vocabularies, index.slices, threads)
-        _held.index = index
-    return _held.encoder
+    """Return the encoder of a round; the one of the task before, or beside, where it is the same round."""
+    with _held.lock:
+        if _held.index != index or _held.encoder is None:
+            # Whoever still looks up in the one before keeps it alive.
+            _held.index = _held.encoder = None
+            threads = max(1, min(pl.thread_pool_size(), 8))
+            _held.encoder = Encoder(index.features, index.vocabularies, index.slices, threads)
+            _held.index = index
+        return _held.encoder
 
 
 def release_encoder() -> None:
-    """Let go of the encoder that this thread holds, if any."""
-    if _held.encoder is not None:
-        _held.encoder.close()
-    _held.encoder = _held.index = None
+    """Let go of the encoder that this process holds, if any."""
+    with _held.lock:
+        _held.encoder = _held.index = None

@@ -59,15 +59,12 @@ class RowGroupWriter:
 
     def _flush(self, rows: int) -> None:
         whole = pa.concat_tables(self._pending)
-        self._wait()
-        self._writing = self._thread.submit(self._write_group, whole.slice(0, rows))
-        rest = whole.slice(rows)
+        # Pages end where chunks end, so chunks would show in the bytes.
+        group, rest = whole.slice(0, rows).combine_chunks(), whole.slice(rows)
         self._pending = [rest] if rest.num_rows else []
         self._pending_rows = rest.num_rows
-
-    def _write_group(self, rows: pa.Table) -> None:
-        # Pages end where chunks end, so chunks would show in the bytes.
-        self._writer.write_table(rows.combine_chunks(), row_group_size=rows.num_rows)
+        self._wait()
+        self._writing = self._thread.submit(self._writer.write_table, group, row_group_size=rows)
 
     def _wait(self) -> None:
         """Wait for the row group in writing; an error in it is raised here."""
