@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import polars as pl
@@ -81,7 +81,8 @@ class TextTable(RawTable):
         blocks: list[Block] = []
         kind = compression(path)
         with unpacking(path, kind), path.open("rb") as disk:
-            read = disk if self.to_score else HashedReading(disk)
+            hashed = None if self.to_score else HashedReading(disk)
+            read = disk if hashed is None else cast(IO[bytes], hashed)
             with unpacked(read, kind) as stream:
                 head = [stream.readline(_LONGEST_LINE) for _ in range(self.header_lines)]
                 start = sum(map(len, head))
@@ -94,7 +95,7 @@ class TextTable(RawTable):
                     start, line, row = start + length, line + count, row + count
                     if self.row_limit is not None and row >= self.row_limit:
                         break
-                sha256 = read.sha256() if isinstance(read, HashedReading) else ""
+                sha256 = "" if hashed is None else hashed.sha256()
         if not blocks:
             raise DataError(f"{path} has a header but no rows")
         return FileIndex(blocks=blocks, bytes=size, sha256=sha256, text_bytes=start)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from embcomp.data_pipelines.importers.base import Block, RawTable
 from embcomp.data_pipelines.preparing.bad_rows import BadRowLimit
-from embcomp.data_pipelines.preparing.counting import PartCounts, RunWriter, ValueSink, count_part
+from embcomp.data_pipelines.preparing.counting import (
+    CountedValues,
+    PartCounts,
+    ValueSink,
+    count_part,
+)
 from embcomp.data_pipelines.preparing.engine import Advance, Part, map_parts
 from embcomp.data_pipelines.preparing.features import Features
 from embcomp.data_pipelines.preparing.input_parts import InputParts, RowSplit, rows_of
@@ -77,7 +82,7 @@ def count(task: CountTask, advance: Advance) -> PartCounts:
 def _sink(task: CountTask) -> Iterator[ValueSink]:
     """What takes a part's values in: their numbers and rows, or counts alone."""
     if task.known is None:
-        yield RunWriter(
+        yield CountedValues(
             task.features, task.partitions, task.folder, task.prefix, task.budget // MERGING
         )
         return

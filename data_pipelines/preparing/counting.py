@@ -123,35 +123,14 @@ class PartCounts(BaseModel):
 class RunWriter:
     """Counts of the current part; they move to a run file whenever they outgrow `limit` bytes."""
 
-    stored: StoredPart | None = None
-
-    def __init__(
-        self, features: Features, partitions: int, folder: Path, prefix: str, limit: int
-    ) -> None:
+    def __init__(self, features: int, partitions: int, folder: Path, prefix: str, limit: int):
         self.partitions = partitions
         self.files: dict[str, str] = {}
-        self._features = features
         self._folder = folder
         self._prefix = prefix
         self._limit = limit
-        self._frames: list[list[pl.DataFrame]] = [[] for _ in features.categorical]
+        self._frames: list[list[pl.DataFrame]] = [[] for _ in range(features)]
         self._bytes = 0
-
-    def read(self, table: RawTable, blocks: Sequence[Block]) -> Iterator[CountedBlock]:
-        """Yield the rows of blocks; see `ValueSink`."""
-        for block, rows in table.read(blocks):
-            yield CountedBlock(block=block, rows=rows, frame=self._features.columns(rows.frame))
-
-    def take(self, block: CountedBlock, splits: NDArray[np.int8]) -> None:
-        """Count the values of the train rows of a block; see `ValueSink`."""
-        is_train = pl.Series(splits == TRAIN)
-        for place, feature in enumerate(self._features.categorical):
-            if not feature.is_counted:
-                continue
-            values = block.frame.get_column(feature.name).filter(is_train)
-            values = flat_values(values) if feature.multi_valued else values.drop_nulls()
-            counts = values.alias("value").value_counts(name="count")
-            self.add(place, counts.cast({"count": pl.Int64}))
 
     def add(self, feature: int, counts: pl.DataFrame) -> None:
         """Take in columns value (String) and count (Int64) of one feature."""
@@ -283,6 +262,34 @@ class ValueSink(Protocol):
 
     def flush(self) -> None:
         """Write what is held."""
+
+
+class CountedValues(RunWriter):
+    """Counts the values of the train rows of a part; a `ValueSink`."""
+
+    stored: StoredPart | None = None
+
+    def __init__(
+        self, features: Features, partitions: int, folder: Path, prefix: str, limit: int
+    ) -> None:
+        super().__init__(len(features.categorical), partitions, folder, prefix, limit)
+        self._features = features
+
+    def read(self, table: RawTable, blocks: Sequence[Block]) -> Iterator[CountedBlock]:
+        """Yield the rows of blocks; see `ValueSink`."""
+        for block, rows in table.read(blocks):
+            yield CountedBlock(block=block, rows=rows, frame=self._features.columns(rows.frame))
+
+    def take(self, block: CountedBlock, splits: NDArray[np.int8]) -> None:
+        """Count the values of the train rows of a block; see `ValueSink`."""
+        is_train = pl.Series(splits == TRAIN)
+        for place, feature in enumerate(self._features.categorical):
+            if not feature.is_counted:
+                continue
+            values = block.frame.get_column(feature.name).filter(is_train)
+            values = flat_values(values) if feature.multi_valued else values.drop_nulls()
+            counts = values.alias("value").value_counts(name="count")
+            self.add(place, counts.cast({"count": pl.Int64}))
 
 
 def count_part(
