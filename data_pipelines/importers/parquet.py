@@ -17,7 +17,7 @@ from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawF
 from embcomp.data_pipelines.importers.compressed import reading
 from embcomp.data_pipelines.importers.text import file_sha256
 from embcomp.errors import DataError, one_line
-from embcomp.io.remote_paths import arrow_input
+from embcomp.io.remote_paths import RemotePath, arrow_input
 
 BLOCK_ROWS = 65_536
 
@@ -98,7 +98,7 @@ class ParquetTable(RawTable):
     @property
     @override
     def starts_anywhere(self) -> bool:
-        return True
+        return not any(isinstance(file.path, RemotePath) for file in self.files)
 
     @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:

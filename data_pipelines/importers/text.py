@@ -18,6 +18,7 @@ from embcomp.data_pipelines.importers.base import Block, FileIndex, Layout, RawF
 from embcomp.data_pipelines.importers.compressed import compression, reading, unpacked, unpacking
 from embcomp.errors import DataError
 from embcomp.io.digests import HashedReading
+from embcomp.io.remote_paths import RemotePath
 
 BLOCK_BYTES = 4 << 20
 _READ = 1 << 20
@@ -140,7 +141,9 @@ class TextTable(RawTable):
     @property
     @override
     def starts_anywhere(self) -> bool:
-        return all(compression(file.path) is None for file in self.files)
+        # A file behind a URL may be one open object for all who open it.
+        paths = [file.path for file in self.files]
+        return not any(isinstance(p, RemotePath) or compression(p) is not None for p in paths)
 
     @override
     def read(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Rows]]:
