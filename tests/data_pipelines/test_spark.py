@@ -33,6 +33,7 @@ PROGRAM = textwrap.dedent(
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
         .config("spark.sql.shuffle.partitions", "3")
+        .config("spark.sql.adaptive.enabled", "false")  # which would make one file of few rows
         .config("spark.driver.memory", "600m")
         .getOrCreate()
     )
