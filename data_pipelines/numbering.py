@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import secrets
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ def numbering_function() -> int:
 class Numbering:
     """Distinct values, numbered from 1 on in the order in which they come.
 
+    A block is numbered while another thread counts the one before, so whoever calls compiled code holds it.
+
+    Attributes:
+        held: the lock to hold while other compiled code uses `handle`.
+
     Raises:
         MemoryError: there is none for one more value.
     """
@@ -109,19 +115,29 @@ class Numbering:
         if not self._handle:
             raise MemoryError
         self._free = weakref.finalize(self, library.embcomp_numbering_free, self._handle)
+        self.held = threading.RLock()
 
     def __len__(self) -> int:
-        return int(self._library.embcomp_numbering_size(self._handle))
+        with self.held:
+            self._refuse_closed()
+            return int(self._library.embcomp_numbering_size(self._handle))
 
     @property
     def bytes(self) -> int:
         """What the values take."""
-        return int(self._library.embcomp_numbering_bytes(self._handle))
+        with self.held:
+            self._refuse_closed()
+            return int(self._library.embcomp_numbering_bytes(self._handle))
 
     @property
     def handle(self) -> int:
         """What compiled code knows it by."""
+        self._refuse_closed()
         return int(self._handle)
+
+    def _refuse_closed(self) -> None:
+        if not self._free.alive:
+            raise ValueError("the values of this numbering were let go of")
 
     def number(self, values: pl.Series) -> NDArray[np.uint32]:
         """Return the (N,) numbers of N values (String); a null gets 0."""
@@ -132,41 +148,47 @@ class Numbering:
         texts = (ctypes.c_void_p * max(1, len(views.texts)))(
             *(text.address for text in views.texts)
         )
-        failed = self._library.embcomp_numbering_add(
-            self._handle,
-            views.words.ctypes.data,
-            views.valid.address if views.valid is not None else None,
-            views.first,
-            texts,
-            len(values),
-            numbers.ctypes.data,
-        )
+        with self.held:
+            self._refuse_closed()
+            failed = self._library.embcomp_numbering_add(
+                self._handle,
+                views.words.ctypes.data,
+                views.valid.address if views.valid is not None else None,
+                views.first,
+                texts,
+                len(values),
+                numbers.ctypes.data,
+            )
         if failed:
             raise MemoryError
         return numbers
 
     def count(self, numbers: NDArray[np.uint32], counted: NDArray[np.bool_]) -> None:
         """Count values by (N,) of their numbers, those alone that are `counted`."""
-        assert len(numbers) == len(counted) and int(numbers.max(initial=0)) <= len(self)
         numbers, counted = np.ascontiguousarray(numbers), np.ascontiguousarray(counted)
-        self._library.embcomp_numbering_count(
-            self._handle, numbers.ctypes.data, counted.ctypes.data, len(numbers)
-        )
+        with self.held:
+            self._refuse_closed()
+            assert len(numbers) == len(counted) and int(numbers.max(initial=0)) <= len(self)
+            self._library.embcomp_numbering_count(
+                self._handle, numbers.ctypes.data, counted.ctypes.data, len(numbers)
+            )
 
     def values(self) -> tuple[pa.LargeStringArray, NDArray[np.int64]]:
         """Return the (N,) values by their numbers, from 1 on, and (N,) how often each was counted."""
-        size = len(self)
-        counts = np.empty(size, dtype=np.int64)
-        offsets = np.empty(size + 1, dtype=np.int64)
-        text = np.empty(
-            max(1, self._library.embcomp_numbering_text_bytes(self._handle)), dtype=np.uint8
-        )
-        self._library.embcomp_numbering_values(
-            self._handle, counts.ctypes.data, offsets.ctypes.data, text.ctypes.data
-        )
+        with self.held:
+            size = len(self)
+            counts = np.empty(size, dtype=np.int64)
+            offsets = np.empty(size + 1, dtype=np.int64)
+            text = np.empty(
+                max(1, self._library.embcomp_numbering_text_bytes(self._handle)), dtype=np.uint8
+            )
+            self._library.embcomp_numbering_values(
+                self._handle, counts.ctypes.data, offsets.ctypes.data, text.ctypes.data
+            )
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
         return pa.LargeStringArray.from_buffers(size, *buffers[1:]), counts
 
     def close(self) -> None:
         """Give the memory back."""
-        self._free()
+        with self.held:
+            self._free()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -105,14 +106,17 @@ def read_plain_lines(
     values = [np.empty(rows * kind.bytes, dtype=np.uint8) for kind in kinds]
     valid = np.zeros((len(columns), -(-rows // 8)), dtype=np.uint8)
     described = (_Column * len(columns))()
-    for column, (name, _), kind, room, bits in zip(described, columns, kinds, values, valid):
-        column.kind, column.values = kind.code, room.ctypes.data
-        column.valid = bits.ctypes.data
-        column.numbering = numberings[name].handle if kind is _NUMBERED else None
     number = numbering_function() if numberings else None
-    odd = library.embcomp_plain_lines(
-        data, len(data), separator.encode(), len(columns), ctypes.byref(described), rows, number
-    )
+    with ExitStack() as held:
+        for numbering in numberings.values():
+            held.enter_context(numbering.held)
+        for column, (name, _), kind, room, bits in zip(described, columns, kinds, values, valid):
+            column.kind, column.values = kind.code, room.ctypes.data
+            column.valid = bits.ctypes.data
+            column.numbering = numberings[name].handle if kind is _NUMBERED else None
+        odd = library.embcomp_plain_lines(
+            data, len(data), separator.encode(), len(columns), ctypes.byref(described), rows, number
+        )
     if odd < 0:
         raise MemoryError
     if odd:

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from typing_extensions import override
 
 from embcomp.collection.batch_shapes import one_bag_a_key, one_empty_row
-from embcomp.collection.compiled_rows import Bags, KeyRead, RowReads, are_readable
+from embcomp.collection.compiled_rows import KeyRead, ReadBags, RowReads, are_readable
 from embcomp.collection.each_pair import EachPair, key_widths
 from embcomp.collection.groups import Group, TableFeature
 from embcomp.collection.scripted import ScriptedPooled, ScriptedUnpooled, plain_lookups
@@ -73,22 +73,23 @@ class LookupSplitter(nn.Module):
         super().__init__()
         self._widths = [group.width for group in groups]
         self._wanted = [(key, dim) for group in groups for key, dim in key_widths(group.backend)]
-        self._picks: dict[tuple[str, ...], ColumnPick | None] = {}
+        self._picks: dict[tuple[tuple[str, ...], tuple[int, ...]], ColumnPick | None] = {}
         self.detach = False
 
     def forward(self, rows: KeyedTensor) -> list[Tensor]:
         """Split `(B, all physical columns)` into one `(B, width)` tensor per method."""
-        keys = tuple(rows.keys())
-        if keys not in self._picks:
-            self._picks[keys] = self._pick(keys, rows.length_per_key())
-        pick = self._picks[keys]
+        # What holds the rows may change, and with it whether they come padded.
+        columns = tuple(rows.keys()), tuple(rows.length_per_key())
+        if columns not in self._picks:
+            self._picks[columns] = self._pick(*columns)
+        pick = self._picks[columns]
         # Fused kernels update rows in every backward pass, unless no gradient reaches them.
         values = rows.values().detach() if self.detach else rows.values()
         if pick is not None:
             values = pick(values)
         return list(values.split(self._widths, dim=1)) if len(self._widths) > 1 else [values]
 
-    def _pick(self, keys: tuple[str, ...], dims: list[int]) -> ColumnPick | None:
+    def _pick(self, keys: tuple[str, ...], dims: tuple[int, ...]) -> ColumnPick | None:
         starts = dict(zip(keys, [sum(dims[:i]) for i in range(len(dims))]))
         return ColumnPick.of([(starts[key], dim) for key, dim in self._wanted], sum(dims))
 
@@ -330,7 +331,7 @@ def _sum_by_compiled_code(
     batch, own = features.stride(), slice(start, start + len(dims))
     ends = features.offset_per_key()
     counts = features.length_per_key()[own]
-    bags = Bags(
+    bags = ReadBags(
         counts=counts,
         bags=[batch] * len(dims),
         offsets=features.offsets()[own.start * batch : own.stop * batch + 1].to(torch.int64),

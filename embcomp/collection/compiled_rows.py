@@ -78,7 +78,7 @@ class KeyRead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bags:
+class ReadBags:
     """The values of a batch by key and bag.
 
     Args:
@@ -119,7 +119,7 @@ class RowReads:
         firsts = {int(output): n for n, output in reversed(list(enumerate(self._outputs)))}
         self._sizing = [firsts[output] for output in range(len(widths))]
 
-    def sums(self, tables: Sequence[Tensor], bags: Bags) -> list[Tensor]:
+    def sums(self, tables: Sequence[Tensor], bags: ReadBags) -> list[Tensor]:
         """The rows of each bag, added up, weighted where values are: for each output, (bags, columns).
 
         Args:
@@ -133,7 +133,7 @@ class RowReads:
             return list(_Sums.apply(self, bags, *tables))
         return self.read(tables, bags)
 
-    def read(self, tables: Sequence[Tensor], bags: Bags) -> list[Tensor]:
+    def read(self, tables: Sequence[Tensor], bags: ReadBags) -> list[Tensor]:
         """`sums` without a gradient."""
         found = [
             torch.empty(bags.bags[key], width) for key, width in zip(self._sizing, self._columns)
@@ -146,7 +146,7 @@ class RowReads:
         return found
 
     def add(
-        self, shapes: Sequence[torch.Size], grads: Sequence[Tensor], bags: Bags
+        self, shapes: Sequence[torch.Size], grads: Sequence[Tensor], bags: ReadBags
     ) -> list[Tensor]:
         """The gradients of tables of these shapes for gradients of the outputs."""
         grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
@@ -162,14 +162,14 @@ class RowReads:
         )
         return found
 
-    def _covers(self, shapes: Sequence[torch.Size], bags: Bags) -> bool:
+    def _covers(self, shapes: Sequence[torch.Size], bags: ReadBags) -> bool:
         """Whether every number of tables whose rows are values' own is some key's."""
         read = np.zeros(len(shapes), dtype=np.int64)
         np.add.at(read, self._tables, np.array(bags.counts, dtype=np.int64) * self._widths)
         return [int(n) for n in read] == [shape.numel() for shape in shapes]
 
     def _described(
-        self, tables: Sequence[Tensor], outputs: Sequence[Tensor], bags: Bags
+        self, tables: Sequence[Tensor], outputs: Sequence[Tensor], bags: ReadBags
     ) -> np.ndarray:
         """The keys as the compiled code reads them."""
         keys = np.zeros(len(self._tables), dtype=_KEY)
@@ -198,7 +198,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, reads: RowReads, bags: Bags, *tables: Tensor) -> Any:
+    def forward(ctx: Any, reads: RowReads, bags: ReadBags, *tables: Tensor) -> Any:
         ctx.reads, ctx.shapes = reads, [table.shape for table in tables]
         _save(ctx, bags)
         return tuple(reads.read(tables, bags))
@@ -217,7 +217,7 @@ class _Grads(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, reads: RowReads, bags: Bags, shapes: Sequence[torch.Size], *grads: Tensor
+        ctx: Any, reads: RowReads, bags: ReadBags, shapes: Sequence[torch.Size], *grads: Tensor
     ) -> Any:
         ctx.reads = reads
         _save(ctx, bags)
@@ -230,13 +230,13 @@ class _Grads(torch.autograd.Function):
         return None, None, None, *_Sums.apply(ctx.reads, _saved(ctx), *tables)
 
 
-def _save(ctx: Any, bags: Bags) -> None:
+def _save(ctx: Any, bags: ReadBags) -> None:
     """Keep a batch for the gradient, which notices when someone writes to it meanwhile."""
     ctx.save_for_backward(bags.offsets, bags.ids, bags.weights)
     ctx.bags = replace(bags, offsets=None, ids=None, weights=None)
 
 
-def _saved(ctx: Any) -> Bags:
+def _saved(ctx: Any) -> ReadBags:
     offsets, ids, weights = ctx.saved_tensors
     return replace(ctx.bags, offsets=offsets, ids=ids, weights=weights)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from embcomp.collection.compiled_rows import Bags, KeyRead, RowReads, are_readable
+from embcomp.collection.compiled_rows import KeyRead, ReadBags, RowReads, are_readable
 from embcomp.collection.each_pair import key_widths
 from embcomp.collection.groups import Group
 from embcomp.layers.host_values import reads_wait
@@ -113,11 +113,11 @@ class RowReader:
         }
 
 
-def _as_read(bags: KeyedJaggedTensor, *, weighted: bool) -> Bags:
+def _as_read(bags: KeyedJaggedTensor, *, weighted: bool) -> ReadBags:
     """The bags of a batch as compiled code reads them."""
     lengths, weights = bags.lengths(), bags.weights() if weighted else None
     alone = _are_ones(lengths)
-    return Bags(
+    return ReadBags(
         counts=bags.length_per_key(),
         bags=bags.stride_per_key(),
         size=1 if alone else 0,

@@ -12,7 +12,7 @@ from embcomp.collection.collection import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
-from embcomp.collection.compiled_rows import Bags, KeyRead, RowReads, library
+from embcomp.collection.compiled_rows import KeyRead, ReadBags, RowReads, library
 from embcomp.testing.check_data import awkward_tables, feature_rows, random_batch
 from tests.helpers.backends_under_test import CASES
 
@@ -68,7 +68,7 @@ def test_sums_and_both_derivatives(width):
     ids = torch.randint(0, 30, (int(lengths.sum()),), generator=draw)
     weights = torch.rand(len(ids), generator=draw)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    bags = Bags(counts=[len(ids)], bags=[40], offsets=offsets, ids=ids, weights=weights)
+    bags = ReadBags(counts=[len(ids)], bags=[40], offsets=offsets, ids=ids, weights=weights)
     reads = RowReads([KeyRead(table=0, width=width)], [width])
 
     def derivatives(sums):
@@ -91,7 +91,7 @@ def test_sums_and_both_derivatives(width):
 def test_values_that_are_rows_themselves():
     rows = [torch.randn(7, 4, requires_grad=True), torch.randn(3, 6, requires_grad=True)]
     offsets = torch.tensor([0, 3, 3, 7, 7, 8, 10])
-    bags = Bags(counts=[7, 3], bags=[3, 3], offsets=offsets)
+    bags = ReadBags(counts=[7, 3], bags=[3, 3], offsets=offsets)
     reads = RowReads([KeyRead(table=0, width=4), KeyRead(table=1, width=6, into=4)], [10])
     (found,) = reads.sums(rows, bags)
     wanted = torch.stack([rows[0][:3].sum(0), torch.zeros(4), rows[0][3:].sum(0)])
@@ -106,14 +106,14 @@ def test_ids_of_no_row_are_refused():
     for bad in (-1, 5):
         with pytest.raises(IndexError, match="no row"):
             reads.read(
-                [torch.zeros(5, 2)], Bags(counts=[1], bags=[1], size=1, ids=torch.tensor([bad]))
+                [torch.zeros(5, 2)], ReadBags(counts=[1], bags=[1], size=1, ids=torch.tensor([bad]))
             )
 
 
 def test_ids_that_someone_writes_to_before_the_gradient_are_noticed():
     ids, table = torch.tensor([1, 2]), torch.ones(5, 2, requires_grad=True)
     reads = RowReads([KeyRead(table=0, width=2)], [2])
-    (found,) = reads.sums([table], Bags(counts=[2], bags=[2], size=1, ids=ids))
+    (found,) = reads.sums([table], ReadBags(counts=[2], bags=[2], size=1, ids=ids))
     ids.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.sum().backward()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import polars as pl
 import pytest
@@ -72,3 +75,23 @@ def test_many_values_keep_their_numbers_as_room_grows():
     assert values.to_pylist() == column.to_list()
     assert counts.tolist() == [2] * 200_003
     assert numbering.bytes > empty + 200_003 * 24
+
+
+def test_a_block_is_numbered_while_the_one_before_is_counted():
+    numbering = Numbering()
+    blocks = [
+        pl.Series([f"{n * block}" for n in range(3000)], dtype=pl.String) for block in range(1, 25)
+    ]
+    numbers = [numbering.number(blocks[0])]
+    with ThreadPoolExecutor(1) as pool:
+        for n in range(len(blocks)):
+            coming = pool.submit(numbering.number, blocks[n + 1]) if n + 1 < len(blocks) else None
+            numbering.count(numbers[n], np.ones(len(numbers[n]), dtype=bool))
+            if coming is not None:
+                numbers.append(coming.result())
+    values, counts = numbering.values()
+    expected = Counter(value for block in blocks for value in block.to_list())
+    assert dict(zip(values.to_pylist(), counts.tolist())) == expected
+    numbering.close()
+    with pytest.raises(ValueError, match="let go of"):
+        numbering.number(blocks[0])

@@ -21,6 +21,7 @@ OPTIONS = {"importer": "criteo", "min_count": 2, "blocks_per_part": 2}
 
 
 PARTS = 9
+AT_ONCE = 8  # parts and features at the most, by threads
 CALLED_IN = {"count_part": count_pass, "build_vocabulary": rank_pass, "encode_part": encode_pass}
 """The module in which a pass calls what does the work."""
 
@@ -86,7 +87,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
         prepare(raw, tmp_path / "out", report=news.append, **OPTIONS)
     assert news == ["going on with what an earlier, interrupted run left"]
     whole_calls = 26 if name == "build_vocabulary" else PARTS
-    assert len(seen) == whole_calls - calls
+    # What was worked on at the same time when it died is done again.
+    assert 0 <= len(seen) - (whole_calls - calls) <= AT_ONCE - 1
     assert folder_bytes(tmp_path / "out") == whole
     assert not list(tmp_path.glob(".*"))
 

@@ -13,7 +13,9 @@ from embcomp.planning.proposers import proposers
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
-    path for path in ROOT.joinpath("configs").glob("*.yaml") if not path.stem.startswith("search_")
+    path
+    for path in ROOT.joinpath("configs").glob("*.yaml")
+    if not path.stem.startswith(("search_", "benchmark_"))
 )
 GIB = 1 << 30
 LIVES = {  # codes of more bytes a row would have to lie on each device

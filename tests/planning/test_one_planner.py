@@ -39,7 +39,7 @@ from tests.training.test_stages import staged_config
 RECIPES = sorted(
     path.stem
     for path in Path(__file__).parents[2].joinpath("configs").glob("*.yaml")
-    if not path.stem.startswith("search_")
+    if not path.stem.startswith(("search_", "benchmark_"))
 )
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 ONCE = {

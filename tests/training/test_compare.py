@@ -70,7 +70,9 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(folders, tmp_pa
     page = (tmp_path / "page.html").read_text()
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     assert "Plotly.newPlot" in page and len(page) > 1_000_000
-    assert "<td>&lt;small&gt;</td>" in page and "<small>" not in page.split("</script>")[-1]
+    assert (
+        "<span>&lt;small&gt;</span></td>" in page and "<small>" not in page.split("</script>")[-1]
+    )
 
 
 def test_the_picture_is_a_png_and_the_same_runs_draw_the_same_bytes(folders, tmp_path):
