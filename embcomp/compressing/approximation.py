@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan import UNCOMPRESSED, Plan, ResolvedPlan
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import did_you_mean, listed
-from embcomp.layers.block_work import IN_MEMORY, Item, Statistics, Work
+from embcomp.layers.block_work import IN_MEMORY, NamedWork, Work
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
 
@@ -71,7 +70,7 @@ def approximate(
     """
     states: list[GroupState] = []
     for number, (config, tables) in enumerate(plan.groups):
-        own = _Named(work, f"{number}-{config.name}")
+        own = NamedWork(work, f"{number}-{config.name}")
         past = _inputs(tables, rows, counts, seed, own)
         states.append(GroupState(tables=tables, form=config.approximate(tables, past)))
     methods = {t.name: each.form.config for each in states for t in each.tables}
@@ -107,7 +106,7 @@ def sized_by_rows(
         tuple(table for table in plan.tables if table.name in wanted.overrides), plan.methods
     )
     left = allowed - (others.footprint.serve_bytes if others.tables else 0)
-    past = _inputs(tables, rows, counts, 0, _Named(work, "size"))
+    past = _inputs(tables, rows, counts, 0, NamedWork(work, "size"))
     sized = replace(method, budget=None).fit_rows(tables, left, past)
     own = {t.name: UNCOMPRESSED if sized.keeps_full(t) else sized for t in tables}
     return ResolvedPlan(plan.tables, {**plan.methods, **own})
@@ -142,31 +141,6 @@ def _refuse_merged(plan: ResolvedPlan, found: ResolvedPlan) -> None:
                 f"tables {listed(sorted(names))} would have one serving form from two methods; give "
                 "both tables one method, or their methods other seeds"
             )
-
-
-@dataclass(frozen=True)
-class _Named:
-    """Work whose steps have names of their own, whatever other groups do."""
-
-    work: Work
-    label: str
-
-    def map(
-        self, name: str, function: Callable[[Item], Statistics], items: Sequence[Item]
-    ) -> Iterator[Statistics]:
-        return self.work.map(f"{self.label}-{name}", function, items)
-
-    def write(
-        self,
-        name: str,
-        function: Callable[[Any], Tensor],
-        items: Sequence[Any],
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        *,
-        sizes: Sequence[int] | None = None,
-    ) -> RowSource:
-        return self.work.write(f"{self.label}-{name}", function, items, shape, dtype, sizes=sizes)
 
 
 def method_of(name: str) -> type[BackendConfig]:
