@@ -130,7 +130,7 @@ def test_lists_of_a_fixed_size_are_bags(tmp_path):
         pq.write_table(pa.table({"tags": pairs}), tmp_path / "probe.parquet")
     except (
         pa.ArrowNotImplementedError
-    ) as error:  # pyarrow 17 writes no missing list of a fixed size
+    ) as error:  # pyarrow 19 writes no missing list of a fixed size
         pytest.skip(str(error))
     info = prepared(tmp_path, {"tags": pairs}, categorical=[{"name": "tags", "multi_valued": True}])
     values = decode(info, "tags")
