@@ -10,7 +10,7 @@ import plotly.graph_objects as plotly
 from embcomp.benchmark.benchmark_result import BenchmarkResult, CellResult, GroupResult, Spread
 from embcomp.benchmark.significance import LEVEL, PairedDifference
 from embcomp.io.html import byte_ticks, escaped, figure_html, marker_of, table, write_page
-from embcomp.search.trials.trial_progress import duration
+from embcomp.io.live_console import duration
 from embcomp.tables.budget import format_bytes
 
 Measure = Callable[[CellResult], Spread | float | None]

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TextIO
 
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import Self
 
+from embcomp.io.live_console import LiveConsole, duration
 from embcomp.search.attempts import KIND, latest_attempts, number_of
 from embcomp.search.config.search_config import SearchConfig
 from embcomp.search.trials.worker import OUTCOME
 from embcomp.tables.budget import format_bytes
 
 _SHOWN = 8
-_REFRESH = 1.0  # seconds
 
 
-class SearchConsole:
+class SearchConsole(LiveConsole):
     """Prints a search's progress on stderr.
 
     Args:
@@ -39,28 +34,11 @@ class SearchConsole:
     def __init__(
         self, config: SearchConfig, *, enabled: bool, stream: TextIO | None = None
     ) -> None:
-        self._config, self._enabled = config, enabled
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
-        self._live: Live | None = None
+        super().__init__(enabled=enabled, stream=stream)
+        self._config = config
         self._study: Study | None = None
         self._count = self._slots = 0
         self._title = ""
-        self._drawn = 0.0
-
-    def __enter__(self) -> Self:
-        if self._enabled and self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def follow(self, study: Study, title: str, count: int, slots: int) -> None:
         """Show another study.
@@ -75,17 +53,10 @@ class SearchConsole:
 
     def update(self, running: Sequence[int]) -> None:
         """Draw the running candidates anew, unless that was done a moment ago."""
-        if self._live is None or self._study is None or time.monotonic() - self._drawn < _REFRESH:
-            return
-        self._drawn = time.monotonic()
-        self._live.update(self._draw(running), refresh=True)
+        if self._study is not None:
+            self.draw(lambda: self._table(running))
 
-    def log(self, text: str) -> None:
-        """Print a line above the table."""
-        if self._enabled:
-            self._console.print(escape(text))
-
-    def _draw(self, running: Sequence[int]) -> Group:
+    def _table(self, running: Sequence[int]) -> Group:
         assert self._study is not None
         trials = latest_attempts(self._study)
         table = Table(box=SIMPLE_HEAD, pad_edge=False, title=self._title, title_justify="left")
@@ -126,11 +97,3 @@ def best_first(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]
         done = [trial for trial in done if trial.number in numbers]
     maximize = study.directions[0].name == "MAXIMIZE"
     return sorted(done, key=lambda trial: (trial.values[0] * (-1 if maximize else 1), trial.number))
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
