@@ -12,7 +12,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 
 SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test test-long test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
+.PHONY: demo test test-long test-spark test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
@@ -25,6 +25,10 @@ test: $(VENV)/.installed
 ## Kill loops (`EMBCOMP_TEST_KILLS`), and the rest of the larger matrices of cases.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m long
+
+## What a real Spark writes (`pip install pyspark`, and Java: Debian's openjdk-17-jre-headless), taken as it is.
+test-spark: $(VENV)/.installed-spark
+	$(BIN)/python -m pytest tests/data_pipelines/test_spark.py
 
 ## What starts no process and trains nothing: under two minutes on two cores.
 test-fast: $(VENV)/.installed
@@ -92,6 +96,10 @@ $(VENV)-lowest/.installed-lowest: requirements-cpu.txt .ci/lowest.txt pyproject.
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet -c .ci/lowest.txt -r requirements-cpu.txt
 	$(VENV)-lowest/bin/python -m pip check
+	touch $@
+
+$(VENV)/.installed-spark: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pyspark==4.3.0
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -108,7 +108,7 @@ def test_every_long_verb_says_where_it_stands_and_exits_as_stopped_programs_do(
     long_but([(signal.SIGTERM, 143)], [(signal.SIGINT, 130), (signal.SIGTERM, 143)]),
 )
 def test_a_stopped_training_names_its_last_checkpoint_and_goes_on_from_it(workplace, number, code):
-    many = [*COMMAND, "train", "config.yaml", "train.epochs=40", "train.checkpoint_every=5"]
+    many = [*COMMAND, "train", "config.yaml", "train.epochs=12", "train.checkpoint_every=5"]
     process = subprocess.Popen(many, stderr=subprocess.PIPE, text=True)
     checkpoints = workplace / "runs" / "toy_run" / "checkpoints"
     while not list(checkpoints.glob("step-*")):

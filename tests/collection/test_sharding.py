@@ -99,8 +99,7 @@ def test_single_valued_features(workers):
     setups = [
         Setup(plan=case.config, sharding=sharding, shape="single", pooled=pooled, dims=(8, 8, 8))
         for case in CASES.values()
-        for sharding in ("row_wise", "table_wise")
-        for pooled in (True, False)
+        for sharding, pooled in (("row_wise", True), ("table_wise", False))
     ]
     workers.run(2, check_each, check_sharded_equals_unsharded, setups)
 
@@ -131,8 +130,7 @@ def test_meta_builds_get_good_weights_and_equal_routes(workers):
     setups = [
         Setup(plan=case.config, sharding=sharding, pooled=pooled, dims=widths(pooled))
         for case in CASES.values()
-        for pooled in (True, False)
-        for sharding in ("row_wise", "mixed")
+        for sharding, pooled in (("row_wise", True), ("mixed", False))
     ]
     for world_size in (1, 2):
         workers.run(world_size, check_each, check_meta_build, setups)

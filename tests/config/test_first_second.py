@@ -13,6 +13,7 @@ import pytest
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError, EmbcompError
 from embcomp.training import train
+from tests.helpers.long import long_but
 from tests.helpers.resealed import reseal
 from tests.helpers.training_cases import toy_config, write_dataset
 
@@ -87,7 +88,7 @@ def test_a_loss_that_overflows_by_its_learning_rate_blames_no_column(dataset, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["dense", "fused"])
+@pytest.mark.parametrize("mode", long_but(["dense"], ["dense", "fused"]))
 def test_no_warning_of_a_library_reaches_a_user_of_either_mode(dataset, tmp_path, mode):
     config = toy_config(dataset, f"train.row_optimizer.mode={mode}", "train.max_steps=2")
     (tmp_path / "config.yaml").write_text(config.to_yaml())

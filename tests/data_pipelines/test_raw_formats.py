@@ -555,7 +555,7 @@ def test_every_line_of_a_spoilt_log_is_read_or_named(tmp_path, name, content):
     bags = [{"name": "b", "separator": "|"}, "u"]
     importer = table(categorical=bags, numeric=["x"]) if name == "r.csv" else LibFMImporter()
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(100):
         spoilt = bytearray(content.encode())
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(spoilt))
@@ -580,7 +580,7 @@ def test_a_spoilt_parquet_file_is_read_or_named(tmp_path, capfd):
     good = (tmp_path / "good.parquet").read_bytes()
     importer = table(categorical=["u", "k", {"name": "b", "multi_valued": True}])
     rng = random.Random(3)
-    for _ in range(1500):
+    for _ in range(500):
         spoilt = bytearray(good)
         for _ in range(rng.randint(1, 3)):
             spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)

@@ -223,7 +223,7 @@ def by_line(form: Delimited, lines: list[str]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(lines=st.lists(LINE, min_size=1, max_size=5))
 def test_what_a_line_says_does_not_depend_on_the_lines_beside_it(form, lines):
     alone = [by_line(FORMATS[form], [line])[0] for line in lines]

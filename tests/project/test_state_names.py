@@ -19,6 +19,7 @@ from embcomp.config.train_config import parse_config
 from embcomp.training import train
 from tests.helpers.backends_under_test import CASES
 from tests.helpers.digests import bag_tables, kinds_of, row_tables
+from tests.helpers.long import long_but
 from tests.helpers.staged_methods import STAGED
 from tests.helpers.stored_values import check_keys, check_stored
 from tests.helpers.training_cases import write_dataset
@@ -43,7 +44,7 @@ def test_tensors_of_a_collection_keep_their_names(case):
 
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor")
-@pytest.mark.parametrize("method", STAGED)
+@pytest.mark.parametrize("method", long_but(["pq", "optembed"], STAGED))
 def test_files_of_a_run_in_stages_keep_their_names(method, dataset, tmp_path):
     case = STAGED[method]
     document = {

@@ -87,6 +87,7 @@ def test_a_supernet_scores_candidates_after_one_training(recipe, tmp_path):
     assert again == result
 
 
+@pytest.mark.long
 def test_batch_norms_are_fitted_to_each_candidate(recipe, tmp_path, monkeypatch):
     train_here(monkeypatch)
     document = search_document(

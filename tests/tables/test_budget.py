@@ -109,7 +109,7 @@ def larger(config, tables, size):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(METHODS, TABLES, st.integers(1, 1000))
 def test_the_largest_that_fits_is_found(method, tables, thousandths):
     if not valid(method, tables):

@@ -264,7 +264,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_happened(
             assert torch.equal(tensor, there[name]), (schedule.names[index], name)
 
 
-@pytest.mark.parametrize("method", long_but(["lr2vq", "dnis"], STAGED))
+@pytest.mark.parametrize("method", long_but(["pq", "dnis"], STAGED))
 def test_ranks_train_every_stage_as_one_process_does(workers, dataset, tmp_path, method):
     ranks = STAGED[method].ranks
     config = staged_config(dataset, method, "train.sharding=row_wise")
