@@ -22,6 +22,18 @@ struct View {
   uint64_t second;  // eight bytes more; of a long text the buffer and the offset in it
 };
 
+// What is missing looks as an empty slot does, so that it is found there, with number 0. An empty text, which
+// is a value, has a key that no other view has.
+constexpr View kMissing{0, 0};
+constexpr View kEmptyText{0, 1};
+
+// A key and its number in one place: a value is found with one access to memory.
+struct Slot {
+  View key;         // of a long text: its place in `text`
+  uint32_t number;  // 0: nothing is here
+  uint32_t tag;     // the upper bits of the hash
+};
+
 inline uint32_t length_of(const View& view) { return static_cast<uint32_t>(view.first); }
 
 inline uint64_t mixed(uint64_t a, uint64_t b) {
@@ -31,79 +43,97 @@ inline uint64_t mixed(uint64_t a, uint64_t b) {
 
 struct Numbering {
   uint64_t seed = 0;
-  std::vector<View> keys;        // of a long text: its place in `text`
+  uint64_t salt = 0;
+  std::vector<Slot> slots;
   std::vector<int64_t> counts;
   std::vector<char> text;
-  std::vector<uint64_t> slots;   // 0, or 32 bits of the hash and the number
   uint64_t mask = 0;
 
-  uint32_t hash(const View& view, const char* text_of_long) const {
-    const uint64_t salt = seed ^ 0x9E3779B97F4A7C15ull;
+  uint64_t hash(const View& view) const { return mixed(view.first ^ seed, view.second ^ salt); }
+
+  uint64_t hash_of_long(const View& view, const char* bytes) const {
     uint64_t h = mixed(view.first ^ seed, 0xBF58476D1CE4E5B9ull ^ salt);
-    if (text_of_long == nullptr) {
-      h = mixed(h ^ view.second, 0x94D049BB133111EBull ^ salt);
-    } else {
-      const uint32_t length = length_of(view);
-      for (uint32_t at = 4; at < length; at += 8) {
-        uint64_t word = 0;
-        const uint32_t left = length - at;
-        std::memcpy(&word, text_of_long + at, left < 8 ? left : 8);
-        h = mixed(h ^ word, 0x94D049BB133111EBull ^ salt);
-      }
+    const uint32_t length = length_of(view);
+    for (uint32_t at = 4; at < length; at += 8) {
+      uint64_t word = 0;
+      const uint32_t left = length - at;
+      std::memcpy(&word, bytes + at, left < 8 ? left : 8);
+      h = mixed(h ^ word, 0x94D049BB133111EBull ^ salt);
     }
-    return static_cast<uint32_t>(h ^ (h >> 32));
+    return h;
+  }
+
+  uint64_t hash_of_key(const View& key) const {
+    return length_of(key) <= kInline ? hash(key) : hash_of_long(key, text.data() + key.second);
   }
 
   void grow(uint64_t size) {
-    std::vector<uint64_t> larger(size, 0);
+    std::vector<Slot> larger(size, Slot{kMissing, 0, 0});
     const uint64_t larger_mask = size - 1;
-    for (const uint64_t slot : slots) {
-      if (slot == 0) continue;
-      uint64_t at = (slot >> 32) & larger_mask;
-      while (larger[at] != 0) at = (at + 1) & larger_mask;
+    for (const Slot& slot : slots) {
+      if (slot.number == 0) continue;
+      uint64_t at = hash_of_key(slot.key) & larger_mask;
+      while (larger[at].number != 0) at = (at + 1) & larger_mask;
       larger[at] = slot;
     }
     slots.swap(larger);
     mask = larger_mask;
   }
 
-  bool equal(const View& key, const View& view, const char* text_of_long) const {
-    if (key.first != view.first) return false;
-    if (text_of_long == nullptr) return key.second == view.second;
-    return std::memcmp(text.data() + key.second, text_of_long, length_of(view)) == 0;
+  // Makes room for more values, so that a third of the slots stays empty.
+  void make_room(uint64_t more) {
+    while (3 * (counts.size() + more) > 2 * slots.size()) grow(2 * slots.size());
   }
 
-  uint32_t add(const View& view, const char* text_of_long) {
-    View key = view;
-    if (text_of_long != nullptr) {
-      key.second = text.size();
-      text.insert(text.end(), text_of_long, text_of_long + length_of(view));
-    }
-    keys.push_back(key);
+  uint32_t fill(Slot& slot, const View& key, uint64_t hash) {
     counts.push_back(0);
-    return static_cast<uint32_t>(keys.size());
+    slot = Slot{key, static_cast<uint32_t>(counts.size()), static_cast<uint32_t>(hash >> 32)};
+    return slot.number;
   }
 
-  uint32_t number(const View& view, uint32_t hash, const char* text_of_long) {
+  uint32_t number(const View& view, uint64_t hash) {
     uint64_t at = hash & mask;
-    while (slots[at] != 0) {
-      const uint64_t slot = slots[at];
-      const uint32_t found = static_cast<uint32_t>(slot);
-      if (static_cast<uint32_t>(slot >> 32) == hash && equal(keys[found - 1], view, text_of_long)) {
-        return found;
-      }
+    while (true) {
+      Slot& slot = slots[at];
+      if (slot.key.first == view.first && slot.key.second == view.second) return slot.number;
+      if (slot.number == 0) return fill(slot, view, hash);
       at = (at + 1) & mask;
     }
-    const uint32_t fresh = add(view, text_of_long);
-    slots[at] = static_cast<uint64_t>(hash) << 32 | fresh;
-    return fresh;
   }
-};
 
-inline const char* long_text(const View& view, const char* const* buffers) {
-  if (length_of(view) <= kInline) return nullptr;
-  return buffers[static_cast<uint32_t>(view.second)] + (view.second >> 32);
-}
+  uint32_t number_of_long(const View& view, uint64_t hash, const char* bytes) {
+    uint64_t at = hash & mask;
+    for (; slots[at].number != 0; at = (at + 1) & mask) {
+      const Slot& slot = slots[at];
+      if (slot.key.first == view.first && slot.tag == static_cast<uint32_t>(hash >> 32) &&
+          std::memcmp(text.data() + slot.key.second, bytes, length_of(view)) == 0) {
+        return slot.number;
+      }
+    }
+    const View key{view.first, text.size()};
+    text.insert(text.end(), bytes, bytes + length_of(view));
+    return fill(slots[at], key, hash);
+  }
+
+  // Numbers up to kBatch values; `bytes_of` gives the bytes of a long one.
+  template <typename BytesOf>
+  void number_batch(const View* views, int64_t size, const BytesOf& bytes_of, uint32_t* numbers) {
+    make_room(static_cast<uint64_t>(size));
+    uint64_t hashes[kBatch];
+    for (int64_t i = 0; i < size; ++i) {
+      const View& view = views[i];
+      hashes[i] = length_of(view) <= kInline ? hash(view) : hash_of_long(view, bytes_of(view));
+      __builtin_prefetch(&slots[hashes[i] & mask]);
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const View& view = views[i];
+      numbers[i] = length_of(view) <= kInline ? number(view, hashes[i])
+                                              : number_of_long(view, hashes[i], bytes_of(view));
+    }
+  }
+
+  bool is_full(int64_t more) const { return static_cast<int64_t>(counts.size()) + more >= kMostValues; }
+};
 
 inline bool is_set(const uint8_t* bits, int64_t at) {
   return bits == nullptr || (bits[at >> 3] >> (at & 7) & 1);
@@ -118,6 +148,7 @@ Numbering* embcomp_numbering_new(uint64_t seed) {
   try {
     auto* made = new Numbering;
     made->seed = seed;
+    made->salt = mixed(seed ^ 0x9E3779B97F4A7C15ull, 0xD1342543DE82EF95ull);
     try {
       made->grow(kFirstSlots);
     } catch (...) {
@@ -133,19 +164,17 @@ Numbering* embcomp_numbering_new(uint64_t seed) {
 void embcomp_numbering_free(Numbering* numbering) { delete numbering; }
 
 int64_t embcomp_numbering_size(const Numbering* numbering) {
-  return static_cast<int64_t>(numbering->keys.size());
+  return static_cast<int64_t>(numbering->counts.size());
 }
 
 int64_t embcomp_numbering_bytes(const Numbering* numbering) {
-  return static_cast<int64_t>(sizeof(View) * numbering->keys.capacity() +
-                              sizeof(int64_t) * numbering->counts.capacity() +
-                              numbering->text.capacity() +
-                              sizeof(uint64_t) * numbering->slots.capacity());
+  return static_cast<int64_t>(sizeof(Slot) * numbering->slots.capacity() +
+                              sizeof(int64_t) * numbering->counts.capacity() + numbering->text.capacity());
 }
 
 int64_t embcomp_numbering_text_bytes(const Numbering* numbering) {
   int64_t total = 0;
-  for (const View& key : numbering->keys) total += length_of(key);
+  for (const Slot& slot : numbering->slots) total += length_of(slot.key);
   return total;
 }
 
@@ -153,32 +182,36 @@ int64_t embcomp_numbering_text_bytes(const Numbering* numbering) {
 // where there is no memory, -2 where there are too many.
 int32_t embcomp_numbering_add(Numbering* numbering, const View* views, const uint8_t* valid, int64_t first,
                               const char* const* buffers, int64_t n, uint32_t* numbers) {
+  const auto bytes_of = [buffers](const View& view) {
+    return buffers[static_cast<uint32_t>(view.second)] + (view.second >> 32);
+  };
   try {
-    uint32_t hashes[kBatch];
+    View batch[kBatch];
     for (int64_t start = 0; start < n; start += kBatch) {
       const int64_t size = n - start < kBatch ? n - start : kBatch;
-      const uint64_t most = numbering->keys.size() + size;
-      if (most >= kMostValues) return -2;
-      if (4 * most > 3 * numbering->slots.size()) numbering->grow(2 * numbering->slots.size());
+      if (numbering->is_full(size)) return -2;
       for (int64_t i = 0; i < size; ++i) {
-        if (!is_set(valid, first + start + i)) continue;
         const View& view = views[start + i];
-        hashes[i] = numbering->hash(view, long_text(view, buffers));
-        __builtin_prefetch(&numbering->slots[hashes[i] & numbering->mask]);
+        const View there = length_of(view) == 0 ? kEmptyText : view;
+        batch[i] = is_set(valid, first + start + i) ? there : kMissing;
       }
-      for (int64_t i = 0; i < size; ++i) {
-        if (!is_set(valid, first + start + i)) continue;
-        const uint32_t likely = static_cast<uint32_t>(numbering->slots[hashes[i] & numbering->mask]);
-        if (likely != 0) __builtin_prefetch(&numbering->keys[likely - 1]);
-      }
-      for (int64_t i = 0; i < size; ++i) {
-        if (!is_set(valid, first + start + i)) {
-          numbers[start + i] = 0;
-          continue;
-        }
-        const View& view = views[start + i];
-        numbers[start + i] = numbering->number(view, hashes[i], long_text(view, buffers));
-      }
+      numbering->number_batch(batch, size, bytes_of, numbers + start);
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+// Numbers n fields of `data`, of which an empty one is missing. Returns as embcomp_numbering_add does.
+int32_t embcomp_numbering_add_fields(Numbering* numbering, const View* views, const char* data, int64_t n,
+                                     uint32_t* numbers) {
+  const auto bytes_of = [data](const View& view) { return data + (view.second >> 32); };
+  try {
+    for (int64_t start = 0; start < n; start += kBatch) {
+      const int64_t size = n - start < kBatch ? n - start : kBatch;
+      if (numbering->is_full(size)) return -2;
+      numbering->number_batch(views + start, size, bytes_of, numbers + start);
     }
     return 0;
   } catch (const std::bad_alloc&) {
@@ -195,21 +228,23 @@ void embcomp_numbering_count(Numbering* numbering, const uint32_t* numbers, cons
 
 // Writes (size,) counts, (size + 1,) offsets and the bytes of all texts, by number.
 void embcomp_numbering_values(const Numbering* numbering, int64_t* counts, int64_t* offsets, char* text) {
-  int64_t at = 0;
-  const int64_t size = static_cast<int64_t>(numbering->keys.size());
-  for (int64_t i = 0; i < size; ++i) {
-    const View& key = numbering->keys[i];
-    const uint32_t length = length_of(key);
-    counts[i] = numbering->counts[i];
-    offsets[i] = at;
-    if (length <= kInline) {
-      std::memcpy(text + at, reinterpret_cast<const char*>(&key) + sizeof(uint32_t), length);
-    } else {
-      std::memcpy(text + at, numbering->text.data() + key.second, length);
-    }
-    at += length;
+  const int64_t size = static_cast<int64_t>(numbering->counts.size());
+  if (size > 0) std::memcpy(counts, numbering->counts.data(), sizeof(int64_t) * size);
+  offsets[0] = 0;
+  for (const Slot& slot : numbering->slots) {
+    if (slot.number != 0) offsets[slot.number] = length_of(slot.key);
   }
-  offsets[size] = at;
+  for (int64_t i = 0; i < size; ++i) offsets[i + 1] += offsets[i];
+  for (const Slot& slot : numbering->slots) {
+    if (slot.number == 0) continue;
+    const uint32_t length = length_of(slot.key);
+    char* place = text + offsets[slot.number - 1];
+    if (length <= kInline) {
+      std::memcpy(place, reinterpret_cast<const char*>(&slot.key) + sizeof(uint32_t), length);
+    } else {
+      std::memcpy(place, numbering->text.data() + slot.key.second, length);
+    }
+  }
 }
 
 }  // extern "C"

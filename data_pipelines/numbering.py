@@ -88,10 +88,10 @@ def can_number() -> bool:
 
 
 def numbering_function() -> int:
-    """The address of what numbers views, for other compiled code."""
+    """The address of what numbers fields of a block, for other compiled code."""
     library = _library()
     assert library is not None
-    return int(ctypes.cast(library.embcomp_numbering_add, ctypes.c_void_p).value or 0)
+    return int(ctypes.cast(library.embcomp_numbering_add_fields, ctypes.c_void_p).value or 0)
 
 
 class Numbering:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from embcomp.data_pipelines.schema import NumericFeature
+from embcomp.data_pipelines.tabulated import NumberTable, can_tabulate
 from embcomp.io.reproducible_sums import pairwise_sum, to_digits
 
 BUCKET = "bucket"
@@ -94,60 +95,58 @@ def numeric_expression(feature: NumericFeature) -> pl.Expr:
 
 def clipped_expression(feature: NumericFeature) -> pl.Expr:
     """Return how many raw values of a feature its transform cannot represent (see `schema`)."""
+    return _is_lost(feature).sum().alias(feature.name)
+
+
+def _is_lost(feature: NumericFeature) -> pl.Expr:
     x = pl.col(feature.name)
     if feature.transform in ("log1p", "standard_log"):
-        lost = x < 0
-    elif feature.transform == "min_max":
-        lost = (x < feature.min) | (x > feature.max)
-    else:
-        lost = x.abs() > _LARGEST
-    return lost.sum().alias(feature.name)
+        return x < 0
+    if feature.transform == "min_max":
+        return (x < feature.min) | (x > feature.max)
+    return x.abs() > _LARGEST
 
 
 class Transforms:
     """Puts raw Float64 columns through the transforms of numeric features.
 
-    Most numbers of a log are small whole ones: what these become is looked up, in a table that the same
-    expression made.
+    Most numbers of a log are small whole ones: what these become is looked up where there is a compiler, in a
+    table that the same expression made.
     """
 
     def __init__(self, features: Sequence[NumericFeature]) -> None:
         self.features = list(features)
-        self._tables: dict[str, NDArray[np.float32]] = {}
+        self._tables: dict[str, NumberTable] = {}
 
     def apply(self, frame: pl.DataFrame) -> tuple[list[NDArray[np.float32]], dict[str, int]]:
         """Return (B,) float32 of each feature, and by feature how many values cannot be represented."""
-        if not self.features:
-            return [], {}
-        clipped = frame.select(clipped_expression(feature) for feature in self.features)
-        numbers = [self._column(each, frame.get_column(each.name)) for each in self.features]
-        return numbers, clipped.row(0, named=True)
+        numbers, clipped = [], {}
+        for feature in self.features:
+            column, count = self._column(feature, frame.get_column(feature.name))
+            numbers.append(column)
+            clipped[feature.name] = count
+        return numbers, clipped
 
-    def _column(self, feature: NumericFeature, raw: pl.Series) -> NDArray[np.float32]:
-        if len(raw) < _TABULATED:
+    def _column(self, feature: NumericFeature, raw: pl.Series) -> tuple[NDArray[np.float32], int]:
+        if len(raw) < _TABULATED or not can_tabulate():
             return _transformed(feature, raw)
         if feature.name not in self._tables:
-            whole = np.arange(_LEAST, _LEAST + _TABULATED, dtype=np.float64)
-            self._tables[feature.name] = _transformed(feature, pl.Series(feature.name, whole))
-        x = raw.to_numpy()
-        with np.errstate(invalid="ignore"):
-            places = x.astype(np.int64) - _LEAST
-        # By their bits: neither a missing number nor -0.0 has a place.
-        whole = (places + _LEAST).astype(np.float64)
-        known = (places >= 0) & (places < _TABULATED) & (whole.view(np.int64) == x.view(np.int64))
-        found = self._tables[feature.name].take(np.where(known, places, 0))
-        left = ~known
-        if raw.null_count():
-            missing = raw.is_null().to_numpy()
-            found[missing] = 0.0
-            left &= ~missing
-        if left.any():
-            found[left] = _transformed(feature, raw.filter(pl.Series(left)))
-        return found
+            whole = pl.Series(feature.name, np.arange(_LEAST, _LEAST + _TABULATED), pl.Float64)
+            lost = whole.to_frame().select(_is_lost(feature)).to_series().to_numpy()
+            entries, _ = _transformed(feature, whole)
+            self._tables[feature.name] = NumberTable(least=_LEAST, entries=entries, counted=lost)
+        found, clipped, left = self._tables[feature.name].look_up(raw)
+        if len(left):
+            found[left], more = _transformed(feature, raw.gather(left))
+            clipped += more
+        return found, clipped
 
 
-def _transformed(feature: NumericFeature, raw: pl.Series) -> NDArray[np.float32]:
-    return raw.to_frame(feature.name).select(numeric_expression(feature)).to_series().to_numpy()
+def _transformed(feature: NumericFeature, raw: pl.Series) -> tuple[NDArray[np.float32], int]:
+    """Transform (N,) numbers; return how many of them the transform cannot represent, too."""
+    frame = raw.to_frame(feature.name)
+    numbers = frame.select(numeric_expression(feature)).to_series().to_numpy()
+    return numbers, int(frame.select(clipped_expression(feature)).item())
 
 
 def needs_figures(transform: str) -> bool:

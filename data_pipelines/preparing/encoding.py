@@ -165,6 +165,28 @@ class EncodedBlock:
     ids: Sequence[NDArray[np.int32]]
     lengths: Mapping[int, NDArray[np.int64]]
 
+    def rows_of(self, split: int) -> EncodedBlock:
+        """Return the rows of a split, in memory of their own: few rows would else keep many."""
+        (rows,) = np.nonzero(self.splits == split)
+        if len(rows) == len(self.splits):
+            return self
+        ids, lengths = [], {}
+        for at, values in enumerate(self.ids):
+            if at not in self.lengths:
+                ids.append(values.take(rows))
+                continue
+            lengths[at] = self.lengths[at].take(rows)
+            ids.append(values[np.repeat(self.splits == split, self.lengths[at])])
+        return EncodedBlock(
+            read=self.read,
+            splits=self.splits.take(rows),
+            told=[column.take(rows) for column in self.told],
+            numbers=[column.take(rows) for column in self.numbers],
+            clipped=self.clipped,
+            ids=ids,
+            lengths=lengths,
+        )
+
 
 Ids = Mapping[int, NDArray[np.int32]]
 """Ids that a round found, by the feature's place."""
@@ -254,7 +276,6 @@ def encode_part(
         for block in source.encoded(encoder, stored, numeric):
             for name, count in block.clipped.items():
                 part.clipped[name] = part.clipped.get(name, 0) + count
-            encoded = _table(block, schema)
             for code in np.unique(block.splits).tolist():
                 split = SPLITS[code]
                 if split not in writers:
@@ -264,10 +285,9 @@ def encode_part(
                     )
                     part.files[split] = name
                     positives[split] = 0
-                mask = block.splits == code
-                mine = encoded if mask.all() else encoded.filter(pa.array(mask))
-                writers[split].write(mine)
-                positives[split] += int(mine.column("label").to_numpy().sum(dtype=np.float64))
+                mine = block.rows_of(code)
+                writers[split].write(_table(mine, schema))
+                positives[split] += int(mine.told[0].sum(dtype=np.float64))
                 _count_unseen(part, split, mine, features)
             advance(block.read)
     part.records = {split: writers[split].record(positives[split]) for split in writers}
@@ -288,12 +308,10 @@ def _table(block: EncodedBlock, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _count_unseen(part: PartRows, split: str, table: pa.Table, features: Features) -> None:
+def _count_unseen(part: PartRows, split: str, rows: EncodedBlock, features: Features) -> None:
     values = part.values.setdefault(split, {})
     unseen = part.unseen.setdefault(split, {})
-    for feature in features.categorical:
-        column = table.column(feature.name).combine_chunks()
-        ids = (column.flatten() if feature.multi_valued else column).to_numpy(zero_copy_only=False)
+    for feature, ids in zip(features.categorical, rows.ids):
         values[feature.name] = values.get(feature.name, 0) + len(ids)
         unseen[feature.name] = unseen.get(feature.name, 0) + int(np.count_nonzero(ids == UNSEEN_ID))
 

@@ -25,7 +25,8 @@ ORDER = {
     " < final_scores, benchmark_result, benchmark_progress < benchmark_run, benchmark_page"
     " < benchmark_picture < api",
     "embcomp.data_pipelines": "description, splits < schema < integrity"
-    " < numbering, transforms, frequencies, bayes_metrics, sample_weights < importers, loader < preparing"
+    " < numbering, tabulated < transforms, frequencies, bayes_metrics, sample_weights"
+    " < importers, loader < preparing"
     " < prepare, followed_values < synthetic, validate",
 }
 
