@@ -193,6 +193,29 @@ def cut_by_hash(counts: pl.DataFrame, partitions: int) -> list[pl.DataFrame]:
     return [bare.slice(int(end - size), int(size)) for end, size in zip(ends, sizes)]
 
 
+def merged_counts(
+    runs: Sequence[Path], feature: int, partitions: int, room: int
+) -> Iterator[pl.DataFrame]:
+    """Yield the counts of a feature: all of some whole partitions, as many as `room` bytes of runs hold.
+
+    A partition that takes more comes by itself. The order of a frame's values is not defined.
+    """
+    frames: list[pl.DataFrame] = []
+    held = 0
+    # A run has each value once.
+    merge = merge_counts if len(runs) > 1 else pl.concat
+    for partition in range(partitions):
+        come = [read_run(run, feature * partitions + partition) for run in runs]
+        size = sum(map(held_bytes, come))
+        if frames and held + size > room:
+            yield merge(frames)
+            frames, held = [], 0
+        frames += come
+        held += size
+    if frames:
+        yield merge(frames)
+
+
 def read_run(path: Path, batch: int) -> pl.DataFrame:
     """Read the counts of one feature and partition (`feature * partitions + partition`).
 
@@ -201,7 +224,9 @@ def read_run(path: Path, batch: int) -> pl.DataFrame:
     frame = read_batch(path, batch)
     if "number" not in frame.columns:
         return frame
-    return frame.lazy().filter(pl.col("count") > 0).select("value", "count").collect()
+    counts = frame.select("value", "count")
+    is_counted = frame["count"].to_numpy() > 0
+    return counts if is_counted.all() else counts.filter(pl.Series(is_counted))
 
 
 def read_batch(path: Path, batch: int) -> pl.DataFrame:

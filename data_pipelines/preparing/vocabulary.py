@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel
 
-from embcomp.data_pipelines.preparing.counting import held_bytes, merge_counts, read_run
+from embcomp.data_pipelines.preparing.counting import held_bytes, merged_counts
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import FIRST_ID, LARGEST_ID, FileRecord, VocabularyChange
 from embcomp.data_pipelines.splits import exact
@@ -24,6 +24,8 @@ VOCABULARY_SCHEMA = pa.schema(
 """The columns of a vocabulary of one dataset, whose rows come by rising id."""
 WORKING_FACTOR = 4
 """What merging or sorting needs at once, as a multiple of the frame's own size."""
+_MERGING_FACTOR = 8
+"""The same for partitions that are merged together although each would do by itself."""
 
 
 class Ranked(BaseModel):
@@ -103,9 +105,7 @@ def build_vocabulary(
     """
     files: list[Path] = []
     raw_values = kept = size = rare = 0
-    for partition in range(partitions):
-        batch = feature * partitions + partition
-        merged = merge_counts([read_run(run, batch) for run in runs])
+    for merged in merged_counts(runs, feature, partitions, limit // _MERGING_FACTOR):
         raw_values += merged.height
         frequent = merged.filter(pl.col("count") >= min_count)
         rare += int(merged["count"].sum()) - int(frequent["count"].sum())
@@ -113,7 +113,7 @@ def build_vocabulary(
             continue
         kept += frequent.height
         size += held_bytes(frequent)
-        file = scratch / f"merged-{partition:05d}.arrow"
+        file = scratch / f"merged-{len(files):05d}.arrow"
         by_rank(frequent).write_ipc(file)
         files.append(file)
     if kept + FIRST_ID > LARGEST_ID:
@@ -151,7 +151,8 @@ def ranked_ranges(files: Sequence[Path], rows: int, pieces: int) -> Iterator[pl.
     if not files:
         return
     if pieces == 1:
-        yield by_rank(pl.concat([pl.read_ipc(file) for file in files]))
+        whole = pl.concat([pl.read_ipc(file) for file in files])
+        yield whole if len(files) == 1 else by_rank(whole)
         return
     # Every m-th row of each file: their own order then cuts the whole into ranges of equal size.
     step = max(1, rows // (pieces * 32))
