@@ -16,6 +16,8 @@ of its time divided by ours. Another commit is measured by this file, on a work 
     python benchmarks/prepare.py --against \\
         "env PYTHONPATH=../older python benchmarks/prepare.py --once {source} {output}"
 
+FuxiCTR is measured by `benchmarks/fuxictr_prepare.py`.
+
 --json adds a line with all figures to FILE.
 """
 
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--max-memory", default="512MiB")
     parser.add_argument("--min-count", type=int, default=1)
     parser.add_argument("--split", default="random")
+    parser.add_argument("--numeric", default="log1p", help="the transform of numbers")
     parser.add_argument("--source", type=Path, help="a Criteo log to use instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", help="another program, as described above")
@@ -81,7 +84,7 @@ def rounds(
     source: Path, folder: Path, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What each round measured: of this program, and of the other one if there is any."""
-    options = ["max_memory", "min_count", "split"]
+    options = ["max_memory", "min_count", "split", "numeric"]
     told = [
         text for name in options for text in (f"--{name.replace('_', '-')}", getattr(args, name))
     ]
@@ -172,6 +175,7 @@ def measure(source: str, output: str, args: argparse.Namespace) -> dict[str, Any
         min_count=args.min_count,
         max_memory=args.max_memory,
         split=args.split,
+        numeric=args.numeric,
     )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     ids = sum(feature.num_embeddings for feature in info.categorical)

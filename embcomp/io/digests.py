@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +49,8 @@ def footer_sha256(path: Path) -> str:
 class HashedReading(io.RawIOBase):
     """An open file that is read once, from its start, and the digest of all of it.
 
+    Large pieces are hashed in a thread, while the caller works on what it has read.
+
     Args:
         file: the file, at its start; it stays open.
     """
@@ -55,6 +58,8 @@ class HashedReading(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embcomp-digest")
+        self._hashing: Future[None] | None = None
 
     @override
     def readable(self) -> bool:
@@ -63,19 +68,19 @@ class HashedReading(io.RawIOBase):
     @override
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
-        self._digest.update(data)
+        self._take(data)
         return data
 
     @override
     def readinto(self, buffer: Any) -> int:
-        come = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        self._digest.update(memoryview(buffer)[:come])
-        return int(come)
+        come = int(self._file.readinto(buffer))  # type: ignore[attr-defined]
+        self._take(memoryview(buffer)[:come])
+        return come
 
     @override
     def readline(self, size: int | None = -1) -> bytes:
         line = self._file.readline(-1 if size is None else size)
-        self._digest.update(line)
+        self._take(line)
         return line
 
     @override
@@ -84,9 +89,24 @@ class HashedReading(io.RawIOBase):
 
     def sha256(self) -> str:
         """The SHA-256 of the file; what nobody read of it is read now."""
-        while piece := self._file.read(_PIECE):
-            self._digest.update(piece)
+        while self.read(_PIECE):
+            pass
+        self._wait()
+        self._thread.shutdown()
         return self._digest.hexdigest()
+
+    def _take(self, data: bytes | memoryview) -> None:
+        self._wait()
+        if len(data) < _PIECE:
+            self._digest.update(data)
+        else:
+            # The caller writes into its buffer again.
+            self._hashing = self._thread.submit(self._digest.update, bytes(data))
+
+    def _wait(self) -> None:
+        hashing, self._hashing = self._hashing, None
+        if hashing is not None:
+            hashing.result()
 
 
 class HashedFile(io.RawIOBase):

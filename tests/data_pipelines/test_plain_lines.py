@@ -9,6 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 from embcomp.data_pipelines.importers import plain_lines
 from embcomp.data_pipelines.importers.delimited import ColumnType, Delimited
 from embcomp.data_pipelines.importers.plain_lines import read_plain_lines
+from embcomp.data_pipelines.numbering import Numbering
 
 COLUMNS: tuple[tuple[str, ColumnType], ...] = (
     ("label", "int"),
@@ -159,6 +160,28 @@ def test_plain_lines_are_read_by_compiled_code(rows, ends):
     assert frame["t"].to_list() == list(columns[2])
     del block
     assert frame["t"].to_list() == list(columns[2])
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 300])
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_lines_are_read_whole_wherever_they_fall(rows, end):
+    """Fields of all lengths, so that lines begin at every place of what is read at a time."""
+    if plain_lines._library() is None:
+        pytest.skip("no compiler")
+    values = [(7**n % 10 ** (n % 18 + 1), n / 8, "x" * (n % 15) or None) for n in range(rows)]
+    block = b"\n".join(f"{n},{x},{t or ''}".encode() for n, x, t in values) + end
+    texts = Numbering()
+    frame = read_plain_lines(block, rows, SCHEMA, ",", {"t": texts})
+    assert frame is not None
+    assert frame["n"].to_list() == [n for n, _, _ in values]
+    assert frame["x"].to_list() == [x for _, x, _ in values]
+    known = [None, *texts.values()[0].to_pylist()]
+    assert [known[number] for number in frame["t"]] == [t for _, _, t in values]
+    for odd in (b"1,2\n", b"1,2,3,4\n", b"1,2,\xff\n", b"1,2,3\r\n", b"1,-,3\n"):
+        late = b"1,2,3\n" * rows + odd
+        assert read_plain_lines(late, rows + 1, SCHEMA, ",", {}) is None
+    assert read_plain_lines(block, rows - 1, SCHEMA, ",", {}) is None
+    assert read_plain_lines(block, rows + 1, SCHEMA, ",", {}) is None
 
 
 @pytest.mark.parametrize(

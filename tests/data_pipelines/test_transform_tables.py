@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embcomp.data_pipelines import transforms
+from embcomp.data_pipelines import tabulated, transforms
 from embcomp.data_pipelines.schema import NumericFeature
 from embcomp.data_pipelines.transforms import Transforms, clipped_expression, numeric_expression
 
@@ -28,17 +28,20 @@ def column(rng: np.random.Generator, rows: int) -> pl.Series:
     return pl.Series(values, dtype=pl.Float64)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "no compiler"])
 @pytest.mark.parametrize("rows", [40, 20_000], ids=["few rows", "many rows"])
-def test_looked_up_numbers_are_those_of_the_expression(rows):
+def test_looked_up_numbers_are_those_of_the_expression(rows, compiled, monkeypatch):
     assert transforms._TABULATED < 20_000
+    if not compiled:
+        monkeypatch.setattr(tabulated, "_library", lambda: None)
     rng = np.random.default_rng(3)
     frame = pl.DataFrame({feature.name: column(rng, rows) for feature in FEATURES})
     applied = Transforms(FEATURES)
-    for _ in range(2):
-        numbers, clipped = applied.apply(frame)
+    for part in (frame, frame, frame.slice(13)):
+        numbers, clipped = applied.apply(part)
         for feature, found in zip(FEATURES, numbers):
-            wanted = frame.select(numeric_expression(feature)).to_series().to_numpy()
+            wanted = part.select(numeric_expression(feature)).to_series().to_numpy()
             assert found.dtype == np.float32
             assert found.view(np.uint32).tolist() == wanted.view(np.uint32).tolist(), feature.name
-        counts = frame.select(clipped_expression(feature) for feature in FEATURES)
+        counts = part.select(clipped_expression(feature) for feature in FEATURES)
         assert clipped == counts.row(0, named=True)
