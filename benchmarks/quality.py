@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, object]] = {
     "cafe": {"name": "cafe"},
     "cce": {"name": "cce"},
     "robe": {"name": "robe"},
+    "dhe": {"name": "dhe"},
     "qr": {"name": "qr"},
     "unified-1": {"name": "unified", "num_chunks": 1},
     "unified": {"name": "unified", "num_chunks": 2},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embcomp.backends import (
         BACKENDS as BACKENDS,
         CCE as CCE,
+        DHE as DHE,
         DNIS as DNIS,
         LR2VQ as LR2VQ,
         MDE as MDE,
@@ -69,6 +70,7 @@ _HOMES = {
     "BudgetError": "embcomp.errors",
     "CheckpointError": "embcomp.errors",
     "CCE": "embcomp.backends",
+    "DHE": "embcomp.backends",
     "Cafe": "embcomp.backends",
     "Coded": "embcomp.backends",
     "CompressedEmbeddingBagCollection": "embcomp.collection.collection",

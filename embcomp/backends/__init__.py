@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from embcomp.backends.codebooks.low_rank import LowRank as LowRank
     from embcomp.backends.codebooks.lr2vq import LR2VQ as LR2VQ
     from embcomp.backends.codebooks.pq import PQ as PQ
+    from embcomp.backends.dhe import DHE as DHE
     from embcomp.backends.dnis.config import DNIS as DNIS
     from embcomp.backends.dnis.search import DNISSearch as DNISSearch
     from embcomp.backends.double_hash import DoubleHash as DoubleHash

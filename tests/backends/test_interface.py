@@ -22,6 +22,7 @@ APART = {
     "blocks",
     "cafe",
     "cce",
+    "dhe",
     "double_hash",
     "full",
     "hash",

@@ -9,6 +9,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embcomp.backends import QR
 from embcomp.planning.planner import RowSharder
+from embcomp.tables.specs import splits_by_rows
 from embcomp.testing.sharded import Setup, reference_optimizer, shard, train_step
 from embcomp.training.distributed.process import Process
 from embcomp.training.distributed.sharding_plan import plan_sharding
@@ -63,8 +64,9 @@ def test_training_splits_the_rows_of_every_method(case, sharding):
     for path, inner in model.named_modules():
         if type(inner) is EmbeddingBagCollection:
             for table in inner.embedding_bag_configs():
-                can = sharding == "row_wise" or table.embedding_dim % 8 == 0
-                wanted = sharding if can or sharding == "column_wise" else "table_wise"
+                rows, by_rows = table.num_embeddings, sharding == "row_wise"
+                can = splits_by_rows(rows, 2) if by_rows else table.embedding_dim % 8 == 0
+                wanted = sharding if can or not by_rows else "table_wise"
                 assert plan[path][table.name].sharding_type == wanted, table.name
                 ranks = plan[path][table.name].ranks
                 assert len(ranks) == (2 if can else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embcomp.backends import (
     CCE,
+    DHE,
     DNIS,
     LR2VQ,
     MDE,
@@ -45,6 +46,7 @@ CASES = {
         takes_any_id=True,
     ),
     "cce": BackendCase(config=CCE(num_buckets=9, subvector_dim=5, collisionless=0)),
+    "dhe": BackendCase(config=DHE(hidden_dim=12, num_hashes=10), takes_any_id=True),
     "low_dim": BackendCase(config=LowDim(width=5), injective=True, init_std=FULL * (5 / 16) ** 0.5),
     "low_dim_mixed": BackendCase(
         config=LowDim(width=3, widths={"t0": 5, "t1": 4}),

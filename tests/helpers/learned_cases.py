@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,18 +69,20 @@ def fit(
     rate: float = 0.1,
     decay: float = 0.0,
     structure_rate: float = 0.1,
+    structure: Literal["sgd", "adam"] = "sgd",
     plans: bool = False,
 ) -> None:
     """Train as `embcomp train` does, with whole rows decayed in each step."""
     inside = dict(model.tables.named_parameters())
     tables = [weight for name, weight in inside.items() if "embedding_bags" in name]
-    structure = [weight for name, weight in inside.items() if "embedding_bags" not in name]
+    others = [weight for name, weight in inside.items() if "embedding_bags" not in name]
     optimizers: list[torch.optim.Optimizer] = [
         RowWiseAdagrad(tables, lr=rate),
         torch.optim.Adam(model.linear.parameters(), lr=0.01),
     ]
-    if structure:
-        optimizers.append(torch.optim.SGD(structure, lr=structure_rate))
+    if others:
+        kind = torch.optim.Adam if structure == "adam" else torch.optim.SGD
+        optimizers.append(kind(others, lr=structure_rate))
     random = torch.Generator().manual_seed(0)
     model.train()
     if plans:

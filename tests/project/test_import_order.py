@@ -14,7 +14,7 @@ ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection, tools"
     " < config, serving, testing < planning < training < compressing, search < benchmark < cli",
     "embcomp.backends": "stages < base < discovery, full, hashed_rows < hash, qr, unified, blocks, low_dim,"
-    " mde, tt < cafe, codebooks, double_hash, mapped, mlet, robe, sparse"
+    " mde, tt < cafe, codebooks, dhe, double_hash, mapped, mlet, robe, sparse"
     " < cce, dnis, widths",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",

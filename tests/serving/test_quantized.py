@@ -33,4 +33,7 @@ def test_int8_rows_answer_within_their_step(case):
     assert list(found.keys()) == list(wanted.keys())
     # A row of range 0.2 has steps of 0.2 / 255; bags hold up to 4 ids, and projections add up.
     error = (found.values() - wanted.values()).abs().max().item()
-    assert 0 < error < 4 * 3 * 0.5 * 0.7 / 255
+    rounded = any(
+        bool(w.any()) for rows in collection.inner_collections() for w in rows.parameters()
+    )  # zeros are exact
+    assert (error > 0) == rounded and error < 4 * 3 * 0.5 * 0.7 / 255

@@ -43,6 +43,7 @@ FIXED: dict[str, dict[str, Any]] = {  # whose rows follow from ids
     "double_hash": {"name": "double_hash", "num_buckets": 20, "collisionless": 12},
     "unified": {"name": "unified", "num_buckets": 40},
     "robe": {"name": "robe", "num_weights": 160},
+    "dhe": {"name": "dhe", "hidden_dim": 3, "num_hashes": 4},
     "cafe": {"name": "cafe", "num_buckets": 20, "threshold": 1.0, "collisionless": 12},
     "qr": {"name": "qr", "divisor": 8},
     "qr-add": {"name": "qr", "divisor": 8, "combine": "add"},
