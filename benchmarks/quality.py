@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, object]] = {
     "mlet": {"name": "mlet"},
     "tt": {"name": "tt"},
     "pq": {"name": "pq"},
+    "mgqe": {"name": "mgqe"},
     "lr2vq": {"name": "lr2vq"},
     "lr2vq-position": {"name": "lr2vq", "codebooks": "position"},
     "low_rank": {"name": "low_rank"},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from embcomp.backends.codebooks.coded import Coded as Coded
     from embcomp.backends.codebooks.low_rank import LowRank as LowRank
     from embcomp.backends.codebooks.lr2vq import LR2VQ as LR2VQ
+    from embcomp.backends.codebooks.mgqe import MGQE as MGQE
     from embcomp.backends.codebooks.pq import PQ as PQ
     from embcomp.backends.dhe import DHE as DHE
     from embcomp.backends.dnis.config import DNIS as DNIS

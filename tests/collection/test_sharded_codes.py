@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from embcomp.backends import Coded, LowDim, Sparse
+from embcomp.backends import MGQE, Coded, LowDim, Sparse
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.sharded_codes import shard_codes
 from embcomp.errors import CheckpointError, ConfigError
@@ -30,6 +30,7 @@ METHODS = {
     "codes of 4 bits": Coded(subvector_dim=2, num_codewords=16),
     "codes of 3 bits": Coded(subvector_dim=3, num_codewords=6, codebooks="all"),
     "codes of 9 bits": Coded(subvector_dim=5, num_codewords=300),
+    "codes of two lengths": MGQE(subvector_dim=2, num_codewords=16, frequent_share=0.3),
     "codes and projections": Coded(subvector_dim=4, num_codewords=8, latent_dim=2),
     "bitmaps": LowDim(width=5, kept=KEPT),
     "bitmaps of blocks": LowDim(width=5, kept={"t1": 50}),

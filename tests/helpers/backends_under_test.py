@@ -8,6 +8,7 @@ from embcomp.backends import (
     DNIS,
     LR2VQ,
     MDE,
+    MGQE,
     MLET,
     PQ,
     QR,
@@ -64,6 +65,7 @@ CASES = {
         config=Mapped(rows={"t0": (12, 12, 12), "t1": (300, 20)}, combine="concat", shared=True),
     ),
     "mde": BackendCase(config=MDE(alpha=0.5, reference=20), injective=True),
+    "mgqe": BackendCase(config=MGQE(subvector_dim=2, num_codewords=16, frequent_share=0.3)),
     "mlet": BackendCase(
         config=MLET(width=3, factor=2), injective=True, init_std=FULL * (3 / 16) ** 0.5
     ),

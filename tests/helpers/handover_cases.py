@@ -16,6 +16,7 @@ import torch.distributed as dist
 from embcomp.backends.base import BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.low_rank import LowRank
 from embcomp.backends.codebooks.lr2vq import LR2VQ
+from embcomp.backends.codebooks.mgqe import MGQE
 from embcomp.backends.codebooks.pq import PQ
 from embcomp.backends.dnis import DNIS
 from embcomp.backends.full import Full
@@ -73,6 +74,7 @@ CASES: dict[str, HandOver] = {
     ),
     "dnis search": HandOver(method=DNIS(serve_bytes=20_000), stage="search"),
     "dnis": HandOver(method=DNIS(serve_bytes=20_000), stage="retrain", before=("search",)),
+    "mgqe": HandOver(method=MGQE(subvector_dim=4, num_codewords=16), stage="codes"),
     "dnis elements": HandOver(
         method=DNIS(serve_bytes=40_000, structure="element", inherit=False),
         stage="retrain",

@@ -55,6 +55,16 @@ STAGED: dict[str, StagedCase] = {
         starts_from_full=True,
         ranks=4,
     ),
+    "mgqe": StagedCase(
+        method={
+            "name": "mgqe",
+            "subvector_dim": 2,
+            "num_codewords": 8,
+            "frequent_share": 0.3,
+        },
+        stages={"dense": SHORT, "codes": SHORT},
+        starts_from_full=True,
+    ),
     "dnis": StagedCase(
         method={"name": "dnis", "quantiles": [0.5, 0.9], "learning_rate": 0.1, "decay": 0.5},
         budget="40%",

@@ -21,7 +21,17 @@ from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
 
-BY_MODULES = {"cafe", "cce", "dhe", "low_rank_bias", "mapped", "robe", "sparse", "tensor_train"}
+BY_MODULES = {
+    "cafe",
+    "cce",
+    "dhe",
+    "low_rank_bias",
+    "mapped",
+    "mgqe",
+    "robe",
+    "sparse",
+    "tensor_train",
+}
 """Cases whose methods do not say what they do."""
 PROJECTED = {"mde", "unified_projected"}
 """Cases whose matrices are multiplied by BLAS elsewhere."""

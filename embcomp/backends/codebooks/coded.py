@@ -125,11 +125,20 @@ class CodedRoute(ShardableBuffers):
         count: codewords in a codebook.
         bits: of a code.
         seed: salts the codes that nobody has learnt.
+        book_size: codewords from the first of a codebook to that of the next, `count` by default.
     """
 
     codes: Tensor
 
-    def __init__(self, layout: SubvectorLayout, *, count: int, bits: int, seed: int) -> None:
+    def __init__(
+        self,
+        layout: SubvectorLayout,
+        *,
+        count: int,
+        bits: int,
+        seed: int,
+        book_size: int | None = None,
+    ) -> None:
         super().__init__()
         self._layout, self._count, self._bits, self._seed = layout, count, bits, seed
         self._keys = layout.keys
@@ -143,7 +152,7 @@ class CodedRoute(ShardableBuffers):
             for _ in table.feature_names:
                 sources += [source] * positions
                 steps += [positions] * positions
-                offsets += [place * count for place in layout.places(n)]
+                offsets += [place * (book_size or count) for place in layout.places(n)]
                 source += 1
         self.copies = RepeatFeatures(self._keys, sources)
         self._sources, self._steps_of, self._offsets_of = sources, steps, offsets
@@ -389,7 +398,9 @@ def _codes_of_mean(
     return torch.tensor(found)
 
 
-def codebook_rows(config: Coded, tables: Sequence[TableSpec], words: Tensor) -> dict[str, Tensor]:
+def codebook_rows(
+    config: VectorQuantized, tables: Sequence[TableSpec], words: Tensor
+) -> dict[str, Tensor]:
     """Codewords as the rows of the physical tables that hold them.
 
     Args:

@@ -127,11 +127,15 @@ class VectorQuantized(BackendConfig):
     def _codebook_name(self, unit: str) -> str:
         if not unit.startswith(GROUP):
             return f"{unit}__codewords"
-        shared = shared_name(
-            self.width, self.codewords, self.codebooks, self.scale, self.stored_latent, self.seed
-        )
+        shared = shared_name(*self._shaping)
         first = unit.removeprefix(GROUP)
         return f"{shared}_{first}__codewords" if first else f"{shared}__codewords"
+
+    @property
+    def _shaping(self) -> tuple[object, ...]:
+        """The settings that shape what tables share, by which it is named."""
+        latent = self.stored_latent
+        return (self.width, self.codewords, self.codebooks, self.scale, latent, self.seed)
 
     def beside_codewords(self, tables: Sequence[TableSpec], *, trained: bool) -> Footprint:
         """What the serving form holds beside the codewords.
@@ -145,7 +149,7 @@ class VectorQuantized(BackendConfig):
             TensorFootprint(
                 name=f"{table.name}.codes",
                 role="codes",
-                rows=code_bytes(table.num_embeddings * layout.positions(table), self.bits),
+                rows=self.stored_code_bytes(table),
                 columns=1,
                 itemsize=1,
                 train_columns=1,
@@ -170,8 +174,12 @@ class VectorQuantized(BackendConfig):
         """Whether a table's codes, and codewords if it had to bear them alone, are no smaller."""
         positions = -(-table.embedding_dim // self.width)
         shared = 1 if self.codebooks == "all" else positions
-        codes = code_bytes(table.num_embeddings * positions, self.bits)
+        codes = self.stored_code_bytes(table)
         return codes + self._shared_bytes(shared, [table]) >= table.full_bytes
+
+    def stored_code_bytes(self, table: TableSpec) -> int:
+        """Bytes of the codes of a table's ids."""
+        return code_bytes(table.num_embeddings * -(-table.embedding_dim // self.width), self.bits)
 
     def serve_bytes(self, tables: Sequence[TableSpec]) -> int:
         """What `footprint` says that the serving form takes, as a sum: budgets ask for many sizes."""
@@ -182,7 +190,7 @@ class VectorQuantized(BackendConfig):
     def coded_bytes(self, tables: Sequence[TableSpec]) -> int:
         """Serving bytes of tables without those that stay full."""
         layout = self.layout(tables)
-        codes = sum(code_bytes(t.num_embeddings * layout.positions(t), self.bits) for t in tables)
+        codes = sum(self.stored_code_bytes(table) for table in tables)
         return codes + self._shared_bytes(layout.num_shared, tables)
 
     def _shared_bytes(self, shared: int, tables: Sequence[TableSpec]) -> int:
@@ -246,17 +254,17 @@ class VectorQuantized(BackendConfig):
         if not coded:
             return 0.0
         layout = self.layout(coded)
-        lost = (
-            table.num_embeddings
-            * expected_error(
-                self._points(layout, n),
-                width=self.width,
-                latent=self.expected_latent,
-                codewords=self.codewords,
-            )
-            for n, table in enumerate(coded)
+        return sum(self._expected_loss(layout, n) for n in range(len(coded))) / rows
+
+    def _expected_loss(self, layout: SubvectorLayout, table: int) -> float:
+        """What the rows of a table, by its place in the group, are expected to lose together."""
+        error = expected_error(
+            self._points(layout, table),
+            width=self.width,
+            latent=self.expected_latent,
+            codewords=self.codewords,
         )
-        return sum(lost) / rows
+        return layout.tables[table].num_embeddings * error
 
     def _points(self, layout: SubvectorLayout, table: int) -> Points:
         """What shares a codebook with a table's sub-vectors."""
