@@ -13,6 +13,7 @@ from embcomp.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from embcomp.backends import (
+        ALPT as ALPT,
         BACKENDS as BACKENDS,
         CCE as CCE,
         DHE as DHE,
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
         Blocks as Blocks,
         Cafe as Cafe,
         Coded as Coded,
+        Dedup as Dedup,
         DNISSearch as DNISSearch,
         DoubleHash as DoubleHash,
         Full as Full,
         Hash as Hash,
+        Int8 as Int8,
+        Int16 as Int16,
         LowDim as LowDim,
         LowRank as LowRank,
         Mapped as Mapped,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
         OptEmbed as OptEmbed,
         Robe as Robe,
         Sparse as Sparse,
+        TypedBlocks as TypedBlocks,
         Unified as Unified,
     )
     from embcomp.backends.base import BackendConfig as BackendConfig
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
 spare_arrow_memory()  # before anything loads Arrow
 
 _HOMES = {
+    "ALPT": "embcomp.backends",
     "ArtefactError": "embcomp.errors",
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backends.base",
@@ -80,10 +86,13 @@ _HOMES = {
     "DNIS": "embcomp.backends",
     "DNISSearch": "embcomp.backends",
     "DataError": "embcomp.errors",
+    "Dedup": "embcomp.backends",
     "DoubleHash": "embcomp.backends",
     "EmbcompError": "embcomp.errors",
     "Full": "embcomp.backends",
     "Hash": "embcomp.backends",
+    "Int16": "embcomp.backends",
+    "Int8": "embcomp.backends",
     "LR2VQ": "embcomp.backends",
     "MDE": "embcomp.backends",
     "MGQE": "embcomp.backends",
@@ -99,6 +108,7 @@ _HOMES = {
     "Robe": "embcomp.backends",
     "Sparse": "embcomp.backends",
     "TT": "embcomp.backends",
+    "TypedBlocks": "embcomp.backends",
     "Unified": "embcomp.backends",
     "compress_": "embcomp.compressing.model_compression",
     "encoder": "embcomp.serving.raw_encoder",

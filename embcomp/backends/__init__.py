@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from embcomp.backends.codebooks.lr2vq import LR2VQ as LR2VQ
     from embcomp.backends.codebooks.mgqe import MGQE as MGQE
     from embcomp.backends.codebooks.pq import PQ as PQ
+    from embcomp.backends.dedup import Dedup as Dedup
     from embcomp.backends.dhe import DHE as DHE
     from embcomp.backends.dnis.config import DNIS as DNIS
     from embcomp.backends.dnis.search import DNISSearch as DNISSearch
     from embcomp.backends.double_hash import DoubleHash as DoubleHash
     from embcomp.backends.full import Full as Full
     from embcomp.backends.hash import Hash as Hash
+    from embcomp.backends.integer_rows.integer_rows import (
+        ALPT as ALPT,
+        Int8 as Int8,
+        Int16 as Int16,
+    )
     from embcomp.backends.low_dim import LowDim as LowDim
     from embcomp.backends.mapped.mapped import Mapped as Mapped
     from embcomp.backends.mde import MDE as MDE
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from embcomp.backends.robe import Robe as Robe
     from embcomp.backends.sparse import Sparse as Sparse
     from embcomp.backends.tt import TT as TT
+    from embcomp.backends.typed_blocks import TypedBlocks as TypedBlocks
     from embcomp.backends.unified import Unified as Unified
     from embcomp.backends.widths.matryoshka import Matryoshka as Matryoshka
     from embcomp.backends.widths.optembed import OptEmbed as OptEmbed

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.quant.embedding_modules import (
+    EmbeddingBagCollection as QuantEmbeddingBagCollection,
+)
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import Self
 
@@ -45,6 +48,7 @@ from embcomp.layers.learned_buffers import Penalised, overwriting, penalty_of
 from embcomp.layers.row_sources import RowSource
 from embcomp.layers.traced_leaves import with_types
 from embcomp.tables.footprint import Footprint
+from embcomp.tables.row_types import pack
 from embcomp.tables.specs import PhysicalTable, TableSpec, specs_from_configs
 
 # Attributes of a module dictionary are names that TorchRec cannot keep a table under.
@@ -98,6 +102,7 @@ class _Compressed(AssembledTables):
 
         self._holder = self.route.holder
         self._writes_rows = self.route.writes_rows
+        self._packed = [table.name for table in self._physical if table.is_packed]
         assert isinstance(self.combine, Combine)
         self._pooled_rows = RowReader([group for group in groups if not group.unpooled])
         self._rows_of_one = RowReader(
@@ -122,6 +127,11 @@ class _Compressed(AssembledTables):
 
     def _tell_route(self, features: KeyedJaggedTensor) -> None:
         """Let it know what holds the rows by now: TorchRec puts sharded collections in our place."""
+        if self._packed and isinstance(self.unpooled_rows, QuantEmbeddingBagCollection):
+            raise ConfigError(
+                f"rows of {listed(self._packed)} are stored integers, which quantising has rounded as if they were "
+                "weights; they take 8 or 16 bits a weight as they are: leave their collection out"
+            )
         traced = isinstance(features, torch.fx.Proxy)
         held = HeldRows.by(self.unpooled_rows)
         self._holder.tell(held, self.unpooled_rows if self._writes_rows else None, traced=traced)
@@ -220,7 +230,7 @@ class _Compressed(AssembledTables):
         compacted = self.compact()
         weights = compacted._inner_weights()
         tensors = {
-            table.name: weights[table.name].detach()[:, : table.embedding_dim].contiguous()
+            table.name: _served(table, weights[table.name].detach()[:, : table.embedding_dim])
             for table in compacted._physical
         }
         for part, module in (("route", compacted.route), ("combine", compacted.combine)):
@@ -313,6 +323,11 @@ class _Compressed(AssembledTables):
             self.load_state_dict(state, strict=strict)
         self.train(original.training)
         return self
+
+
+def _served(table: PhysicalTable, rows: Tensor) -> Tensor:
+    """A physical table's rows as they are resident: packed where its method has chosen a type."""
+    return rows.contiguous() if table.row_type is None else pack(rows.cpu(), table.row_type)
 
 
 class CompressedEmbeddingBagCollection(_Compressed, PooledTables):

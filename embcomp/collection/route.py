@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -72,6 +73,18 @@ class CompositeRoute(nn.Module):
             if isinstance(route, WritesRows):
                 route.write_rows(rows)
 
+    def _may_write(self, rows: nn.Module) -> bool:
+        """Whether this look-up is one before which methods write: every rank that shares rows makes it.
+
+        Of rows that nobody shares, an evaluation sees what the last step left too.
+        """
+        if self.training and torch.is_grad_enabled():
+            return True
+        writes_anywhere = isinstance(rows, EmbeddingBagCollection)
+        return writes_anywhere and not (
+            torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        )
+
     def forward(
         self, features: KeyedJaggedTensor
     ) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None, KeyedJaggedTensor]:
@@ -92,7 +105,7 @@ class CompositeRoute(nn.Module):
         by_key = self.holder.take_by_key()
         if not self._tables:
             return None, None, features
-        if self.training and self.holder.rows is not None and torch.is_grad_enabled():
+        if self.holder.rows is not None and self._may_write(self.holder.rows):
             self.write_rows(self.holder.rows)
         features = self._select(features)
         bags = self._as_bags(features)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from embcomp.tables.row_formats import row_bytes
 from embcomp.tables.specs import PhysicalTable, padded_dim
 
 Role = Literal["weights", "projection", "codes", "codebook", "mask", "remap"]
@@ -117,6 +118,9 @@ def footprint_of(tables: Iterable[PhysicalTable], *, served: bool = True) -> Foo
                 itemsize=table.data_type_bytes,
                 train_columns=padded_dim(table.embedding_dim),
                 served=served,
+                served_row_bytes=None
+                if table.row_type is None
+                else row_bytes(table.embedding_dim, table.row_type),
             )
             for table in tables
         )

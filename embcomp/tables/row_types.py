@@ -5,14 +5,15 @@ two to a byte where they have 4 bits, the lower one first; a weight is `code * s
 are not padded to each other on disk, but a row of 8-bit codes holds an even number of them and one
 of 4-bit codes a multiple of 4, as FBGEMM's quantisation wants it. That padding is billed.
 
-Small tables of codewords keep float16: they are shared by many ids, so their error would be too.
+Small tables of codewords keep float16: they are shared by many ids, so their error would be too. Rows
+that are packed integers already are stored as they are, whatever is asked for, and rows for which their method has
+chosen a type are stored in that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,15 +21,32 @@ from torchrec.modules.embedding_configs import DataType
 
 from embcomp.errors import ConfigError
 from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.row_formats import (
+    BITS,
+    HEAD,
+    ROW_TYPES,
+    RowType,
+    padded_width,
+    row_bytes,
+)
 from embcomp.tables.specs import PhysicalTable
 
-RowType = Literal["fp32", "fp16", "int8", "int4"]
-ROW_TYPES: tuple[RowType, ...] = get_args(RowType)
-"""From the most exact to the narrowest."""
+__all__ = [
+    "ROW_TYPES",
+    "RowType",
+    "check_row_type",
+    "largest_error",
+    "narrowest",
+    "pack",
+    "padded_width",
+    "row_bytes",
+    "row_types",
+    "served_footprint",
+    "stored_dtype",
+    "stored_shape",
+    "unpack",
+]
 
-_BITS = {"int8": 8, "int4": 4}
-_MULTIPLE = {"int8": 2, "int4": 4}
-_HEAD = 4  # bytes of a row's scale and bias
 _CHUNK = 1 << 18  # rows that are quantised or restored together
 
 
@@ -38,19 +56,6 @@ def check_row_type(wanted: str) -> RowType:
         if wanted == known:
             return known
     raise ConfigError(f"rows are served as {', '.join(ROW_TYPES)}; got {wanted!r}")
-
-
-def row_bytes(dim: int, row_type: RowType) -> int:
-    """Bytes of a row of `dim` weights."""
-    if row_type in _BITS:
-        return _HEAD + padded_width(dim, row_type) * _BITS[row_type] // 8
-    return dim * (4 if row_type == "fp32" else 2)
-
-
-def padded_width(dim: int, row_type: RowType) -> int:
-    """Weights that a row of `dim` holds with its padding."""
-    multiple = _MULTIPLE.get(row_type, 1)
-    return -(-dim // multiple) * multiple
 
 
 def narrowest(dim: int, trained: RowType, wanted: RowType) -> RowType:
@@ -73,8 +78,10 @@ def row_types(tables: Sequence[PhysicalTable], wanted: RowType) -> dict[str, Row
     found: dict[str, RowType] = {}
     for table in tables:
         trained: RowType = "fp16" if table.data_type is DataType.FP16 else "fp32"
-        allowed: RowType = "fp16" if table.is_codebook and wanted in _BITS else wanted
+        allowed: RowType = "fp16" if table.is_codebook and wanted in BITS else wanted
         found[table.name] = narrowest(table.embedding_dim, trained, allowed)
+        if table.row_type is not None or table.is_packed:
+            found[table.name] = table.row_type or "fp32"
     return found
 
 
@@ -92,7 +99,7 @@ def served_footprint(footprint: Footprint, types: Mapping[str, RowType]) -> Foot
 
 def stored_shape(rows: int, dim: int, row_type: RowType) -> tuple[int, int]:
     """The shape of a stored table: bytes of a row where it is quantised, else its weights."""
-    return rows, row_bytes(dim, row_type) if row_type in _BITS else dim
+    return rows, row_bytes(dim, row_type) if row_type in BITS else dim
 
 
 def stored_dtype(row_type: RowType) -> torch.dtype:
@@ -129,11 +136,11 @@ def _quantized(rows: Tensor, row_type: RowType) -> Tensor:
     if missing:  # copies of a weight leave a row's range, and so its steps, as they are
         rows = torch.cat((rows, rows[:, -1:].expand(-1, missing)), dim=1)
     fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(
-        rows.float().contiguous(), _BITS[row_type]
+        rows.float().contiguous(), BITS[row_type]
     )
-    head = fused[:, -_HEAD:].contiguous()
+    head = fused[:, -HEAD:].contiguous()
     _finite(head.view(torch.float16), row_type)
-    return torch.cat((head, fused[:, :-_HEAD]), dim=1)
+    return torch.cat((head, fused[:, :-HEAD]), dim=1)
 
 
 def _finite(values: Tensor, row_type: RowType) -> Tensor:
@@ -153,10 +160,10 @@ def unpack(stored: Tensor, dim: int, row_type: RowType) -> Tensor:
         dim: weights of a row, without padding.
         row_type: the type that they are stored in.
     """
-    if row_type not in _BITS:
+    if row_type not in BITS:
         return stored.float()
-    head = stored[:, :_HEAD].contiguous().view(torch.float16).float()  # (rows, 2)
-    codes = stored[:, _HEAD:]
+    head = stored[:, :HEAD].contiguous().view(torch.float16).float()  # (rows, 2)
+    codes = stored[:, HEAD:]
     if row_type == "int4":
         codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
     return codes[:, :dim].float() * head[:, :1] + head[:, 1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torchrec.modules.embedding_configs import (
 
 from embcomp.errors import ConfigError
 from embcomp.tables.name_hash import name64
+from embcomp.tables.row_formats import RowType
 from embcomp.tables.torchrec_settings import check_settings, uniform_bounds
 
 InitFn = Callable[[Tensor], Tensor | None]
@@ -176,6 +177,18 @@ class UniformInit:
         return cls(-std * 3**0.5, std * 3**0.5)
 
 
+@runtime_checkable
+class DrawsWeights(Protocol):
+    """An initialisation that stores the weights that it draws in another way."""
+
+    def drawn_by(self, draw: InitFn) -> InitFn:
+        """The same of weights of another distribution.
+
+        Args:
+            draw: fills weights.
+        """
+
+
 @dataclass(frozen=True)
 class SkipEmptyShards:
     """A user's initialisation, kept from the empty shards that TorchRec hands to idle ranks."""
@@ -222,6 +235,9 @@ class PhysicalTable:
         init_fn: initialisation of a shard of any shape.
         data_type: type of the weights.
         is_codebook: whether rows are codewords that many ids are made of.
+        is_packed: whether rows are other numbers in the bits of float32 cells, which nothing may round, scale
+            or train but the method itself.
+        row_type: the type in which rows are served whatever is asked for; None where that is asked.
     """
 
     name: str
@@ -231,6 +247,8 @@ class PhysicalTable:
     init_fn: InitFn
     data_type: DataType = DataType.FP32
     is_codebook: bool = False
+    is_packed: bool = False
+    row_type: RowType | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -241,6 +259,14 @@ class PhysicalTable:
     def data_type_bytes(self) -> int:
         """Bytes of one weight."""
         return _ITEMSIZE[self.data_type]
+
+    def drawn_by(self, draw: InitFn) -> InitFn:
+        """The initialisation where weights have another distribution.
+
+        Args:
+            draw: fills weights.
+        """
+        return self.init_fn.drawn_by(draw) if isinstance(self.init_fn, DrawsWeights) else draw
 
     def config(self) -> EmbeddingBagConfig:
         """TorchRec's description of it, the width padded to the fused kernels' multiple of 4."""

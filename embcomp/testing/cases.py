@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.optim.apply_optimizer_in_backward import (
+    _apply_optimizer_in_backward as apply_optimizer_in_backward,
+)
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.backends.base import BackendConfig
@@ -15,6 +18,8 @@ from embcomp.collection.collection import (
     CompressedEmbeddingCollection,
 )
 from embcomp.testing.check_data import INIT, Declared
+
+Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,19 @@ def unpooled(
     return CompressedEmbeddingCollection(
         [table.unpooled() for table in tables], case.config, need_indices=need_indices
     ).eval()
+
+
+def learning(collection: Collection) -> Collection:
+    """A collection in training mode; rows that methods update themselves are told by a fused SGD how fast.
+
+    Args:
+        collection: not sharded.
+    """
+    packed = {table.name for table in collection.physical_tables if table.is_packed}
+    rows = [p for name, p in collection.named_parameters() if name.split(".")[-2] in packed]
+    if rows:
+        apply_optimizer_in_backward(torch.optim.SGD, rows, {"lr": 0.1})
+    return collection.train()
 
 
 def output_keys(tables: Sequence[Declared]) -> dict[str, tuple[Declared, str]]:

@@ -36,7 +36,7 @@ from embcomp.training.optim.initial_rows import (
     fill_function,
     initialize_rows,
 )
-from embcomp.training.optim.optimizers import attach_fused_optimizer
+from embcomp.training.optim.optimizers import attach_fused_optimizer, check_packed_rows
 from embcomp.training.optim.precision import Precision, check_bf16
 
 TASK_PREFIX = "model."
@@ -171,6 +171,7 @@ def shard_model(
     """Spread a model whose tables are on the meta device over the ranks and draw its rows."""
     rows, train = config.train.row_optimizer, config.train
     fused = rows.mode == "fused" and train.sharding != "data_parallel"
+    check_packed_rows(unsharded.model, rows, fused=fused)
     if fused:
         attach_fused_optimizer(unsharded.model, rows, process.device)
     sharder = make_sharder(rows.max_gradient)
@@ -235,7 +236,10 @@ def physical_rows(
     init = config.tables.init
     chosen = None if init.scale is None else fill_function(init.name, init.scale)
     return {
-        f"{path}.{inner}.embedding_bags.{table.name}.weight": (table, chosen or table.init_fn)
+        f"{path}.{inner}.embedding_bags.{table.name}.weight": (
+            table,
+            table.init_fn if chosen is None else table.drawn_by(chosen),
+        )
         for path, module in unsharded.model.named_modules()
         if isinstance(module, CompressedEmbeddingBagCollection)
         for table in module.physical_tables

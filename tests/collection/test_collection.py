@@ -27,7 +27,7 @@ from embcomp.collection.collection import (
 from embcomp.errors import ConfigError
 from embcomp.layers.hashing import salt, splitmix64
 from embcomp.tables.name_hash import name64
-from embcomp.testing.cases import pooled
+from embcomp.testing.cases import learning, pooled
 from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
 
@@ -183,7 +183,7 @@ def test_torchrecs_models_train_on_the_collections_unchanged(model, case):
     tables = plain_tables(8)
     torch.manual_seed(0)
     net = MODELS[model](
-        CompressedEmbeddingBagCollection([t.bag() for t in tables], CASES[case].config)
+        learning(CompressedEmbeddingBagCollection([t.bag() for t in tables], CASES[case].config))
     )
     # A network within the tables wants the rate of networks.
     optimizer = torch.optim.Adagrad(net.parameters(), lr=0.01 if case == "dhe" else 0.1)

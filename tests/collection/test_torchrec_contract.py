@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embcomp import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from embcomp.backends import Hash, Matryoshka, Unified
 from embcomp.errors import ConfigError
+from embcomp.testing.cases import learning
 from embcomp.testing.check_data import plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
 
@@ -439,6 +440,7 @@ def test_no_rows_in_torchrecs_own_form_answer_as_torchrecs(kind):
 def test_a_copy_answers_the_same_and_is_trained_alone(case):
     tables = plain_tables(dim=16)
     collection = CompressedEmbeddingBagCollection([t.bag() for t in tables], CASES[case].config)
+    learning(collection)
     features = random_batch(tables, seed=0, batch_size=4)
     answer = collection(features).values()  # in training mode, with whatever it leaves behind
     if answer.requires_grad:

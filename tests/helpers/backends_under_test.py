@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embcomp.backends import (
+    ALPT,
     CCE,
     DHE,
     DNIS,
@@ -16,10 +17,13 @@ from embcomp.backends import (
     Blocks,
     Cafe,
     Coded,
+    Dedup,
     DNISSearch,
     DoubleHash,
     Full,
     Hash,
+    Int8,
+    Int16,
     LowDim,
     LowRank,
     Mapped,
@@ -27,6 +31,7 @@ from embcomp.backends import (
     OptEmbed,
     Robe,
     Sparse,
+    TypedBlocks,
     Unified,
 )
 from embcomp.testing import BackendCase
@@ -69,6 +74,9 @@ CASES = {
     "mlet": BackendCase(
         config=MLET(width=3, factor=2), injective=True, init_std=FULL * (3 / 16) ** 0.5
     ),
+    "int8": BackendCase(config=Int8(), injective=True),
+    "int16": BackendCase(config=Int16(step=1e-5), injective=True),
+    "alpt": BackendCase(config=ALPT(bits=8), injective=True),
     "tensor_train": BackendCase(config=TT(rank=5), injective=True),
     "robe": BackendCase(
         config=Robe(num_weights=700, block_size=6, step=3, signs=True, init_range=0.1),
@@ -100,6 +108,14 @@ CASES = {
         ),
         init_std=0.08 / 3**0.5,
     ),
+    "typed_blocks": BackendCase(
+        config=TypedBlocks(
+            types={"t0": ("fp16", "int4"), "t1": ("fp32", "int8", "int4"), "t2": ("int8",)},
+            cuts={"t0": (20,), "t1": (5, 40)},
+        ),
+        injective=True,
+    ),
+    "dedup": BackendCase(config=Dedup(), injective=True),
     "coded": BackendCase(config=Coded(subvector_dim=2, num_codewords=16)),
     "coded_table": BackendCase(
         config=Coded(subvector_dim=4, num_codewords=8, codebooks="table", latent_dim=2)
@@ -156,3 +172,6 @@ CASES = {
         config=Sparse(nonzeros={"t0": 500, "t1": 700, "t2": 600}), init_std=0.029 / 3**0.5
     ),
 }
+
+STORED_INTEGERS = ("alpt", "int16", "int8")
+"""Cases whose rows no gradient reaches: their methods update them beside a fused optimizer."""

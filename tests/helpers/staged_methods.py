@@ -65,6 +65,12 @@ STAGED: dict[str, StagedCase] = {
         stages={"dense": SHORT, "codes": SHORT},
         starts_from_full=True,
     ),
+    "dedup": StagedCase(
+        method={"name": "dedup"},
+        budget="60%",
+        stages={"dense": SHORT, "shared": SHORT},
+        starts_from_full=True,
+    ),
     "dnis": StagedCase(
         method={"name": "dnis", "quantiles": [0.5, 0.9], "learning_rate": 0.1, "decay": 0.5},
         budget="40%",

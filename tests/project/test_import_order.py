@@ -13,9 +13,10 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection, tools"
     " < config, serving, testing < planning < training < compressing, search < benchmark < cli",
-    "embcomp.backends": "stages < base < discovery, full, hashed_rows < hash, qr, unified, blocks, low_dim,"
-    " mde, tt < cafe, codebooks, dhe, double_hash, mapped, mlet, robe, sparse"
-    " < cce, dnis, widths",
+    "embcomp.backends": "stages < base < discovery, full, hashed_rows, row_type_choice"
+    " < hash, qr, unified, blocks, low_dim, mde, tt"
+    " < cafe, codebooks, dhe, double_hash, integer_rows, mapped, mlet, robe, sparse, typed_blocks"
+    " < cce, dedup, dnis, widths",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"

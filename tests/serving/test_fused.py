@@ -22,9 +22,12 @@ from embcomp.testing.check_data import awkward_tables, plain_tables, random_batc
 from tests.helpers.backends_under_test import CASES
 
 BY_MODULES = {
+    "alpt",
     "cafe",
     "cce",
     "dhe",
+    "int16",
+    "int8",
     "low_rank_bias",
     "mapped",
     "mgqe",

@@ -11,12 +11,13 @@ from torchrec.quant.embedding_modules import (
     EmbeddingBagCollection as QuantizedEmbeddingBagCollection,
 )
 
+from embcomp.errors import ConfigError
 from embcomp.testing.cases import pooled
 from embcomp.testing.check_data import awkward_tables, random_batch
-from tests.helpers.backends_under_test import CASES
+from tests.helpers.backends_under_test import CASES, STORED_INTEGERS
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in STORED_INTEGERS])
 def test_int8_rows_answer_within_their_step(case):
     tables = awkward_tables((16, 8, 10))
     # As it is served: rows that are still to be gated or snapped to codewords may jump.
@@ -37,3 +38,14 @@ def test_int8_rows_answer_within_their_step(case):
         bool(w.any()) for rows in collection.inner_collections() for w in rows.parameters()
     )  # zeros are exact
     assert (error > 0) == rounded and error < 4 * 3 * 0.5 * 0.7 / 255
+    assert 0 < error < 4 * 3 * 0.5 * 0.7 / 255
+
+
+@pytest.mark.parametrize("case", STORED_INTEGERS)
+def test_stored_integers_are_not_rounded_again(case):
+    tables = awkward_tables((16, 8, 10))
+    quantized = quantize_inference_model(
+        torch.nn.Sequential(pooled(CASES[case], tables).compact()), quantization_dtype=torch.int8
+    )[0]
+    with pytest.raises(ConfigError, match="t0, t1, t2 are stored integers"):
+        quantized(random_batch(tables, seed=1))

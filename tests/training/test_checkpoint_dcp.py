@@ -65,6 +65,7 @@ def train_and_save(setup, folder):
     sharded, optimizer = shard(setup, setup.model(seed=2), weights=weights)
     for step in range(BEFORE):
         train_step(sharded, optimizer, step_of(setup, step))
+    sharded.module.tables.settle()
     dcp.save(state_of(sharded, optimizer), checkpoint_id=folder)
     return train_on(setup, sharded, optimizer)
 

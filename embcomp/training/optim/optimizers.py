@@ -17,6 +17,10 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embcomp.backends.stages import Stage
+from embcomp.collection.collection import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
 from embcomp.config.train_config import (
     DenseOptimizerConfig,
     PlateauConfig,
@@ -24,6 +28,7 @@ from embcomp.config.train_config import (
     RunConfig,
 )
 from embcomp.errors import ConfigError
+from embcomp.io.yaml_reading import listed
 from embcomp.planning.planner import row_collections
 
 Parameters = Iterable[Tensor]
@@ -57,6 +62,36 @@ def attach_fused_optimizer(
     kind, options = _row_optimizer_kind(config)
     for _, collection in row_collections(model):
         apply_optimizer_in_backward(kind, collection.parameters(), options)
+
+
+def check_packed_rows(model: nn.Module, config: RowOptimizerConfig, *, fused: bool) -> None:
+    """Raise a ConfigError where rows that a method packs and updates itself are to be trained as floats are.
+
+    Args:
+        model: not sharded yet.
+        config: the row optimizer.
+        fused: whether rows are updated in the backward pass.
+    """
+    packed = [
+        table.name
+        for module in model.modules()
+        if isinstance(module, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
+        for table in module.physical_tables
+        if table.is_packed
+    ]
+    if not packed:
+        return
+    wrong = ""
+    if not fused:
+        wrong = "mode: dense or sharding: data_parallel; they need mode: fused and tables that are sharded"
+    elif config.name not in ("sgd", "rowwise_adagrad"):
+        wrong = f"name: {config.name}; they take sgd or rowwise_adagrad, which keep at most one number for a row"
+    elif config.weight_decay:
+        wrong = f"weight_decay: {config.weight_decay}, which would multiply what integers lie in; leave it 0"
+    if wrong:
+        raise ConfigError(
+            f"train.row_optimizer: rows of {listed(packed)} are stored integers (int8, int16, alpt), but it has {wrong}"
+        )
 
 
 Phase = Literal["train", "search"]
