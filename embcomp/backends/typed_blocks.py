@@ -58,6 +58,7 @@ class TypedBlocks(Blocks):
     quantiles: Annotated[tuple[float, ...], Between(0, 1, "()")] = TRAFFIC_QUANTILES
 
     name: ClassVar[str] = "typed_blocks"
+    learns_size: ClassVar[bool] = True
     approximates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def test_equal_rows_share_one_and_nothing_else_changes(tmp_path):
         {**collection.state_dict(), **full_of(rows).state_dict()}, strict=False
     )
     served = collection.compact()
-    (method,) = set(served.plan.methods.values())
+    method = served.plan.methods["t0"]
     assert method.name == "mapped" and method.rows == {"t0": (40,), "t1": (30,)}
     batch = random_batch(TABLES, seed=1, batch_size=200)
     assert torch.equal(served(batch).values(), collection(batch).values())
@@ -79,7 +79,7 @@ def test_a_budget_takes_the_smallest_tolerance_that_fits(share):
     tensors = tables.serving_tensors().values()
     assert sum(t.numel() * t.element_size() for t in tensors) == tables.footprint.serve_bytes
     assert tables.footprint.serve_bytes <= budget
-    (method,) = set(tables.plan.methods.values())
+    method = tables.plan.methods["t0"]
     finer = sum(table.rows for table in TABLES)
     assert 2 <= sum(own[0] for own in method.rows.values()) < finer
     error = float((embed_ids(tables, TABLES)["f0"] - rows["t0"]).abs().max())

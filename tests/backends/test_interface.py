@@ -24,6 +24,8 @@ APART = {
     "cce",
     "dhe",
     "double_hash",
+    "dedup",
+    "typed_blocks",
     "full",
     "hash",
     "alpt",

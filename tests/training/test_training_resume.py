@@ -133,6 +133,27 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_if_nothing_had_happene
     assert len(expected["metrics"].splitlines()) > 10
 
 
+@pytest.mark.filterwarnings("ignore:Please use DTensor")
+def test_stored_integers_go_on_bit_for_bit_on_two_ranks(dataset, tmp_path):
+    """Their last update waits for the next step, and is written before a checkpoint."""
+    overrides = (
+        "tables.method={name: alpt, bits: 8}",
+        "train.sharding=row_wise",
+        "train.warmup_steps=6",
+        "train.checkpoint_every=4",
+        "train.max_steps=9",
+    )
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(toy_config(dataset, *overrides).to_yaml())
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    codes = attempt(2, config_path, (whole, 0), (killed, 6), (killed, 0))
+    assert codes == [0, -signal.SIGKILL, 0]
+    expected = everything(whole / "toy")
+    assert differences(expected, everything(killed / "toy")) == []
+    updates = {k: int(v) for k, v in expected["tensors"]["model"].items() if "updates@" in k}
+    assert set(updates.values()) == {9}
+
+
 def test_a_finished_run_says_so_and_is_not_trained_again(dataset, tmp_path, capsys):
     config = toy_config(dataset, "train.max_steps=3")
     report = train(config, runs=tmp_path, quiet=True)
