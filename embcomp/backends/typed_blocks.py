@@ -34,7 +34,7 @@ from embcomp.layers.block_work import RowBlock, row_blocks
 from embcomp.layers.frequency_blocks import TRAFFIC_QUANTILES, block_ranges, traffic_cuts
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.row_formats import BITS, ROW_TYPES, RowType
+from embcomp.tables.row_formats import ROW_TYPES, RowType
 from embcomp.tables.row_types import check_row_type, pack, unpack
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -239,11 +239,12 @@ def _fresh_errors(table: TableSpec, block: IdBlock) -> dict[RowType, float]:
     """What rows drawn anew would be off, looked up as Zipf has it."""
     looked_up = math.log((block.high + 1) / (block.low + 1)) / math.log(table.num_embeddings + 1)
     low, high = table.init_bounds
-    spread = (high - low) ** 2
-    errors: dict[RowType, float] = {"fp32": 0.0, "fp16": _FP16**2 * spread / 12}
-    errors |= {
-        kind: (spread / (2**bits - 1) ** 2 / 12 if block.width > 1 else 0.0)
-        for kind, bits in BITS.items()
+    variance = (high - low) ** 2 / 12
+    errors: dict[RowType, float] = {
+        "fp32": 0.0,
+        "fp16": _FP16**2 * variance,
+        "int8": variance / 255**2,
+        "int4": variance / 15**2,
     }
     return {kind: looked_up * block.width * error for kind, error in errors.items()}
 

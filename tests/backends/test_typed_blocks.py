@@ -47,7 +47,9 @@ def compressed(budget, full):
 def weighted_error(found, wanted):
     there, before = embed_ids(found, TABLES), embed_ids(wanted, TABLES)
     return sum(
-        float((there[f"f{n}"] - before[f"f{n}"]).double().square().sum(1) @ COUNTS[f"t{n}"].double())
+        float(
+            (there[f"f{n}"] - before[f"f{n}"]).double().square().sum(1) @ COUNTS[f"t{n}"].double()
+        )
         for n in range(len(TABLES))
     )
 
@@ -61,13 +63,15 @@ def test_types_are_the_best_of_all_within_their_bytes_and_only_grow():
             rows=int(torch.randint(5, 500, (1,), generator=random)),
             width=16,
             errors=dict(
-                zip(ROW_TYPES, (0.0, *(torch.rand(3, generator=random).sort().values * 10).tolist()))
+                zip(
+                    ROW_TYPES, (0.0, *(torch.rand(3, generator=random).sort().values * 10).tolist())
+                )
             ),
         )
         for n in range(4)
     ]
-    size = lambda kinds: sum(b.bytes_as(kind) for b, kind in zip(blocks, kinds))  # noqa: E731
-    error = lambda kinds: sum(b.errors[kind] for b, kind in zip(blocks, kinds))  # noqa: E731
+    size = lambda kinds: sum(b.bytes_as(kind) for b, kind in zip(blocks, kinds))
+    error = lambda kinds: sum(b.errors[kind] for b, kind in zip(blocks, kinds))
     every = list(itertools.product(ROW_TYPES, repeat=4))
     floor, whole = min(map(size, every)), max(map(size, every))
     before = 0

@@ -115,7 +115,7 @@ def _block_seed(seed: int, name: str, block: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def fill_function(name: str, scale: float) -> InitFn:
+def fill_function(name: str, scale: float) -> Callable[[Tensor], Tensor]:
     """The distribution that a config names, for every table."""
 
     def fill(rows: Tensor) -> Tensor:
