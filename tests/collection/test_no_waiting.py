@@ -15,7 +15,7 @@ from embcomp.testing.check_data import awkward_tables, batch_of, plain_tables, r
 from tests.helpers.backends_under_test import CASES, STORED_INTEGERS
 from tests.helpers.dispatched import Dispatched
 
-SKIPPING = {"blocks", "double_hash", "mapped", "robe", "sparse"}
+SKIPPING = {"blocks", "double_hash", "mapped", "robe", "sparse", "typed_blocks"}
 """Their routes skip ids, and TorchRec must know how many ids each key has left to look up."""
 
 

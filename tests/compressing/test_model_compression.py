@@ -202,7 +202,11 @@ def refused(model, plan, **more):
 @pytest.mark.parametrize(
     ("plan", "more", "said"),
     [
-        (Hash(budget="10%"), {}, r"hash: cannot begin .* full, low_dim, low_rank, lr2vq, pq can"),
+        (
+            Hash(budget="10%"),
+            {},
+            r"hash: cannot begin .* full, int16, int8, low_dim, low_rank, lr2vq, pq, typed_blocks can",
+        ),
         (Plan(overrides={"a": Hash(num_buckets=9)}), {}, "hash: cannot begin"),
         ({"nowhere": PQ(subvector_dim=4)}, {}, "no table is called 'nowhere'"),
         (PQ(budget=50), {}, "smallest pq reaches"),

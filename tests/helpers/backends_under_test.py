@@ -110,7 +110,8 @@ CASES = {
     ),
     "typed_blocks": BackendCase(  # what is narrower is rounded when it is saved
         config=TypedBlocks(
-            types={"t0": ("fp32", "fp32"), "t2": ("fp32",)}, cuts={"t0": (20,), "t1": (5, 40)}
+            types={"t0": ("fp32",) * 2, "t1": ("fp32",) * 3, "t2": ("fp32",) * 2},
+            cuts={"t0": (20,), "t1": (5, 40), "t2": (7,)},
         ),
         injective=True,
     ),
