@@ -27,6 +27,8 @@ from embcomp.serving.modules import (
     rows_class,
 )
 
+_LARGE = 4 << 20  # bytes of an artefact from which on it is kept on large pages
+
 Serving = ServingEmbeddingBagCollection | ServingEmbeddingCollection | ServingModel
 
 
@@ -63,8 +65,13 @@ def load(
     folder, on = Path(path), torch.device(device)
     config = ArtefactConfig.read(folder, verify=verify)
     make_rows = rows_class(rows, on)
-    with checked(folder, config) if verify else nullcontext(), TensorReader(mapped=mmap) as reader:
-        tensors = lazily(find_tensors(folder), config.tensors if verify else {}, reader)
+    stored = find_tensors(folder)
+    large = sum(tensor.nbytes for tensor in stored.values()) >= _LARGE
+    with (
+        checked(folder, config) if verify else nullcontext(),
+        TensorReader(mapped=mmap, large=large) as reader,
+    ):
+        tensors = lazily(stored, config.tensors if verify else {}, reader)
         return _build(config, tensors, make_rows, on, str(folder / CONFIG_FILE))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from embcomp.errors import ArtefactError
+from embcomp.io.large_pages import LargePages
 from embcomp.io.piece_checksums import Bytes, PieceChecksum, checksum_of_text
 from embcomp.io.tensor_checksums import bytes_of
 from embcomp.io.tensor_files import StoredTensor
@@ -41,10 +42,12 @@ class TensorReader:
 
     Args:
         mapped: whether tensors stay in their files.
+        large: whether those that do not are kept on large pages.
     """
 
-    def __init__(self, *, mapped: bool = False) -> None:
-        self.mapped = mapped
+    def __init__(self, *, mapped: bool = False, large: bool = False) -> None:
+        self.mapped, self.large = mapped, large
+        self._memory = LargePages()
         self._open = ExitStack()
         self._handles: dict[Path, int] = {}
         self._maps: dict[Path, Tensor] = {}
@@ -96,6 +99,12 @@ class TensorReader:
 
         if checksum is not None:
             self._in_parts(tensor, checksum, part)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor that is looked up: on large pages, where there are that many bytes."""
+        if not self.large or 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        return self._memory.empty(shape, dtype)
 
     def file_map(self, file: Path) -> Tensor:
         """All bytes of a file, (size,) uint8; reading them touches their pages, writing is forbidden."""
@@ -186,7 +195,7 @@ class ArtefactTensor:
     def tensor(self) -> Tensor:
         """The tensor: in its file where it is mapped, in memory of its own elsewhere."""
         if not self.mapped or not self.stored.nbytes:
-            made = torch.empty(self.shape, dtype=self.dtype)
+            made = self.reader.empty(self.shape, self.dtype)
             self.read_into(made)
             return made
         self.reader.check(self.stored, self.checksum)

@@ -24,6 +24,7 @@ from embcomp.collection.assembled import (
 from embcomp.collection.groups import Group, table_features
 from embcomp.collection.single_table import embeddings_of
 from embcomp.errors import ArtefactError, DataError
+from embcomp.io.large_pages import ask_for_large_pages
 from embcomp.layers.learned_buffers import fill_stored
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
@@ -314,6 +315,7 @@ class ServingModel(nn.Module):
 
 
 def _read_into(tensors: Mapping[str, ArtefactTensor], prefix: str, name: str, own: Tensor) -> None:
+    ask_for_large_pages(own)
     tensors[prefix + name].read_into(own)
 
 

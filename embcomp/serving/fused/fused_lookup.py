@@ -51,45 +51,53 @@ class FusedLookup:
         self._features["out"] = np.cumsum(widths) - widths
         self._total = int(widths.sum())
         self._bound: dict[tuple[str, ...], _Bound | None] = {}
+        self._last: tuple[list[str], _Bound | None] = ([], None)
 
     def pooled(self, features: KeyedJaggedTensor, *, is_weighted: bool) -> Tensor | None:
         """(B, sum of embedding_dims) float32; None for what the modules must answer or refuse."""
         bound = self._bind(features)
         if bound is None:
             return None
-        values, lengths, batch = _ids(features), features.lengths(), features.stride()
-        out = torch.empty(batch, self._total)
-        threads = torch.get_num_threads()
-        if not is_weighted and lengths.dtype == torch.int32 and len(lengths) == len(values):
-            held = lengths.contiguous()
-            done = self._lookup(
-                bound.whole,
-                values.data_ptr(),
-                held.data_ptr(),
-                None,
-                None,
-                batch,
-                out.data_ptr(),
-                threads,
-            )
-            if done != _RAGGED:
-                return out if done else None
+        values, batch = _ids(features), features.stride()
+        out = torch.empty((batch, self._total), dtype=torch.float32)
+        if not is_weighted:
+            lengths = features.lengths()
+            if lengths.dtype is torch.int32 and lengths.numel() == values.numel():
+                held = lengths if lengths.is_contiguous() else lengths.contiguous()
+                done = self._call(bound.whole, values, batch, out, lengths=held)
+                if done != _RAGGED:
+                    return out if done else None
         weights = features.weights_or_none() if is_weighted else None
         if is_weighted and (weights is None or weights.dtype != torch.float32):
             return None
         factors = None if weights is None else weights.contiguous()
         offsets = features.offsets().to(torch.int64).contiguous()
-        done = self._lookup(
-            bound.whole,
-            values.data_ptr(),
-            None,
-            offsets.data_ptr(),
-            None if factors is None else factors.data_ptr(),
+        done = self._call(bound.whole, values, batch, out, offsets=offsets, weights=factors)
+        return out if done else None
+
+    def _call(
+        self,
+        program: int,
+        ids: Tensor,
+        batch: int,
+        out: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        offsets: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> int:
+        """What the compiled code says; tensors are contiguous and live until it returns."""
+        found: int = self._lookup(
+            program,
+            ids.data_ptr(),
+            None if lengths is None else lengths.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
+            None if weights is None else weights.data_ptr(),
             batch,
             out.data_ptr(),
-            threads,
+            torch.get_num_threads(),
         )
-        return out if done else None
+        return found
 
     def bytes_of_a_row(self) -> int:
         """Bytes of rows, codes and bitmaps that one id for each feature reads."""
@@ -106,11 +114,7 @@ class FusedLookup:
         for header, dim, key in bound.alone:
             own = values[offsets[key] : offsets[key + 1]]
             out = torch.empty(len(own), dim)
-            threads = torch.get_num_threads()
-            done = self._lookup(
-                header, own.data_ptr(), None, None, None, len(own), out.data_ptr(), threads
-            )
-            if not done:
+            if not self._call(header, own, len(own), out):
                 return None
             found.append(out)
         return found
@@ -119,11 +123,15 @@ class FusedLookup:
         """The programs for batches of these keys; None where a feature is missing."""
         if features.variable_stride_per_key():
             return None
-        keys = tuple(features.keys())
-        if keys not in self._bound:
-            here = set(self._sources) <= set(keys)
-            self._bound[keys] = self._bound_to(keys) if here else None
-        return self._bound[keys]
+        keys = features.keys()
+        if keys == self._last[0]:  # most batches come with the keys of the one before
+            return self._last[1]
+        asked = tuple(keys)
+        if asked not in self._bound:
+            here = set(self._sources) <= set(asked)
+            self._bound[asked] = self._bound_to(asked) if here else None
+        self._last = list(keys), self._bound[asked]
+        return self._bound[asked]
 
     def _bound_to(self, keys: Sequence[str]) -> _Bound:
         places = np.array([keys.index(name) for name in self._sources], dtype=np.int64)
@@ -166,7 +174,9 @@ class _Bound:
 
 def _ids(features: KeyedJaggedTensor) -> Tensor:
     values = features.values()
-    return (values if values.dtype == torch.int64 else values.to(torch.int64)).contiguous()
+    if values.dtype is torch.int64 and values.is_contiguous():
+        return values
+    return values.to(torch.int64).contiguous()
 
 
 def _address(array: np.ndarray) -> int:

@@ -1,8 +1,9 @@
 // Compressed look-ups of many features in one call: ids in, embeddings out.
 //
 // The tables of steps and features are made by `program.py`, whose field order is the one here. Samples
-// are taken in tiles. For each tile, rows are found first and asked for, then read, so that the waits
-// for memory overlap. Nothing is allocated but once per thread, and no global state is written.
+// are taken in tiles, feature after feature. Codes and bitmaps of a tile are asked for some tiles before rows
+// are found, and rows some tiles before they are read, so that the waits for memory overlap. A thread keeps
+// its scratch memory between calls, and no other state is written.
 
 #include <algorithm>
 #include <cstdint>
@@ -47,7 +48,10 @@ struct Feature {
   int32_t coded;             // whether moreover every step is a code that names a row there is
 };
 
-constexpr int64_t kTile = 16;
+constexpr int64_t kTile = 64;        // samples of a feature that are taken together
+constexpr int64_t kInFlight = 256;   // rows that are asked for before the first of them is read
+constexpr int64_t kMostAhead = 64;   // tiles of features that lie between asking and reading
+constexpr int64_t kTask = 768;       // steps that are worth a thread of their own
 constexpr int64_t kLine = 64;
 constexpr int64_t kSkipped = -1;
 constexpr int64_t kBad = -2;
@@ -266,10 +270,17 @@ struct Call {
 };
 
 struct Scratch {
-  std::vector<const uint8_t*> rows;
+  std::vector<const uint8_t*> rows;  // of the tiles in flight, step after step
+  std::vector<int32_t> samples;      // as rows: whose they are, where some have none
+  std::vector<int64_t> counts;       // of the tiles in flight, by step: how many rows there are
   std::vector<float> row, projected, embedding;
-  Scratch(int64_t steps, int64_t width) : rows(size_t(kTile * steps)), row(size_t(width)),
-      projected(size_t(width)), embedding(size_t(width)) {}
+
+  void fit(int64_t pointers, int64_t steps, int64_t width) {
+    if (int64_t(rows.size()) < pointers) rows.resize(size_t(pointers)), samples.resize(size_t(pointers));
+    if (int64_t(counts.size()) < steps) counts.resize(size_t(steps));
+    if (int64_t(row.size()) < width)
+      row.resize(size_t(width)), projected.resize(size_t(width)), embedding.resize(size_t(width));
+  }
 };
 
 inline const uint8_t* address(const Step& s, int64_t id, bool* bad) {
@@ -285,28 +296,50 @@ inline const uint8_t* address(const Step& s, int64_t id, bool* bad) {
   return at;
 }
 
-// The addresses of the rows of some ids; the kind is fixed, so that nothing is asked in the loop.
+// The addresses of the rows of some ids, null where an id has none; the kind is fixed, so that nothing is
+// asked in the loop. Returns how many there are, -1 where one is out of range.
 template <Kind kind>
-bool find_rows_of(Step s, const int64_t* ids, int64_t size, const uint8_t** rows, int64_t stride) {
+int64_t find_all(Step s, const int64_t* ids, int64_t size, const uint8_t** rows) {
   s.kind = kind;
   bool bad = false;
-  for (int64_t i = 0; i < size; ++i) rows[i * stride] = address(s, ids[i], &bad);
-  return !bad;
+  for (int64_t i = 0; i < size; ++i) rows[i] = address(s, ids[i], &bad);
+  return bad ? -1 : size;
 }
 
-bool find_rows(const Step& s, const int64_t* ids, int64_t size, const uint8_t** rows,
-               int64_t stride) {
-  switch (s.kind) {
-    case kIdentity: return find_rows_of<kIdentity>(s, ids, size, rows, stride);
-    case kHashed: return find_rows_of<kHashed>(s, ids, size, rows, stride);
-    case kQuotient: return find_rows_of<kQuotient>(s, ids, size, rows, stride);
-    case kRemainder: return find_rows_of<kRemainder>(s, ids, size, rows, stride);
-    case kRanked: return find_rows_of<kRanked>(s, ids, size, rows, stride);
-    case kCode: return find_rows_of<kCode>(s, ids, size, rows, stride);
-    case kWithin: return find_rows_of<kWithin>(s, ids, size, rows, stride);
-    case kHashedBeyond: return find_rows_of<kHashedBeyond>(s, ids, size, rows, stride);
+// The same of those that have one, and whose they are.
+template <Kind kind>
+int64_t find_some(Step s, const int64_t* ids, int64_t size, const uint8_t** rows, int32_t* samples) {
+  s.kind = kind;
+  bool bad = false;
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint8_t* at = address(s, ids[i], &bad);
+    if (!at) continue;
+    rows[found] = at;
+    samples[found++] = int32_t(i);
   }
-  return false;
+  return bad ? -1 : found;
+}
+
+inline bool skips(const Step& s) { return s.kind == kWithin || s.kind == kHashedBeyond; }
+
+int64_t find_rows(const Step& s, const int64_t* ids, int64_t size, const uint8_t** rows,
+                  int32_t* samples) {
+  switch (s.kind) {
+    case kIdentity: return find_all<kIdentity>(s, ids, size, rows);
+    case kHashed: return find_all<kHashed>(s, ids, size, rows);
+    case kQuotient: return find_all<kQuotient>(s, ids, size, rows);
+    case kRemainder: return find_all<kRemainder>(s, ids, size, rows);
+    case kRanked: return find_all<kRanked>(s, ids, size, rows);
+    case kCode: return find_all<kCode>(s, ids, size, rows);
+    case kWithin:
+      return samples ? find_some<kWithin>(s, ids, size, rows, samples)
+                     : find_all<kWithin>(s, ids, size, rows);
+    case kHashedBeyond:
+      return samples ? find_some<kHashedBeyond>(s, ids, size, rows, samples)
+                     : find_all<kHashedBeyond>(s, ids, size, rows);
+  }
+  return -1;
 }
 
 #if defined(__AVX2__)
@@ -347,29 +380,60 @@ struct Reader {
     }
     return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(codes), scale), bias);
   }
+
+  inline __m128 four(int32_t i) const {
+    const int32_t at = from + i;
+    if (type == kFp32) return _mm_loadu_ps(reinterpret_cast<const float*>(row) + at);
+    if (type == kFp16)
+      return _mm_cvtph_ps(_mm_loadl_epi64(
+          reinterpret_cast<const __m128i*>(reinterpret_cast<const uint16_t*>(row) + at)));
+    __m128i codes;
+    if (type == kInt8) {
+      int32_t word;
+      std::memcpy(&word, row + at, 4);
+      codes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(word));
+    } else {
+      uint16_t word;
+      std::memcpy(&word, row + (at >> 1), 2);
+      codes = _mm_srlv_epi32(_mm_set1_epi32(word), _mm_setr_epi32(0, 4, 8, 12));
+      codes = _mm_and_si128(codes, _mm_set1_epi32(15));
+    }
+    return _mm_add_ps(_mm_mul_ps(_mm_cvtepi32_ps(codes), _mm256_castps256_ps128(scale)),
+                      _mm256_castps256_ps128(bias));
+  }
 };
+
+struct Found {
+  const uint8_t* const* rows;
+  const int32_t* samples;          // whose they are; null: one for each sample
+  int64_t count;
+};
+
+template <How how>
+inline void put(float* to, __m256 came) {
+  if (how == kAdd) came = _mm256_add_ps(_mm256_loadu_ps(to), came);
+  if (how == kMultiply) came = _mm256_mul_ps(_mm256_loadu_ps(to), came);
+  _mm256_storeu_ps(to, came);
+}
+
+template <How how>
+inline void put(float* to, __m128 came) {
+  if (how == kAdd) came = _mm_add_ps(_mm_loadu_ps(to), came);
+  if (how == kMultiply) came = _mm_mul_ps(_mm_loadu_ps(to), came);
+  _mm_storeu_ps(to, came);
+}
 
 // One step of a feature for some samples; its width is fixed where it is a usual one.
 template <RowType type, How how, int32_t fixed>
-void emit_rows(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
-               int64_t stride) {
+void emit_rows(const Step& s, const Found& found, float* out, int64_t stride) {
   const int32_t width = fixed ? fixed : s.width;
-  for (int64_t i = 0; i < size; ++i) {
-    const uint8_t* at = rows[i * each];
-    if (!at) continue;
+  for (int64_t i = 0; i < found.count; ++i) {
+    const uint8_t* at = found.rows[i];
     const Reader<type> reader(s, at);
-    float* to = out + i * stride;
+    float* to = out + (found.samples ? found.samples[i] : i) * stride;
     int32_t j = 0;
-    for (; j + 8 <= width; j += 8) {
-      const __m256 came = reader.eight(j);
-      if (how == kSet) {
-        _mm256_storeu_ps(to + j, came);
-      } else {
-        const __m256 there = _mm256_loadu_ps(to + j);
-        _mm256_storeu_ps(to + j, how == kAdd ? _mm256_add_ps(there, came)
-                                             : _mm256_mul_ps(there, came));
-      }
-    }
+    for (; j + 8 <= width; j += 8) put<how>(to + j, reader.eight(j));
+    if (width & 4) put<how>(to + j, reader.four(j)), j += 4;
     if (fixed || j == width) continue;
     float rest[8];
     restore_columns(type, at, s.from + j, width - j, how == kSet ? to + j : rest);
@@ -379,20 +443,19 @@ void emit_rows(const Step& s, const uint8_t* const* rows, int64_t each, int64_t 
 }
 
 template <RowType type, How how>
-void emit_widths(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
-                 int64_t stride) {
-  if (s.width == 8) return emit_rows<type, how, 8>(s, rows, each, size, out, stride);
-  if (s.width == 16) return emit_rows<type, how, 16>(s, rows, each, size, out, stride);
-  if (s.width == 32) return emit_rows<type, how, 32>(s, rows, each, size, out, stride);
-  emit_rows<type, how, 0>(s, rows, each, size, out, stride);
+void emit_widths(const Step& s, const Found& found, float* out, int64_t stride) {
+  if (s.width == 4) return emit_rows<type, how, 4>(s, found, out, stride);
+  if (s.width == 8) return emit_rows<type, how, 8>(s, found, out, stride);
+  if (s.width == 16) return emit_rows<type, how, 16>(s, found, out, stride);
+  if (s.width == 32) return emit_rows<type, how, 32>(s, found, out, stride);
+  emit_rows<type, how, 0>(s, found, out, stride);
 }
 
 template <RowType type>
-void emit_type(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
-               int64_t stride) {
-  if (s.how == kSet) return emit_widths<type, kSet>(s, rows, each, size, out, stride);
-  if (s.how == kAdd) return emit_widths<type, kAdd>(s, rows, each, size, out, stride);
-  emit_widths<type, kMultiply>(s, rows, each, size, out, stride);
+void emit_type(const Step& s, const Found& found, float* out, int64_t stride) {
+  if (s.how == kSet) return emit_widths<type, kSet>(s, found, out, stride);
+  if (s.how == kAdd) return emit_widths<type, kAdd>(s, found, out, stride);
+  emit_widths<type, kMultiply>(s, found, out, stride);
 }
 
 // Whether `emit` can do a step: columns side by side.
@@ -400,49 +463,110 @@ inline bool is_even(const Step& s) {
   return !s.columns && !s.projection && (s.row_type != kInt4 || s.from % 2 == 0);
 }
 
-void emit(const Step& s, const uint8_t* const* rows, int64_t each, int64_t size, float* out,
-          int64_t stride) {
+void emit(const Step& s, const Found& found, float* out, int64_t stride) {
   switch (s.row_type) {
-    case kFp32: return emit_type<kFp32>(s, rows, each, size, out, stride);
-    case kFp16: return emit_type<kFp16>(s, rows, each, size, out, stride);
-    case kInt8: return emit_type<kInt8>(s, rows, each, size, out, stride);
-    default: return emit_type<kInt4>(s, rows, each, size, out, stride);
+    case kFp32: return emit_type<kFp32>(s, found, out, stride);
+    case kFp16: return emit_type<kFp16>(s, found, out, stride);
+    case kInt8: return emit_type<kInt8>(s, found, out, stride);
+    default: return emit_type<kInt4>(s, found, out, stride);
   }
 }
 
 #else
 
+struct Found {
+  const uint8_t* const* rows;
+  const int32_t* samples;
+  int64_t count;
+};
+
 inline bool is_even(const Step&) { return false; }
-void emit(const Step&, const uint8_t* const*, int64_t, int64_t, float*, int64_t) {}
+void emit(const Step&, const Found&, float*, int64_t) {}
 
 #endif
+
+inline bool is_even(const Feature& f, const Step* steps) {
+  bool even = true;
+  for (int32_t n = 0; n < f.count; ++n) even &= is_even(steps[f.first + n]);
+  return even;
+}
+
+inline void clear(float* to, int32_t width) {
+  int32_t i = 0;
+  for (; i + 8 <= width; i += 8) std::memset(to + i, 0, 32);
+  for (; i < width; ++i) to[i] = 0.0f;
+}
+
+// Whether four steps are codes of a byte, side by side, of codewords of four columns, side by side.
+inline bool are_four_codes(const Step* s) {
+  if (s->d != 8 || s->width != 4 || s->row_type > kFp16) return false;
+  for (int32_t k = 1; k < 4; ++k) {
+    if (s[k].d != 8 || s[k].width != 4 || s[k].row_type != s->row_type) return false;
+    if (s[k].state != s->state || s[k].a != s->a || s[k].b != s->b + k) return false;
+    if (s[k].row_bytes != s->row_bytes || s[k].into != s->into + 4 * k) return false;
+  }
+  return true;
+}
+
+inline const uint8_t* codewords(const Step& s) {
+  return s.rows + s.c * s.row_bytes + (s.row_type == kFp32 ? 4 : 2) * s.from;
+}
+
+#if defined(__F16C__) && defined(__AVX__)
+inline __m256 two_of_halves(const uint8_t* first, const uint8_t* second) {
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
+  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
+  return _mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
+}
+#endif
+
+// Four codewords of each sample, whose codes are read as one word. False where this processor cannot.
+template <RowType type>
+bool decode_four(const Step* s, const int64_t* ids, int64_t size, float* to, int64_t stride) {
+  const uint8_t* codes = s->state + s->b;
+  const uint8_t* words[4] = {codewords(s[0]), codewords(s[1]), codewords(s[2]), codewords(s[3])};
+  const int64_t step = s->a, bytes = s->row_bytes;
+  for (int64_t i = 0; i < size; ++i, to += stride) {
+    uint32_t code;
+    std::memcpy(&code, codes + ids[i] * step, 4);
+    const uint8_t* at[4];
+    for (int32_t k = 0; k < 4; ++k) at[k] = words[k] + int64_t(code >> (8 * k) & 255) * bytes;
+    if (type == kFp32) {
+      for (int32_t k = 0; k < 4; ++k) std::memcpy(to + 4 * k, at[k], 16);
+      continue;
+    }
+#if defined(__F16C__) && defined(__AVX__)
+    _mm256_storeu_ps(to, two_of_halves(at[0], at[1]));
+    _mm256_storeu_ps(to + 8, two_of_halves(at[2], at[3]));
+#else
+    return false;
+#endif
+  }
+  return true;
+}
+
+inline bool are_little_endian() {
+  const uint16_t one = 1;
+  uint8_t first;
+  std::memcpy(&first, &one, 1);
+  return first == 1;
+}
 
 // Embeddings of codes, which need no addresses: their rows are in a cache.
 void decode(const Feature& f, const Step* steps, const int64_t* ids, int64_t size, float* out,
             int64_t stride) {
   for (int32_t n = 0; n < f.count; ++n) {
-    const Step s = steps[f.first + n];
-    const uint8_t* rows = s.rows + s.c * s.row_bytes;
+    const Step& s = steps[f.first + n];
     float* to = out + s.into;
-    if (s.d == 8 && s.row_type == kFp32 && s.width == 4) {
-      const uint8_t* codes = s.state + s.b;
-      rows += 4 * s.from;
-      for (int64_t i = 0; i < size; ++i)
-        std::memcpy(to + i * stride, rows + codes[ids[i] * s.a] * s.row_bytes, 16);
-      continue;
-    }
-#if defined(__F16C__) && defined(__AVX__)
-    if (s.d == 8 && s.row_type == kFp16 && s.width == 4) {
-      const uint8_t* codes = s.state + s.b;
-      rows += 2 * s.from;
-      for (int64_t i = 0; i < size; ++i) {
-        const uint8_t* row = rows + codes[ids[i] * s.a] * s.row_bytes;
-        const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
-        _mm_storeu_ps(to + i * stride, _mm_cvtph_ps(halves));
+    if (n + 4 <= f.count && are_little_endian() && are_four_codes(&s)) {
+      const bool done = s.row_type == kFp32 ? decode_four<kFp32>(&s, ids, size, to, stride)
+                                            : decode_four<kFp16>(&s, ids, size, to, stride);
+      if (done) {
+        n += 3;
+        continue;
       }
-      continue;
     }
-#endif
+    const uint8_t* rows = s.rows + s.c * s.row_bytes;
     for (int64_t i = 0; i < size; ++i)
       restore(s, rows + code_at(s, ids[i] * s.a + s.b) * s.row_bytes, to + i * stride);
   }
@@ -450,79 +574,128 @@ void decode(const Feature& f, const Step* steps, const int64_t* ids, int64_t siz
     for (int32_t j = 0; j < f.dim; ++j) out[i * stride + j] *= f.scale;
 }
 
-inline void embed(const Feature& f, const Step* steps, const uint8_t* const* rows, float* out,
-                  Scratch& scratch) {
-  if (f.zero) std::memset(out, 0, 4 * size_t(f.dim));
+// The embedding of one id, whose row of step n is `rows[n * each]`.
+inline void embed(const Feature& f, const Step* steps, const uint8_t* const* rows, int64_t each,
+                  float* out, Scratch& scratch) {
+  if (f.zero) clear(out, f.dim);
   for (int32_t n = 0; n < f.count; ++n) {
-    if (!rows[n]) continue;
+    const uint8_t* at = rows[n * each];
+    if (!at) continue;
     const Step& s = steps[f.first + n];
     if (f.plain) {
-      restore(s, rows[n], out + s.into);
+      restore(s, at, out + s.into);
       continue;
     }
-    place(s, restored(s, rows[n], scratch.row.data()), out, scratch.projected.data());
+    place(s, restored(s, at, scratch.row.data()), out, scratch.projected.data());
   }
   if (f.scale != 1.0f)
     for (int32_t i = 0; i < f.dim; ++i) out[i] *= f.scale;
 }
 
-// The embeddings of one feature for some samples, step by step where every step allows it.
-void embed_all(const Feature& f, const Step* steps, const uint8_t* const* rows, int64_t size,
-               float* out, int64_t stride, Scratch& scratch) {
-  bool even = true;
-  for (int32_t n = 0; n < f.count; ++n) even &= is_even(steps[f.first + n]);
-  if (!even) {
-    for (int64_t i = 0; i < size; ++i) embed(f, steps, rows + i * f.count, out + i * stride, scratch);
-    return;
-  }
-  for (int64_t i = 0; f.zero && i < size; ++i) std::memset(out + i * stride, 0, 4 * size_t(f.dim));
-  for (int32_t n = 0; n < f.count; ++n) {
-    const Step& s = steps[f.first + n];
-    emit(s, rows + n, f.count, size, out + s.into, stride);
-  }
-  for (int64_t i = 0; f.scale != 1.0f && i < size; ++i)
-    for (int32_t j = 0; j < f.dim; ++j) out[i * stride + j] *= f.scale;
-}
-
 // Samples [begin, end) where every bag holds one id without a weight.
-bool singles(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
-  const Program& p = c.program;
-  const int64_t size = end - begin;
-  for (int64_t n = 0; n < p.num_features; ++n) {
-    const Feature& f = p.features[n];
-    const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
+//
+// A unit of work is a tile of samples of one feature. Units go through three passes, `ahead` units apart.
+struct Singles {
+  const Call& call;
+  int64_t begin, end, tile, most, ahead;
+  Scratch& scratch;
+
+  struct Unit {
+    int64_t number = 0, first, feature = 0;
+  };
+
+  Singles(const Call& c, int64_t from, int64_t to, Scratch& own)
+      : call(c), begin(from), end(to), tile(std::min(kTile, to - from)), most(1), scratch(own) {
+    const Program& p = c.program;
+    for (int64_t n = 0; n < p.num_features; ++n)
+      most = std::max<int64_t>(most, p.features[n].count);
+    const int64_t each = tile * std::max<int64_t>(1, p.num_steps / std::max<int64_t>(1, p.num_features));
+    ahead = std::clamp<int64_t>(kInFlight / each, 1, kMostAhead);
+    scratch.fit((ahead + 1) * most * tile, (ahead + 1) * most, p.widest);
+  }
+
+  bool answer() {
+    const int64_t tiles = (end - begin + tile - 1) / tile, units = tiles * call.program.num_features;
+    Unit asked{0, begin}, found{0, begin}, read{0, begin};
+    for (int64_t u = 0; u < units + 2 * ahead; ++u) {
+      if (u < units && !ask(asked)) return false;
+      if (u < units) next(asked);
+      if (u >= ahead && u < units + ahead) {
+        if (!find(found)) return false;
+        next(found);
+      }
+      if (u >= 2 * ahead) embed_tile(read), next(read);
+    }
+    return true;
+  }
+
+  void next(Unit& u) const {
+    ++u.number;
+    if (++u.feature == call.program.num_features) u.feature = 0, u.first += tile;
+  }
+
+  const Feature& feature(const Unit& u) const { return call.program.features[u.feature]; }
+  int64_t size(const Unit& u) const { return std::min(tile, end - u.first); }
+  int64_t slot(const Unit& u) const { return u.number % (ahead + 1) * most; }
+  const int64_t* ids(const Unit& u) const {
+    return call.values + call.program.places[feature(u).source] * call.batch + u.first;
+  }
+
+  // Asks for codes and bitmaps; false where an id is out of range.
+  bool ask(const Unit& u) const {
+    const Feature& f = feature(u);
+    const int64_t *own = ids(u), count = size(u);
     if (f.limit >= 0) {
       uint64_t out_of_range = 0;
-      for (int64_t i = 0; i < size; ++i) out_of_range |= uint64_t(ids[i]) >= uint64_t(f.limit);
+      for (int64_t i = 0; i < count; ++i) out_of_range |= uint64_t(own[i]) >= uint64_t(f.limit);
       if (out_of_range) return false;
     }
     for (int32_t k = 0; k < f.count; ++k) {
-      const Step& s = p.steps[f.first + k];
+      const Step& s = call.program.steps[f.first + k];
       if (!s.state || (k && s.state == (&s)[-1].state)) continue;
-      for (int64_t i = 0; i < size; ++i) ask_for_state(s, ids[i]);
+      for (int64_t i = 0; i < count; ++i) ask_for_state(s, own[i]);
     }
+    return true;
   }
-  for (int64_t n = 0; n < p.num_features; ++n) {
-    const Feature& f = p.features[n];
-    if (f.coded) continue;
-    const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
-    const uint8_t** rows = scratch.rows.data() + kTile * f.first;
-    for (int32_t k = 0; k < f.count; ++k)
-      if (!find_rows(p.steps[f.first + k], ids, size, rows + k, f.count)) return false;
-  }
-  for (int64_t n = 0; n < p.num_features; ++n) {
-    const Feature& f = p.features[n];
-    float* out = c.out + begin * p.stride + f.out;
-    if (f.coded) {
-      const int64_t* ids = c.values + p.places[f.source] * c.batch + begin;
-      decode(f, p.steps, ids, size, out, p.stride);
-      continue;
+
+  // Finds rows and asks for them; false where one is out of range.
+  bool find(const Unit& u) {
+    const Feature& f = feature(u);
+    if (f.coded) return true;
+    const bool even = is_even(f, call.program.steps);
+    for (int32_t k = 0; k < f.count; ++k) {
+      const Step& s = call.program.steps[f.first + k];
+      const int64_t at = (slot(u) + k) * tile;
+      int32_t* samples = even && skips(s) ? scratch.samples.data() + at : nullptr;
+      const int64_t count = find_rows(s, ids(u), size(u), scratch.rows.data() + at, samples);
+      if (count < 0) return false;
+      scratch.counts[size_t(slot(u) + k)] = count;
     }
-    const uint8_t** rows = scratch.rows.data() + kTile * f.first;
-    embed_all(f, p.steps, rows, size, out, p.stride, scratch);
+    return true;
   }
-  return true;
-}
+
+  void embed_tile(const Unit& u) {
+    const Feature& f = feature(u);
+    const int64_t stride = call.program.stride, count = size(u);
+    float* out = call.out + u.first * stride + f.out;
+    if (f.coded) return decode(f, call.program.steps, ids(u), count, out, stride);
+    const uint8_t** rows = scratch.rows.data() + slot(u) * tile;
+    if (!is_even(f, call.program.steps)) {
+      for (int64_t i = 0; i < count; ++i)
+        embed(f, call.program.steps, rows + i, tile, out + i * stride, scratch);
+      return;
+    }
+    for (int64_t i = 0; f.zero && i < count; ++i) clear(out + i * stride, f.dim);
+    for (int32_t k = 0; k < f.count; ++k) {
+      const Step& s = call.program.steps[f.first + k];
+      const int32_t* samples = skips(s) ? scratch.samples.data() + (slot(u) + k) * tile : nullptr;
+      const Found found{rows + k * tile, samples, scratch.counts[size_t(slot(u) + k)]};
+      emit(s, found, out + s.into, stride);
+    }
+    for (int64_t i = 0; f.scale != 1.0f && i < count; ++i)
+      for (int32_t j = 0; j < f.dim; ++j) out[i * stride + j] *= f.scale;
+  }
+};
 
 // One bag of a feature, whose ids are `ids` from `first` to `last`.
 struct Bag {
@@ -573,7 +746,7 @@ bool embed_then_sum(const Call& c, const Feature& f, const Bag& bag, float* out,
     for (int32_t k = 0; k < f.count; ++k)
       rows[k] = address(c.program.steps[f.first + k], bag.ids[v], &bad);
     if (bad) return false;
-    embed(f, c.program.steps, rows, scratch.embedding.data(), scratch);
+    embed(f, c.program.steps, rows, 1, scratch.embedding.data(), scratch);
     const float weight = bag.weights ? bag.weights[v] : 1.0f;
     for (int32_t i = 0; i < f.dim; ++i) {
       const float product = scratch.embedding[size_t(i)] * weight;
@@ -585,6 +758,7 @@ bool embed_then_sum(const Call& c, const Feature& f, const Bag& bag, float* out,
 
 // Samples [begin, end) of bags of any length.
 bool bags(const Call& c, int64_t begin, int64_t end, Scratch& scratch) {
+  scratch.fit(c.program.num_steps, 0, c.program.widest);
   for (int64_t n = 0; n < c.program.num_features; ++n) {
     const Feature& f = c.program.features[n];
     const int64_t key = c.program.places[f.source] * c.batch;
@@ -624,28 +798,22 @@ int32_t embcomp_lookup(const Program* program, const int64_t* values, const int3
     if (others) return 2;
   }
   const Call call{*program, values, offsets, weights, batch, out};
-  const int64_t tiles = (batch + kTile - 1) / kTile;
+  if (!batch) return 1;
+  const int64_t shares =
+      std::clamp<int64_t>(std::min(batch, batch * program->num_steps / kTask), 1, std::max(threads, 1));
   int32_t good = 1;
 #if defined(_OPENMP)
-  const bool shared = threads > 1 && batch * program->num_steps > 8192;
-#pragma omp parallel num_threads(threads) if (shared)
+#pragma omp parallel for num_threads(int(shares)) schedule(static) if (shares > 1)
 #endif
-  {
-    Scratch scratch(std::max<int64_t>(program->num_steps, 1),
-                    std::max<int64_t>(program->widest, 1));
-#if defined(_OPENMP)
-#pragma omp for schedule(static)
-#endif
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = tile * kTile, end = std::min(batch, begin + kTile);
-      const bool fine = offsets || weights ? bags(call, begin, end, scratch)
-                                           : singles(call, begin, end, scratch);
-      if (!fine) {
+  for (int64_t share = 0; share < shares; ++share) {
+    static thread_local Scratch scratch;
+    const int64_t begin = batch * share / shares, end = batch * (share + 1) / shares;
+    if (!(offsets || weights ? bags(call, begin, end, scratch)
+                             : Singles(call, begin, end, scratch).answer())) {
 #if defined(_OPENMP)
 #pragma omp atomic write
 #endif
-        good = 0;
-      }
+      good = 0;
     }
   }
   return good;
