@@ -65,9 +65,11 @@ def row_graphs(rows: torch.Tensor) -> dict[str, Any]:
     stored = pack(rows, "int8").numpy()
     codes, head = stored[:, 4:].copy(), stored[:, :4].copy().view(np.float16)
     halves = (np.arange(256, dtype=np.uint32) << 8).astype(np.uint16)
-    first = halves.view(np.float16).astype(np.float32)
-    step = (halves + 1).view(np.float16).astype(np.float32) - first
-    first[[*range(124, 128), *range(252, 256)]] = step[[*range(124, 128), *range(252, 256)]] = 0
+    first, following = (own.view(np.float16).astype(np.float32) for own in (halves, halves + 1))
+    finite = np.isfinite(first)
+    step = np.zeros_like(first)
+    step[finite] = following[finite] - first[finite]
+    first[~finite] = 0
     float32, int64 = TensorProto.FLOAT, TensorProto.INT64
 
     def node(kind: str, *inputs: str, out: str, **attributes: Any) -> Any:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from typing_extensions import Self
 
 from embcomp.collection.groups import Group
+from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.routing import per_value
 from embcomp.serving.serving_rows import StoredTable, lookups
 from embcomp.tables.row_types import RowType, unpack
 
@@ -37,13 +40,15 @@ class RowsByFormat(nn.Module):
             names.setdefault((tables[name].dim, tables[name].row_type), []).append(name)
         self._formats = list(names)
         self._keys: list[list[str]] = []
+        begins: list[int] = []
         for n, members in enumerate(names.values()):
             rows, first = _joined([tables[name] for name in members])
             keys = [key for key, name in owners.items() if name in first]
             self._keys.append(keys)
             self.register_buffer(f"rows_{n}", rows)
-            self.register_buffer(f"first_{n}", torch.tensor([first[owners[key]] for key in keys]))
+            begins += [first[owners[key]] for key in keys]
         self._order = [key for keys in self._keys for key in keys]
+        self._first = Constant(begins) if any(begins) else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `module.half()` must not change what is stored: rows are moved, never cast.
@@ -58,44 +63,47 @@ class RowsByFormat(nn.Module):
         keys, batch = features.keys(), features.stride()
         if keys != self._order:
             features = features.permute([keys.index(key) for key in self._order])
-        ends = [0, *features.offset_per_key()[1:]]
+        ends = features.offset_per_key()
+        ids = features.values().to(torch.int64)
+        if self._first is not None:
+            ids = ids + per_value(self._first.on(ids.device), features)
+        offsets, weights = features.offsets().to(torch.int64), features.weights_or_none()
         found, at = [], 0
         for n, own in enumerate(self._keys):
-            stop = at + len(own)
-            values = slice(ends[at], ends[stop])
-            weights = features.weights_or_none()
-            found.append(
-                self._summed(
-                    n,
-                    features.values()[values],
-                    features.lengths()[at * batch : stop * batch],
-                    None if weights is None else weights[values],
-                    batch,
-                )
+            start, at = at, at + len(own)
+            values = slice(ends[start], ends[at])
+            bags = offsets[start * batch : at * batch + 1]
+            summed = self._summed(
+                n,
+                ids[values],
+                bags - ends[start] if ends[start] else bags,
+                None if weights is None else weights[values],
             )
-            at = stop
+            by_row = summed.view(len(own), batch, -1).transpose(0, 1)  # (B, look-ups, dim)
+            found.append(by_row.reshape(batch, len(own) * summed.shape[1]))
         return KeyedTensor(
             keys=self._order,
             length_per_key=[dim for (dim, _), own in zip(self._formats, self._keys) for _ in own],
             values=found[0] if len(found) == 1 else torch.cat(found, dim=1),
         )
 
-    def _summed(
-        self, n: int, ids: Tensor, lengths: Tensor, weights: Tensor | None, batch: int
-    ) -> Tensor:
-        """(B, sum of dims) of the look-ups of one format, whose bags come key after key."""
-        stored, first = self.get_buffer(f"rows_{n}"), self.get_buffer(f"first_{n}")
-        (dim, row_type), count = self._formats[n], len(self._keys[n])
-        bags = torch.arange(batch * count, device=ids.device).repeat_interleave(
-            lengths.to(torch.int64), output_size=len(ids)
-        )
-        key = bags // max(batch, 1)
-        rows = unpack(stored.index_select(0, ids.to(torch.int64) + first[key]), dim, row_type)
+    def _summed(self, n: int, ids: Tensor, bags: Tensor, weights: Tensor | None) -> Tensor:
+        """(look-ups * B, dim) sums of rows of one format; bag `i` is `ids[bags[i]:bags[i + 1]]`."""
+        stored, (dim, row_type) = self.get_buffer(f"rows_{n}"), self._formats[n]
+        if row_type == "fp32":
+            return embedding_bag(
+                ids,
+                stored,
+                bags,
+                mode="sum",
+                per_sample_weights=weights,
+                include_last_offset=True,
+            )
+        rows = unpack(stored.index_select(0, ids), dim, row_type)
         if weights is not None:
             rows = rows * weights.unsqueeze(1)
-        summed = rows.new_zeros(batch * count, dim)
-        summed.index_add_(0, (bags - key * batch) * count + key, rows)
-        return summed.view(batch, count * dim)
+        # Bags follow from lengths, so nothing need be checked, which would wait for the device.
+        return torch.segment_reduce(rows, "sum", offsets=bags, initial=0, unsafe=True)
 
 
 def _joined(tables: Sequence[StoredTable]) -> tuple[Tensor, dict[str, int]]:

@@ -22,6 +22,15 @@ _READS = {
     "aten._unique2",
 }
 _BY_INDEX = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
+_LAUNCH_NOTHING = {
+    "aten._unsafe_view",
+    "aten.alias",
+    "aten.detach",
+    "aten.empty",
+    "aten.empty_like",
+    "aten.lift_fresh",
+    "aten.new_empty",
+}
 _WRAPPERS = ("torch/_", "torch/utils/", "torch/nn/modules/module.py")
 
 
@@ -30,6 +39,7 @@ class Dispatched(TorchDispatchMode):
 
     Attributes:
         total: how many operations were.
+        launches: how many of them start work on a device: no views, no memory that is not filled.
         reads: those for whose result, or its size, the host waits for the device: name, and file and
             line that asked.
     """
@@ -37,12 +47,14 @@ class Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self.launches = 0
         self.reads: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.total += 1
         name = str(func.overloadpacket)
+        self.launches += not func.is_view and name not in _LAUNCH_NOTHING
         if _waits(name, args, kwargs):
             self.reads[f"{name} at {_asker()}"] += 1
         return func(*args, **kwargs)

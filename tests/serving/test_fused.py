@@ -79,6 +79,41 @@ def test_every_form_answers_as_by_fbgemm(case, row_type, tmp_path):
         torch.testing.assert_close(answers(fused, batch), kernel(batch).values(), **close)
 
 
+@pytest.mark.parametrize("case", NARROW)
+@pytest.mark.parametrize("row_type", ROW_TYPES)
+def test_tiles_and_threads_change_no_answer(case, row_type, tmp_path, threads):
+    """A batch of many tiles, its last one cut short, is what its samples are one by one."""
+    tables = plain_tables(16)
+    save(pooled(CASES[case], tables), tmp_path / "a", row_type=row_type)
+    serving = load(tmp_path / "a")
+    ids = torch.randint(0, 60, (3, 1_000), generator=torch.Generator().manual_seed(7))
+
+    def batch(own):
+        return KeyedJaggedTensor(
+            keys=["f0", "f1", "f2"],
+            values=own.reshape(-1),
+            lengths=torch.ones(own.numel(), dtype=torch.int32),
+        )
+
+    threads(1)
+    wanted = answers(serving, batch(ids))
+    alone = [answers(serving, batch(ids[:, n : n + 1])) for n in range(0, 1_000, 37)]
+    assert torch.equal(torch.cat(alone), wanted[::37])
+    threads(2)
+    assert torch.equal(answers(serving, batch(ids)), wanted)
+    assert torch.equal(answers(serving, batch(ids[:, :65])), wanted[:65])
+    ids[2, 999] = -1
+    if not CASES[case].takes_any_id:
+        assert serving._fused.pooled(batch(ids), is_weighted=False) is None
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", sorted(BY_MODULES))
 def test_methods_that_say_nothing_are_served_by_their_modules(case, tmp_path):
     tables = awkward_tables((16, 6, 3))

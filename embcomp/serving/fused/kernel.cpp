@@ -51,7 +51,7 @@ struct Feature {
 constexpr int64_t kTile = 64;        // samples of a feature that are taken together
 constexpr int64_t kInFlight = 256;   // rows that are asked for before the first of them is read
 constexpr int64_t kMostAhead = 64;   // tiles of features that lie between asking and reading
-constexpr int64_t kTask = 768;       // steps that are worth a thread of their own
+constexpr int64_t kTask = 4096;      // steps that are worth a thread of their own, which may have to wake
 constexpr int64_t kLine = 64;
 constexpr int64_t kSkipped = -1;
 constexpr int64_t kBad = -2;
@@ -401,6 +401,14 @@ struct Reader {
     return _mm_add_ps(_mm_mul_ps(_mm_cvtepi32_ps(codes), _mm256_castps256_ps128(scale)),
                       _mm256_castps256_ps128(bias));
   }
+
+  // Writes two columns of a row that has no scale.
+  inline void two(float* to) const {
+    if (type == kFp32) return void(std::memcpy(to, reinterpret_cast<const float*>(row) + from, 8));
+    int32_t halves;
+    std::memcpy(&halves, reinterpret_cast<const uint16_t*>(row) + from, 4);
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm_cvtph_ps(_mm_cvtsi32_si128(halves)));
+  }
 };
 
 struct Found {
@@ -431,6 +439,10 @@ void emit_rows(const Step& s, const Found& found, float* out, int64_t stride) {
     const uint8_t* at = found.rows[i];
     const Reader<type> reader(s, at);
     float* to = out + (found.samples ? found.samples[i] : i) * stride;
+    if (fixed == 2) {
+      reader.two(to);
+      continue;
+    }
     int32_t j = 0;
     for (; j + 8 <= width; j += 8) put<how>(to + j, reader.eight(j));
     if (width & 4) put<how>(to + j, reader.four(j)), j += 4;
@@ -444,6 +456,8 @@ void emit_rows(const Step& s, const Found& found, float* out, int64_t stride) {
 
 template <RowType type, How how>
 void emit_widths(const Step& s, const Found& found, float* out, int64_t stride) {
+  if (how == kSet && type <= kFp16 && s.width == 2)
+    return emit_rows<type, how, 2>(s, found, out, stride);
   if (s.width == 4) return emit_rows<type, how, 4>(s, found, out, stride);
   if (s.width == 8) return emit_rows<type, how, 8>(s, found, out, stride);
   if (s.width == 16) return emit_rows<type, how, 16>(s, found, out, stride);
