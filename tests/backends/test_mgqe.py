@@ -106,6 +106,5 @@ def test_it_beats_codes_of_one_length_in_equal_bytes(seed):
     even = PQ(subvector_dim=8, num_codewords=4)
     score, size = trained(planted, granular, seed, 8)
     other, most = trained(planted, even, seed, 8)
-    print(score, size, other, most)
     assert size <= most
     assert score > other + 0.01
