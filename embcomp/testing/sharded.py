@@ -228,7 +228,7 @@ def reference_optimizer(setup: Setup, model: Scorer) -> torch.optim.Optimizer | 
 
 def packed_tables(model: Scorer) -> dict[str, IntegerInit]:
     """Physical tables whose rows are stored integers, which their method updates itself."""
-    tables = model.tables.physical_tables
+    tables = getattr(model.tables, "physical_tables", [])  # TorchRec's own have none
     return {t.name: t.init_fn for t in tables if isinstance(t.init_fn, IntegerInit)}
 
 

@@ -97,8 +97,16 @@ def test_weighted_bags(workers, case):
 
 def test_single_valued_features(workers):
     setups = [
-        Setup(plan=case.config, sharding=sharding, shape="single", pooled=pooled, dims=(8, 8, 8))
-        for case in CASES.values()
+        Setup(
+            plan=case.config,
+            sharding=sharding,
+            shape="single",
+            pooled=pooled,
+            dims=(8, 8, 8),
+            # Of a network's weights, Adagrad's first step takes rounding for a gradient.
+            optimizer="sgd" if name == "dhe" else "adagrad",
+        )
+        for name, case in CASES.items()
         for sharding, pooled in (("row_wise", True), ("table_wise", False))
     ]
     workers.run(2, check_each, check_sharded_equals_unsharded, setups)

@@ -60,6 +60,7 @@ LIGHT = (
 
 HEAVY = (
     "embcomp.cli.__main__",
+    "embcomp.io.large_pages",
     "embcomp.io.tensor_checksums",
     "embcomp.io.tensor_files",
     "embcomp.io.tensor_writing",

@@ -17,13 +17,17 @@ from tests.helpers.dispatched import Dispatched
 MOST = 22
 """Launches of a batch with bags of any length, whatever its features are."""
 OVER = {
+    "alpt": 176,
     "blocks": 80,
     "cafe": 80,
     "cce": 70,
+    "dhe": 310,
     "dnis": 42,
     "dnis_search": 42,
     "dnis_search_prefix": 42,
     "double_hash": 52,
+    "int16": 194,
+    "int8": 176,
     "low_dim_kept": 88,
     "low_dim_mixed": 28,
     "low_rank_bias": 82,
@@ -31,12 +35,14 @@ OVER = {
     "mapped": 72,
     "mapped_parts": 78,
     "mde": 42,
+    "mgqe": 44,
     "qr_add": 30,
     "qr_concat": 36,
     "qr_mult": 78,
     "robe": 62,
     "sparse": 54,
     "tensor_train": 108,
+    "typed_blocks": 38,
     "unified_beside_full": 33,
 }
 """Methods that launch more: they have rows of several widths, or routes of several steps."""

@@ -90,5 +90,5 @@ def test_inner_collections_are_pipelined_and_train_as_unpipelined(workers, plan,
     )
     # Adagrad's first steps are as long for a gradient that is nothing but rounding as for any other; this
     # seed has none.
-    seed = 3 if plan == "unified_projected" else 1
+    seed = 3 if plan in ("dhe", "unified_projected") else 1
     workers.run(2, check_pipelined, setup, seed)
