@@ -55,6 +55,8 @@ METHODS: dict[str, dict[str, object]] = {
     "tt": {"name": "tt"},
     "pq": {"name": "pq"},
     "mgqe": {"name": "mgqe"},
+    "pep": {"name": "pep"},
+    "deeplight": {"name": "deeplight"},
     "lr2vq": {"name": "lr2vq"},
     "lr2vq-position": {"name": "lr2vq", "codebooks": "position"},
     "low_rank": {"name": "low_rank"},

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from embcomp.backends.codebooks.mgqe import MGQE as MGQE
     from embcomp.backends.codebooks.pq import PQ as PQ
     from embcomp.backends.dedup import Dedup as Dedup
+    from embcomp.backends.deeplight import DeepLight as DeepLight
     from embcomp.backends.dhe import DHE as DHE
     from embcomp.backends.dnis.config import DNIS as DNIS
     from embcomp.backends.dnis.search import DNISSearch as DNISSearch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from embcomp.backends.mapped.mapped import Mapped as Mapped
     from embcomp.backends.mde import MDE as MDE
     from embcomp.backends.mlet import MLET as MLET
+    from embcomp.backends.pep import PEP as PEP
     from embcomp.backends.qr import QR as QR
     from embcomp.backends.robe import Robe as Robe
     from embcomp.backends.sparse import Sparse as Sparse

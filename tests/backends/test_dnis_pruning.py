@@ -16,8 +16,8 @@ from embcomp import (
     Full,
 )
 from embcomp.backends.base import MethodState, StageInputs
-from embcomp.backends.dnis.elements import least_element_bytes
 from embcomp.backends.dnis.pruning import choose_columns, column_scores
+from embcomp.backends.pruned_elements import least_element_bytes
 from embcomp.collection.group_states import GroupState
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import embed_ids

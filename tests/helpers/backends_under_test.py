@@ -11,6 +11,7 @@ from embcomp.backends import (
     MDE,
     MGQE,
     MLET,
+    PEP,
     PQ,
     QR,
     TT,
@@ -18,6 +19,7 @@ from embcomp.backends import (
     Cafe,
     Coded,
     Dedup,
+    DeepLight,
     DNISSearch,
     DoubleHash,
     Full,
@@ -160,6 +162,12 @@ CASES = {
         config=LR2VQ(subvector_dim=2, num_codewords=4, latent_dim=1, codebooks="table")
     ),
     "lr2vq_table": BackendCase(config=LR2VQ(subvector_dim=3, num_codewords=16, codebooks="table")),
+    "deeplight": BackendCase(config=DeepLight(serve_bytes=10**9, every=2), injective=True),
+    "pep": BackendCase(config=PEP(serve_bytes=10**9), injective=True),
+    "pep_table": BackendCase(
+        config=PEP(serve_bytes=10**9, granularity="table", threshold_init=-5.0, inherit=True),
+        injective=True,
+    ),
     "pq": BackendCase(config=PQ(subvector_dim=2, num_codewords=16)),
     "dnis": BackendCase(config=DNIS(serve_bytes=10**9), injective=True),
     "dnis_search": BackendCase(

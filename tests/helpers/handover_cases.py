@@ -18,8 +18,10 @@ from embcomp.backends.codebooks.low_rank import LowRank
 from embcomp.backends.codebooks.lr2vq import LR2VQ
 from embcomp.backends.codebooks.mgqe import MGQE
 from embcomp.backends.codebooks.pq import PQ
+from embcomp.backends.deeplight import DeepLight
 from embcomp.backends.dnis import DNIS
 from embcomp.backends.full import Full
+from embcomp.backends.pep import PEP
 from embcomp.backends.widths.matryoshka import Matryoshka
 from embcomp.backends.widths.optembed import OptEmbed
 from embcomp.io.tensor_checksums import bytes_of
@@ -75,6 +77,8 @@ CASES: dict[str, HandOver] = {
     "dnis search": HandOver(method=DNIS(serve_bytes=20_000), stage="search"),
     "dnis": HandOver(method=DNIS(serve_bytes=20_000), stage="retrain", before=("search",)),
     "mgqe": HandOver(method=MGQE(subvector_dim=4, num_codewords=16), stage="codes"),
+    "pep": HandOver(method=PEP(serve_bytes=40_000, granularity="table"), stage="retrain"),
+    "deeplight": HandOver(method=DeepLight(serve_bytes=40_000), stage="sparse"),
     "dnis elements": HandOver(
         method=DNIS(serve_bytes=40_000, structure="element", inherit=False),
         stage="retrain",
@@ -116,7 +120,9 @@ def first_form(case: HandOver, seed: int, wrap: Wrap) -> MethodState:
     if isinstance(first, OptEmbed):
         tensors["combine.thresholds.values"] = torch.full((3,), 0.6)
         tensors["combine.norms.means"] = torch.full((3,), 7.0)
-    return MethodState.of(first if isinstance(first, OptEmbed) else Full(), tensors)
+    if isinstance(first, PEP):
+        tensors["combine.thresholds.values"] = torch.full((3,), -1.0)
+    return MethodState.of(first if isinstance(first, OptEmbed | PEP) else Full(), tensors)
 
 
 def hand_over(

@@ -156,3 +156,34 @@ def begin(
     model.load(form)
     model.linear.load_state_dict(before.linear.state_dict())
     return model
+
+
+def prune_and_train(
+    planted: Planted,
+    method: BackendConfig,
+    dim: int,
+    *,
+    epochs: tuple[int, int],
+    rates: tuple[float, float] = (0.1, 0.1),
+) -> Clicks:
+    """The life of a method of two stages that prunes elements: the model that is left.
+
+    Args:
+        planted: data.
+        method: `pep` or `deeplight`.
+        dim: columns.
+        epochs: of the two stages.
+        rates: of their rows.
+    """
+    torch.manual_seed(0)
+    model = Clicks(planted, method, dim)
+    initial, network = model.form, copy.deepcopy(model.linear.state_dict())
+    fit(model, planted, epochs=epochs[0], rate=rates[0], structure_rate=1.0, plans=True)
+    last = method.stages()[-1]
+    past = StageInputs(before=model.form, initial=lambda: initial, counts=planted.counts(TRAIN))
+    form = method.start_stage(last, model.specs, past)
+    after = Clicks(planted, form.config, dim)
+    after.load(form)
+    after.linear.load_state_dict(network if last.reinit_network else model.linear.state_dict())
+    fit(after, planted, epochs=epochs[1], rate=rates[1])
+    return after

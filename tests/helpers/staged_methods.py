@@ -71,6 +71,16 @@ STAGED: dict[str, StagedCase] = {
         stages={"dense": SHORT, "shared": SHORT},
         starts_from_full=True,
     ),
+    "pep": StagedCase(
+        method={"name": "pep", "climb": 20.0},
+        budget="60%",
+        stages={"prune": SHORT, "retrain": SHORT},
+    ),
+    "deeplight": StagedCase(
+        method={"name": "deeplight", "every": 2},
+        budget="60%",
+        stages={"prune": SHORT, "sparse": SHORT},
+    ),
     "dnis": StagedCase(
         method={"name": "dnis", "quantiles": [0.5, 0.9], "learning_rate": 0.1, "decay": 0.5},
         budget="40%",

@@ -47,11 +47,11 @@ from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState, StageInputs
 from embcomp.backends.blocks import UNRANKED, Blocks, column_dtype
-from embcomp.backends.dnis.elements import elements_form, least_element_bytes, most_elements
 from embcomp.backends.dnis.optimizer import SelectionSGD
 from embcomp.backends.dnis.pruning import blocks_form, choose_columns, column_scores
 from embcomp.backends.dnis.search import DNISSearch, Selection
 from embcomp.backends.full import Full
+from embcomp.backends.pruned_elements import elements_form, least_element_bytes, most_elements
 from embcomp.backends.stages import Stage
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive

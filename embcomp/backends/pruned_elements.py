@@ -1,4 +1,4 @@
-"""What a search leaves, cut to a budget element by element, as the paper prunes."""
+"""Trained tables cut to a budget element by element: sparse rows of the largest weights."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ def elements_form(
     budget: int,
     initial: Mapping[str, RowSource | Tensor] | None = None,
     work: Work = IN_MEMORY,
+    *,
+    method: str = "dnis",
+    way_out: str = "Raise the budget, or prune by block (structure: block).",
 ) -> MethodState:
     """Sparse rows of the largest products of selection and weight, within a budget.
 
@@ -55,6 +58,8 @@ def elements_form(
         initial: for each by name, (num_embeddings, embedding_dim) what is kept in the places of the
             largest products, in place of the products.
         work: does it.
+        method: that asks, for errors.
+        way_out: what it offers where the budget does not do.
 
     Raises:
         BudgetError: when it does not hold the pointers and one element.
@@ -62,8 +67,8 @@ def elements_form(
     least = least_element_bytes(tables)
     if budget < least:
         raise BudgetError(
-            f"dnis: {budget:,} bytes do not hold sparse rows: their pointers and one element take "
-            f"{least:,} bytes. Raise the budget, or prune by block (structure: block)."
+            f"{method}: {budget:,} bytes do not hold sparse rows: their pointers and one element take "
+            f"{least:,} bytes. {way_out}"
         )
     tables = by_name(tables)
     products = {
