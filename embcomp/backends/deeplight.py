@@ -133,7 +133,7 @@ class DeepLight(ElementPruning):
         return self.pruned_form(tables, past.before, past.counts, work=past.work)
 
 
-class Steps(LearnedBuffers):
+class PruningSteps(LearnedBuffers):
     """How many training steps there were.
 
     Attributes:
@@ -155,8 +155,10 @@ class Steps(LearnedBuffers):
         """Count a step; the tensor is only looked at where someone else has written to it."""
         self.ensure_filled()
         known = self._known
-        is_known = known is not None and known[0] is self.count and known[1] == self.count._version
-        step = 1 + (known[2] if known is not None and is_known else int(self.count))
+        if known is None or known[0] is not self.count or known[1] != self.count._version:
+            step = int(self.count) + 1
+        else:
+            step = known[2] + 1
         self.count.add_(1)
         self._known = (self.count, self.count._version, step)
         return step
@@ -186,27 +188,30 @@ class PruningRoute(nn.Module):
     ) -> None:
         super().__init__()
         self.ids = FullRoute(keys, check)
-        self.steps = Steps()
+        self.steps = PruningSteps()
         self._tables = list(tables)
         self._zero_share, self._every, self._deviation = zero_share, every, deviation
         self._pieces = HeldPieces()
-        self._planned: int | None = None  # of the training; None where no step has ended
+        self._share: float | None = None  # to be zero after the step under way; None where it stays
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_planned": None}
+        return {**self.__dict__, "_share": None}
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         found: KeyedJaggedTensor = self.ids(features)
         return found
 
+    @torch.no_grad()
     def step_begins(self, planned: int | None) -> None:
-        """Say that a training step is under way.
+        """Count a training step, which is under way.
 
         Args:
             planned: steps of the training; None where nobody said.
         """
-        self._planned = planned or _STEPS
+        steps = self.steps.next()
+        if self._zero_share and steps % self._every == 0:
+            self._share = self.share_after(steps, planned or _STEPS)
 
     def share_after(self, steps: int, planned: int) -> float:
         """The share of elements that are to be zero after so many steps of those planned."""
@@ -219,18 +224,15 @@ class PruningRoute(nn.Module):
         Args:
             holder: the collection that holds the rows, sharded or not; all ranks call it.
         """
-        planned, self._planned = self._planned, None
-        if planned is None:
-            return
-        steps = self.steps.next()
-        if steps % self._every or not self._zero_share:
+        share, self._share = self._share, None
+        if share is None:
             return
         pieces = [
             (self._pieces.find(holder, name, "deeplight"), width) for name, width in self._tables
         ]
         device = self.steps.count.device
         with between_steps(device):
-            _prune(pieces, self.share_after(steps, planned), device)
+            _prune(pieces, share, device)
 
 
 class CountedSteps(Penalised):

@@ -98,7 +98,7 @@ class PEP(ElementPruning):
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
         keys = [key for table in physical for key in table.keys]
-        thresholds = Thresholds(
+        thresholds = ElementThresholds(
             [(table.name, self._thresholds_of(table)) for table in tables], self.threshold_init
         )
         return Backend(
@@ -142,10 +142,11 @@ class PEP(ElementPruning):
         self, tables: Sequence[TableSpec], form: MethodState
     ) -> Mapping[str, RowSource]:
         tables = by_name(tables)
-        limits = torch.sigmoid(form.tensors["combine.thresholds.values"].detach().cpu())
-        own = limits.split([self._thresholds_of(table) for table in tables])
+        values = form.tensors["combine.thresholds.values"].detach().cpu()
+        own = values.split([self._thresholds_of(table) for table in tables])
         return {
-            table.name: _shrunk(form.rows(table.name), limit) for table, limit in zip(tables, own)
+            table.name: _shrunk(form.rows(table.name), each.sigmoid())
+            for table, each in zip(tables, own)
         }
 
 
@@ -162,8 +163,11 @@ def soft_threshold(rows: Tensor, limits: Tensor) -> Tensor:
     return rows.sign() * (rows.abs() - limits).clamp(min=0)
 
 
-class Thresholds(NamedParts):
+class ElementThresholds(NamedParts):
     """Thresholds before the sigmoid, of tables or of their columns.
+
+    Attributes:
+        counts: how many thresholds each table has.
 
     Args:
         tables: names, and how many thresholds each has.
@@ -173,6 +177,7 @@ class Thresholds(NamedParts):
     def __init__(self, tables: Sequence[tuple[str, int]], initial: float) -> None:
         super().__init__()
         self._initial = initial
+        self.counts = [count for _, count in tables]
         self.store_in_parts("values", tables)
         self.values = nn.Parameter(torch.empty(sum(count for _, count in tables)))
         self.reset_parameters()
@@ -183,8 +188,12 @@ class Thresholds(NamedParts):
 
     @override
     def forward(self) -> Tensor:
-        """(thresholds,) what sizes are reduced by."""
-        return torch.sigmoid(self.values)
+        """(thresholds,) what sizes are reduced by.
+
+        A CPU takes several at a time, and the last bit of a sigmoid follows from the place in them: table by
+        table it does not follow from what other tables there are.
+        """
+        return torch.cat([own.sigmoid() for own in self.values.split(self.counts)])
 
 
 class SoftThreshold(Penalised):
@@ -196,11 +205,11 @@ class SoftThreshold(Penalised):
         pull: on each threshold, of all steps of a training together.
     """
 
-    def __init__(self, tables: Sequence[TableSpec], thresholds: Thresholds, *, pull: float) -> None:
+    def __init__(self, tables: Sequence[TableSpec], thresholds: ElementThresholds, *, pull: float) -> None:
         super().__init__()
         self.thresholds = thresholds
         self._pull = pull
-        counts = [count for _, count in thresholds._parts["values"]]
+        counts = thresholds.counts
         starts = [sum(counts[:n]) for n in range(len(counts))]
         self._pairs = [
             (start, start + count, table.embedding_dim)

@@ -63,13 +63,7 @@ class Sparse(BackendConfig):
         return min(self.nonzeros[table.name], table.num_embeddings * table.embedding_dim)
 
     def _stored(self, tables: Sequence[TableSpec]) -> list[TableSpec]:
-        stored = [table for table in tables if self.elements(table)]
-        if not stored:
-            raise ConfigError(
-                f"sparse: none of {len(tables)} table(s) ({tables[0].name}, ...) stores an "
-                "element; nonzeros must leave at least one"
-            )
-        return stored
+        return [table for table in tables if self.elements(table)]
 
     @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
@@ -92,6 +86,11 @@ class Sparse(BackendConfig):
     @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:
         physical = self.physical_tables(tables)
+        if not physical:
+            raise ConfigError(
+                f"sparse: none of {len(tables)} table(s) ({tables[0].name}, ...) stores an "
+                "element; nonzeros must leave at least one"
+            )
         keys = [key for table in physical for key in table.keys]
         stored = [table.name for table in physical]
         pairs = [table for table in tables for _ in table.feature_names]
@@ -154,7 +153,7 @@ class Sparse(BackendConfig):
 
 def pointer_dtype(elements: Sequence[int]) -> torch.dtype:
     """The type of row pointers into tables of so many elements."""
-    return torch.int32 if max(elements) < 2**31 else torch.int64
+    return torch.int32 if max(elements, default=0) < 2**31 else torch.int64
 
 
 @dataclass(frozen=True, kw_only=True)
