@@ -124,7 +124,7 @@ class Blocks(BackendConfig):
 
     @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        physical = [
+        return [
             PhysicalTable(
                 name=block_table(table.name, block.index),
                 num_embeddings=block.high - block.low,
@@ -138,16 +138,15 @@ class Blocks(BackendConfig):
             for table in tables
             for block in self.blocks(table)
         ]
+
+    @override
+    def build(self, tables: Sequence[TableSpec]) -> Backend:
+        physical = self.physical_tables(tables)
         if not physical:
             raise ConfigError(
                 f"blocks: of {len(tables)} table(s) ({tables[0].name}, ...) no block keeps a "
                 "column; widths must leave at least one"
             )
-        return physical
-
-    @override
-    def build(self, tables: Sequence[TableSpec]) -> Backend:
-        physical = self.physical_tables(tables)
         lookups = list(self._lookups(tables))
         keys = [str(LookupKey(table.name, feature, b.index)) for _, table, feature, b in lookups]
         route = BlockRoute(

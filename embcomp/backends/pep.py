@@ -205,7 +205,9 @@ class SoftThreshold(Penalised):
         pull: on each threshold, of all steps of a training together.
     """
 
-    def __init__(self, tables: Sequence[TableSpec], thresholds: ElementThresholds, *, pull: float) -> None:
+    def __init__(
+        self, tables: Sequence[TableSpec], thresholds: ElementThresholds, *, pull: float
+    ) -> None:
         super().__init__()
         self.thresholds = thresholds
         self._pull = pull

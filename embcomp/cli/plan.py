@@ -166,7 +166,7 @@ def _cells(line: TableBytes, label: str = "") -> list[str]:
         line.stored_dim,
         *(format_bytes(size) for size in sizes),
         ("<= " if line.learnt else "") + format_bytes(line.serve),
-        (">= " if line.learnt else "") + f"{line.compression:.2f}x",
+        (">= " if line.learnt else "") + f"{line.compression:.2f}x" if line.serve else "",
     ]
 
 

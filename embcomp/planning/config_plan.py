@@ -6,6 +6,7 @@ or from a small YAML when there is none yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ class TableBytes:
 
     @property
     def compression(self) -> float:
-        """Full bytes over serving bytes."""
-        return self.full / self.serve
+        """Full bytes over serving bytes; infinite for tables of which nothing is stored."""
+        return self.full / self.serve if self.serve else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from embcomp.backends import LR2VQ, PQ, QR, Blocks, Full, Hash, LowDim, Unified
+from embcomp.backends import LR2VQ, PQ, QR, Blocks, Full, Hash, LowDim, Sparse, Unified
 from embcomp.backends.base import MethodState
 from embcomp.collection.plan import Plan
 from embcomp.errors import ConfigError
@@ -61,6 +63,26 @@ def test_a_plan_counts_tables_in_a_store_that_none_could_fill_alone():
     stores = len(method.physical_tables(TABLES))
     assert stores > 1
     assert line.tables == tuple(TABLES) and line.serve == stores * 50 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        (
+            Sparse(nonzeros={"t0": 0, "t1": 40, "t2": 9}),
+            [0, 40 * 5 + 91 * 4, 9 * 5 + 76 * 4],
+        ),
+        (
+            Blocks(widths={"t0": (0,), "t1": (4,), "t2": (3,)}),
+            [0, 90 * 4 * 4 + 4, 75 * 3 * 4 + 3],
+        ),
+    ],
+)
+def test_a_table_of_which_nothing_is_stored_has_a_line_of_no_bytes(method, sizes):
+    lines = plan_lines(Plan(default=method).resolve(TABLES), "sgd")
+    assert [line.serve for line in lines] == sizes
+    assert lines[0].compression == math.inf
+    assert sum(line.serve for line in lines) == method.footprint(TABLES).serve_bytes
 
 
 def test_settings_of_other_tables_are_left_out():
