@@ -76,6 +76,14 @@ class TypedBlocks(Blocks):
                 check_row_type(each)
 
     @override
+    def require_size(self) -> None:
+        """Types decide; without them and a budget, rows would be what they are in `full` tables."""
+        if not self.types:
+            raise ConfigError(
+                "typed_blocks: the size is open; give the types of tables' blocks, or give the plan a budget"
+            )
+
+    @override
     def blocks(self, table: TableSpec) -> list[IdBlock]:
         if table.name in self.widths:
             return super().blocks(table)

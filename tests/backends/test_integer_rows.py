@@ -273,3 +273,58 @@ def test_learnt_steps_beat_one_step_for_all_at_equal_bytes_and_reach_full_rows()
     assert scores["alpt"] > scores["one step"] + 0.01, scores
     assert scores["alpt"] >= scores["range"] - 0.005, scores
     assert scores["alpt"] > scores["full"] - 0.01, scores
+
+
+def moved_by(collection, learn):
+    before = weights(collection)
+    learn(collection)
+    collection.settle()
+    return (weights(collection) - before).abs()
+
+
+def pulled_twice(collection):
+    """Both of a step's losses pull at every embedding, by one backward pass each."""
+    out = collection(random_batch(TABLES, seed=99, batch_size=400, shape="single")).values()
+    out[:, :16].sum().backward(retain_graph=True)
+    (2 * out[:, 16:]).sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_backward_pass_counts_in_either_mode(method, training):
+    def learn(own):
+        pulled_twice(own.train(training))
+
+    found, wanted = (moved_by(collection_of(each, lr=0.01), learn) for each in (method, Full()))
+    assert float(wanted.min()) > 0.005
+    # The steps of `alpt` grow by and by, so that what is beyond the largest integer waits.
+    torch.testing.assert_close(found.mean(0), wanted.mean(0), rtol=0.25, atol=0.001)
+
+
+def test_a_second_pass_over_an_old_graph_counts_only_itself():
+    collection = collection_of(Int16(), lr=0.1)
+    batch = random_batch(TABLES, seed=99, batch_size=1, shape="single")
+    out = collection(batch).values()
+    moved = []
+    for _ in range(2):
+        before = collection.eval()(batch).values().detach()
+        out.sum().backward(retain_graph=True)
+        collection.settle()
+        moved.append(before - collection(batch).values().detach())
+    torch.testing.assert_close(moved[0], torch.full_like(moved[0], 0.1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_compressed_integers_rest_while_the_rest_trains(method):
+    model = torch.nn.Sequential(
+        CompressedEmbeddingBagCollection([table.bag() for table in TABLES], Full())
+    )
+    compress_(model, method)
+    collection = with_optimizer(model[0], torch.optim.SGD, lr=0.1)
+    before = weights(collection)
+    out = collection.train()(random_batch(TABLES, seed=1)).values()
+    scale = torch.ones(out.shape[1], requires_grad=True)
+    (out * scale).sum().backward()
+    collection.settle()
+    assert scale.grad.any() and torch.equal(weights(collection), before)

@@ -8,7 +8,19 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp import Plan, load, save
-from embcomp.backends import QR, Blocks, Coded, Full, Hash, LowDim, LowRank, Sparse, Unified
+from embcomp.backends import (
+    MGQE,
+    QR,
+    Blocks,
+    Coded,
+    Full,
+    Hash,
+    LowDim,
+    LowRank,
+    Robe,
+    Sparse,
+    Unified,
+)
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.serving.programs.forms import FormBatch
 from embcomp.tables.row_types import ROW_TYPES
@@ -27,6 +39,8 @@ METHODS = {
     "coded_5_bits": Coded(subvector_dim=4, num_codewords=20, codebooks="table", latent_dim=2),
     "low_rank": LowRank(latent_dim=6, subvector_dim=8, bias=True),
     "sparse": Sparse(nonzeros={"sparse": 300}),
+    "mgqe": MGQE(subvector_dim=2, num_codewords=16, frequent_share=0.3),
+    "robe": Robe(num_weights=400, block_size=4),
 }
 ANY_ID = ("hash", "unified")
 """Methods that take any id."""

@@ -27,9 +27,9 @@ def described(case, config):
     (case.folder / "config.json").write_text(text)
 
 
-SOME = ("full", "hash", "kept", "coded_5_bits")
+SOME = ("full", "hash", "kept", "mgqe")
 MORE = ("low_dim", "qr", "qr_concat", "unified")
-OTHERS = ("blocks", "coded", "low_rank", "sparse")
+OTHERS = ("blocks", "coded", "coded_5_bits", "low_rank", "robe", "sparse")
 CASES = [
     pytest.param((SOME, "mixed"), id="some"),
     *(

@@ -14,6 +14,7 @@ from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ArtefactError
 from embcomp.serving.artefact_config import ArtefactConfig
 from embcomp.serving.exported_program import Program, export_program, program_inputs, write_program
+from embcomp.serving.programs.program_inputs import id_limits
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
 from tests.helpers.backends_under_test import CASES
@@ -61,6 +62,15 @@ def test_a_program_answers_as_its_module(case, bags, tmp_path):
             assert list(found) == list(wanted)
             for key, rows in wanted.items():
                 torch.testing.assert_close(found[key], rows, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_program_takes_the_ids_that_its_tables_have(case, tmp_path):
+    """Whatever is refused or clamped inside a route."""
+    tables = plain_tables(8)
+    save(pooled(CASES[case], tables), tmp_path / "a")
+    limits = id_limits(Program(load(tmp_path / "a", rows="torch"), bags=True))
+    assert all(limits.get(f"f{n}", table.rows) == table.rows for n, table in enumerate(tables))
 
 
 def test_a_program_runs_where_only_torch_is(tmp_path):

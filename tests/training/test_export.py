@@ -21,6 +21,7 @@ from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.exported_program import Program, program_inputs
 from embcomp.serving.programs.forms import FILES
 from embcomp.training import load_model, train
+from embcomp.training.export import TOLERANCES, export_run
 from tests.helpers.training_cases import toy_config, write_dataset
 
 pytestmark = pytest.mark.slow
@@ -179,3 +180,12 @@ def test_a_model_of_single_valued_features_takes_a_matrix_of_ids(tmp_path):
     serving = load(tmp_path / "a")
     wanted = serving(dense, {f"C{n + 1}": ids[:, n] for n in range(3)})
     torch.testing.assert_close(found["logits"], wanted, rtol=0, atol=1e-6)
+
+
+def test_rows_whose_type_a_method_chose_are_compared_as_such(tmp_path):
+    """The types of `typed_blocks` are narrower than `--dtype`, which is that of all other rows."""
+    data = write_dataset(tmp_path / "data")
+    config = toy_config(data, "tables.method=typed_blocks", "tables.budget=40%")
+    train(config, runs=tmp_path, quiet=True)
+    found = export_run(tmp_path / config.name, tmp_path / "artefact")
+    assert 1e-5 < found.parity.max_error <= TOLERANCES["int4"]

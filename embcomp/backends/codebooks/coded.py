@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
@@ -126,6 +126,7 @@ class CodedRoute(ShardableBuffers):
         bits: of a code.
         seed: salts the codes that nobody has learnt.
         book_size: codewords from the first of a codebook to that of the next, `count` by default.
+        checks: whether to refuse ids out of range, unless that has been done.
     """
 
     codes: Tensor
@@ -138,11 +139,12 @@ class CodedRoute(ShardableBuffers):
         bits: int,
         seed: int,
         book_size: int | None = None,
+        checks: bool = True,
     ) -> None:
         super().__init__()
         self._layout, self._count, self._bits, self._seed = layout, count, bits, seed
         self._keys = layout.keys
-        self.check = RangeCheck(layout.tables)
+        self.check = RangeCheck(layout.tables) if checks else nn.Identity()
         sources: list[int] = []
         steps: list[int] = []
         offsets: list[int] = []
@@ -209,7 +211,7 @@ class CodedRoute(ShardableBuffers):
             key: [CodedRow(codes=self.codes, bits=self._bits, step=step, start=start, first=first)]
             for key, start, step, first in zip(self._keys, starts, steps, offsets)
         }
-        return FusedRoutes(by_key=by_key, limits=self.check.limits)
+        return FusedRoutes(by_key=by_key, limits=RangeCheck(self._layout.tables).limits)
 
     def reset_buffers(self) -> None:
         """Codes that are hashes of (seed, table, position, id)."""

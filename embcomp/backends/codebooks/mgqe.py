@@ -181,6 +181,7 @@ class MGQE(VectorQuantized):
                 bits=bits_for(count),
                 seed=self.seed,
                 book_size=self.codewords,
+                checks=False,
             )
             for part, count in zip((frequent, rare), counts)
         ]

@@ -61,8 +61,10 @@ def unpacked(rows: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
         bits: 8 or 16.
 
     Returns:
-        (..., dim) int32 and (..., 1) float32 steps.
+        (..., dim) int32 and (..., 1) float32 steps, of which no gradient reaches the rows: an optimizer
+        would move bits.
     """
+    rows = rows.detach()
     cells, steps = rows[..., :-1].contiguous().view(torch.int32), rows[..., -1:]
     first, third, fourth = (cells >> 23) & 255, (cells >> 8) & 255, cells & 255
     second = ((cells >> 31) & 1) << 7 | (cells >> 16) & 127

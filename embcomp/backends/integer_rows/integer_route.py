@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.integer_rows.integer_cells import cells_of, weights_of
@@ -44,15 +45,26 @@ class IntegerTable:
 
 @dataclass
 class Pulls:
-    """The ids of a forward pass, key by key, and the gradients that its backward pass made of their weights.
+    """The ids of a forward pass, key by key, and the gradients of their weights that rows have not taken in.
 
     Attributes:
         ids: (N,) int64 each.
-        gradients: (N, D) each; None before they are there.
+        gradients: (N, D) each, the sum over backward passes; None where there is none.
     """
 
     ids: list[Tensor]
-    gradients: list[Tensor | None] = field(default_factory=list)
+    gradients: list[Tensor | None]
+
+    @classmethod
+    def of(cls, ids: list[Tensor]) -> Self:
+        """Of a pass without gradients yet."""
+        return cls(ids=ids, gradients=[None] * len(ids))
+
+    def take(self) -> Self:
+        """What is there, which then is here no more."""
+        taken = type(self)(ids=self.ids, gradients=self.gradients)
+        self.gradients = [None] * len(self.ids)
+        return taken
 
 
 class IntegerRoute(LearnedBuffers):
@@ -60,7 +72,7 @@ class IntegerRoute(LearnedBuffers):
 
     Attributes:
         updates: (tables,) int64, how many updates each table has had.
-        pulls: of forward passes since the last call of `write_rows`.
+        pulls: of forward passes that a gradient came back to since the last call of `write_rows`.
 
     Args:
         method: its name, for errors.
@@ -107,6 +119,14 @@ class IntegerRoute(LearnedBuffers):
         self.ensure_filled()
         return renamed(self.check(features), self._keys)
 
+    def pull(self, pulls: Pulls, key: int, gradient: Tensor) -> None:
+        """Add what a backward pass made of a key's weights: (N, D)."""
+        if all(each is None for each in pulls.gradients):
+            self.pulls.append(pulls)
+        before = pulls.gradients[key]
+        gradient = gradient.detach().float()
+        pulls.gradients[key] = gradient if before is None else before + gradient
+
     @torch.no_grad()
     def write_rows(self, holder: nn.Module) -> None:
         """Update the rows that the last step's gradients pull at.
@@ -114,10 +134,9 @@ class IntegerRoute(LearnedBuffers):
         Args:
             holder: the collection that holds the rows, sharded or not; all ranks call it.
         """
-        pulls, self.pulls = self.pulls, []
-        is_due = any(each is not None for own in pulls for each in own.gradients)
+        pulls, self.pulls = [each.take() for each in self.pulls], []
         names = [table.name for table in self._tables]
-        if not is_due and not have_optimizers(holder, names):
+        if not pulls and not have_optimizers(holder, names):
             return  # nothing learns here
         held = self._held.find(holder, names, self._method)
         with between_steps(self.updates.device):
@@ -195,15 +214,16 @@ class IntegerWeights(nn.Module):
     @override
     def forward(self, rows: Tensor, looked_up: LookupContext | None = None) -> Tensor:
         weights = self._weights(rows)
-        if looked_up is None or not self._watches([rows]):
+        route = None if looked_up is None else self._watcher([rows])
+        if looked_up is None or route is None:
             return weights
-        weights, pulls = weights.detach().requires_grad_(), self._begin(looked_up)
+        pulls = Pulls.of([own.detach() for own in looked_up.each_ids()])
 
         def tell(gradient: Tensor) -> None:
             for key, part in enumerate(gradient.split(self._dims, dim=1)):
-                pulls.gradients[key] = part[: len(pulls.ids[key])].detach().float()
+                route.pull(pulls, key, part[: len(pulls.ids[key])])
 
-        weights.register_hook(tell)
+        weights.requires_grad_().register_hook(tell)
         return weights
 
     def _weights(self, rows: Tensor) -> Tensor:
@@ -217,37 +237,29 @@ class IntegerWeights(nn.Module):
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
         made = [weights_of(part, dim, self._bits) for part, dim in zip(parts, self._dims)]
-        if not self._watches(parts):
+        route = self._watcher(parts)
+        if route is None:
             return made
-        pulls = self._begin(looked_up)
-        return [self._watched(key, part.detach(), pulls) for key, part in enumerate(made)]
+        pulls = Pulls.of([own.detach() for own in looked_up.each_ids()])
+        for key, weights in enumerate(made):
+            weights.requires_grad_().register_hook(partial(route.pull, pulls, key))
+        return made
 
-    def _watched(self, key: int, weights: Tensor, pulls: Pulls) -> Tensor:
-        def tell(gradient: Tensor) -> None:
-            pulls.gradients[key] = gradient.detach().float()
-
-        weights.requires_grad_().register_hook(tell)
-        return weights
-
-    def _watches(self, parts: Sequence[Tensor]) -> bool:
+    def _watcher(self, parts: Sequence[Tensor]) -> IntegerRoute | None:
+        """The route, if rows learn from this pass: in evaluation mode, too, as rows of weights do."""
         (route,) = self._route
-        learns = route is not None and self.training and torch.is_grad_enabled()
-        if not learns or not any(part.requires_grad for part in parts):
-            return False
-        if torch.compiler.is_compiling():
+        if route is None or not torch.is_grad_enabled():
+            return None
+        if not any(part.requires_grad for part in parts):
+            return None
+        if not torch.compiler.is_compiling():
+            return route
+        if self.training:
             raise ConfigError(
                 "int8, int16, alpt: a compiled training step cannot hand gradients to stored integers; train "
                 "without torch.compile, or compile what comes after the collection"
             )
-        return True
-
-    def _begin(self, looked_up: LookupContext) -> Pulls:
-        ids = [own.detach() for own in looked_up.each_ids()]
-        pulls = Pulls(ids=ids, gradients=[None] * len(ids))
-        (route,) = self._route
-        assert route is not None
-        route.pulls.append(pulls)
-        return pulls
+        return None
 
 
 def _of_key(pulls: Sequence[Pulls], key: int, width: int) -> KeyGradients:

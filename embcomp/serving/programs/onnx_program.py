@@ -13,6 +13,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     step -= first
 
     def halves_of(self: Any, dtype: int) -> Any:
+        if self.dtype != onnx_ir.DataType.UINT8:
+            raise ArtefactError(
+                "it looks at the bits of numbers as those of another type, as int8, int16 and alpt do; "
+                "take another form"
+            )
         low = op.Cast(op.Slice(self, [0], [1 << 30], [1], [2]), to=1)
         high = op.Cast(op.Slice(self, [1], [1 << 30], [1], [2]), to=6)
         begins = op.Constant(value=onnx_ir.tensor(first))
@@ -227,10 +233,12 @@ def _quietly() -> Iterator[None]:
 
 def _name_checks(model: onnx_ir.Model) -> None:
     """Give the look-ups that stand for assertions their messages as names, which runtimes quote."""
+    given: Counter[str] = Counter()
     for node in model.graph:
         _, is_check, message = node.metadata_props.get(_TRACE, "").partition(_CHECK)
         if is_check and node.op_type == "Gather":
-            node.name = message
+            given[message] += 1  # several routes may check the same features
+            node.name = message if given[message] == 1 else f"{message} ({given[message]})"
         node.metadata_props.clear()  # where in our sources it comes from
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embcomp.collection.assembled import AssembledTables
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.sourced import SourcedTables
 from embcomp.collection.table_row_types import RowTypes
@@ -166,7 +167,7 @@ def export_run(
             forms=forms,
             opset=opset,
             rows=rows,
-            tolerance=_tolerance(wanted, info) if tolerance is None else tolerance,
+            tolerance=_tolerance(model, wanted, info) if tolerance is None else tolerance,
         )
         found.saved = save_model(
             model if rewritten is None else rewritten.model,
@@ -183,8 +184,14 @@ def export_run(
     return found
 
 
-def _tolerance(wanted: RowTypes, info: DatasetInfo) -> float:
-    return max(TOLERANCES[each] for each in wanted.used(info.categorical_names))
+def _tolerance(model: nn.Module, wanted: RowTypes, info: DatasetInfo) -> float:
+    """That of the narrowest rows, those included whose type their method has chosen."""
+    types = set(wanted.used(info.categorical_names))
+    tables = dict(model.named_children()).get("tables")
+    if isinstance(tables, AssembledTables):
+        physical = [each for group in tables.groups for each in group.backend.physical_tables]
+        types |= {each.row_type for each in physical if each.row_type is not None}
+    return max(TOLERANCES[each] for each in types)
 
 
 def sliced_model(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
