@@ -71,7 +71,9 @@ def test_recipe_runs(path, dataset, tmp_path):
     assert report.test is not None and 0 < report.test["auc"] < 1
     planned = sum(line.serve for line in plan_config(config, sizes_of_dataset(dataset)).lines())
     if config.tables.method.settings.learns_size:
-        assert planned / 4 < report.serve_bytes <= planned
+        # `pep` keeps nothing of ids that these four steps did not see.
+        least = 0 if config.tables.method.settings.name == "pep" else planned / 4
+        assert least < report.serve_bytes <= planned
     else:
         assert report.serve_bytes == planned
     if config.tables.budget == "10%":

@@ -50,7 +50,11 @@ OVER = {
 }
 """Methods that launch more: they have rows of several widths, or routes of several steps."""
 GROWING = {
+    "alpt",
     "blocks",
+    "dhe",
+    "int16",
+    "int8",
     "low_dim_kept",
     "low_dim_mixed",
     "low_rank_bias",
