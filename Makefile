@@ -18,7 +18,7 @@ SOURCES := embcomp models data_pipelines search tests benchmarks docs
 demo: $(VENV)/.installed
 	$(BIN)/embcomp demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
-## Every rule: under 12 minutes on two cores. `WORKERS` says how many tests run at once.
+## Every rule: some 17 minutes on two cores. `WORKERS` says how many tests run at once.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
