@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
-from embcomp.backends.base import Backend, MethodState, StageInputs, full_table
+from embcomp.backends.base import Backend, MethodState, StageInputs
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.element_pruning import ElementPruning
 from embcomp.backends.full import FullRoute, RangeCheck
@@ -41,7 +41,7 @@ from embcomp.layers.held_pieces import HeldPieces, TablePieces, between_steps
 from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec
+from embcomp.tables.specs import TableSpec
 
 _STEPS = 5_000  # of a training of which nobody said how long it is
 _ROWS_AT_ONCE = 1 << 18
@@ -71,10 +71,6 @@ class DeepLight(ElementPruning):
         room = 1 + (self.serve_bytes - least_element_bytes(tables)) // each
         whole = sum(table.num_embeddings * table.embedding_dim for table in tables)
         return min(1.0, max(0.0, 1 - room / whole))
-
-    @override
-    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        return [full_table(table) for table in tables]
 
     @override
     def train_only(self, tables: Sequence[TableSpec]) -> Footprint:

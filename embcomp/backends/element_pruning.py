@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import BackendConfig, MethodState
+from embcomp.backends.base import BackendConfig, MethodState, full_table
 from embcomp.backends.blocks import column_dtype
 from embcomp.backends.pruned_elements import elements_form, least_element_bytes, most_elements
 from embcomp.backends.sparse import pointer_dtype
@@ -24,7 +24,7 @@ from embcomp.layers.block_work import IN_MEMORY, Work
 from embcomp.layers.id_counts import counts_of_range, was_counted
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import PhysicalTable, TableSpec
 
 _WAY_OUT = "Raise the budget, or choose a method with a lower floor (hash, unified)."
 
@@ -103,6 +103,10 @@ class ElementPruning(BackendConfig):
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The elements that are not zero; where these take more than `serve_bytes`, the largest of them."""
         return self.pruned_form(tables, form, form.counts, work=form.work)
+
+    @override
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return [full_table(table) for table in tables]
 
     def train_only(self, tables: Sequence[TableSpec]) -> Footprint:
         """What training holds beside the physical tables, none of which is served."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from embcomp.backends.base import Backend, MethodState, StageInputs, full_table
+from embcomp.backends.base import Backend, MethodState, StageInputs
 from embcomp.backends.element_pruning import ElementPruning
 from embcomp.backends.full import FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
@@ -40,7 +40,7 @@ from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import NamedParts
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
+from embcomp.tables.specs import TableSpec, by_name
 
 Granularity = Literal["table", "column"]
 
@@ -71,10 +71,6 @@ class PEP(ElementPruning):
 
     def _thresholds_of(self, table: TableSpec) -> int:
         return table.embedding_dim if self.granularity == "column" else 1
-
-    @override
-    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        return [full_table(table) for table in tables]
 
     @override
     def train_only(self, tables: Sequence[TableSpec]) -> Footprint:

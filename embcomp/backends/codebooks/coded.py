@@ -48,8 +48,7 @@ from embcomp.layers.routing import RepeatFeatures, common_count, per_value, rena
 from embcomp.layers.row_exchange import RowPlaces
 from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.layers.shardable_buffers import HeldPart, ShardableBuffers
-from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec
+from embcomp.tables.specs import TableSpec
 
 FREEZE = Stage(
     name="codes",
@@ -80,14 +79,6 @@ class Coded(VectorQuantized):
     @override
     def stored_latent(self) -> int | None:
         return None if self.latent_dim is None else min(self.latent_dim, self.width)
-
-    @override
-    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        return self.codebook_tables(tables)
-
-    @override
-    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
-        return self.beside_codewords(tables, trained=True)
 
     @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:

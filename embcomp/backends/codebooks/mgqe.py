@@ -61,8 +61,7 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.routing import per_value, renamed
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.footprint import Footprint
-from embcomp.tables.specs import PhysicalTable, TableSpec, by_name
+from embcomp.tables.specs import TableSpec, by_name
 
 _FEWER = 4  # times as few codewords for rare ids, as in the paper
 _UNRANKED = "They are to have longer codes; number ids by falling frequency, as embcomp prepare does, or take pq"
@@ -160,14 +159,6 @@ class MGQE(VectorQuantized):
     def check_ids(self, tables: Sequence[TableSpec], counts: Mapping[str, Tensor]) -> None:
         for table in tables:
             check_ranked(self.name, table, counts, (self.frequent_ids(table),), _UNRANKED)
-
-    @override
-    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
-        return self.codebook_tables(tables)
-
-    @override
-    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
-        return self.beside_codewords(tables, trained=True)
 
     @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:

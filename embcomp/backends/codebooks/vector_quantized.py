@@ -96,6 +96,14 @@ class VectorQuantized(BackendConfig):
     def named_tables(self) -> Sequence[str]:
         return list(chain.from_iterable(self.sharing_groups))
 
+    @override
+    def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
+        return self.codebook_tables(tables)
+
+    @override
+    def dense_footprint(self, tables: Sequence[TableSpec]) -> Footprint:
+        return self.beside_codewords(tables, trained=True)
+
     def codebook_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
         """The codebooks of the serving form: a table for each who share, one after another in it.
 
