@@ -143,3 +143,26 @@ def test_compiled_code_and_torch_find_the_same_where_rounding_could_decide(monke
     assert torch.equal(found, full_search(vectors, words, which))
     monkeypatch.setattr(module, "library", lambda: None)
     assert torch.equal(nearest(vectors, words, which), found)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 9])
+@pytest.mark.parametrize("far", [1e1, 1e3, 1e6])
+def test_codes_beside_codewords_that_lie_far_out(dim, far):
+    """Near words in pairs a few roundings apart, and vectors near and far, on a word and off it."""
+    words = drawn(2, 60, dim, seed=1)
+    words = torch.cat(
+        [words, words * (1 + 2e-7), words + 1e-7, far * drawn(2, 3, dim, seed=2)], dim=1
+    )
+    vectors = torch.cat([drawn(2000, 2, dim), words[:, :183].transpose(0, 1)])
+    for size in (1e-3, 1.0, far):
+        some, which = torch.cat([vectors[:1000] * size, vectors[1000:]]), torch.arange(2)
+        assert torch.equal(nearest(some, words, which), full_search(some, words, which))
+
+
+def test_a_codeword_far_out_brings_no_other_into_doubt():
+    words = drawn(1, 256, 4, seed=1)
+    words[0, 7] = 1e3
+    vectors = drawn(4000, 1, 4)
+    codes = torch.empty(4000, 1, dtype=torch.int64)
+    unsettled = module._search_by_torch(vectors, words, codes)
+    assert len(unsettled) < 40

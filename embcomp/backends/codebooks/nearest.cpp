@@ -155,6 +155,17 @@ void score(const float* line, int width, const float* points, int at, Floats (&s
   }
 }
 
+// More than the scores of a vector's nearest codewords can differ by rounding alone. It grows with the length
+// of codewords, of which those count that are nearly as near as the best: twice as far as that one and the
+// vector's own norm, a codeword loses by more than a third of its squared distance. So one codeword that lies
+// far out does not bring all others into doubt.
+inline float rounding_of(float squared_norm, float best, float reach, float factor) {
+  const float norm = std::sqrt(squared_norm);
+  const float distance = std::sqrt(std::max(0.0f, squared_norm - 2 * best));
+  const float near = std::min(reach, 2 * (norm + distance));
+  return (norm + near) * (near * factor) + kSmallest;
+}
+
 // The only codeword of a group whose score is at least `least`; -1 where there are several.
 int32_t only(const float* line, int width, const float* points, int at, float least) {
   Floats scores[kParts];
@@ -230,8 +241,8 @@ extern "C" {
 int64_t embcomp_nearest_group() { return kGroup; }
 
 // Vectors are (rows, columns, width); words, lines, centres and reaches have one codebook for each of
-// `books`, of which `which` says the one of a column; two scores of a vector p differ by rounding by less
-// than `factor` (|p| + reach) reach. Codes are (rows, columns).
+// `books`, of which `which` says the one of a column; scores of a vector p for codewords no longer than r
+// differ by rounding by less than `factor` (|p| + r) r. Codes are (rows, columns).
 void embcomp_nearest(const float* vectors, const float* words, const float* lines,
                      const float* centres, const float* reaches, const int64_t* which, int64_t rows,
                      int64_t columns, int64_t width, int64_t groups, float factor, int64_t* codes,
@@ -263,8 +274,8 @@ void embcomp_nearest(const float* vectors, const float* words, const float* line
             norms[at] += points[axis * kTile + at] * points[axis * kTile + at];
         find_groups(own, groups, int(width), points.data(), found);
         for (int at = 0; at < filled; ++at) {
-          const float rounding = (std::sqrt(norms[at]) + reach) * (reach * factor) + kSmallest;
           const float best = found.best[at];
+          const float rounding = rounding_of(norms[at], best, reach, factor);
           const bool tells = std::isfinite(best) && std::isfinite(rounding);
           const float least = tells ? best - rounding : -INFINITY;
           int64_t code = -1;

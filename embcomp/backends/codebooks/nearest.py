@@ -82,8 +82,9 @@ class _Centred:
         centres: (G, d).
         moved: (G, k, d).
         reaches: (G,) of each the longest of `moved`.
-        factor: two scores of a point of norm p can differ by less than `factor * (p + reach) * reach` by
-            rounding alone: a product of d + 1 terms, and centred vectors and words, each rounded.
+        factor: two scores of a point of norm p, for words no longer than r, can differ by less than
+            `factor * (p + r) * r` by rounding alone: a product of d + 1 terms, and centred vectors and words,
+            each rounded.
     """
 
     def __init__(self, words: Tensor) -> None:
@@ -196,7 +197,7 @@ class _Books:
         self._find_maxima(len(rows))
         best = maxima[:, : self._groups].amax(1)
         # The second best codeword is the best of another group, or of another place in its group.
-        maxima.ge_(best.sub_(self._rounding(points)).unsqueeze(1))
+        maxima.ge_(best.sub_(self._rounding(points, best)).unsqueeze(1))
         code, near = torch.bmm(self._counts, maxima).unbind(1)
         codes.copy_(code.t())
         return (near != 2).nonzero()
@@ -209,14 +210,26 @@ class _Books:
             torch.amax(scores, 2, out=group)
             torch.amax(scores, 1, out=place)
 
-    def _rounding(self, points: Tensor) -> Tensor:
-        """More than two scores of points (K, d, r) can differ by rounding alone: (K, r).
+    def _rounding(self, points: Tensor, best: Tensor) -> Tensor:
+        """More than the scores of the nearest codewords of points (K, d, r) can differ by rounding alone.
 
-        The least number is there for what is too small to be squared.
+        Codewords count that are nearly as near as the best: twice as far as that one and the point's own
+        norm, a codeword loses by more than a third of its squared distance. So one that lies far out does
+        not bring all others into doubt. The least number is there for what is too small to be squared.
+
+        Args:
+            points: (K, d, r), counted from the centres.
+            best: (K, r) their largest scores.
+
+        Returns:
+            (K, r).
         """
-        reach = self._reach.unsqueeze(1)
-        norms = points.square().sum(1).sqrt_()
-        return norms.add_(reach).mul_(reach * self._factor).add_(1e-36)
+        squares = points.square().sum(1)
+        distances = torch.sub(squares, best, alpha=2).clamp_(min=0).sqrt_()
+        norms = squares.sqrt_()
+        near = distances.add_(norms).mul_(2)
+        torch.minimum(near, self._reach.unsqueeze(1), out=near)
+        return norms.add_(near).mul_(near.mul_(self._factor)).add_(1e-36)
 
 
 def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:

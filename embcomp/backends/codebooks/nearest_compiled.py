@@ -41,8 +41,8 @@ class CompiledBooks:
         moved: the same, counted from their centres.
         centres: (G, d) float32.
         reaches: (G,) float32, of each the longest codeword.
-        factor: two scores of a vector of norm p, counted from the centre, can differ by rounding by at
-            most `factor * (p + reach) * reach`.
+        factor: two scores of a vector of norm p, counted from the centre, for words no longer than r, can
+            differ by rounding by at most `factor * (p + r) * r`.
     """
 
     def __init__(
