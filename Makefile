@@ -12,7 +12,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 
 SOURCES := embcomp models data_pipelines search tests benchmarks docs
 
-.PHONY: demo test test-long test-spark test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
+.PHONY: demo test test-long test-spark test-ray test-fast test-second-set test-lowest check fix bench bench-quality docs install clean-venv
 
 ## Raw Criteo-format logs -> three trained models -> one table, one page, one picture.
 demo: $(VENV)/.installed
@@ -29,6 +29,10 @@ test-long: $(VENV)/.installed
 ## What a real Spark writes (`pip install pyspark`, and Java: Debian's openjdk-17-jre-headless), taken as it is.
 test-spark: $(VENV)/.installed-spark
 	$(BIN)/python -m pytest tests/data_pipelines/test_spark.py
+
+## `prepare` on a real cluster of Ray, of several nodes on 127.0.0.1, one of which is killed.
+test-ray: $(VENV)/.installed-ray
+	$(BIN)/python -m pytest tests/data_pipelines/test_ray_engine.py
 
 ## What starts no process and trains nothing: under two minutes on two cores.
 test-fast: $(VENV)/.installed
@@ -100,6 +104,10 @@ $(VENV)-lowest/.installed-lowest: requirements-cpu.txt .ci/lowest.txt pyproject.
 
 $(VENV)/.installed-spark: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet pyspark==4.3.0
+	touch $@
+
+$(VENV)/.installed-ray: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet ray==2.60.0
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -42,7 +42,7 @@ METHODS = {
     "mgqe": MGQE(subvector_dim=2, num_codewords=16, frequent_share=0.3),
     "robe": Robe(num_weights=400, block_size=4),
 }
-ANY_ID = ("hash", "unified")
+ANY_ID = ("hash", "unified", "robe")
 """Methods that take any id."""
 
 

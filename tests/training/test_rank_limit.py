@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.source_tree import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(700)]
 
 
 @pytest.mark.parametrize("method", ["pq", "dnis", "optembed"])
