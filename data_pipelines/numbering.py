@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +58,22 @@ def _library() -> ctypes.CDLL | None:
     """The compiled code; None where there is none, which costs speed alone."""
     if sys.byteorder != "little":
         return None
-    try:
-        found = compiled_library("embcomp.data_pipelines", "numbering.cpp")
-    except MissingKernelError:
-        return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    found.embcomp_numbering_new.argtypes = [ctypes.c_uint64]
-    found.embcomp_numbering_new.restype = pointer
-    found.embcomp_numbering_free.argtypes = [pointer]
-    found.embcomp_numbering_free.restype = None
-    for name in ("size", "bytes", "text_bytes"):
-        asked = getattr(found, f"embcomp_numbering_{name}")
-        asked.argtypes, asked.restype = [pointer], integer
-    found.embcomp_numbering_add.argtypes = [
-        *(pointer, pointer, pointer, integer),
-        *(pointer, integer, pointer),
-    ]
-    found.embcomp_numbering_add.restype = ctypes.c_int32
-    found.embcomp_numbering_count.argtypes = [pointer, pointer, pointer, integer]
-    found.embcomp_numbering_count.restype = None
-    found.embcomp_numbering_values.argtypes = [pointer] * 4
-    found.embcomp_numbering_values.restype = None
-    return found
+    values, found = [pointer, pointer, pointer, integer], [pointer, integer, pointer]
+    return optional_library(
+        "embcomp.data_pipelines",
+        "numbering.cpp",
+        {
+            "embcomp_numbering_new": (pointer, [ctypes.c_uint64]),
+            "embcomp_numbering_free": (None, [pointer]),
+            "embcomp_numbering_size": (integer, [pointer]),
+            "embcomp_numbering_bytes": (integer, [pointer]),
+            "embcomp_numbering_text_bytes": (integer, [pointer]),
+            "embcomp_numbering_add": (ctypes.c_int32, [*values, *found]),
+            "embcomp_numbering_count": (None, [pointer, pointer, pointer, integer]),
+            "embcomp_numbering_values": (None, [pointer] * 4),
+        },
+    )
 
 
 def can_number() -> bool:

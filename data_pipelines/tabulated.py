@@ -9,24 +9,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
     """The compiled code; None where there is none."""
-    try:
-        found = compiled_library("embcomp.data_pipelines", "tabulated.cpp")
-    except MissingKernelError:
-        return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    found.embcomp_tabulated.argtypes = [
-        *(pointer, pointer, integer, integer),
-        *(pointer, pointer, integer, integer),
-        *(pointer, pointer, pointer),
-    ]
-    found.embcomp_tabulated.restype = integer
-    return found
+    table, numbers = [pointer, pointer, integer, integer], [pointer, pointer, integer, integer]
+    functions = {"embcomp_tabulated": (integer, [*table, *numbers, *[pointer] * 3])}
+    return optional_library("embcomp.data_pipelines", "tabulated.cpp", functions)
 
 
 def can_tabulate() -> bool:

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 
 from embcomp.data_pipelines.numbering import Numbering, numbering_function
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 
 _VIEW_BYTES = 16
 
@@ -61,17 +61,10 @@ def _library() -> ctypes.CDLL | None:
     """The compiled reader; None where there is none, which costs speed alone."""
     if sys.byteorder != "little":
         return None
-    try:
-        found = compiled_library("embcomp.data_pipelines.importers", "plain_lines.cpp")
-    except MissingKernelError:
-        return None
-    integer, small = ctypes.c_int64, ctypes.c_int32
-    found.embcomp_plain_lines.argtypes = [
-        *(ctypes.c_char_p, integer, ctypes.c_char, small),
-        *(ctypes.c_void_p, integer, ctypes.c_void_p),
-    ]
-    found.embcomp_plain_lines.restype = small
-    return found
+    pointer, integer, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    block, columns = [ctypes.c_char_p, integer, ctypes.c_char, small], [pointer, integer, pointer]
+    functions = {"embcomp_plain_lines": (small, [*block, *columns])}
+    return optional_library("embcomp.data_pipelines.importers", "plain_lines.cpp", functions)
 
 
 def read_plain_lines(

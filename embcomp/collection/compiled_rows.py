@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 from embcomp.layers.host_values import reads_by_address
 
 _KEY = np.dtype(
@@ -30,17 +30,18 @@ _KEY = np.dtype(
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built where it is not there yet; None where it cannot be."""
-    try:
-        found = compiled_library("embcomp.collection", "rows.cpp", flags=["-ffp-contract=off"])
-    except MissingKernelError:
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    found.embcomp_read_rows.argtypes = [pointer, integer, ctypes.c_int32]
-    found.embcomp_read_rows.restype = ctypes.c_int32
-    found.embcomp_add_rows.argtypes = [pointer, pointer, integer, ctypes.c_int32]
-    found.embcomp_add_rows.restype = None
-    found.embcomp_rows_key_bytes.restype = integer
-    assert found.embcomp_rows_key_bytes() == _KEY.itemsize
+    pointer, integer, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    found = optional_library(
+        "embcomp.collection",
+        "rows.cpp",
+        {
+            "embcomp_read_rows": (short, [pointer, integer, short]),
+            "embcomp_add_rows": (None, [pointer, pointer, integer, short]),
+            "embcomp_rows_key_bytes": (integer, []),
+        },
+        flags=["-ffp-contract=off"],
+    )
+    assert found is None or found.embcomp_rows_key_bytes() == _KEY.itemsize
     return found
 
 

@@ -15,15 +15,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 KERNEL = "EMBCOMP_KERNEL"
 """The environment variable that turns compiled code off (`off`)."""
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native", "-fopenmp")
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
+
+
+Functions = Mapping[str, tuple[Any, Sequence[Any]]]
+"""By name: the type of what a function returns, and those of what it takes."""
 
 
 class MissingKernelError(Exception):
@@ -53,6 +58,27 @@ def compiled_library(package: str, source: str, *, flags: Sequence[str] = ()) ->
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise MissingKernelError(f"{path} cannot be used: {error.strerror or error}") from None
+
+
+def optional_library(
+    package: str, source: str, functions: Functions, *, flags: Sequence[str] = ()
+) -> ctypes.CDLL | None:
+    """A C++ file as a library with its functions declared; None where it cannot be, which costs speed alone.
+
+    Args:
+        package: the package that the file is in.
+        source: its name, which ends in `.cpp`.
+        functions: all that is called.
+        flags: of the compiler, beside those that all have.
+    """
+    try:
+        found = compiled_library(package, source, flags=flags)
+    except MissingKernelError:
+        return None
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
 
 
 def cache_folder() -> Path:

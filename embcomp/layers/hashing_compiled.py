@@ -10,20 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 from embcomp.layers.host_values import reads_by_address
 
 
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built where it is not there yet; None where it cannot be."""
-    try:
-        found = compiled_library("embcomp.layers", "hashing.cpp")
-    except MissingKernelError:
-        return None
-    found.embcomp_hash.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p]
-    found.embcomp_hash.restype = None
-    return found
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    functions = {"embcomp_hash": (None, [*[pointer] * 4, integer, pointer])}
+    return optional_library("embcomp.layers", "hashing.cpp", functions)
 
 
 def is_hashable(ids: Tensor) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 from embcomp.layers.host_values import reads_by_address
 
 _CODES = np.dtype(
@@ -22,22 +22,23 @@ _CODES = np.dtype(
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built where it is not there yet; None where it cannot be."""
-    try:
-        found = compiled_library(
-            "embcomp.backends.codebooks", "codewords.cpp", flags=["-ffp-contract=off"]
-        )
-    except MissingKernelError:
-        return None
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    found.embcomp_gather_codes.argtypes = [
-        pointer, integer, integer, pointer, integer, ctypes.c_int32,
-    ]  # fmt: skip
-    found.embcomp_snap.argtypes = [*[pointer] * 3, integer, integer, *[pointer] * 2]
-    found.embcomp_total.argtypes = [*[pointer] * 4, integer, integer, pointer]
-    for name in ("embcomp_gather_codes", "embcomp_snap", "embcomp_total"):
-        getattr(found, name).restype = None
-    found.embcomp_codes_bytes.restype = integer
-    assert found.embcomp_codes_bytes() == _CODES.itemsize
+    sizes = [integer, integer]
+    found = optional_library(
+        "embcomp.backends.codebooks",
+        "codewords.cpp",
+        {
+            "embcomp_gather_codes": (
+                None,
+                [pointer, *sizes, pointer, integer, ctypes.c_int32],
+            ),
+            "embcomp_snap": (None, [*[pointer] * 3, *sizes, pointer, pointer]),
+            "embcomp_total": (None, [*[pointer] * 4, *sizes, pointer]),
+            "embcomp_codes_bytes": (integer, []),
+        },
+        flags=["-ffp-contract=off"],
+    )
+    assert found is None or found.embcomp_codes_bytes() == _CODES.itemsize
     return found
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 
 _GROUP = 16  # codewords; `nearest.cpp` has the same
 
@@ -16,20 +16,20 @@ _GROUP = 16  # codewords; `nearest.cpp` has the same
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled search, built where it is not there yet; None where it cannot be."""
-    try:
-        found = compiled_library(
-            "embcomp.backends.codebooks", "nearest.cpp", flags=["-ffp-contract=off"]
-        )
-    except MissingKernelError:
-        return None
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    sizes = [integer] * 4
-    found.embcomp_nearest.argtypes = [
-        *[pointer] * 6, *sizes, ctypes.c_float, pointer, ctypes.c_int32,
-    ]  # fmt: skip
-    found.embcomp_nearest.restype = None
-    found.embcomp_nearest_group.restype = integer
-    assert found.embcomp_nearest_group() == _GROUP
+    found = optional_library(
+        "embcomp.backends.codebooks",
+        "nearest.cpp",
+        {
+            "embcomp_nearest": (
+                None,
+                [*[pointer] * 6, *[integer] * 4, ctypes.c_float, pointer, ctypes.c_int32],
+            ),
+            "embcomp_nearest_group": (integer, []),
+        },
+        flags=["-ffp-contract=off"],
+    )
+    assert found is None or found.embcomp_nearest_group() == _GROUP
     return found
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from embcomp.io.compiled_library import MissingKernelError, compiled_library
+from embcomp.io.compiled_library import optional_library
 from embcomp.layers.host_values import reads_by_address
 
 # A row's columns may be summed in any order: nothing else depends on it.
@@ -18,19 +18,17 @@ _FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built where it is not there yet; None where it cannot be."""
-    try:
-        found = compiled_library("embcomp.backends.widths", "gates.cpp", flags=_FLAGS)
-    except MissingKernelError:
-        return None
     integer, pointer, short = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-    found.embcomp_norms.argtypes = [pointer, integer, integer, short, pointer]
-    found.embcomp_gate.argtypes = [*[pointer] * 3, integer, integer, pointer]
-    found.embcomp_gate_grads.argtypes = [
-        *[pointer] * 5, integer, integer, short, ctypes.c_float, *[pointer] * 2,
-    ]  # fmt: skip
-    for name in ("embcomp_norms", "embcomp_gate", "embcomp_gate_grads"):
-        getattr(found, name).restype = None
-    return found
+    sizes = [integer, integer]
+    functions = {
+        "embcomp_norms": (None, [pointer, *sizes, short, pointer]),
+        "embcomp_gate": (None, [*[pointer] * 3, *sizes, pointer]),
+        "embcomp_gate_grads": (
+            None,
+            [*[pointer] * 5, *sizes, short, ctypes.c_float, pointer, pointer],
+        ),
+    }
+    return optional_library("embcomp.backends.widths", "gates.cpp", functions, flags=_FLAGS)
 
 
 def is_readable(*tensors: Tensor | None) -> bool:
