@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, object]] = {
     "hash-without-side-tables": {"name": "hash", "collisionless": 0},
     "double_hash": {"name": "double_hash"},
     "cafe": {"name": "cafe"},
+    "adapt": {"name": "adapt"},
+    "adapt-zero": {"name": "adapt", "rare": "zero"},
     "cce": {"name": "cce"},
     "robe": {"name": "robe"},
     "dhe": {"name": "dhe"},

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PQ as PQ,
         QR as QR,
         TT as TT,
+        Adapt as Adapt,
         Blocks as Blocks,
         Cafe as Cafe,
         Coded as Coded,
@@ -72,6 +73,7 @@ spare_arrow_memory()  # before anything loads Arrow
 
 _HOMES = {
     "ALPT": "embcomp.backends",
+    "Adapt": "embcomp.backends",
     "ArtefactError": "embcomp.errors",
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backends.base",

@@ -45,6 +45,7 @@ FIXED: dict[str, dict[str, Any]] = {  # whose rows follow from ids
     "robe": {"name": "robe", "num_weights": 160},
     "dhe": {"name": "dhe", "hidden_dim": 3, "num_hashes": 4},
     "cafe": {"name": "cafe", "num_buckets": 20, "threshold": 1.0, "collisionless": 12},
+    "adapt": {"name": "adapt", "num_buckets": 10, "every": 2, "collisionless": 12},
     "qr": {"name": "qr", "divisor": 8},
     "qr-add": {"name": "qr", "divisor": 8, "combine": "add"},
     "dnis": {"name": "dnis", "quantiles": [0.5], "budget": "60%"},
