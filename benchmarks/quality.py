@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, object]] = {
     "tt": {"name": "tt"},
     "pq": {"name": "pq"},
     "mgqe": {"name": "mgqe"},
+    "autodim": {"name": "autodim"},
     "pep": {"name": "pep"},
     "deeplight": {"name": "deeplight"},
     "lr2vq": {"name": "lr2vq"},

@@ -62,12 +62,8 @@ def test_the_first_ids_have_the_rows_until_others_matter_more():
     add(private, [7, 7, 0, 1, 25, -3, 2**40], [1.0, 2.0, 5.0, 1.0, 9.0, 9.0, 9.0])
     assert private.best(0, 1.0).tolist() == [0, 1, 7]  # and ids that are none do not count
     add(private, [9, 2], [1.2, 1.0])
-    assert private.best(0, 1.25).tolist() == [0, 2, 7] or private.best(0, 1.25).tolist() == [
-        0,
-        1,
-        7,
-    ]
-    assert 9 in private.best(0, 1.0).tolist()
+    assert private.best(0, 1.0).tolist() == [0, 7, 9]
+    assert 9 not in private.best(0, 1.25).tolist()  # 1.2 is within the margin of 1
     private.fade(0.5)
     assert float(private.scores[7]) == 1.5
     assert private.best(1, 1.0).tolist() == [0, 1]  # of another table
@@ -214,9 +210,8 @@ def test_it_beats_hashing_at_one_percent_where_few_ids_are_most_of_the_look_ups(
         fit(model, planted, epochs=2)
         assert model.tables.footprint.serve_bytes <= 4 * 5000 * 8 * 4 // 100
         scores[name] = auc(model, planted)
-    print(seed, {k: round(float(v), 4) for k, v in scores.items()})
     assert scores["adapt"] > scores["hash"] + 0.02
-    assert scores["zero"] > scores["hash"]
+    assert scores["zero"] > scores["hash"] + 0.02
 
 
 def test_it_follows_what_becomes_frequent_later():

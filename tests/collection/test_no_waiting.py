@@ -140,7 +140,7 @@ def test_codewords_take_few_operations_at_any_batch_size(batch_size, far_device)
 def test_a_step_on_a_gpu_never_waits(name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if CASES[name].config.name in SKIPPING:
+    if not SKIPPING.isdisjoint((name, CASES[name].config.name)):
         pytest.skip("TorchRec must know how many ids are left")
     tables = awkward_tables()
     collection = pooled(CASES[name], tables).train().to("cuda")

@@ -16,6 +16,7 @@ from embcomp.backends import (
     QR,
     TT,
     Adapt,
+    AutoDim,
     Blocks,
     Cafe,
     Coded,
@@ -59,6 +60,9 @@ CASES = {
         takes_any_id=True,
     ),
     "adapt_zero": BackendCase(config=Adapt(num_buckets=40, rare="zero", every=2, collisionless=0)),
+    "autodim": BackendCase(
+        config=AutoDim(width_grid=4), injective=True, init_std=FULL * (7.5 / 16) ** 0.5
+    ),
     "cce": BackendCase(config=CCE(num_buckets=9, subvector_dim=5, collisionless=0)),
     "dhe": BackendCase(config=DHE(hidden_dim=12, num_hashes=10), takes_any_id=True),
     "low_dim": BackendCase(config=LowDim(width=5), injective=True, init_std=FULL * (5 / 16) ** 0.5),

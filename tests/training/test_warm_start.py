@@ -57,6 +57,7 @@ BY_VALUE: dict[str, dict[str, Any]] = {
     "coded": {"name": "coded", "subvector_dim": 2, "num_codewords": 8},
     "latents": {"name": "low_rank", "latent_dim": 2, "from_dense": False},
     "matryoshka": {"name": "matryoshka", "width_grid": 4},
+    "autodim": {"name": "autodim", "budget": "60%"},
     "pq": {"name": "pq", "subvector_dim": 4, "num_codewords": 8},
     "lr2vq": {"name": "lr2vq", "subvector_dim": 4, "num_codewords": 8},
     "optembed": {"name": "optembed", "generations": 1, "population": 4, "budget": "40%"},
