@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         PQ as PQ,
         QR as QR,
         TT as TT,
+        Adapt as Adapt,
+        AutoDim as AutoDim,
         Blocks as Blocks,
         Cafe as Cafe,
         Coded as Coded,
@@ -72,7 +74,9 @@ spare_arrow_memory()  # before anything loads Arrow
 
 _HOMES = {
     "ALPT": "embcomp.backends",
+    "Adapt": "embcomp.backends",
     "ArtefactError": "embcomp.errors",
+    "AutoDim": "embcomp.backends",
     "BACKENDS": "embcomp.backends",
     "BackendConfig": "embcomp.backends.base",
     "Blocks": "embcomp.backends",

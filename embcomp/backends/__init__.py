@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from embcomp.backends.discovery import ENTRY_POINTS, Methods, methods_of
 
 if TYPE_CHECKING:
+    from embcomp.backends.adapt import Adapt as Adapt
+    from embcomp.backends.autodim import AutoDim as AutoDim
     from embcomp.backends.blocks import Blocks as Blocks
     from embcomp.backends.cafe.cafe import Cafe as Cafe
     from embcomp.backends.cce import CCE as CCE

@@ -38,8 +38,9 @@ from embcomp.backends.pruned_elements import least_element_bytes
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Between, Count, Le
 from embcomp.layers.held_pieces import HeldPieces, TablePieces, between_steps
-from embcomp.layers.learned_buffers import LearnedBuffers, Penalised
+from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
+from embcomp.layers.step_count import StepCount
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import TableSpec
 
@@ -129,37 +130,6 @@ class DeepLight(ElementPruning):
         return self.pruned_form(tables, past.before, past.counts, work=past.work)
 
 
-class PruningSteps(LearnedBuffers):
-    """How many training steps there were.
-
-    Attributes:
-        count: (1,) int64.
-    """
-
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
-        self._known: tuple[Tensor, int, int] | None = None  # the tensor, its version and its value
-
-    @override
-    def reset_buffers(self) -> None:
-        self.count.zero_()
-
-    def next(self) -> int:
-        """Count a step; the tensor is only looked at where someone else has written to it."""
-        self.ensure_filled()
-        known = self._known
-        if known is None or known[0] is not self.count or known[1] != self.count._version:
-            step = int(self.count) + 1
-        else:
-            step = known[2] + 1
-        self.count.add_(1)
-        self._known = (self.count, self.count._version, step)
-        return step
-
-
 class PruningRoute(nn.Module):
     """Ids are rows, of which it sets elements to zero between steps.
 
@@ -184,7 +154,7 @@ class PruningRoute(nn.Module):
     ) -> None:
         super().__init__()
         self.ids = FullRoute(keys, check)
-        self.steps = PruningSteps()
+        self.steps = StepCount()
         self._tables = list(tables)
         self._zero_share, self._every, self._deviation = zero_share, every, deviation
         self._pieces = HeldPieces()

@@ -1,4 +1,4 @@
-"""The rows of a physical table where they lie, to copy some of them onto others between two steps.
+"""The rows of a physical table where they lie, to copy some of them onto others, or clear them, between two steps.
 
 Fused optimizers own the rows of a sharded model: what writes to them writes into the shards of this rank.
 """
@@ -73,6 +73,21 @@ class TablePieces:
             inside = (targets >= row) & (targets < row + piece.shape[0])
             own = values[inside, column : column + piece.shape[1]]
             piece[targets[inside] - row] = own.to(piece.dtype)
+
+    @torch.no_grad()
+    def clear_rows(self, targets: Tensor, chosen: Tensor) -> None:
+        """Set rows to zero; all ranks that share the table call it with the same values.
+
+        Args:
+            targets: (N,) int64 rows, none of them twice.
+            chosen: (N,) bool which of them to clear.
+        """
+        for piece, (row, _) in self.pieces:
+            rows = piece.shape[0]
+            inside = chosen & (targets >= row) & (targets < row + rows)
+            clears = torch.zeros(rows + 1, dtype=torch.bool, device=piece.device)
+            clears[torch.where(inside, targets - row, rows)] = True
+            piece.masked_fill_(clears[:-1].unsqueeze(1), 0)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ TABLES = [
     for n, rows in enumerate((60, 90, 75))
 ]
 APART = {
+    "adapt",
     "blocks",
     "cafe",
     "cce",

@@ -15,6 +15,8 @@ from embcomp.backends import (
     PQ,
     QR,
     TT,
+    Adapt,
+    AutoDim,
     Blocks,
     Cafe,
     Coded,
@@ -52,6 +54,14 @@ CASES = {
     "cafe": BackendCase(
         config=Cafe(num_buckets=50, hot_share=0.4, threshold=1.0, margin=1.0, collisionless=0),
         takes_any_id=True,
+    ),
+    "adapt": BackendCase(
+        config=Adapt(num_buckets=40, private_share=0.4, every=1, margin=1.0, collisionless=0),
+        takes_any_id=True,
+    ),
+    "adapt_zero": BackendCase(config=Adapt(num_buckets=40, rare="zero", every=2, collisionless=0)),
+    "autodim": BackendCase(
+        config=AutoDim(width_grid=4), injective=True, init_std=FULL * (7.5 / 16) ** 0.5
     ),
     "cce": BackendCase(config=CCE(num_buckets=9, subvector_dim=5, collisionless=0)),
     "dhe": BackendCase(config=DHE(hidden_dim=12, num_hashes=10), takes_any_id=True),

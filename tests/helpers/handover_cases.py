@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from embcomp.backends.autodim import AutoDim
 from embcomp.backends.base import BackendConfig, MethodState, StageInputs
 from embcomp.backends.codebooks.low_rank import LowRank
 from embcomp.backends.codebooks.lr2vq import LR2VQ
@@ -70,6 +71,7 @@ CASES: dict[str, HandOver] = {
     ),
     "lr2vq codes": HandOver(method=LR2VQ(latent_dim=4, **VQ), stage="codes", before=("quantize",)),
     "matryoshka": HandOver(method=Matryoshka(target_bytes=40_000), stage="finetune", results=FOUND),
+    "autodim": HandOver(method=AutoDim(target_bytes=60_000), stage="retrain"),
     "optembed": HandOver(method=OptEmbed(), stage="retrain", results=FOUND),
     "optembed inherit": HandOver(
         method=OptEmbed(prune="rows", inherit=True), stage="retrain", results=FOUND
@@ -122,7 +124,10 @@ def first_form(case: HandOver, seed: int, wrap: Wrap) -> MethodState:
         tensors["combine.norms.means"] = torch.full((3,), 7.0)
     if isinstance(first, PEP):
         tensors["combine.thresholds.values"] = torch.full((3,), -1.0)
-    return MethodState.of(first if isinstance(first, OptEmbed | PEP) else Full(), tensors)
+    if isinstance(first, AutoDim):
+        tensors["combine.weights.values"] = torch.arange(12.0) % 4
+    own = isinstance(first, AutoDim | OptEmbed | PEP)
+    return MethodState.of(first if own else Full(), tensors)
 
 
 def hand_over(

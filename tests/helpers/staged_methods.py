@@ -91,6 +91,11 @@ STAGED: dict[str, StagedCase] = {
         budget="40%",
         stages={"supernet": SHORT, "retrain": SHORT},
     ),
+    "autodim": StagedCase(
+        method={"name": "autodim"},
+        budget="60%",
+        stages={"search": SHORT, "retrain": SHORT},
+    ),
     "cce": StagedCase(
         method={"name": "cce", "num_buckets": 3, "subvector_dim": 2, "collisionless": 12},
         stages={"hashed": SHORT, "clustered_1": SHORT, "clustered_2": SHORT},

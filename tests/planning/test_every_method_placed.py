@@ -28,6 +28,7 @@ LIVES = {  # codes of more bytes a row would have to lie on each device
     "lr2vq": ("5%", ["full", "low_rank", "lr2vq", "coded"]),
     "pq": ("5%", ["full", "coded"]),
     "optembed": ("10%", ["optembed", "low_dim"]),
+    "autodim": ("20%", ["autodim", "low_dim"]),
     "matryoshka": ("10%", ["matryoshka", "low_dim"]),
     "dnis": ("10%", ["full", "dnis_search", "blocks"]),
     "{name: dnis, structure: element}": ("5%", ["full", "dnis_search", "sparse"]),

@@ -15,8 +15,8 @@ ORDER = {
     " < config, serving, testing < planning < training < compressing, search < benchmark < cli",
     "embcomp.backends": "stages < base < discovery, full, hashed_rows, row_type_choice"
     " < hash, qr, unified, blocks, low_dim, mde, tt"
-    " < cafe, codebooks, dhe, double_hash, integer_rows, mapped, mlet, robe, sparse, typed_blocks"
-    " < cce, dedup, pruned_elements, widths < dnis, element_pruning < deeplight, pep",
+    " < cafe, codebooks, dhe, double_hash, integer_rows, mapped, mlet, private_ids, robe, sparse, typed_blocks"
+    " < adapt, cce, dedup, pruned_elements, widths < autodim, dnis, element_pruning < deeplight, pep",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"
     " served_rows < reporting < data, steps < second_order < stages < loop < run < api, export",
     "embcomp.search": "config < space, liveness < attempts < samplers, evaluators < trials"

@@ -22,6 +22,8 @@ from embcomp.testing.check_data import awkward_tables, plain_tables, random_batc
 from tests.helpers.backends_under_test import CASES
 
 BY_MODULES = {
+    "adapt",
+    "adapt_zero",
     "alpt",
     "cafe",
     "cce",

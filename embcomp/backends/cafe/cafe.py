@@ -37,9 +37,10 @@ from typing_extensions import override
 
 from embcomp.backends.base import Backend, MethodState
 from embcomp.backends.cafe.hot_sketch import WAITING, WAYS, HotSketch
-from embcomp.backends.cafe.sketch_route import SketchedTable, SketchRoute, WatchedRows
+from embcomp.backends.cafe.sketch_route import SketchedTable, SketchRoute
 from embcomp.backends.hash import Hash
 from embcomp.io.constraints import Between, Ge, Positive
+from embcomp.layers.watched_gradients import WatchedRows
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import TableSpec
 
@@ -114,7 +115,7 @@ class Cafe(Hash):
             physical_tables=physical,
             keys=keys,
             route=route,
-            combine=WatchedRows(route, dims) if self.adapts else nn.Identity(),
+            combine=WatchedRows(route.watch, dims) if self.adapts else nn.Identity(),
             needs_unpooled_rows=self.adapts,
             needs_context=self.adapts,
         )
