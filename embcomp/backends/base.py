@@ -472,8 +472,8 @@ class BackendConfig(Constrained, ABC):
             floor = smallest.footprint(tables).serve_bytes
             raise BudgetError(
                 f"{self.name}: {len(tables)} table(s) of {full:,} bytes cannot be held in "
-                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes. "
-                f"{self.way_out(tables)}"
+                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes.",
+                self.way_out(tables),
             )
         return found
 
