@@ -16,7 +16,16 @@ class DataError(EmbcompError):
 
 
 class BudgetError(EmbcompError):
-    """A byte budget that no configuration of the method can meet; the text names the floor."""
+    """A byte budget that no configuration of the method can meet; the text names the floor.
+
+    Args:
+        fact: what cannot be, and the floor.
+        way_out: what to change, for those who have nothing better to say.
+    """
+
+    def __init__(self, fact: str, way_out: str = "") -> None:
+        super().__init__(f"{fact} {way_out}" if way_out else fact)
+        self.fact = fact
 
 
 class CheckpointError(EmbcompError):

@@ -13,7 +13,9 @@ from embcomp.models.fm import FM, FMConfig
 from embcomp.models.gdcn import GDCN, GDCNConfig
 from embcomp.models.lr import LR, LRConfig
 from embcomp.models.masknet import MaskNet, MaskNetConfig
+from embcomp.models.mmoe import MMoE
 from embcomp.models.pnn import PNN, PNNConfig
+from embcomp.models.task_losses import MultiTaskLoss
 from embcomp.models.widedeep import WideDeep, WideDeepConfig
 from embcomp.models.xdeepfm import XDeepFM, XDeepFMConfig
 
@@ -56,10 +58,12 @@ __all__ = [
     "FinalMLPConfig",
     "GDCNConfig",
     "LRConfig",
+    "MMoE",
     "MaskNet",
     "MaskNetConfig",
     "ModelConfig",
     "ModelInputs",
+    "MultiTaskLoss",
     "PNNConfig",
     "WideDeep",
     "WideDeepConfig",

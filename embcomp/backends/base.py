@@ -50,6 +50,8 @@ class Backend:
             `needs_unpooled_rows`.
         skips_negative_ids: True when `route` gives a negative id where an id has no row under a key: nothing
             is looked up there, and zeros stand for it. Of several `ids_per_value` each may be negative.
+        sees_every_row: True when what `combine` draws or learns in training depends on how often a batch has
+            a value. Bags that rows share are then repeated before they are looked up, in training.
     """
 
     physical_tables: Sequence[PhysicalTable]
@@ -60,6 +62,7 @@ class Backend:
     ids_per_value: int = 1
     needs_context: bool = False
     skips_negative_ids: bool = False
+    sees_every_row: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,8 +472,8 @@ class BackendConfig(Constrained, ABC):
             floor = smallest.footprint(tables).serve_bytes
             raise BudgetError(
                 f"{self.name}: {len(tables)} table(s) of {full:,} bytes cannot be held in "
-                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes. "
-                f"{self.way_out(tables)}"
+                f"{allowed:,} bytes; the smallest {self.name} reaches is {floor:,} bytes.",
+                self.way_out(tables),
             )
         return found
 

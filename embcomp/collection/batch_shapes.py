@@ -1,18 +1,105 @@
 """Batches of other shapes than a rectangle of bags, as the routes and combines want them.
 
 TorchRec deduplicates batches: a feature has fewer bags than the batch has rows (its own number of them,
-VBE), and `inverse_indices` say which row has which. It pools each bag once and hands it out again.
+VBE), and `inverse_indices` say which row has which. It pools each bag once and hands it out again, and so
+do the collections: `route` makes a rectangle of the bags that there are, `combine` hands out what they give.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.io.yaml_reading import listed
+from embcomp.layers.host_values import reads_wait
+
+
+def compacted(features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor | None]:
+    """A rectangle of the bags that rows share, each of them once.
+
+    Args:
+        features: a batch with `inverse_indices`, or with a number of bags for each feature.
+
+    Returns:
+        The bags, features with fewer of them filled up with empty ones, without `inverse_indices`; and
+        (keys, B) int64 which of its feature's bags each row has, None where that is the row's own.
+
+    Raises:
+        ValueError: as for `expanded`.
+    """
+    inverse, strides = features.inverse_indices_or_none(), features.stride_per_key()
+    most = max(strides, default=0)
+    if inverse is None or most > inverse[1].shape[1]:
+        return expanded(features), None
+    lengths = features.lengths()
+    if min(strides) < most:
+        parts = lengths.split(strides)
+        lengths = torch.cat([F.pad(part, (0, most - len(part))) for part in parts])
+    bags = KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=lengths,
+        stride=most,
+        length_per_key=features.length_per_key(),
+    )
+    return bags, _own_bags_of_rows(features, inverse)
+
+
+def filled_up(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
+    """A rectangle of bags with empty ones behind those of each key.
+
+    Args:
+        features: the rectangle.
+        stride: how many bags each key is to have.
+    """
+    lengths = features.lengths().view(-1, features.stride())
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=F.pad(lengths, (0, stride - features.stride())).reshape(-1),
+        stride=stride,
+        length_per_key=features.length_per_key(),
+    )
+
+
+def shared_by(features: KeyedJaggedTensor, rows: Tensor) -> KeyedJaggedTensor:
+    """A rectangle of bags together with which of them each row has: (keys, B) int64."""
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=features.lengths(),
+        stride=features.stride(),
+        length_per_key=features.length_per_key(),
+        inverse_indices=(features.keys(), rows),
+    )
+
+
+def handed_out(values: Tensor, dims: Sequence[int], rows: Tensor) -> Tensor:
+    """Each row's bags out of those that rows share.
+
+    Args:
+        values: (bags, sum of dims), for each key its bags' embeddings.
+        dims: of each key.
+        rows: (keys, B) int64 which of its key's bags each row has.
+
+    Returns:
+        (B, sum of dims).
+    """
+    if len(set(dims)) > 1:
+        parts = values.split(list(dims), dim=1)
+        return torch.cat([part.index_select(0, own) for part, own in zip(parts, rows)], dim=1)
+    keys, batch = rows.shape  # of one width: all keys at once
+    places = rows.t() * keys + torch.arange(keys, device=rows.device)
+    found = values.reshape(-1, dims[0]).index_select(0, places.reshape(-1))
+    return found.view(batch, keys * dims[0])
 
 
 def expanded(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -55,8 +142,8 @@ def expanded(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     )
 
 
-def _bags_of_rows(features: KeyedJaggedTensor, inverse: tuple[list[str], Tensor]) -> Tensor:
-    """(keys * B,) which of a batch's bags belongs to each row of each key."""
+def _own_bags_of_rows(features: KeyedJaggedTensor, inverse: tuple[list[str], Tensor]) -> Tensor:
+    """(keys, B) which of its own bags belongs to each row of each key."""
     names, rows = inverse
     places = {name: n for n, name in enumerate(names)}
     missing = [key for key in features.keys() if key not in places]
@@ -64,9 +151,30 @@ def _bags_of_rows(features: KeyedJaggedTensor, inverse: tuple[list[str], Tensor]
         raise ValueError(
             f"inverse_indices say nothing of {listed(missing)}; they have {listed(names)}"
         )
+    order = [places[key] for key in features.keys()]
+    own = rows if order == list(range(len(rows))) else rows[order]
+    if not (reads_wait(own.device) or own.is_meta or torch.compiler.is_compiling()):
+        _check_bags(features, own)
+    return own
+
+
+def _check_bags(features: KeyedJaggedTensor, rows: Tensor) -> None:
+    """Refuse rows of bags that are not there; kernels on other devices refuse them by themselves."""
+    strides = torch.tensor(features.stride_per_key())
+    odd = ((rows < 0) | (rows >= strides.unsqueeze(1))).nonzero()
+    if len(odd):
+        key, row = odd[0].tolist()
+        raise ValueError(
+            f"inverse_indices of feature {features.keys()[key]} must be in [0, {int(strides[key])}), the "
+            f"number of its bags; row {row} has {int(rows[key, row])}"
+        )
+
+
+def _bags_of_rows(features: KeyedJaggedTensor, inverse: tuple[list[str], Tensor]) -> Tensor:
+    """(keys * B,) which of a batch's bags belongs to each row of each key."""
+    own = _own_bags_of_rows(features, inverse)
     starts = [0, *accumulate(features.stride_per_key())][:-1]
-    own = rows[[places[key] for key in features.keys()]]
-    return (own + torch.tensor(starts, device=rows.device).unsqueeze(1)).reshape(-1)
+    return (own + torch.tensor(starts, device=own.device).unsqueeze(1)).reshape(-1)
 
 
 def one_bag_a_key(features: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -134,7 +134,9 @@ class _Compressed(AssembledTables):
             )
         traced = isinstance(features, torch.fx.Proxy)
         held = HeldRows.by(self.unpooled_rows)
-        self._holder.tell(held, self.unpooled_rows if self._writes_rows else None, traced=traced)
+        writes = self.unpooled_rows if self._writes_rows else None
+        equal = HeldRows.by(self.rows).equal_among is not None
+        self._holder.tell(held, writes, equal_bags=equal, traced=traced)
 
     def _read_pooled(self, bags: Any) -> Any:
         """Rows of look-ups whose bags are pooled."""

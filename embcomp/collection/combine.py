@@ -15,7 +15,7 @@ from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from typing_extensions import override
 
-from embcomp.collection.batch_shapes import one_bag_a_key, one_empty_row
+from embcomp.collection.batch_shapes import handed_out, one_bag_a_key, one_empty_row
 from embcomp.collection.compiled_rows import KeyRead, ReadBags, RowReads, are_readable
 from embcomp.collection.each_pair import EachPair, key_widths
 from embcomp.collection.groups import Group, TableFeature
@@ -208,6 +208,7 @@ class PooledCombine(Combine):
         super().__init__(groups, instances)
         self._keys = [instance.key for instance in instances]
         self._dims = [instance.table.embedding_dim for instance in instances]
+        self._came_dims = [instance.table.embedding_dim for instance in self._came]
         self._pick = _pick_of(self._came, instances)
         means = [i.table.mean_pooling for i in self._came]
         self._means = Constant(means) if any(means) else None
@@ -240,6 +241,8 @@ class PooledCombine(Combine):
         values = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if self._means is not None:
             values = values * self._bag_scales(bags)
+        if (shared := features.inverse_indices_or_none()) is not None:
+            values = handed_out(values, self._came_dims, shared[1])
         if self._pick is not None:
             values = self._pick(values)
         if bags is not features:

@@ -73,23 +73,29 @@ class RowsHolder:
         by_key: whether the next look-up may have keys of different lengths. Whoever calls the route
             without saying so, as a traced graph does, gets keys padded to one length.
         rows: what holds them, for routes that write to rows: of look-ups in bags of one.
+        equal_bags: whether ranks need equally many bags of each other in look-ups that are pooled.
     """
 
     held: HeldRows = field(default_factory=HeldRows)
     by_key: bool = False
     rows: nn.Module | None = None
+    equal_bags: bool = False
 
-    def tell(self, held: HeldRows, rows: nn.Module | None, *, traced: bool) -> None:
+    def tell(
+        self, held: HeldRows, rows: nn.Module | None, *, equal_bags: bool, traced: bool
+    ) -> None:
         """Say how rows are held in the look-up that follows.
 
         Args:
             held: how.
             rows: what holds them.
+            equal_bags: whether pooled look-ups need equally many bags on all ranks.
             traced: whether a tracer records it, as one call of the inner collection for any batch.
         """
         if held != self.held:
             self.held = held
         self.rows = rows
+        self.equal_bags = equal_bags
         # A compiled graph may not know whether keys differ in length.
         compiling = torch.compiler.is_compiling()
         self.by_key = held.takes_keys_of_any_length and not traced and not compiling

@@ -16,7 +16,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from embcomp.collection.batch_shapes import expanded, one_bag_a_key, one_empty_row, picked
+from embcomp.collection.batch_shapes import (
+    compacted,
+    expanded,
+    filled_up,
+    one_bag_a_key,
+    one_empty_row,
+    picked,
+    shared_by,
+)
 from embcomp.collection.groups import Group
 from embcomp.collection.held_rows import HeldRows, RowsHolder
 from embcomp.collection.scripted import (
@@ -52,6 +60,7 @@ class CompositeRoute(nn.Module):
         self._sizes = [len(group.instances) for group in groups]
         self._unpooled = [group.unpooled for group in groups]
         self._ids_per_value = [group.backend.ids_per_value for group in groups]
+        self._sees_every_row = any(group.backend.sees_every_row for group in groups)
         self._skips = [group.backend.skips_negative_ids for group in groups]
         self._features = [i.feature for group in groups for i in group.instances]
         self._is_weighted, self._is_unpooled = is_weighted, unpooled
@@ -95,8 +104,9 @@ class CompositeRoute(nn.Module):
 
         Returns:
             Look-ups whose bags are pooled by TorchRec, look-ups in bags of one (either None when
-            no method wants it), and the features themselves, one key per (table, feature). Look-ups
-            in bags of one have a stride for each key where what holds the rows takes that and keys
+            no method wants it), and the features themselves, one key per (table, feature). Bags that rows
+            share are looked up once, and the features' `inverse_indices` say, (keys, B), which of its key's
+            each row has. Look-ups in bags of one have a stride for each key where what holds the rows takes that and keys
             differ in length; else keys are padded by empty bags to one stride.
         """
         traced = leaf_call(self, features)
@@ -107,7 +117,7 @@ class CompositeRoute(nn.Module):
             return None, None, features
         if self.holder.rows is not None and self._may_write(self.holder.rows):
             self.write_rows(self.holder.rows)
-        features = self._select(features)
+        features, shared = self._select(features)
         bags = self._as_bags(features)
         parts = bags.split(self._sizes) if len(self._sizes) > 1 else [bags]
         pooled: list[KeyedJaggedTensor] = []
@@ -127,6 +137,8 @@ class CompositeRoute(nn.Module):
             is_weighted=self._is_weighted,
             skips=skips,
         )
+        if shared is not None:
+            features = shared_by(features, shared)
         return _concatenated(pooled) if pooled else None, rows, features
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -157,12 +169,16 @@ class CompositeRoute(nn.Module):
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The features that the tables want, in their order; never more, never fewer."""
+    def _select(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor | None]:
+        """The features that the tables want, in their order; never more, never fewer.
+
+        With which bag each row has, (keys, B), where rows share them.
+        """
         features = maybe_td_to_kjt(features, None)
         own_bags = features.variable_stride_per_key()
+        rows: Tensor | None = None
         if not self._is_unpooled and (own_bags or features.inverse_indices_or_none() is not None):
-            features, own_bags = expanded(features), False
+            (features, rows), own_bags = self._rectangle(features), False
         if self._is_weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, but the features carry no weights")
         keys = tuple(features.keys())
@@ -170,12 +186,24 @@ class CompositeRoute(nn.Module):
             self._orders[keys] = self._order(keys)
         order = self._orders[keys]
         if own_bags:
-            return picked(features, list(range(len(keys))) if order is None else order)
+            return picked(features, list(range(len(keys))) if order is None else order), None
         if not self._is_weighted:
             features = _without_weights(features)
         if order is None:
-            return features
-        return features.permute(order) if features.stride() else _without_rows(features, order)
+            return features, rows
+        rows = None if rows is None else rows[order]
+        ordered = features.permute(order) if features.stride() else _without_rows(features, order)
+        return ordered, rows
+
+    def _rectangle(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor | None]:
+        """As many bags for each feature, and which of them each row has where rows share them."""
+        if self._sees_every_row and self.training:
+            return expanded(features), None
+        features, rows = compacted(features)
+        if rows is not None and self.holder.equal_bags:
+            # Ranks have different numbers of bags, but batches of one size.
+            features = filled_up(features, rows.shape[1])
+        return features, rows
 
     def _as_bags(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features as routes take them: as many bags for each, and at least one."""

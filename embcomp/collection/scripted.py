@@ -51,6 +51,13 @@ def plain_lookups(groups: Sequence[Group]) -> list[PlainLookup]:
     return found
 
 
+def _most_bags(features: dict[str, JaggedTensor]) -> int:
+    most = 0
+    for feature in features.values():
+        most = max(most, feature.lengths().numel())
+    return most
+
+
 class ScriptedRoute(nn.Module):
     """Picks features by name and refuses ids that are not rows.
 
@@ -72,6 +79,8 @@ class ScriptedRoute(nn.Module):
 
     def _select(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         found: dict[str, JaggedTensor] = features.to_dict()
+        inverse = features.inverse_indices_or_none()
+        most = _most_bags(found)
         values: list[Tensor] = []
         lengths: list[Tensor] = []
         weights: list[Tensor] = []
@@ -83,7 +92,10 @@ class ScriptedRoute(nn.Module):
                 limit = str(self._limits[n])
                 raise ValueError("an id of feature " + name + " is not in [0, " + limit + ")")
             values.append(ids)
-            lengths.append(found[name].lengths())
+            own = found[name].lengths()
+            if inverse is not None:  # features have numbers of bags of their own
+                own = torch.nn.functional.pad(own, [0, most - own.numel()])
+            lengths.append(own)
             if self._is_weighted:
                 weights.append(found[name].weights())
         return KeyedJaggedTensor(
@@ -92,6 +104,14 @@ class ScriptedRoute(nn.Module):
             weights=torch.cat(weights) if self._is_weighted else None,
             lengths=torch.cat(lengths),
         )
+
+    def _bags_of_rows(self, features: KeyedJaggedTensor) -> Tensor | None:
+        """(look-ups, B) which of its feature's bags each row has; None where it is the row's own."""
+        inverse = features.inverse_indices_or_none()
+        if inverse is None:
+            return None
+        names, rows = inverse
+        return rows[torch.tensor([names.index(name) for name in self._features])]
 
 
 class ScriptedPooledRoute(ScriptedRoute):
@@ -102,7 +122,16 @@ class ScriptedPooledRoute(ScriptedRoute):
         self, features: KeyedJaggedTensor
     ) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor | None, KeyedJaggedTensor]:
         own = self._select(features)
-        return own, None, own
+        rows = self._bags_of_rows(features)
+        if rows is None:
+            return own, None, own
+        shared = KeyedJaggedTensor(
+            keys=self._keys,
+            values=own.values(),
+            lengths=own.lengths(),
+            inverse_indices=(self._keys, rows),
+        )
+        return own, None, shared
 
 
 class ScriptedUnpooledRoute(ScriptedRoute):
@@ -154,12 +183,15 @@ class ScriptedPooled(nn.Module):
         features: KeyedJaggedTensor,
     ) -> KeyedTensor:
         found: dict[str, Tensor] = pooled.to_dict()
-        lengths = features.lengths().view(len(features.keys()), -1)  # (look-ups, B)
+        lengths = features.lengths().view(len(features.keys()), -1)  # (look-ups, bags)
+        inverse = features.inverse_indices_or_none()
         parts: list[Tensor] = []
         for n, key in enumerate(self._lookups):
             part = found[key].narrow(1, 0, self._dims[n])
             if self._means[n]:
                 part = part / lengths[self._places[n]].clamp(min=1).unsqueeze(1)
+            if inverse is not None:
+                part = part.index_select(0, inverse[1][self._places[n]])
             parts.append(part)
         return KeyedTensor(
             keys=self._keys, length_per_key=self._dims, values=torch.cat(parts, dim=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from embcomp.backends import BACKENDS
 from embcomp.backends.base import BackendConfig
-from embcomp.collection.plan import Plan, ResolvedPlan
+from embcomp.collection.plan import UNCOMPRESSED, Plan, ResolvedPlan
 from embcomp.collection.table_row_types import RowTypes
 from embcomp.errors import BudgetError
+from embcomp.io.yaml_reading import listed
 from embcomp.tables.row_types import served_footprint
 from embcomp.tables.specs import TableSpec
 
@@ -45,15 +47,14 @@ def plan_within(
     Raises:
         BudgetError: the method has no size so small; the text names the floor.
     """
-    plan = Plan(default=replace(method, budget=None), budget=None)
+    open_sized = replace(method, budget=None)
+    plan = Plan(default=open_sized, budget=None)
     least: int | None = None
     budget = float(allowed if types.are_fp32 else _MOST * allowed)
-    refusal: BudgetError | None = None
     while budget >= allowed:
         try:
             found = replace(plan, budget=int(budget)).resolve(tables)
-        except BudgetError as error:
-            refusal = error
+        except BudgetError:
             break
         size = served_bytes(found, types)
         if size <= allowed:
@@ -63,9 +64,23 @@ def plan_within(
             budget / _FINENESS if budget / _FINENESS > allowed or budget == allowed else allowed
         )
     if least is None:
-        assert refusal is not None
-        raise refusal
+        least = served_bytes(_smallest(open_sized, tables), types)
+    full = sum(table.full_bytes for table in tables)
     raise BudgetError(
-        f"{method.name}: {len(tables)} table(s) take {least:,} bytes with rows in {types}, over the "
-        f"{allowed:,} bytes of the budget. Raise the budget, or choose narrower rows or another method"
+        f"{method.name}: {len(tables)} table(s) of {full:,} bytes cannot be held in {allowed:,} bytes; the "
+        f"smallest {method.name} reaches is {least:,} bytes with rows in {types}.",
+        way_out(),
     )
+
+
+def _smallest(method: BackendConfig, tables: Sequence[TableSpec]) -> ResolvedPlan:
+    least = method.smallest(tables)
+    kept = {table.name for table in tables if least.keeps_full(table)}
+    methods = {t.name: UNCOMPRESSED if t.name in kept else least for t in tables}
+    return ResolvedPlan(tuple(tables), methods)
+
+
+def way_out() -> str:
+    """What to change when a budget is below the floor of what begins from trained rows."""
+    able = listed(name for name, each in BACKENDS.items() if each.approximates and each.compresses)
+    return f"Raise the budget, or take narrower rows (int8, int4) or another method ({able})."

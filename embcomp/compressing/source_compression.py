@@ -147,7 +147,9 @@ def open_job(job: SourceJob) -> OpenedJob:
     job.types.check([spec.name for spec in specs], "--dtype")
     counts = {} if job.counts is None else check_counts(specs, read_counts(job.counts, specs))
     full = source_bytes(tables)
-    allowed = parse_budget(job.budget, full_bytes=full)
+    allowed = max(
+        1, parse_budget(job.budget, full_bytes=full)
+    )  # a share may be of less than a byte
     plan = plan_within(job.method, specs, allowed, job.types)
     return OpenedJob(
         job=job, source=source, tables=tables, counts=counts, allowed=allowed, plan=plan

@@ -16,11 +16,13 @@ from embcomp.compressing.approximation import Approximated, approximate, sized_b
 from embcomp.compressing.approximation_error import CompressedTable, bytes_by_table, measure
 from embcomp.compressing.found_tensors import first_odd_row
 from embcomp.compressing.model_tables import ModelTables
-from embcomp.errors import DataError
+from embcomp.compressing.sizing import way_out
+from embcomp.errors import BudgetError, DataError
 from embcomp.layers.block_work import RowBlock, Work, row_blocks
 from embcomp.layers.id_counts import check_counts
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.budget import parse_budget
+from embcomp.tables.specs import TableSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,18 @@ def forms_of(
     for each in found:
         _check_finite(each, work)
     plans = [_own_plan(wanted, each, found) for each in found]
-    resolved = [own.resolve(each.specs) for own, each in zip(plans, found)]
+    resolved = [_resolved(own, each.specs) for own, each in zip(plans, found)]
     return [
         _compressed(each, own, sizes, known, seed, work)
         for each, own, sizes in zip(found, plans, resolved)
     ]
+
+
+def _resolved(plan: Plan, tables: Sequence[TableSpec]) -> ResolvedPlan:
+    try:
+        return plan.resolve(tables)
+    except BudgetError as error:
+        raise BudgetError(error.fact, way_out()) from None
 
 
 def _own_plan(wanted: Plan, own: ModelTables, found: Sequence[ModelTables]) -> Plan:

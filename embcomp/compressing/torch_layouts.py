@@ -7,6 +7,7 @@ whatever sharding wrote them. Nothing is unpickled but what `weights_only` allow
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from embcomp.errors import DataError
 from embcomp.layers.ranged_files import RangedFiles
 from embcomp.training.files.checkpoint_rows import CheckpointTensors
 
+_GLOBAL = re.compile(r"GLOBAL:? ([\w.]+)")  # what torch names of a pickle that it refuses
 _NUMPY = {
     np.dtype("<f4"): torch.float32,
     np.dtype("<f2"): torch.float16,
@@ -37,10 +39,11 @@ def torch_file(path: Path) -> TensorSource:
         # On `meta` nothing is read but the index; elements are read later from their offsets.
         loaded = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        named = _GLOBAL.search(str(error))
+        what = f" ({named[1]})" if named else ""
         raise DataError(
-            f"{path} holds more than plain tensors ({reason}); save model.state_dict(), or a sharded "
-            "model with torch.distributed.checkpoint"
+            f"{path} holds more than plain tensors{what}, which nothing here unpickles; save "
+            "model.state_dict(), or a sharded model with torch.distributed.checkpoint"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends early"

@@ -24,8 +24,8 @@ from embcomp.tables.torchrec_settings import check_settings, uniform_bounds
 InitFn = Callable[[Tensor], Tensor | None]
 
 _OTHER_TYPES = {
-    # What would be trained depends on the device: nothing on a CPU, other rows before sharding.
-    DataType.BF16: "FBGEMM has no BF16 on a CPU, and TorchRec holds unsharded BF16 tables as FP16"
+    # What would be trained: float16 before TorchRec shards it, and nothing afterwards.
+    DataType.BF16: "FBGEMM looks up no BF16 rows in training, and TorchRec holds unsharded BF16 tables as FP16"
 }
 _ITEMSIZE = {DataType.FP32: 4, DataType.FP16: 2}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.modules.hash_mc_modules import HashZchManagedCollisionModule
 from torchrec.modules.mc_modules import (
     DistanceLFU_EvictionPolicy,
     ManagedCollisionCollection,
@@ -121,3 +122,55 @@ def test_compress_replaces_the_tables_behind_them_and_leaves_the_ids_alone():
     assert [table.place for table in report.tables] == ["tables", "tables"]
     assert torch.equal(model.ids(features).values(), mapped)
     assert not model(features)[:, 4:DIM].any()
+
+
+def multi_probe(plan, device="cpu"):
+    """Ids of TorchRec's multi-probe map in one bucket, and tables behind it."""
+    probed = {
+        table.name: HashZchManagedCollisionModule(
+            zch_size=ROWS, device=torch.device(device), total_num_buckets=1, max_probe=ROWS
+        )
+        for table in TABLES
+    }
+    tables = CompressedEmbeddingBagCollection(TABLES, plan, device=torch.device(device))
+    return ManagedCollisionCollection(probed, TABLES), probed, tables
+
+
+@METHODS
+def test_a_multi_probe_map_that_is_read_only_leads_to_our_rows_on_a_cpu(plan):
+    ids, probed, tables = multi_probe(plan)
+    ids.eval()
+    features = batch([10**15, 7, 10**15], [7, 7, 7])
+    before = ids(features)["user"].values()
+    assert before[0] == before[2] != before[1]
+    # As a map that was trained elsewhere: another id came first, and 7 went to the next place.
+    place = int(before[1])
+    known = probed["user"]._hash_zch_identities.data
+    known[place], known[(place + 1) % ROWS] = 99, 7
+    mapped = ids(features)
+    assert mapped["user"].values().tolist() == [before[0], (place + 1) % ROWS, before[0]]
+    torch.testing.assert_close(tables(mapped)["user"][0], tables(mapped)["user"][2])
+    assert not torch.equal(tables(mapped)["user"][0], tables(mapped)["user"][1])
+
+
+def test_a_multi_probe_map_that_learns_is_refused_by_torchrec_on_a_cpu():
+    """The reason why the next test needs CUDA; it fails as soon as TorchRec fills such maps here."""
+    ids, _, _ = multi_probe(Full())
+    with pytest.raises(RuntimeError, match="readonly"):
+        ids(batch([1], [2]))
+
+
+@pytest.mark.gpu
+@METHODS
+def test_a_multi_probe_map_that_learns_hands_out_a_row_for_each_id(plan):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: FBGEMM's multi-probe maps fill themselves there alone")
+    ids, _, tables = multi_probe(plan, "cuda")
+    users = [10**15 + n for n in range(ROWS // 2)]
+    features = batch(users, users).to("cuda")
+    mapped = [ids(features)["user"].values() for _ in range(3)]
+    assert len(mapped[0].unique()) == len(users) and int(mapped[0].max()) < ROWS
+    assert all(torch.equal(each, mapped[0]) for each in mapped)
+    answer = tables(ids(features))["user"]
+    answer.square().sum().backward()
+    assert torch.equal(tables(ids.eval()(features))["user"], answer)

@@ -24,6 +24,22 @@ def deduplicated(features):
     )
 
 
+def shared_bags(features, rank):
+    """More rows than bags, of which ranks and features have different numbers; the rows are equally many."""
+    keys, bags = features.keys(), [[2 + rank + n % 2] for n in range(len(features.keys()))]
+    own = features.to_dict()
+    lengths = [own[key].lengths()[:count] for key, (count,) in zip(keys, bags)]
+    values = [own[key].values()[: int(part.sum())] for key, part in zip(keys, lengths)]
+    rows = torch.stack([torch.arange(features.stride() * 2) % count for (count,) in bags])
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat(values),
+        lengths=torch.cat(lengths),
+        stride_per_key_per_rank=bags,
+        inverse_indices=(list(keys), rows),
+    )
+
+
 def without_rows(features):
     nothing = features.values()[:0]
     return KeyedJaggedTensor(keys=features.keys(), values=nothing, lengths=features.lengths()[:0])
@@ -35,7 +51,7 @@ def check(setups):
         sharded, _ = shard(setup, setup.model(seed=2), weights=alone.state_dict())
         tables = next(m for n, m in sharded.named_modules() if n.rpartition(".")[2] == "tables")
         features = setup.batch(0, dist.get_rank()).sparse
-        batches = [deduplicated(features)]
+        batches = [deduplicated(features), shared_bags(features, dist.get_rank())]
         if setup.sharding == "table_wise":
             batches.append(without_rows(features) if dist.get_rank() else features)
         for batch in batches:

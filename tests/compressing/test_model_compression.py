@@ -209,7 +209,7 @@ def refused(model, plan, **more):
         ),
         (Plan(overrides={"a": Hash(num_buckets=9)}), {}, "hash: cannot begin"),
         ({"nowhere": PQ(subvector_dim=4)}, {}, "no table is called 'nowhere'"),
-        (PQ(budget=50), {}, "smallest pq reaches"),
+        (PQ(budget=50), {}, r"smallest pq reaches .* another method \(.*low_dim, low_rank"),
         (PQ(budget="20%"), {"include": "nowhere"}, "include chooses none of bags "),
         (PQ(budget="20%"), {"include": "("}, "no regular expression"),
         (PQ(budget="20%"), {"counts": {"a": torch.ones(9)}}, r"'a' has 300 ids.*got \(9,\)"),

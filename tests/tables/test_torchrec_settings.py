@@ -7,6 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    DenseTableBatchedEmbeddingBagsCodegen,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torchrec import EmbeddingBagCollection
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     CountBasedEvictionPolicy,
@@ -80,8 +88,26 @@ def test_what_is_honoured_reaches_the_spec():
     assert (spec.num_embeddings, spec.embedding_dim, spec.feature_names) == (50, 4, ("f",))
     assert spec.data_type is DataType.FP16 and spec.mean_pooling
     assert spec.init_bounds == (-2, pytest.approx(50**-0.5))
-    with pytest.raises(ConfigError, match="FP32 or FP16, got .*BF16; FBGEMM has no BF16 on a CPU"):
+    with pytest.raises(ConfigError, match="FP32 or FP16, got .*BF16; FBGEMM looks up no BF16 rows"):
         specs_from_configs([config(data_type=DataType.BF16)])
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["fused", "data parallel"])
+def test_nothing_below_could_train_rows_of_bf16(dense):
+    """Why they are refused; it fails as soon as FBGEMM or TorchRec can do more."""
+    unsharded = EmbeddingBagCollection([config(data_type=DataType.BF16)])
+    assert unsharded.embedding_bags["t"].weight.dtype is torch.float16
+    precision = SparseType.BF16
+    if dense:
+        rows = DenseTableBatchedEmbeddingBagsCodegen(
+            [(50, 4)], use_cpu=True, weights_precision=precision
+        )
+    else:
+        rows = SplitTableBatchedEmbeddingBagsCodegen(
+            [(50, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)], weights_precision=precision
+        )
+    with pytest.raises(NotImplementedError, match="BFloat16"):
+        rows(torch.tensor([1, 2]), torch.tensor([0, 2]))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ class Cafe(Hash):
             combine=WatchedRows(route.watch, dims) if self.adapts else nn.Identity(),
             needs_unpooled_rows=self.adapts,
             needs_context=self.adapts,
+            sees_every_row=self.adapts,
         )
 
     @override

@@ -227,6 +227,7 @@ class LR2VQ(Clustered):
             combine=Quantize(layout, codewords, decode, commitment=self.commitment),
             needs_unpooled_rows=True,
             needs_context=True,
+            sees_every_row=True,
         )
 
     @override

@@ -138,6 +138,7 @@ class Matryoshka(SearchedSize):
             combine=Supernet(tables, draws=draws),
             needs_unpooled_rows=True,
             needs_context=True,
+            sees_every_row=True,
         )
 
     @override

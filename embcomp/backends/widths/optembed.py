@@ -150,6 +150,7 @@ class OptEmbed(SearchedSize):
             ),
             needs_unpooled_rows=True,
             needs_context=True,
+            sees_every_row=True,
         )
 
     def _draws(self, tables: Sequence[TableSpec]) -> WidthDraws:

@@ -121,7 +121,7 @@ class FusedLookup:
 
     def _bind(self, features: KeyedJaggedTensor) -> _Bound | None:
         """The programs for batches of these keys; None where a feature is missing."""
-        if features.variable_stride_per_key():
+        if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
             return None
         keys = features.keys()
         if keys == self._last[0]:  # most batches come with the keys of the one before
