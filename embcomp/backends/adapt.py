@@ -144,6 +144,7 @@ class Adapt(Hash):
             needs_unpooled_rows=self.adapts,
             needs_context=self.adapts,
             skips_negative_ids=self.rare == "zero",
+            sees_every_row=self.adapts,
         )
 
     @override
