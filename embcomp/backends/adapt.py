@@ -132,7 +132,7 @@ class Adapt(Hash):
             owners=[table.name for table in owners],
             salts=[table_salt(self.seed, table.name, 0) for table in owners],
             shared=[self.rows(table) - self.private_rows(table) for table in owners],
-            choice=Choice(every=self.every, margin=self.margin, decay=self.decay),
+            choice=PrivateChoice(every=self.every, margin=self.margin, decay=self.decay),
             check=RangeCheck(tables) if self.rare == "zero" else nn.Identity(),
         )
         dims = [table.embedding_dim for table in owners]
@@ -216,7 +216,7 @@ class Adapt(Hash):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class PrivateChoice:
     """When and how private ids are chosen.
 
     Args:
@@ -256,7 +256,7 @@ class AdaptRoute(nn.Module):
         owners: Sequence[str],
         salts: Sequence[int],
         shared: Sequence[int],
-        choice: Choice,
+        choice: PrivateChoice,
         check: nn.Module,
     ) -> None:
         super().__init__()
