@@ -1,8 +1,8 @@
 """The same settings and weights give the same bytes: artefacts, plans, prepared datasets.
 
 What is compared must not depend on the processor. So weights are small fractions with a power of
-two below, of which sums and products are exact in any order; fresh weights, whose last bit is the
-processor's, are compared within a tolerance, and a numeric column by its mean. No method that only
+two below, of which sums and products are exact in any order, and zeros where an exponential is taken;
+fresh weights, whose last bit is the processor's, are compared within a tolerance, and a numeric column by its mean. No method that only
 training can fit (k-means, codes found by it) is run here.
 `tests/helpers/stored_values.py` says how the stored values are written anew.
 """
@@ -55,10 +55,16 @@ def test_an_artefact_describes_itself_as_it_did(tmp_path):
     check_stored("artefacts", DESCRIPTION, artefact_digests(tmp_path / "a")["config"])
 
 
+EXPONENTS = (".thresholds.values", ".autodim.weights.values")
+"""In the names of what goes through a sigmoid or a softmax, whose last bit is the processor's but at 0."""
+
+
 def fill(collection: torch.nn.Module) -> None:
-    """Replace weights by n/64, a different series for each tensor's name."""
+    """Replace weights by n/64, a different series for each tensor's name, and exponents by zeros."""
     for name, tensor in collection.state_dict().items():
-        if tensor.is_floating_point():
+        if any(part in name for part in EXPONENTS):
+            tensor.zero_()
+        elif tensor.is_floating_point():
             seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             tensor.copy_(torch.randint(-64, 65, tensor.shape, generator=seed) / 64)
 
