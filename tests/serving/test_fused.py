@@ -41,7 +41,18 @@ BY_MODULES = {
     "tensor_train",
 }
 """Cases whose methods do not say what they do."""
-PROJECTED = {"mde", "unified_projected"}
+PROJECTED = {
+    "coded_all",
+    "coded_table",
+    "low_rank",
+    "low_rank_parts",
+    "lr2vq",
+    "lr2vq_folded",
+    "lr2vq_line",
+    "lr2vq_table",
+    "mde",
+    "unified_projected",
+}
 """Cases whose matrices are multiplied by BLAS elsewhere."""
 NARROW = (
     "full",
