@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.errors import ConfigError
-from embcomp.models.checks import check_positive
+from embcomp.models.checks import check_positive, check_units
 from embcomp.models.fields import FieldEmbeddings, Pooling
 from embcomp.models.layers import MLP, XavierLinear
 
@@ -128,6 +128,8 @@ class MMoE(nn.Module):
         super().__init__()
         check_positive("num_tasks", num_tasks)
         check_positive("num_experts", num_experts)
+        check_units("expert_units", expert_units)
+        check_units("tower_units", tower_units)
         self.tables = tables
         self.fields = FieldEmbeddings(feature_names, embedding_dim, num_dense, pooling=pooling)
         self.experts = GatedExperts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embcomp.errors import ConfigError
+from embcomp.layers.host_values import reads_wait
 
 
 class MultiTaskLoss(nn.Module):
@@ -27,11 +29,11 @@ class MultiTaskLoss(nn.Module):
 
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
-        fits = all(0 <= weight < float("inf") for weight in weights)
-        if not fits or not any(weights):
+        listed = list(weights) if isinstance(weights, Sequence) else [weights]
+        if not all(map(_is_weight, listed)) or not any(listed):
             raise ConfigError(
                 f"weights: expected a finite number of at least 0 for each task, one of them positive, got "
-                f"{list(weights)}"
+                f"{listed}"
             )
         self.weights = tuple(map(float, weights))
 
@@ -40,20 +42,43 @@ class MultiTaskLoss(nn.Module):
 
         Args:
             logits: (B, T).
-            labels: (B, T) float, from 0 to 1; NaN where a row does not know a label.
+            labels: (B, T) of any type, from 0 to 1; NaN where a row does not know a label.
+
+        Raises:
+            ValueError: for another shape, or a label that is none, where it is seen without waiting for a device.
         """
         if logits.shape != labels.shape or logits.shape[1:] != (len(self.weights),):
             raise ValueError(
                 f"expected logits and labels of shape (B, {len(self.weights)}), got {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}"
             )
+        labels = labels.to(logits.dtype)
+        _check_labels(labels)
         known = ~labels.isnan()
+        # What a row does not know has no gradient, whatever the logit is.
         found = F.binary_cross_entropy_with_logits(
-            logits, labels.nan_to_num(), weight=known.to(logits.dtype), reduction="none"
+            torch.where(known, logits, 0), torch.where(known, labels, 0), reduction="none"
         )
-        return found.sum(0) / max(len(labels), 1)
+        return torch.where(known, found, 0).sum(0) / max(len(labels), 1)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss () of a batch; see `each`."""
         losses = self.each(logits, labels)
         return (losses * torch.tensor(self.weights, device=losses.device)).sum()
+
+
+def _is_weight(given: object) -> bool:
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    return number and 0 <= float(given) < math.inf
+
+
+def _check_labels(labels: Tensor) -> None:
+    if reads_wait(labels.device) or labels.is_meta or torch.compiler.is_compiling():
+        return
+    odd = ((labels < 0) | (labels > 1)).nonzero()
+    if len(odd):
+        row, task = odd[0].tolist()
+        raise ValueError(
+            f"labels: expected numbers from 0 to 1, or NaN where one is not known; row {row} has "
+            f"{labels[row, task].item():g} for task {task}"
+        )

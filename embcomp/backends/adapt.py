@@ -16,7 +16,9 @@ Where we depart from both:
 - each table has rows of its own, as many as its size or a budget gives; AdaEmbed deals the rows of one table to the ids
   of all features, by importances that are divided by their 95th percentile within each feature;
 - importances count the gradients of a feature as 1 on average in each step, and all ranks' together;
-- a row's optimizer state stays with the row when its owner changes, and so does what lazy weight decay owes.
+- a row's optimizer state stays with the row when its owner changes, and so does what lazy weight decay owes, and a
+  gradient that is still being accumulated;
+- a step is a backward pass, or several of them, between two forward passes.
 
 An importance takes 4 bytes for each id, on every rank and in training only: `cafe` estimates it in a sketch, which is
 smaller and lets ids of one bucket alone compete. What is served keeps the private rows' ids, 4 bytes each. Ids of 2**31
@@ -236,7 +238,7 @@ class AdaptRoute(nn.Module):
     Attributes:
         private: which ids have rows.
         steps: how many training steps there were.
-        watch: forward passes since the last call of `write_rows`.
+        watch: what backward passes told since the last call of `write_rows`.
 
     Args:
         keys: names of the look-ups.
@@ -299,13 +301,14 @@ class AdaptRoute(nn.Module):
         if not self.private.adapts or not self.private.tables:
             return
         self.steps.known()  # before the first step, where the host may wait
-        passed, device = bool(self.watch.passes), self.private.ids.device
+        device = self.private.ids.device
         with between_steps(device):
             wanted = [owner in self.private.names for owner in self._owners]
             seen = self.watch.take(holder, wanted, device)
-            if seen is not None:
-                self.private.add(seen.ids, self._places.on(device)[seen.keys], seen.scores)
-            if passed and self.steps.next() % self._choice.every == 0:
+            if seen is None:  # no backward pass has come since the last forward pass
+                return
+            self.private.add(seen.ids, self._places.on(device)[seen.keys], seen.scores)
+            if self.steps.next() % self._choice.every == 0:
                 self._deal_out(holder)
 
     def _deal_out(self, holder: nn.Module) -> None:

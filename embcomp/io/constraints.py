@@ -196,6 +196,8 @@ def broken_rule(cls: type, field: str, value: Any) -> Broken | None:
     hint = hints_of(cls)[field]
     if value is None and hint in (int, float):
         return Broken(field, "", value, value, "a number")
+    if hint is bool and not isinstance(value, bool):
+        return Broken(field, "", value, value, "true or false")
     choices = choices_of(hint)
     if (value is None and type(None) in get_args(hint)) or _is_one_of(value, choices):
         return None

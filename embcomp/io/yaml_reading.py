@@ -105,7 +105,8 @@ def bind_dataclass(cls: type, options: dict[str, Any]) -> Any:
     for key, value in options.items():  # before pydantic makes 1 of True
         if not isinstance(value, str) and (problem := why_no_number(key, value, hints[key])):
             raise config_error(f"{key}: {problem.partition(': ')[2]}")
-        if issubclass(cls, Constrained) and choices_of(hints[key]):  # in our words, not pydantic's
+        ours = hints[key] is bool or choices_of(hints[key])  # in our words, not pydantic's
+        if issubclass(cls, Constrained) and ours:
             broken = broken_rule(cls, key, value)
             if broken is not None:
                 raise config_error(cls.refusal(broken))

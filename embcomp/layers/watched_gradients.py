@@ -20,19 +20,6 @@ from embcomp.layers.host_values import on_device
 from embcomp.layers.lookup_context import LookupContext
 
 
-@dataclass
-class WatchedPass:
-    """The ids of a forward pass, key by key, and what its backward pass made of them.
-
-    Attributes:
-        ids: (N of the key's values,) int64 each.
-        norms: (N,) float32 lengths of their rows' gradients; None before they are there.
-    """
-
-    ids: list[Tensor]
-    norms: list[Tensor | None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class SeenIds:
     """The ids of some steps, over all ranks, key after key, and what they matter.
@@ -54,25 +41,28 @@ class SeenIds:
 class GradientWatch:
     """What was seen since it was last asked; the same object in a route and in its `WatchedRows`.
 
+    Backward passes tell it, each by itself: what of a forward pass is still to come waits in that pass's graph.
+
     Attributes:
-        passes: forward passes.
+        told: of each key, (N,) int64 ids and the (N,) float32 lengths of their gradients, as they came.
     """
 
-    passes: list[WatchedPass] = field(default_factory=list)
+    told: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was watched hangs on a step that is under way.
-        return {"passes": []}
+        return {"told": {}}  # a copy begins with the next step
 
-    def begin(self, ids: Sequence[Tensor]) -> WatchedPass:
-        """Watch a forward pass.
+    def tell(self, key: int, ids: Tensor, gradients: Tensor) -> None:
+        """Take in what a backward pass found.
 
         Args:
-            ids: (N,) int64 of each key.
+            key: whose rows they are.
+            ids: (N,) int64.
+            gradients: (N, D); what is not finite counts nothing, as optimizers skip such steps.
         """
-        watched = WatchedPass(ids=[own.detach() for own in ids], norms=[None] * len(ids))
-        self.passes.append(watched)
-        return watched
+        lengths = gradients.detach().float().norm(dim=1)
+        lengths = torch.where(lengths.isfinite(), lengths, 0.0)
+        self.told.setdefault(key, []).append((ids, lengths))
 
     def take(
         self, holder: nn.Module, wanted: Sequence[bool], device: torch.device
@@ -84,8 +74,8 @@ class GradientWatch:
             wanted: for each key, whether it matters.
             device: of the ids.
         """
-        passes, self.passes = self.passes, []
-        parts = [_of_key(passes, key) for key in range(len(wanted))]
+        told, self.told = self.told, {}
+        parts = [_joined(told.get(key, [])) for key in range(len(wanted))]
         if is_on_ranks(holder):
             parts = _over_ranks(parts, device)
         counts = [len(ids) if is_wanted else 0 for (ids, _), is_wanted in zip(parts, wanted)]
@@ -120,11 +110,11 @@ class WatchedRows(nn.Module):
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         if not self._watches([rows]):
             return rows
-        rows, watched = rows.view_as(rows), self._watch.begin(looked_up.each_ids())
+        rows, ids = rows.view_as(rows), [own.detach() for own in looked_up.each_ids()]
 
         def tell(gradient: Tensor) -> None:
             for key, part in enumerate(gradient.split(self._dims, dim=1)):
-                watched.norms[key] = _lengths(part[: watched.ids[key].shape[0]])
+                self._watch.tell(key, ids[key], part[: ids[key].shape[0]])
 
         rows.register_hook(tell)
         return rows
@@ -133,12 +123,12 @@ class WatchedRows(nn.Module):
         """Of each (table, feature) by itself (`CombinesEach`)."""
         if not self._watches(parts):
             return list(parts)
-        watched = self._watch.begin(looked_up.each_ids())
-        return [self._watched(key, part, watched) for key, part in enumerate(parts)]
+        ids = looked_up.each_ids()
+        return [self._watched(key, part, ids[key].detach()) for key, part in enumerate(parts)]
 
-    def _watched(self, key: int, part: Tensor, watched: WatchedPass) -> Tensor:
+    def _watched(self, key: int, part: Tensor, ids: Tensor) -> Tensor:
         def tell(gradient: Tensor) -> None:
-            watched.norms[key] = _lengths(gradient)
+            self._watch.tell(key, ids, gradient)
 
         part = part.view_as(part)
         if part.requires_grad:
@@ -162,17 +152,11 @@ def sent_by_first(values: Tensor) -> Tensor:
     return on.to(values.device)
 
 
-def _lengths(gradients: Tensor) -> Tensor:
-    return gradients.detach().float().norm(dim=1)
-
-
-def _of_key(watched: Sequence[WatchedPass], key: int) -> tuple[Tensor, Tensor]:
+def _joined(told: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The ids of a key and the lengths of their gradients, over several passes."""
-    found = [(each.ids[key], each.norms[key]) for each in watched]
-    ids = [own for own, norms in found if norms is not None]
-    lengths = [norms for _, norms in found if norms is not None]
-    if not lengths:
+    if not told:
         return torch.empty(0, dtype=torch.int64), torch.empty(0)
+    ids, lengths = zip(*told)
     return torch.cat(ids), torch.cat(lengths)
 
 

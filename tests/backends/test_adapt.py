@@ -55,6 +55,39 @@ def owned(collection):
     return collection.state_dict()["route.routes.adapt.private.ids@t0"].tolist()
 
 
+def test_a_step_whose_gradients_are_no_numbers_counts_nothing():
+    torch.manual_seed(0)
+    collection = pooled(BackendCase(config=METHOD), TABLES)
+    step(collection, [500, 501], pull=0.0)
+    for bad in (torch.nan, torch.inf):
+        out = collection.train()(batch_of({"f0": [[500], [501], [502], [503]]}))["f0"]
+        (out.sum(1) * bad).sum().backward()  # and no step, as a gradient scaler has it
+    for _ in range(6):
+        step(collection, [700, 701, 702, 703])
+    step(collection, [0], pull=0.0)
+    assert owned(collection) == [700, 701, 702, 703]
+    scores = collection.state_dict()["route.routes.adapt.private.scores@t0"]
+    assert bool(scores.isfinite().all())
+
+
+def test_gradients_of_all_forward_passes_count_whenever_they_come():
+    torch.manual_seed(0)
+    collection = pooled(BackendCase(config=METHOD), TABLES).train()
+    optimizer = torch.optim.SGD(collection.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        one = collection(batch_of({"f0": [[700]]}))["f0"]
+        other = collection(batch_of({"f0": [[800]]}))["f0"]
+        (one.sum() + other.sum()).backward()
+        optimizer.step()
+    step(collection, [0], pull=0.0)
+    found = collection.state_dict()
+    scores = found["route.routes.adapt.private.scores@t0"]
+    assert float(scores[700]) == pytest.approx(float(scores[800])) and float(scores[700]) > 1
+    assert found["route.routes.adapt.steps.count@t0"].tolist() == [4]  # the last step with them
+    assert {700, 800} <= set(owned(collection))
+
+
 def test_the_first_ids_have_the_rows_until_others_matter_more():
     private = private_ids()
     assert private.ids.tolist() == [0, 1, 2, 0, 1]

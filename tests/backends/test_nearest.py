@@ -166,3 +166,34 @@ def test_a_codeword_far_out_brings_no_other_into_doubt():
     codes = torch.empty(4000, 1, dtype=torch.int64)
     unsettled = module._search_by_torch(vectors, words, codes)
     assert len(unsettled) < 40
+
+
+@pytest.mark.parametrize("dim", [2, 6])
+@pytest.mark.parametrize("of_words", [1.0, 1e16, 1e19, 1e30])
+def test_numbers_whose_squares_float32_cannot_hold(dim, of_words):
+    words = of_words * drawn(2, 80, dim, seed=1)
+    words[0, :40] *= 1e-6
+    which = torch.arange(2)
+    for size in (1.0, 1e18, 1e30):
+        vectors = size * drawn(300, 2, dim)
+        gaps = (vectors.double().unsqueeze(2) - words[which].double()).square().sum(3)
+        found = gaps.gather(2, nearest(vectors, words, which).unsqueeze(2))[..., 0]
+        assert bool((found <= gaps.amin(2) * (1 + 1e-12)).all())
+
+
+@pytest.mark.parametrize("dim", [2, 4, 9])
+def test_both_ways_agree_where_float64_cannot_tell(dim, monkeypatch):
+    words, which = 1e-3 * drawn(1, 64, dim, seed=1), torch.zeros(1, dtype=torch.int64)
+    vectors = 1e9 * drawn(500, 1, dim)
+    found = nearest(vectors, words, which)
+    monkeypatch.setattr(module, "library", lambda: None)
+    assert torch.equal(nearest(vectors, words, which), found)
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("count", [1, 5])
+def test_words_that_are_no_numbers_are_no_error(dim, count):
+    words = torch.full((1, count, dim), torch.nan)
+    words[0, : count // 2] = drawn(count // 2, dim, seed=1)
+    codes = nearest(drawn(20, 1, dim), words, torch.zeros(1, dtype=torch.int64))
+    assert bool(((codes >= 0) & (codes < count)).all())

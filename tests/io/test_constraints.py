@@ -31,6 +31,7 @@ class Settings(Constrained):
     grid: Annotated[int | tuple[int, ...], Le(8)] = 1
     order: Literal["up", "down"] = "up"
     norm: Literal[1, 2] = 1
+    flag: bool = True
     groups: tuple[tuple[str, ...], ...] = ()
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -55,6 +56,8 @@ REFUSED = [
     ({"grid": [1, 9]}, "grid must be at most 8, got 9"),
     ({"order": "sideways"}, "order must be one of up, down, got 'sideways'"),
     ({"norm": 3}, "norm must be one of 1, 2, got 3"),
+    ({"flag": "no"}, "flag must be true or false, got 'no'"),
+    ({"flag": 1}, "flag must be true or false, got 1"),
 ]
 
 

@@ -151,6 +151,8 @@ def test_every_module_of_a_meta_build_can_be_drawn_anew():
     ("settings", "said"),
     [
         ({"expert_units": ()}, "expert_units: expected one width or more"),
+        ({"expert_units": (0,)}, "expert_units=.*widths of at least 1"),
+        ({"tower_units": (0,)}, "tower_units=.*widths of at least 1"),
         ({"num_tasks": 0}, "num_tasks"),
         ({"num_experts": 0}, "num_experts"),
     ],
@@ -196,10 +198,34 @@ def test_labels_that_nobody_knows_and_tasks_of_no_weight_pull_at_nothing():
         assert not any(bool(p.grad.abs().any()) for p in unused.parameters())
 
 
-@pytest.mark.parametrize("weights", [(), (0, 0), (1, -1), (1, float("nan")), (float("inf"),)])
+@pytest.mark.parametrize(
+    "weights", [(), (0, 0), (1, -1), (1, float("nan")), (float("inf"),), ("a", 1), None]
+)
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ConfigError, match="weights: expected a finite number of at least 0"):
         MultiTaskLoss(weights)
+
+
+def test_labels_are_zeros_and_ones_of_any_type_and_nothing_else():
+    logits, loss = torch.randn(5, 2), MultiTaskLoss([1.0, 2.0])
+    labels = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]])
+    wanted = loss(logits, labels.float())
+    assert torch.equal(loss(logits, labels), wanted) and torch.equal(
+        loss(logits, labels.bool()), wanted
+    )
+    for odd in (2.0, -0.5, torch.inf):
+        spoilt = labels.float()
+        spoilt[3, 1] = odd
+        with pytest.raises(ValueError, match=f"row 3 has {odd:g} for task 1"):
+            loss(logits, spoilt)
+
+
+def test_a_logit_whose_label_nobody_knows_does_not_matter():
+    logits = torch.tensor([[0.5, torch.inf], [0.1, -1.0]], requires_grad=True)
+    labels = torch.tensor([[1.0, torch.nan], [0.0, 1.0]])
+    loss = MultiTaskLoss([1.0, 1.0])(logits, labels)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and logits.grad[0, 1] == 0
 
 
 def test_labels_of_another_shape_are_refused():

@@ -43,7 +43,7 @@ class SketchRoute(nn.Module):
 
     Attributes:
         sketch: what is hot.
-        watch: forward passes since the last call of `write_rows`.
+        watch: what backward passes told since the last call of `write_rows`.
 
     Args:
         keys: names of the look-ups, feature after feature.

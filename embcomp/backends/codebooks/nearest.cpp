@@ -42,6 +42,8 @@ constexpr int kGroup = 16;           // codewords; their number is that of `near
 constexpr int kParts = kGroup / kLanes;
 constexpr int64_t kRows = 256;       // rows of a part; they stay in a core's cache for all columns
 constexpr float kSmallest = 1e-36f;  // more than what is too small to be squared can add up to
+constexpr float kLongest = 1e17f;    // of what can be squared and added up
+constexpr float kTie = 4e-16f;       // twice what rounding in float64 makes of a square
 
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -158,12 +160,14 @@ void score(const float* line, int width, const float* points, int at, Floats (&s
 // More than the scores of a vector's nearest codewords can differ by rounding alone. It grows with the length
 // of codewords, of which those count that are nearly as near as the best: twice as far as that one and the
 // vector's own norm, a codeword loses by more than a third of its squared distance. So one codeword that lies
-// far out does not bring all others into doubt.
-inline float rounding_of(float squared_norm, float best, float reach, float factor) {
+// far out does not bring all others into doubt. What float64 cannot tell apart is in doubt, too, and all is
+// where numbers are too large.
+inline float rounding_of(float squared_norm, float best, float reach, float factor, int64_t width) {
   const float norm = std::sqrt(squared_norm);
   const float distance = std::sqrt(std::max(0.0f, squared_norm - 2 * best));
   const float near = std::min(reach, 2 * (norm + distance));
-  return (norm + near) * (near * factor) + kSmallest;
+  if (!(norm < kLongest && reach < kLongest)) return INFINITY;
+  return (norm + near) * (near * factor + (norm + near) * (kTie * float(width + 3))) + kSmallest;
 }
 
 // The only codeword of a group whose score is at least `least`; -1 where there are several.
@@ -215,7 +219,7 @@ int64_t settle(const float* lines, const float* words, int64_t groups, int width
     Floats scores[kParts];
     score(lines + group * (width + 1) * kGroup, width, points, at, scores);
     for (int part = 0; part < kParts; ++part) {
-      if (!any(scores[part] >= all(least))) continue;
+      if (!any(~(scores[part] < all(least)))) continue;  // what is no number is looked at
       for (int half = 2 * part; half < 2 * part + 2; ++half) {
         const Doubles own = distances(words + group * width * kGroup + half * kHalf, width, vector);
         const Longs nearer = own < shortest;
@@ -275,7 +279,7 @@ void embcomp_nearest(const float* vectors, const float* words, const float* line
         find_groups(own, groups, int(width), points.data(), found);
         for (int at = 0; at < filled; ++at) {
           const float best = found.best[at];
-          const float rounding = rounding_of(norms[at], best, reach, factor);
+          const float rounding = rounding_of(norms[at], best, reach, factor, width);
           const bool tells = std::isfinite(best) && std::isfinite(rounding);
           const float least = tells ? best - rounding : -INFINITY;
           int64_t code = -1;

@@ -24,6 +24,8 @@ _AT_ONCE = 1 << 17  # scores that a thread holds at a time: they stay in a core'
 _MAXIMA_AT_ONCE = 1 << 18
 _FEWEST_COLUMNS = 32  # of a product: narrower ones are slow
 _ROUNDING = 2.0**-24
+_LONGEST = 1e17  # of what can be squared and added up in float32
+_TIE = 4e-16  # twice what rounding in float64 makes of a square
 
 
 @torch.no_grad()
@@ -196,11 +198,12 @@ class _Books:
         torch.sub(rows.permute(1, 2, 0), self._centres.unsqueeze(2), out=points)
         self._find_maxima(len(rows))
         best = maxima[:, : self._groups].amax(1)
+        rounding = self._rounding(points, best)
         # The second best codeword is the best of another group, or of another place in its group.
-        maxima.ge_(best.sub_(self._rounding(points, best)).unsqueeze(1))
+        maxima.ge_((best - rounding).unsqueeze(1))
         code, near = torch.bmm(self._counts, maxima).unbind(1)
         codes.copy_(code.t())
-        return (near != 2).nonzero()
+        return ((near != 2) | rounding.isinf()).nonzero()
 
     def _find_maxima(self, rows: int) -> None:
         """Find the largest score of each group, and of each place in one, for the first columns."""
@@ -215,7 +218,8 @@ class _Books:
 
         Codewords count that are nearly as near as the best: twice as far as that one and the point's own
         norm, a codeword loses by more than a third of its squared distance. So one that lies far out does
-        not bring all others into doubt. The least number is there for what is too small to be squared.
+        not bring all others into doubt. What float64 cannot tell apart is in doubt, too, and all is where
+        numbers are too large. The least number is there for what is too small to be squared.
 
         Args:
             points: (K, d, r), counted from the centres.
@@ -229,7 +233,11 @@ class _Books:
         norms = squares.sqrt_()
         near = distances.add_(norms).mul_(2)
         torch.minimum(near, self._reach.unsqueeze(1), out=near)
-        return norms.add_(near).mul_(near.mul_(self._factor)).add_(1e-36)
+        is_large = (norms >= _LONGEST) | (self._reach >= _LONGEST).unsqueeze(1)
+        norms.add_(near)
+        tie = norms * (_TIE * (points.shape[1] + 3))
+        rounding = norms.mul_(near.mul_(self._factor).add_(tie)).add_(1e-36)
+        return rounding.masked_fill_(is_large, torch.inf)
 
 
 def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
@@ -240,7 +248,9 @@ def _on_a_line(values: Tensor, codebooks: Tensor, which: Tensor) -> Tensor:
     above = torch.searchsorted(ordered, wanted)
     below = (above - 1).clamp_(min=0)
     below = torch.searchsorted(ordered, ordered.gather(1, below))  # the first of equal codewords
-    above.clamp_(max=ordered.shape[1] - 1)
+    most = ordered.shape[1] - 1  # beyond it lies what is no number
+    above.clamp_(max=most)
+    below.clamp_(max=most)
     exact = wanted.double()
     low, high = ((ordered.gather(1, at).double() - exact).square_() for at in (below, above))
     codes_low, codes_high = order.gather(1, below), order.gather(1, above)

@@ -149,9 +149,14 @@ def width_choices(grid: int | Sequence[int], widest: int) -> tuple[int, ...]:
         widest: the field's full width.
 
     Raises:
-        ConfigError: for a grid with anything but positive integers.
+        ConfigError: for a grid of nothing, or with anything but positive integers.
     """
     listed = list(range(grid, widest + 1, grid)) if isinstance(grid, int) and grid > 0 else grid
-    if isinstance(listed, int) or not all(isinstance(w, int) and w > 0 for w in listed):
+    is_step = isinstance(grid, int)
+    if isinstance(listed, int) or not (is_step or listed) or not all(map(_is_width, listed)):
         raise ConfigError(f"width grid: expected a step or a list of widths above 0, got {grid!r}")
     return tuple(sorted({width for width in listed if width < widest} | {widest}))
+
+
+def _is_width(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given > 0
