@@ -33,11 +33,11 @@ def answers(collection, names):
 
 
 def expect_same_answers(found, wanted, names):
-    """Each shared table's every id answers as it did."""
+    """Each shared table's every id answers as it did, but for how BLAS rounds products of other shapes."""
     keys = [feature for name in shared(names) for feature in TABLES[name].features]
     assert keys
     for key in keys:
-        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=0)
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-6, atol=1e-7)
 
 
 def trained(case):
