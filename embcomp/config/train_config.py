@@ -174,22 +174,32 @@ class TablesConfig(Section):
         return plain_self
 
 
+_RMSPROP_ONLY = ("ar_alpha", "ema_beta", "min_shrinkage")
+
+
 class RowOptimizerConfig(Section):
     """What updates embedding rows.
 
     Attributes:
-        name: `adam` is fused on CUDA only; elsewhere it needs `mode: dense`.
+        name: `adam` is fused on CUDA only; elsewhere it needs `mode: dense`. `rowwise_rmsprop_ar` is
+            fused only, and needs fbgemm 1.9.
         learning_rate: learning rate of the rows.
         mode: `fused` updates touched rows inside the backward pass; `dense` is an ordinary torch
             optimizer over whole tables (small tables only), as published baselines are trained.
-        eps: added to the denominator of Adagrad and Adam.
+        eps: added to the denominator of Adagrad, RMSprop and Adam.
         betas: Adam's.
         weight_decay: decoupled decay, lazy for fused rows: equal to decaying every row in every step.
         l2: `0.5 * l2 * ||E||^2` over whole tables is added to the loss (dense mode only).
         max_gradient: bound on each element of a row's gradient (fused mode only).
+        ar_alpha: by which a row decays for every step since its last update, as a share of the learning rate
+            (`rowwise_rmsprop_ar` only, as the next two).
+        ema_beta: decay of its running mean of squared gradients.
+        min_shrinkage: what a row is at least multiplied by, however long it rested.
     """
 
-    name: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
+    name: Literal["sgd", "rowwise_adagrad", "rowwise_rmsprop_ar", "adagrad", "adam"] = (
+        "rowwise_adagrad"
+    )
     learning_rate: PositiveFloat = 0.05
     mode: Literal["fused", "dense"] = "fused"
     eps: Epsilon = 1e-8
@@ -197,6 +207,34 @@ class RowOptimizerConfig(Section):
     weight_decay: Penalty = 0.0
     l2: Penalty = 0.0
     max_gradient: PositiveFloat | None = None
+    ar_alpha: Penalty = 0.0
+    ema_beta: Decay = 0.99
+    min_shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _rmsprop_fits(self) -> RowOptimizerConfig:
+        if self.name == "rowwise_rmsprop_ar":
+            if self.mode == "dense":
+                raise config_error(
+                    "rowwise_rmsprop_ar needs mode: fused, as whole tables do not tell which rows were looked up; "
+                    "mode: dense takes sgd, rowwise_adagrad, adagrad or adam"
+                )
+            return self
+        foreign = [name for name in _RMSPROP_ONLY if name in self.model_fields_set]
+        if foreign:
+            raise config_error(
+                f"{listed(foreign)} {'belongs' if len(foreign) == 1 else 'belong'} to name: "
+                f"rowwise_rmsprop_ar, not to {self.name}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own: dict[str, Any] = handler(self)
+        if self.name != "rowwise_rmsprop_ar":
+            for name in _RMSPROP_ONLY:
+                own.pop(name, None)
+        return own
 
     @model_validator(mode="after")
     def _mode_fits(self) -> RowOptimizerConfig:
@@ -374,11 +412,16 @@ class RunConfig(Section):
                 raise config_error(
                     "data_parallel rows take no fused adam; use row_optimizer.mode: dense"
                 )
+            if rows.name == "rowwise_rmsprop_ar":
+                raise config_error(
+                    "data_parallel rows take no rowwise_rmsprop_ar, which is in fused kernels alone; use "
+                    "another sharding, or rowwise_adagrad"
+                )
             if rows.max_gradient is not None:
                 raise config_error("data_parallel rows take no max_gradient; use another sharding")
-        if self.sharding == "column_wise" and rows.name == "rowwise_adagrad":
+        if self.sharding == "column_wise" and rows.name.startswith("rowwise_"):
             raise config_error(
-                "column_wise splits a row, and rowwise_adagrad would then keep one state per piece, "
+                f"column_wise splits a row, and {rows.name} would then keep one state per piece, "
                 "so that results depend on the number of ranks; use adagrad, sgd or another sharding"
             )
         return self

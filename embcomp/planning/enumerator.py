@@ -5,14 +5,20 @@ attribute, and hashes all of them for every proposal. Sizes, offsets and estimat
 copies share them here. It also estimates the time of every shard anew, though a table that is split by rows
 has equal shards on all ranks but the last; here each size is estimated once. And options of a table come in
 the order of their names, not in one that differs from process to process.
+
+Of an optimizer that TorchRec does not know it takes the state to be as large as the weights; here it is counted.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOption
 from typing_extensions import override
+
+from embcomp.layers.row_rmsprop import STATE_WORDS, RowWiseRmspropAr
 
 
 class SharingShard(Shard):
@@ -50,10 +56,24 @@ class SharingEnumerator(EmbeddingEnumerator):
         for estimator in self._estimators:
             if isinstance(estimator, EmbeddingStorageEstimator):  # looks at all shards together
                 estimator.estimate(sharding_options, self._sharder_data_map)
+                self._count_states(sharding_options)
             else:
                 self._estimate_times(estimator, sharding_options)
         for option in sharding_options:
             option.shards = [SharingShard.of(shard) for shard in option.shards]
+
+    def _count_states(self, options: list[ShardingOption]) -> None:
+        """Take off what was counted too much."""
+        memory = "ddr" if self._compute_device == "cpu" else "hbm"
+        for option in options:
+            if RowWiseRmspropAr not in getattr(option.tensor, "_optimizer_classes", ()):
+                continue
+            for shard in option.shards:
+                rows, columns = shard.size
+                surplus = option.tensor.element_size() * rows * (columns - STATE_WORDS)
+                storage = shard.storage
+                assert storage is not None
+                shard.storage = replace(storage, **{memory: getattr(storage, memory) - surplus})
 
     def _estimate_times(self, estimator: ShardEstimator, options: list[ShardingOption]) -> None:
         """Estimate the time of a shard of each size, as it follows from that alone."""

@@ -15,12 +15,13 @@ from torch.distributed.optim import (  # type: ignore[attr-defined]
     _apply_optimizer_in_backward,
 )
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
+from embcomp.layers.row_rmsprop import STATE_WORDS, RowWiseRmspropAr
+from embcomp.planning.enumerator import SharingEnumerator
 from embcomp.planning.planner import (
     SHARDING,
     BesideRows,
@@ -64,6 +65,7 @@ TableShape = tuple[int, int, int, tuple[float, ...]]
 _OPTIMIZERS: dict[RowOptimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rowwise_adagrad": RowWiseAdagrad,
+    "rowwise_rmsprop_ar": RowWiseRmspropAr,
     "adagrad": torch.optim.Adagrad,
     "adam": torch.optim.Adam,
 }
@@ -248,7 +250,7 @@ def row_wise_bytes(tables: Sequence[TableShape], query: PlacementRequest) -> lis
         for i, (rows, _, _, lengths) in enumerate(tables)
     }
     with quiet():
-        options = EmbeddingEnumerator(
+        options = SharingEnumerator(
             topology=topology_of(query), batch_size=query.batch_size, constraints=constraints
         ).enumerate(module, [RowSharder()])
     by_name = {option.name: option for option in options}
@@ -314,6 +316,7 @@ def _state_words(optimizer: RowOptimizer) -> Callable[[int, int], int]:
     words: dict[RowOptimizer, Callable[[int, int], int]] = {
         "sgd": lambda rows, columns: 0,
         "rowwise_adagrad": lambda rows, columns: rows,
+        "rowwise_rmsprop_ar": lambda rows, columns: STATE_WORDS * rows,
         "adagrad": lambda rows, columns: rows * columns,
         "adam": lambda rows, columns: 2 * rows * columns,
     }

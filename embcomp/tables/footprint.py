@@ -16,7 +16,7 @@ from embcomp.tables.row_formats import row_bytes
 from embcomp.tables.specs import PhysicalTable, padded_dim
 
 Role = Literal["weights", "projection", "codes", "codebook", "mask", "remap"]
-RowOptimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam"]
+RowOptimizer = Literal["sgd", "rowwise_adagrad", "rowwise_rmsprop_ar", "adagrad", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class TensorFootprint:
         """Bytes of the row optimizer's float32 state."""
         if not (self.lookup and self.trained):
             return 0
-        words = {"sgd": 0, "rowwise_adagrad": 1}
+        words = {"sgd": 0, "rowwise_adagrad": 1, "rowwise_rmsprop_ar": 2}
         per_row = words.get(optimizer, self.train_columns * (2 if optimizer == "adam" else 1))
         return 4 * self.rows * per_row
 

@@ -316,11 +316,12 @@ class Training:
             Whether there was a checkpoint.
         """
         steps = saved_steps(self.checkpoints)
+        if self.warm_start is not None:
+            self.optimizers.begin_after(self.warm_start.steps)
         if not steps:
             if self.warm_start is not None or self.setup.index > self.setup.schedule.trained[0]:
                 load_start(self.setup.folder.start, self.sharded, checks=self.process.is_main)
             if self.warm_start is not None:
-                self.optimizers.prepare_to_load(self.warm_start.steps)
                 load_optimizer_start(
                     self.setup.folder.start_optimizer,
                     self.optimizers.combined,
@@ -331,8 +332,6 @@ class Training:
         saved = read_state(folder)
         ranks = saved.pop("world_size")
         self.state = LoopState(**saved)
-        steps_before = 0 if self.warm_start is None else self.warm_start.steps
-        self.optimizers.prepare_to_load(steps_before + self.state.step)
         load_checkpoint(folder, self.sharded, self.optimizers.combined, self.process)
         self.batches.set_epoch(self.state.epoch)
         self.batches.load_state_dict(self.batches.state_dict(self.state.step_in_epoch))

@@ -193,10 +193,27 @@ def test_missing_sections_are_named():
         ("train={sharding: column_wise, row_optimizer: {}}", "number of ranks"),
         ("train={sharding: data_parallel, row_optimizer: {name: adam}}", "mode: dense"),
         ("train={sharding: data_parallel, row_optimizer: {max_gradient: 1}}", "max_gradient"),
+        ("train={sharding: column_wise, row_optimizer: {name: rowwise_rmsprop_ar}}", "per piece"),
+        ("train={sharding: data_parallel, row_optimizer: {name: rowwise_rmsprop_ar}}", "fused"),
+        ("train.row_optimizer={name: rowwise_rmsprop_ar, mode: dense}", "needs mode: fused"),
+        ("train.row_optimizer={name: rowwise_rmsprop_ar, min_shrinkage: 2}", "min_shrinkage"),
+        (
+            "train.row_optimizer={name: adagrad, ar_alpha: 0.1}",
+            "ar_alpha belongs to name: rowwise_rmsprop_ar",
+        ),
     ],
 )
 def test_rows_that_cannot_be_sharded_so_are_refused_before_training(override, text):
     assert text in refused(raw(), override)
+
+
+def test_settings_of_one_row_optimizer_are_not_written_with_others():
+    override = "train.row_optimizer={name: rowwise_rmsprop_ar, ar_alpha: 0.25}"
+    config = parse_config(raw(), [override])
+    own = config.model_dump(mode="json")["train"]["row_optimizer"]
+    assert [own[key] for key in ("ar_alpha", "ema_beta", "min_shrinkage")] == [0.25, 0.99, 0.1]
+    assert parse_config(config.model_dump(mode="json")) == config
+    assert "ema_beta" not in parse_config(raw()).to_yaml()
 
 
 def test_the_budget_of_the_tables_sizes_the_method_and_is_written_once():

@@ -23,6 +23,7 @@ from embcomp.training.loop import Training
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.run_folder import RunFolder
 from embcomp.training.stages.run_context import RunContext
+from tests.helpers.plain_rmsprop import PlainRmspropAr
 
 
 def write_dataset(folder: Path, weights: Sequence[float] = ()) -> Path:
@@ -101,6 +102,7 @@ def train_with_plain_torch(config: TrainConfig, world_size: int) -> dict[str, to
         "sgd": lambda: torch.optim.SGD(rows, rate),
         "adagrad": lambda: torch.optim.Adagrad(rows, rate, eps=options.eps),
         "rowwise_adagrad": lambda: RowWiseAdagrad(rows, rate, eps=options.eps),
+        "rowwise_rmsprop_ar": lambda: PlainRmspropAr(rows, options),
         "adam": lambda: torch.optim.Adam(rows, rate, eps=options.eps),
     }[options.name]()
     dense_optimizer = torch.optim.Adam(dense, config.train.dense_optimizer.learning_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def on_meta(plan, rows=(10**6, 10**5, 40), dim=16):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", get_args(RowOptimizer))
 def test_bytes_over_all_ranks_are_the_footprint(device, optimizer: RowOptimizer):
     tables = on_meta(Full())
     query = PlacementRequest(world_size=2, device_memory=GIB, device=device, optimizer=optimizer)
@@ -46,6 +47,8 @@ def test_bytes_over_all_ranks_are_the_footprint(device, optimizer: RowOptimizer)
     assert weights + state == tables.footprint.train_bytes(optimizer)
     assert all(shard.buffer_bytes >= 0 for shard in placement.shards)
     assert max(placement.bytes_per_rank()) <= GIB
+    without = place(on_meta(Full()), replace(query, optimizer="sgd"))
+    assert sum(placement.bytes_per_rank()) - sum(without.bytes_per_rank()) == state
 
 
 @pytest.mark.parametrize("plan", [Hash(ratio=0.1), QR(divisor=8), Unified(num_buckets=5000)])

@@ -40,7 +40,7 @@ class LazyDecay:
     def __init__(self, sharded: nn.Module, weight_decay: float) -> None:
         self._weight_decay = weight_decay
         self._due = 0.0  # logarithm of all factors since the last flush
-        self._kernels = [_Kernel(module) for module in _fused_kernels(sharded)]
+        self._kernels = [_Kernel(module) for module in fused_kernels(sharded)]
         for kernel in self._kernels:
             kernel.module.register_forward_pre_hook(self._before_look_up(kernel), with_kwargs=True)
 
@@ -66,7 +66,7 @@ class LazyDecay:
         return hook
 
 
-def _fused_kernels(sharded: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+def fused_kernels(sharded: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
     """The kernels of a model's fused rows; none on a rank that holds no table."""
     for collection in sharded.modules():
         if isinstance(collection, ShardedEmbeddingBagCollection):

@@ -29,7 +29,10 @@ from embcomp.config.train_config import (
 )
 from embcomp.errors import ConfigError
 from embcomp.io.yaml_reading import listed
+from embcomp.layers.row_rmsprop import RowWiseRmspropAr, fused_type
 from embcomp.planning.planner import row_collections
+from embcomp.training.optim.fused_steps import RowStates, tell_step
+from embcomp.training.optim.lazy_decay import fused_kernels
 
 Parameters = Iterable[Tensor]
 
@@ -45,8 +48,22 @@ def _row_optimizer_kind(
         "rowwise_adagrad": (RowWiseAdagrad, {"eps": config.eps}),
         "adam": (torch.optim.Adam, {"eps": config.eps, "betas": config.betas}),
     }
+    if config.name == "rowwise_rmsprop_ar":
+        return RowWiseRmspropAr, _rmsprop_settings(config)
     kind, options = kinds[config.name]
     return kind, {"lr": config.learning_rate, **options}
+
+
+def _rmsprop_settings(config: RowOptimizerConfig) -> dict[str, Any]:
+    """What FBGEMM's kernel is made with; TorchRec passes it on."""
+    return {
+        "optimizer": fused_type(),
+        "lr": config.learning_rate,
+        "eps": config.eps,
+        "ar_alpha": config.ar_alpha,
+        "ema_beta": config.ema_beta,
+        "min_shrinkage": config.min_shrinkage,
+    }
 
 
 def attach_fused_optimizer(
@@ -159,8 +176,11 @@ class Optimizers:
         self._network = [weight for name, weight in dense.items() if name in learning]
         self._stage = learners.stage
         self._config = config
-        self._row_optimizers: list[KeyedOptimizer] = [sharded.fused_optimizer]
-        parts: list[tuple[str, KeyedOptimizer]] = [("fused", sharded.fused_optimizer)]
+        fused = RowStates(sharded.fused_optimizer)
+        self._kernels = list(fused_kernels(sharded))
+        self._steps_before = 0
+        self._row_optimizers: list[KeyedOptimizer] = [fused]
+        parts: list[tuple[str, KeyedOptimizer]] = [("fused", fused)]
         if rows and self._stage.rows:
             kind, options = _row_optimizer_kind(config.row_optimizer)
             self._row_optimizers.append(KeyedOptimizerWrapper(rows, lambda p: kind(p, **options)))
@@ -218,6 +238,7 @@ class Optimizers:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         self.combined.zero_grad()
+        tell_step(self._kernels, self._steps_before + step)
         return row_rate
 
     def finish_step(self, phase: Phase = "train") -> None:
@@ -267,9 +288,9 @@ class Optimizers:
         for weight in self.rows:
             weight.mul_(1 - learning_rate * self._config.row_optimizer.weight_decay)
 
-    def prepare_to_load(self, step: int) -> None:
-        """Tells fused Adam how many steps were made: its kernel counts, checkpoints do not hold it."""
-        self.combined.set_optimizer_step(step)
+    def begin_after(self, steps: int) -> None:
+        """Says how many steps an earlier run made, from whose optimizers' states this one goes on."""
+        self._steps_before = steps
 
 
 def _named_under(prefix: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
