@@ -67,8 +67,9 @@ class MultiTaskLoss(nn.Module):
 
 
 def _is_weight(given: object) -> bool:
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    return number and 0 <= float(given) < math.inf
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return False
+    return 0 <= given < math.inf
 
 
 def _check_labels(labels: Tensor) -> None:
