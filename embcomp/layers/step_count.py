@@ -36,6 +36,8 @@ class StepCount(LearnedBuffers):
 
     def known(self) -> int:
         """How many there were; the tensor is only looked at where someone else has written to it."""
+        if self.count.is_meta:
+            return 0
         self.ensure_filled()
         known = self._known
         if known is None or known[0] is not self.count or known[1] != self.count._version:

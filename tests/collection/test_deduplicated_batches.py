@@ -18,7 +18,8 @@ from tests.helpers.backends_under_test import CASES
 
 BATCH, VALUES = 40, 16  # rows of the batch; values of its 3 bags of f0, 4 of f1, 2 of f2
 EVERY_ROW = {  # what they draw or learn depends on how often a batch has a value
-    *("cafe", "lr2vq", "lr2vq_folded", "lr2vq_line", "lr2vq_table"),
+    *("adapt", "adapt_zero", "cafe"),
+    *("lr2vq", "lr2vq_folded", "lr2vq_line", "lr2vq_table"),
     *("matryoshka", "optembed", "optembed_rows"),
 }
 
