@@ -56,7 +56,7 @@ from embcomp.layers.watched_gradients import (
     is_on_ranks,
     sent_by_first,
 )
-from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.footprint import Footprint, TensorFootprint, vector_footprint
 from embcomp.tables.specs import TableSpec, by_name
 
 Rare = Literal["hash", "zero"]
@@ -154,12 +154,14 @@ class Adapt(Hash):
         found: list[TensorFootprint] = []
         for table in self._tables(tables):
             if table.rows:
-                found.append(_buffer(table, "ids", table.rows, served=True))
+                found.append(
+                    vector_footprint(f"{table.name}.ids", "remap", table.rows, served=True)
+                )
             if table.rows and self.adapts:
                 found += [
-                    _buffer(table, "rows", table.rows),
-                    _buffer(table, "scores", table.ids),
-                    replace(_buffer(table, "steps", 1), itemsize=8),
+                    vector_footprint(f"{table.name}.rows", "remap", table.rows),
+                    vector_footprint(f"{table.name}.scores", "remap", table.ids),
+                    vector_footprint(f"{table.name}.steps", "remap", 1, itemsize=8),
                 ]
         return Footprint(tuple(found))
 
@@ -339,18 +341,3 @@ def _reordered(
 
     blocks = row_blocks(table.name, len(rows), columns)
     return work.write(f"rows.{table.name}", read, blocks, (len(rows), columns), rows.dtype)
-
-
-def _buffer(
-    table: PrivateTable, tensor: str, cells: int, *, served: bool = False
-) -> TensorFootprint:
-    return TensorFootprint(
-        name=f"{table.name}.{tensor}",
-        role="remap",
-        rows=cells,
-        columns=1,
-        itemsize=4,
-        train_columns=1,
-        lookup=False,
-        served=served,
-    )

@@ -37,10 +37,10 @@ from embcomp.backends.widths.greedy_widths import allocate_greedily
 from embcomp.backends.widths.masks import draws_footprint
 from embcomp.backends.widths.searched_size import SearchedSize, WidthGrid
 from embcomp.backends.widths.width_mixture import MixedTable, WidthMixture, column_shares
-from embcomp.backends.widths.width_space import Widths, WidthSpace
+from embcomp.backends.widths.width_space import Widths
 from embcomp.io.constraints import Between, Le, Positive
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.footprint import TensorFootprint
+from embcomp.tables.footprint import TensorFootprint, vector_footprint
 from embcomp.tables.specs import TableSpec, by_name
 
 
@@ -72,16 +72,7 @@ class AutoDim(SearchedSize):
     @override
     def train_only(self, tables: Sequence[TableSpec]) -> list[TensorFootprint]:
         weights = [
-            TensorFootprint(
-                name=f"{table.name}.widths",
-                role="mask",
-                rows=len(self.choices(table)),
-                columns=1,
-                itemsize=4,
-                train_columns=1,
-                lookup=False,
-                served=False,
-            )
+            vector_footprint(f"{table.name}.widths", "mask", len(self.choices(table)))
             for table in tables
         ]
         return [*weights, draws_footprint("autodim.draws")]
@@ -171,7 +162,7 @@ class AutoDim(SearchedSize):
             dict(zip(self.choices(table), weights[table.name].double().log_softmax(0).tolist()))
             for table in tables
         ]
-        space = self._space(tables)
+        space = self.width_space(tables)
         likeliest = tuple(max(each, key=lambda width: (each[width], -width)) for each in logs)
         if not space.fits(likeliest):
 
@@ -187,19 +178,6 @@ class AutoDim(SearchedSize):
         values = form.tensors["combine.weights.values"].detach().cpu()
         parts = values.split([len(self.choices(table)) for table in own])
         return {table.name: part for table, part in zip(own, parts)}
-
-    def _space(self, tables: Sequence[TableSpec]) -> WidthSpace:
-        choices = tuple(self.choices(table) for table in tables)
-        return WidthSpace(
-            names=tuple(table.name for table in tables),
-            choices=choices,
-            sizes=tuple(
-                tuple(table.num_embeddings * width * table.itemsize for width in widths)
-                for table, widths in zip(tables, choices)
-            ),
-            rows=tuple(table.num_embeddings for table in tables),
-            budget=self.target_bytes,
-        )
 
 
 def _weighted(rows: RowSource, shares: Tensor) -> RowSource:

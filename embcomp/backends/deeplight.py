@@ -41,7 +41,7 @@ from embcomp.layers.held_pieces import HeldPieces, TablePieces, between_steps
 from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.step_count import StepCount
-from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.footprint import Footprint, vector_footprint
 from embcomp.tables.specs import TableSpec
 
 _STEPS = 5_000  # of a training of which nobody said how long it is
@@ -75,20 +75,7 @@ class DeepLight(ElementPruning):
 
     @override
     def train_only(self, tables: Sequence[TableSpec]) -> Footprint:
-        return Footprint(
-            (
-                TensorFootprint(
-                    name=f"{tables[0].name}.steps",
-                    role="mask",
-                    rows=1,
-                    columns=1,
-                    itemsize=8,
-                    train_columns=1,
-                    lookup=False,
-                    served=False,
-                ),
-            )
-        )
+        return Footprint((vector_footprint(f"{tables[0].name}.steps", "mask", 1, itemsize=8),))
 
     @override
     def build(self, tables: Sequence[TableSpec]) -> Backend:

@@ -39,7 +39,7 @@ from embcomp.layers.learned_buffers import Penalised
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import NamedParts
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.footprint import Footprint, vector_footprint
 from embcomp.tables.specs import TableSpec, by_name
 
 Granularity = Literal["table", "column"]
@@ -76,16 +76,7 @@ class PEP(ElementPruning):
     def train_only(self, tables: Sequence[TableSpec]) -> Footprint:
         return Footprint(
             tuple(
-                TensorFootprint(
-                    name=f"{table.name}.thresholds",
-                    role="mask",
-                    rows=self._thresholds_of(table),
-                    columns=1,
-                    itemsize=4,
-                    train_columns=1,
-                    lookup=False,
-                    served=False,
-                )
+                vector_footprint(f"{table.name}.thresholds", "mask", self._thresholds_of(table))
                 for table in tables
             )
         )

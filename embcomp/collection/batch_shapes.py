@@ -40,15 +40,7 @@ def compacted(features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor | 
     if min(strides) < most:
         parts = lengths.split(strides)
         lengths = torch.cat([F.pad(part, (0, most - len(part))) for part in parts])
-    bags = KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        weights=features.weights_or_none(),
-        lengths=lengths,
-        stride=most,
-        length_per_key=features.length_per_key(),
-    )
-    return bags, _own_bags_of_rows(features, inverse)
+    return _with_lengths(features, lengths, most), _own_bags_of_rows(features, inverse)
 
 
 def filled_up(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
@@ -59,26 +51,27 @@ def filled_up(features: KeyedJaggedTensor, stride: int) -> KeyedJaggedTensor:
         stride: how many bags each key is to have.
     """
     lengths = features.lengths().view(-1, features.stride())
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        weights=features.weights_or_none(),
-        lengths=F.pad(lengths, (0, stride - features.stride())).reshape(-1),
-        stride=stride,
-        length_per_key=features.length_per_key(),
-    )
+    padded = F.pad(lengths, (0, stride - features.stride()))
+    return _with_lengths(features, padded.reshape(-1), stride)
 
 
 def shared_by(features: KeyedJaggedTensor, rows: Tensor) -> KeyedJaggedTensor:
     """A rectangle of bags together with which of them each row has: (keys, B) int64."""
+    return _with_lengths(features, features.lengths(), features.stride(), shared=rows)
+
+
+def _with_lengths(
+    features: KeyedJaggedTensor, lengths: Tensor, stride: int, shared: Tensor | None = None
+) -> KeyedJaggedTensor:
+    """The same values in a rectangle of bags of these lengths, of which rows may share some."""
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=features.values(),
         weights=features.weights_or_none(),
-        lengths=features.lengths(),
-        stride=features.stride(),
+        lengths=lengths,
+        stride=stride,
         length_per_key=features.length_per_key(),
-        inverse_indices=(features.keys(), rows),
+        inverse_indices=None if shared is None else (features.keys(), shared),
     )
 
 

@@ -106,8 +106,8 @@ class CompositeRoute(nn.Module):
             Look-ups whose bags are pooled by TorchRec, look-ups in bags of one (either None when
             no method wants it), and the features themselves, one key per (table, feature). Bags that rows
             share are looked up once, and the features' `inverse_indices` say, (keys, B), which of its key's
-            each row has. Look-ups in bags of one have a stride for each key where what holds the rows takes that and keys
-            differ in length; else keys are padded by empty bags to one stride.
+            each row has. Look-ups in bags of one have a stride for each key where what holds the rows takes
+            that and keys differ in length; else keys are padded by empty bags to one stride.
         """
         traced = leaf_call(self, features)
         if traced is not None:

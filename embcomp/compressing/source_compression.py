@@ -147,9 +147,8 @@ def open_job(job: SourceJob) -> OpenedJob:
     job.types.check([spec.name for spec in specs], "--dtype")
     counts = {} if job.counts is None else check_counts(specs, read_counts(job.counts, specs))
     full = source_bytes(tables)
-    allowed = max(
-        1, parse_budget(job.budget, full_bytes=full)
-    )  # a share may be of less than a byte
+    # A share may be of less than a byte.
+    allowed = max(1, parse_budget(job.budget, full_bytes=full))
     plan = plan_within(job.method, specs, allowed, job.types)
     return OpenedJob(
         job=job, source=source, tables=tables, counts=counts, allowed=allowed, plan=plan

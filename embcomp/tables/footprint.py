@@ -73,6 +73,30 @@ class TensorFootprint:
         return 4 * self.rows * per_row
 
 
+def vector_footprint(
+    name: str, role: Role, cells: int, *, itemsize: int = 4, served: bool = False
+) -> TensorFootprint:
+    """A vector beside the rows, which training holds: a count, scores, thresholds.
+
+    Args:
+        name: the table that it belongs to, and its part in it.
+        role: what it is for.
+        cells: its length.
+        itemsize: bytes of an element.
+        served: whether the serving form holds it, too.
+    """
+    return TensorFootprint(
+        name=name,
+        role=role,
+        rows=cells,
+        columns=1,
+        itemsize=itemsize,
+        train_columns=1,
+        lookup=False,
+        served=served,
+    )
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of a group of tables: the sum of its tensors."""

@@ -16,7 +16,7 @@ from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import BackendCase, pooled
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.testing.planted import Planted, plant
-from tests.helpers.learned_cases import TRAIN, Clicks, auc, fit
+from tests.helpers.learned_cases import TRAIN, Clicks, auc, fit, shuffled
 from tests.helpers.long import long_but
 
 TABLES = plain_tables(8, rows=(1000,))
@@ -218,14 +218,6 @@ def test_importances_follow_ids_and_new_ones_have_none():
     )
     found = method.follow_ids(now, state, then, {"t0": ids}, None)
     assert found.tensors["route.private.scores"].tolist() == [0, 1, 2, 0, 4, 0, 0]
-
-
-def shuffled(planted, seed=0):
-    """The same with ids that are not ranked by frequency."""
-    random = torch.Generator().manual_seed(seed)
-    order = [torch.randperm(len(each), generator=random) for each in planted.useful]
-    ids = torch.stack([own[planted.ids[:, n]] for n, own in enumerate(order)], dim=1)
-    return Planted(ids=ids, labels=planted.labels, useful=planted.useful)
 
 
 @pytest.mark.parametrize("seed", long_but([0], range(3)))

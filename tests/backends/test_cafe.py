@@ -15,7 +15,7 @@ from embcomp.serving.exported_program import Program, export_program, program_in
 from embcomp.testing.cases import BackendCase, pooled
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.testing.planted import Planted, plant
-from tests.helpers.learned_cases import TRAIN, Clicks, auc, fit
+from tests.helpers.learned_cases import TRAIN, Clicks, auc, fit, shuffled
 from tests.helpers.long import long_but
 
 TABLES = plain_tables(8, rows=(1000,))
@@ -141,14 +141,6 @@ def test_rows_behind_a_cache_are_refused_by_name():
         ConfigError, match=r"cafe: rows of table 't0' lie behind a cache \(fused_uvm"
     ):
         _sharded_pieces(SimpleNamespace(module_sharding_plan=plan), "t0", "cafe")
-
-
-def shuffled(planted, seed=0):
-    """The same with ids that are not ranked by frequency."""
-    random = torch.Generator().manual_seed(seed)
-    order = [torch.randperm(len(each), generator=random) for each in planted.useful]
-    ids = torch.stack([own[planted.ids[:, n]] for n, own in enumerate(order)], dim=1)
-    return Planted(ids=ids, labels=planted.labels, useful=planted.useful)
 
 
 @pytest.mark.parametrize("seed", long_but([0], range(3)))

@@ -23,6 +23,14 @@ TRAIN, SEARCH, TEST = slice(0, 11_000), slice(11_000, 13_000), slice(13_000, 15_
 """Rows of planted data."""
 
 
+def shuffled(planted: Planted, seed: int = 0) -> Planted:
+    """The same with ids that are not ranked by frequency."""
+    random = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(len(each), generator=random) for each in planted.useful]
+    ids = torch.stack([own[planted.ids[:, n]] for n, own in enumerate(order)], dim=1)
+    return Planted(ids=ids, labels=planted.labels, useful=planted.useful)
+
+
 class Clicks(nn.Module):
     """Tables, a weight for each column, and the interaction of two features that was planted."""
 

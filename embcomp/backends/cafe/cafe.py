@@ -41,7 +41,7 @@ from embcomp.backends.cafe.sketch_route import SketchedTable, SketchRoute
 from embcomp.backends.hash import Hash
 from embcomp.io.constraints import Between, Ge, Positive
 from embcomp.layers.watched_gradients import WatchedRows
-from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.footprint import Footprint, TensorFootprint, vector_footprint
 from embcomp.tables.specs import TableSpec
 
 
@@ -129,13 +129,13 @@ class Cafe(Hash):
             if not cells:
                 continue
             waiting = cells * WAITING // WAYS
-            found.append(_buffer(table, "hot", cells, served=True))
+            found.append(vector_footprint(f"{table.name}.hot", "remap", cells, served=True))
             if self.adapts:
                 found += [
-                    _buffer(table, "hot_scores", cells),
-                    _buffer(table, "waiting", waiting),
-                    _buffer(table, "waiting_scores", waiting),
-                    replace(_buffer(table, "growth", 1), itemsize=8),
+                    vector_footprint(f"{table.name}.hot_scores", "remap", cells),
+                    vector_footprint(f"{table.name}.waiting", "remap", waiting),
+                    vector_footprint(f"{table.name}.waiting_scores", "remap", waiting),
+                    vector_footprint(f"{table.name}.growth", "remap", 1, itemsize=8),
                 ]
         return Footprint(tuple(found))
 
@@ -143,16 +143,3 @@ class Cafe(Hash):
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
         """The same without scores."""
         return replace(form, config=replace(self, adapts=False)) if self.adapts else form
-
-
-def _buffer(table: TableSpec, tensor: str, cells: int, *, served: bool = False) -> TensorFootprint:
-    return TensorFootprint(
-        name=f"{table.name}.{tensor}",
-        role="remap",
-        rows=cells,
-        columns=1,
-        itemsize=4,
-        train_columns=1,
-        lookup=False,
-        served=served,
-    )

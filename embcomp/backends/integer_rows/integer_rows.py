@@ -46,7 +46,7 @@ from embcomp.backends.integer_rows.integer_updates import UpdateRule
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Positive
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.footprint import Footprint, TensorFootprint
+from embcomp.tables.footprint import Footprint, vector_footprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
@@ -146,16 +146,7 @@ class IntegerRows(BackendConfig):
             return Footprint()
         return Footprint(
             tuple(
-                TensorFootprint(
-                    name=f"{table.name}.updates",
-                    role="remap",
-                    rows=1,
-                    columns=1,
-                    itemsize=8,
-                    train_columns=1,
-                    lookup=False,
-                    served=False,
-                )
+                vector_footprint(f"{table.name}.updates", "remap", 1, itemsize=8)
                 for table in tables
             )
         )

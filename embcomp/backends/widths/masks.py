@@ -17,7 +17,7 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.tables.footprint import TensorFootprint
+from embcomp.tables.footprint import TensorFootprint, vector_footprint
 from embcomp.tables.name_hash import name64
 
 _FINENESS = 1 << 30  # of probabilities
@@ -163,13 +163,4 @@ def _bounds(weights: Sequence[float], length: int) -> list[int]:
 
 def draws_footprint(name: str) -> TensorFootprint:
     """The step counter of `WidthDraws`, which serving does not need."""
-    return TensorFootprint(
-        name=name,
-        role="mask",
-        rows=1,
-        columns=1,
-        itemsize=8,
-        train_columns=1,
-        lookup=False,
-        served=False,
-    )
+    return vector_footprint(name, "mask", 1, itemsize=8)

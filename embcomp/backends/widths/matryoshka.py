@@ -34,7 +34,7 @@ from embcomp.backends.widths.searched_size import (
     WidthGrid,
 )
 from embcomp.backends.widths.supernet import Supernet, Trial
-from embcomp.backends.widths.width_space import Widths, WidthSpace
+from embcomp.backends.widths.width_space import Widths
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Between, Ge, Le
 from embcomp.layers.block_work import Work
@@ -166,7 +166,7 @@ class Matryoshka(SearchedSize):
     def search(
         self, stage: Stage, tables: Sequence[TableSpec], context: SearchContext
     ) -> Mapping[str, Any]:
-        trial, space = Trial(tables, context), self._space(tables)
+        trial, space = Trial(tables, context), self.width_space(tables)
 
         def score(widths: Widths) -> float:
             return trial.score(widths, self.search_rows)
@@ -197,19 +197,6 @@ class Matryoshka(SearchedSize):
             "bytes": space.size(widths),
             "candidates": candidates,
         }
-
-    def _space(self, tables: Sequence[TableSpec]) -> WidthSpace:
-        choices = tuple(self.choices(table) for table in tables)
-        return WidthSpace(
-            names=tuple(table.name for table in tables),
-            choices=choices,
-            sizes=tuple(
-                tuple(table.num_embeddings * width * table.itemsize for width in widths)
-                for table, widths in zip(tables, choices)
-            ),
-            rows=tuple(table.num_embeddings for table in tables),
-            budget=self.target_bytes,
-        )
 
     @override
     def start_stage(
@@ -257,6 +244,6 @@ class Matryoshka(SearchedSize):
         Where `target_bytes` is given, each table is cut to one share of its width instead: for
         those who train by themselves, without stages.
         """
-        space = self._space(tables)
+        space = self.width_space(tables)
         widths = space.widest if space.budget is None else space.power_law(0) or space.narrowest
         return self.slice_columns(tables, form, space.named(widths))

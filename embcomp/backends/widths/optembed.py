@@ -54,7 +54,7 @@ from embcomp.io.constraints import Ge, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
 from embcomp.layers.id_counts import counts_of_range, was_counted
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.footprint import TensorFootprint
+from embcomp.tables.footprint import TensorFootprint, vector_footprint
 from embcomp.tables.specs import TableSpec, by_name
 
 Prune = Literal["both", "rows", "widths"]
@@ -384,13 +384,4 @@ def _passing_rows(rows: RowSource, gate: _Gate) -> RowSource:
 
 def _number_each(tables: Sequence[TableSpec], what: str) -> TensorFootprint:
     """A float32 for each table, of which serving has no need."""
-    return TensorFootprint(
-        name=f"optembed.{what}",
-        role="mask",
-        rows=len(tables),
-        columns=1,
-        itemsize=4,
-        train_columns=1,
-        lookup=False,
-        served=False,
-    )
+    return vector_footprint(f"optembed.{what}", "mask", len(tables))

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from typing_extensions import Self, override
 
 from embcomp.backends.base import BackendConfig, FollowedForm, MethodState, full_table
-from embcomp.backends.widths.width_space import width_choices
+from embcomp.backends.widths.width_space import WidthSpace, width_choices
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.block_work import Work
@@ -52,6 +52,20 @@ class SearchedSize(BackendConfig):
     def choices(self, table: TableSpec) -> tuple[int, ...]:
         """The widths that a table may have in the end."""
         return width_choices(self.width_grid, table.embedding_dim)
+
+    def width_space(self, tables: Sequence[TableSpec]) -> WidthSpace:
+        """The widths of tables that keep all their rows, and what each takes."""
+        choices = tuple(self.choices(table) for table in tables)
+        return WidthSpace(
+            names=tuple(table.name for table in tables),
+            choices=choices,
+            sizes=tuple(
+                tuple(table.num_embeddings * width * table.itemsize for width in widths)
+                for table, widths in zip(tables, choices)
+            ),
+            rows=tuple(table.num_embeddings for table in tables),
+            budget=self.target_bytes,
+        )
 
     @abstractmethod
     def least_bytes(self, table: TableSpec) -> int:
