@@ -15,7 +15,7 @@ from typing import Any
 
 from embcomp.config.train_config import TrainConfig, load_config
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.errors import ConfigError, DataError, EmbcompError
+from embcomp.errors import CheckpointError, ConfigError, DataError, EmbcompError
 from embcomp.io.folder_lock import folder_lock
 from embcomp.training.files.run_checksums import read_checked, rewrite_checked, write_checked
 
@@ -130,10 +130,12 @@ class RunFolder:
 
     def has_dataset(self, path: str | Path) -> bool:
         """Whether the dataset in a folder is the one that the run was trained on."""
-        text = Path(path) / _DATASET_FILE
-        return text.is_file() and text.read_text(encoding="utf-8") == read_checked(
-            self.path / _DATASET_FILE
-        )
+        own, text = self.path / _DATASET_FILE, Path(path) / _DATASET_FILE
+        if not own.is_file():
+            raise CheckpointError(
+                f"{own}, which says what the run was trained on, is missing: copy it again, or the whole folder"
+            )
+        return text.is_file() and text.read_text(encoding="utf-8") == read_checked(own)
 
     def _check_dataset(self, config: TrainConfig) -> None:
         if not self.has_dataset(config.data.path):

@@ -51,6 +51,16 @@ def written(runs):
     return sorted(str(path.relative_to(runs)) for path in others)
 
 
+def test_a_missing_file_of_a_run_is_named(run, tmp_path):
+    _, runs = run
+    for name in ("dataset.json", "config.yaml"):
+        shutil.copytree(runs, tmp_path / name)
+        (tmp_path / name / "toy" / name).unlink()
+        with pytest.raises(EmbcompError, match=name) as found:
+            evaluate(tmp_path / name / "toy", quiet=True)
+        assert "\n" not in str(found.value)
+
+
 def test_no_changed_file_of_a_run_is_used(run, tmp_path):
     _, runs = run
     shutil.copytree(runs, tmp_path / "runs")
