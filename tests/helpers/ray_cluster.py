@@ -55,12 +55,14 @@ class Cluster:
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
     def add_nodes(self, count: int, environment: Mapping[str, str] | None = None) -> None:
-        """Start more nodes and wait until the cluster has them."""
+        """Start more nodes and wait until the cluster has them.
+
+        One after the other: two that start at once on one machine may choose the same socket, and one dies.
+        """
         first = len(self.nodes)
         for number in range(first, first + count):
             arguments = ["--address", self.address]
             self.nodes.append(_start(arguments, self.folder, f"node-{number}", environment or {}))
-        for number in range(first, first + count):
             self._wait_for(number)
 
     def _wait_for(self, number: int) -> None:
