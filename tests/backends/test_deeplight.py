@@ -109,7 +109,7 @@ def zeros_on_ranks(setup):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", long_but([2], [2, 4]))
 def test_ranks_together_prune_what_one_process_does(workers, ranks):
     # Nearly all of the schedule within the first of the 5,000 steps that are taken for granted.
     method = DeepLight(serve_bytes=4_000, every=1, deviation=1e-300)

@@ -24,7 +24,7 @@ from embcomp.testing.sharded import (
     shard,
     train_step,
 )
-from tests.helpers.backends_under_test import CASES, STORED_INTEGERS
+from tests.helpers.backends_under_test import CASES, EACH_METHOD, STORED_INTEGERS
 from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
@@ -51,8 +51,13 @@ def widths(pooled):
     return (16, 8, 10) if pooled else (10, 10, 10)
 
 
-@POOLED
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "pooled"),
+    long_but(
+        [*((case, True) for case in CASES), *((case, False) for case in EACH_METHOD)],
+        itertools.product(CASES, (True, False)),
+    ),
+)
 def test_two_ranks_equal_one_process(workers, case, pooled):
     setups = [
         Setup(plan=CASES[case].config, sharding=sharding, pooled=pooled, dims=widths(pooled))
@@ -86,7 +91,7 @@ def test_other_row_optimizers(workers, optimizer):
     workers.run(2, check_each, check_sharded_equals_unsharded, setups)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(EACH_METHOD, CASES))
 def test_weighted_bags(workers, case):
     setups = [
         Setup(plan=CASES[case].config, sharding=sharding, weighted=True)

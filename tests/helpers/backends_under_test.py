@@ -191,5 +191,8 @@ CASES = {
     ),
 }
 
+EACH_METHOD = tuple({case.config.name: name for name, case in reversed(CASES.items())}.values())
+"""The first case of every method: for what takes long, and hangs on the method more than on its settings."""
+
 STORED_INTEGERS = ("alpt", "int16", "int8")
 """Cases whose rows no gradient reaches: their methods update them beside a fused optimizer."""

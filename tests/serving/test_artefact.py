@@ -21,7 +21,7 @@ from embcomp.tables.footprint import count_bytes
 from embcomp.tables.row_types import ROW_TYPES, served_footprint, unpack
 from embcomp.testing.cases import embed_ids, pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
-from tests.helpers.backends_under_test import CASES
+from tests.helpers.backends_under_test import CASES, EACH_METHOD
 from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def test_unpooled_and_weighted_artefacts_answer_too(case, tmp_path):
 
 @pytest.mark.parametrize("dims", long_but([[3, 16]], [[3, 16], [1, 6]]), ids=str)
 @pytest.mark.parametrize("row_type", ROW_TYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(EACH_METHOD, CASES))
 def test_bytes_in_the_file_are_those_of_the_footprint(case, row_type, dims, tmp_path):
     for dim in dims:
         collection = pooled(CASES[case], plain_tables(dim))

@@ -17,7 +17,8 @@ from embcomp.serving.exported_program import Program, export_program, program_in
 from embcomp.serving.programs.program_inputs import id_limits
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import awkward_tables, plain_tables, random_batch
-from tests.helpers.backends_under_test import CASES
+from tests.helpers.backends_under_test import CASES, EACH_METHOD
+from tests.helpers.long import long_but
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,11 @@ SERVING = [c for c in CASES if type(CASES[c].config).compact is BackendConfig.co
 
 
 @pytest.mark.parametrize(
-    ("case", "bags"), [*((case, True) for case in SERVING), ("full", False), ("qr_add", False)]
+    ("case", "bags"),
+    long_but(
+        [*((case, True) for case in SERVING if case in EACH_METHOD), ("full", False)],
+        [*((case, True) for case in SERVING), ("full", False), ("qr_add", False)],
+    ),
 )
 def test_a_program_answers_as_its_module(case, bags, tmp_path):
     tables = awkward_tables((8, 6, 3))
