@@ -80,15 +80,6 @@ def unpack(words: Tensor, num_embeddings: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_))
 
 
-def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The buffers of a `PrunedRoute` for its pruned tables, in order."""
-    parts = [pack(mask) for mask in kept]
-    return {
-        "words": torch.cat([words for words, _ in parts]),
-        "counts": torch.cat([counts for _, counts in parts]),
-    }
-
-
 class PrunedRoute(ShardableBuffers):
     """Sends kept ids to rows of their own and pruned ids to the row behind those.
 
@@ -171,12 +162,6 @@ class PrunedRoute(ShardableBuffers):
         limits = self.check.limits
         assert isinstance(limits, list)
         return FusedRoutes(by_key=by_key, limits=limits)
-
-    def masks(self) -> list[Tensor]:
-        """For each pruned table, (N,) bool which ids are kept."""
-        self.ensure_filled()
-        blocks = [num_blocks(n) for n, _ in self._sizes]
-        return [unpack(w, n) for w, (n, _) in zip(self.words.split(blocks), self._sizes)]
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:

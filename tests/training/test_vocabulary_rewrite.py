@@ -23,6 +23,7 @@ from embcomp.data_pipelines.preparing.lookup import ValueIndex
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import ConfigError
+from embcomp.layers.row_sources import as_rows
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.serving_features import as_features
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
@@ -69,13 +70,13 @@ def rewritten(run):
 
 def test_ids_are_numbered_anew_in_their_old_order():
     pruned = torch.tensor([0, 1, 0, 1, 1, 0, 0]).bool()
-    found = Renumbering.of(pruned, torch.tensor([9, 4, 8, 3, 1, 7, 6]))
-    assert found.kept.tolist() == [0, 1, 2, 5, 6]
-    assert found.new.tolist() == [0, 1, 2, 1, 1, 3, 4]
-    assert found.weights.tolist() == [0, 0.5, 0, 3 / 8, 1 / 8, 0, 0]
+    found = Renumbering.of(as_rows(pruned), torch.tensor([9, 4, 8, 3, 1, 7, 6]))
+    assert found.stays.ids(0, found.size).tolist() == [0, 1, 2, 5, 6]
+    assert found.new_ids(torch.arange(7)).tolist() == [0, 1, 2, 1, 1, 3, 4]
+    assert found.weights.whole().tolist() == [0, 0.5, 0, 3 / 8, 1 / 8, 0, 0]
     assert found.dropped == 2
-    unseen_only = Renumbering.of(torch.zeros(4).bool(), torch.tensor([1, 0, 2, 1]))
-    assert unseen_only.weights.tolist() == [0, 1, 0, 0]
+    unseen_only = Renumbering.of(as_rows(torch.zeros(4).bool()), torch.tensor([1, 0, 2, 1]))
+    assert unseen_only.weights.whole().tolist() == [0, 1, 0, 0]
 
 
 def test_nothing_pruned_is_left(run, rewritten):
@@ -223,7 +224,7 @@ def test_a_renumbered_form_keeps_every_kept_row():
     pruned_form = low_dim_form(form.tables, weights, masks, {"t1": 5})
     assert set(pruned_form.config.kept) == {"t0"}
     pruned = collection._with_states([GroupState(tables=form.tables, form=pruned_form)])
-    numbering = Renumbering.of(~masks["t0"], None)
+    numbering = Renumbering.of(as_rows(~masks["t0"]), None)
     after = renumbered(pruned, {"t0": numbering})
     assert after.plan.methods["t0"] == LowDim(widths={"t0": 8, "t1": 5, "t2": 8})
     kept = torch.nonzero(masks["t0"])[:, 0]
@@ -235,7 +236,7 @@ def test_a_renumbered_form_keeps_every_kept_row():
         keys = ["f0", "f1", "f2"]
         return lookup(KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths))["f0"]
 
-    assert torch.equal(rows(after, numbering.new[kept]), rows(pruned, kept))
+    assert torch.equal(rows(after, numbering.new_ids(kept)), rows(pruned, kept))
     assert not rows(after, torch.tensor([1])).any()
     single = {f"f{n}": [[5], [1]] for n in (1, 2)}
     batch = batch_of({"f0": [[0], [0]], **single})
