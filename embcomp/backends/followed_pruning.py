@@ -40,7 +40,7 @@ class FollowedRows:
 def followed_rows(
     table: TableSpec, past: FollowInputs, bits: KeptBits | None, kept: int | None
 ) -> FollowedRows:
-    """Find the rows of a table; which ids had one is held for one table at a time, 1.125 bits an id.
+    """Find the rows of a table; which ids had one is held for one table at a time, 1.25 bits an id.
 
     Args:
         table: the table today.

@@ -1,7 +1,7 @@
-"""Some ids of a table: a bit for each and a count per 256 of them, asked either way.
+"""Some ids of a table: a bit for each, and counts of them, asked either way.
 
 What a route knows of a pruned table (`embcomp.layers.pruned_route`), for those who number ids anew. It takes
-1.125 bits an id, where a list of ids would take 64 for each.
+1.25 bits an id, where a list of ids would take 64 for each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcomp.layers.pruned_route import WORDS, count_bits, num_blocks, pack, unpack
+from embcomp.layers.pruned_route import WORDS, bits_before, count_bits, num_blocks, pack, unpack
 from embcomp.layers.row_sources import RowSource
 
 _AT_ONCE = 1 << 16  # ids that are packed or found together
@@ -28,6 +28,8 @@ class KeptIds:
     def __init__(self, words: Tensor, counts: Tensor, num_ids: int) -> None:
         self.num_ids = num_ids
         self._words, self._counts = words, counts
+        parts = [bits_before(part) for part in words.split(_AT_ONCE // _BLOCK)]
+        self._in_block = torch.cat(parts)
         last = self.mask(_BLOCK * (len(counts) - 1), num_ids) if num_ids else words[:0]
         self._kept = int(counts[-1]) + int(last.sum()) if num_ids else 0
 
@@ -75,14 +77,10 @@ class KeptIds:
         return found
 
     def _places(self, ids: Tensor) -> Tensor:
-        words = self._words[ids >> 8]  # (n, 4)
-        bits = (ids & (_BLOCK - 1)).unsqueeze(1) - _WORD * torch.arange(WORDS)  # in each word
-        ones = torch.bitwise_left_shift(torch.ones_like(bits), bits.clamp(0, _WORD - 1)) - 1
-        lower = torch.where(bits < 0, 0, torch.where(bits < _WORD, ones, -1))
-        here = (bits >= 0) & (bits < _WORD)
-        is_kept = ((words >> bits.clamp(0, _WORD - 1)) & here).any(1)
-        place = self._counts[ids >> 8] + count_bits(words & lower).sum(1)
-        return torch.where(is_kept, place, -1)
+        words, place = self._words.view(-1)[ids >> 6], ids & (_WORD - 1)
+        lower = words & (torch.bitwise_left_shift(torch.ones_like(place), place) - 1)
+        found = count_bits(lower) + self._counts[ids >> 8] + self._in_block[ids >> 6]
+        return torch.where((words >> place) & 1 == 1, found, -1)
 
     def ids(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int64 the kept ids from one place to another, rising."""

@@ -208,20 +208,21 @@ class PrunedRoute(ShardableBuffers):
     def _before_words(self) -> Tensor:
         """(4 blocks,) uint8 the set bits of each block before each of its words."""
         if torch.compiler.is_compiling():
-            return _before(count_bits(self.words))
+            return bits_before(self.words)
         # Followed by version, as checkpoints are read into the buffer without asking this module.
         version = 0 if self.words.is_inference() else self.words._version
         if self._derived is not None:
             words, seen, before = self._derived
             if words is self.words and seen == version:
                 return before
-        before = _before(count_bits(self.words))
+        before = bits_before(self.words)
         self._derived = (self.words, version, before)
         return before
 
 
-def _before(bits: Tensor) -> Tensor:
-    """(4 blocks,) uint8 from (blocks, 4) set bits; at most 192."""
+def bits_before(words: Tensor) -> Tensor:
+    """(4 blocks,) uint8 the set bits of each block before each of its words (blocks, 4); at most 192."""
+    bits = count_bits(words)
     return (bits.cumsum(1) - bits).to(torch.uint8).view(-1)
 
 

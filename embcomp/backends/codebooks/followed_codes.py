@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embcomp.backends.base import FollowInputs
 from embcomp.backends.codebooks.bit_packing import (
@@ -15,11 +16,12 @@ from embcomp.backends.codebooks.bit_packing import (
     unpack_bits,
 )
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized, code_bytes, padded_codes
+from embcomp.io.mapped_arrays import temporary_bytes
 from embcomp.layers.block_work import RowBlock, add_up, row_blocks
-from embcomp.layers.row_sources import ComputedRows, RowSource
+from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
 
-_EIGHT = 8  # ids whose codes end with a byte, whatever bits they have
+_BYTES_AT_ONCE = 4 << 20  # of codes that are copied together
 
 
 def followed_codes(config: VectorQuantized, past: FollowInputs) -> RowSource:
@@ -75,21 +77,25 @@ class _StoredCodes:
 
     def __init__(self, packed: RowSource, positions: int, bits: int) -> None:
         self._packed, self._positions, self._bits = packed, positions, bits
-        width = positions * bits
-        shape = (-(-len(packed) // width), width)
-        self._eights = ComputedRows(shape, torch.uint8, self._read_eights, of=[packed])
-
-    def _read_eights(self, start: int, stop: int) -> Tensor:
-        width = self._positions * self._bits
-        found = self._packed.read(start * width, min(stop * width, len(self._packed)))
-        return nn.functional.pad(found, (0, (stop - start) * width - len(found))).view(-1, width)
+        self._copy: Tensor | None = None
+        self._copying = Lock()
 
     def of(self, ids: Tensor) -> Tensor:
         """(n, positions) int64 the codes of ids (n,) in any order."""
-        eights, back = torch.unique(ids // _EIGHT, return_inverse=True)
-        first = (back * _EIGHT + ids % _EIGHT) * self._positions
-        index = first.unsqueeze(1) + torch.arange(self._positions)
-        return gather_bits(self._eights.take(eights).view(-1), index, self._bits)
+        index = (ids * self._positions).unsqueeze(1) + torch.arange(self._positions)
+        return gather_bits(self._mapped(), index, self._bits)
+
+    def _mapped(self) -> Tensor:
+        """All of them, in a temporary file where they are many: what is asked for lies anywhere."""
+        with self._copying:
+            if self._copy is None:
+                count = len(self._packed)
+                copy = torch.from_numpy(temporary_bytes(count, "the codes of an earlier run"))
+                for start in range(0, count, _BYTES_AT_ONCE):
+                    stop = min(start + _BYTES_AT_ONCE, count)
+                    copy[start:stop] = self._packed.read(start, stop)
+                self._copy = copy
+        return self._copy
 
     def range(self, start: int, stop: int) -> Tensor:
         """(stop - start, positions) int64 the codes of a range of ids whose first is a multiple of 8."""

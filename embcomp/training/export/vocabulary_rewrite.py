@@ -42,7 +42,7 @@ _CHUNK = 1 << 16  # ids that are looked at together
 
 @dataclass(frozen=True, kw_only=True)
 class Renumbering:
-    """New ids of one feature, in 1.125 bits for each old one.
+    """New ids of one feature, in 1.25 bits for each old one.
 
     Attributes:
         stays: the old ids that keep a row of their own, and those for missing and unseen values.
