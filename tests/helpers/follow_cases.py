@@ -11,7 +11,7 @@ import torch
 
 from embcomp.backends.base import BackendConfig, FollowInputs, MethodState
 from embcomp.backends.blocks import Blocks
-from embcomp.backends.codebooks.coded import Coded
+from embcomp.backends.codebooks.coded import Coded, CodedRoute
 from embcomp.backends.full import Full
 from embcomp.backends.low_dim import LowDim, low_dim_form
 from embcomp.backends.qr import QR
@@ -54,7 +54,8 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 
 def earlier_form(method: BackendConfig, wrap: Wrap) -> MethodState:
     """What an earlier run has left."""
-    tables, tensors = specs(THEN), {}
+    tables = specs(THEN)
+    tensors: dict[str, torch.Tensor] = {}
     if isinstance(method, LowDim) and method.kept:
         masks = {
             table.name: (drawn(table.num_embeddings, seed=5).argsort() < method.kept[table.name])
@@ -66,11 +67,11 @@ def earlier_form(method: BackendConfig, wrap: Wrap) -> MethodState:
         made = low_dim_form(tables, rows, masks, widths)
         tensors = dict(made.in_memory().tensors)
     else:
-        for n, table in enumerate(method.physical_tables(tables)):
-            rows = drawn(table.num_embeddings, table.embedding_dim, seed=n)
-            tensors[f"rows.{table.name}"] = rows
+        for n, physical in enumerate(method.physical_tables(tables)):
+            own = drawn(physical.num_embeddings, physical.embedding_dim, seed=n)
+            tensors[f"rows.{physical.name}"] = own
         route = method.build(tables).route
-        if isinstance(method, Coded):
+        if isinstance(route, CodedRoute):
             route.ensure_filled()
             tensors["route.codes"] = route.codes
     return MethodState.of(method, {name: wrap(each) for name, each in tensors.items()})
