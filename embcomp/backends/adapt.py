@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
-from embcomp.backends.base import Backend, FollowedForm, MethodState
+from embcomp.backends.base import Backend, FollowedForm, FollowInputs, MethodState
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.hash import Hash
 from embcomp.backends.private_ids import LARGEST_ID, PrivateIds, PrivateTable
@@ -48,7 +48,7 @@ from embcomp.layers.followed_ids import FollowedIds, taken
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.held_pieces import HeldPieces, between_steps
 from embcomp.layers.routing import beside_ids, renamed
-from embcomp.layers.row_sources import RowSource
+from embcomp.layers.row_sources import ComputedRows, JoinedRows, RowSource
 from embcomp.layers.step_count import StepCount
 from embcomp.layers.watched_gradients import (
     GradientWatch,
@@ -182,41 +182,57 @@ class Adapt(Hash):
         return replace(served, work=form.work, counts=form.counts)
 
     @override
-    def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+    def pruned_ids(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
         private = [table for table in self._tables(by_name(tables)) if table.rows]
         if self.rare != "zero" or not private:
             return {}
         sizes = {table.name: table.num_embeddings for table in tables}
-        found = {}
-        owned = form.tensors["route.private.ids"].split([table.rows for table in private])
-        for table, ids in zip(private, owned):
-            pruned = torch.ones(sizes[table.name], dtype=torch.bool)
-            pruned[ids.long()] = False
-            found[table.name] = pruned
-        return found
+        owned = form.source("route.private.ids").whole().split([table.rows for table in private])
+        return {t.name: _not_among(own, sizes[t.name]) for t, own in zip(private, owned)}
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
         """Ids keep their rows and importances; new ones have none of either."""
-        then = [table for table in self._tables(by_name(earlier_tables)) if table.rows]
-        name = "route.private.scores"
-        if not self.adapts or name not in earlier.tensors or not then:
+        then = [table for table in self._tables(by_name(past.tables_before)) if table.rows]
+        name, form = "route.private.scores", past.before
+        if not self.adapts or not then or name not in {**form.tensors, **form.sources}:
             return FollowedForm(config=self)
-        now = {table.name: table for table in self._tables(tables)}
-        parts = []
-        for table, scores in zip(then, earlier.tensors[name].split([each.ids for each in then])):
-            own = scores.new_zeros(now[table.name].ids)
-            known = min(len(own), len(scores))
-            own[:known] = torch.where(ids[table.name].fresh[:known], 0, scores[:known])
-            parts.append(own)
-        return FollowedForm(config=self, tensors={name: torch.cat(parts)})
+        now = {table.name: table for table in self._tables(past.tables)}
+        scores = form.source(name).split([each.ids for each in then])
+        parts = [
+            _followed_scores(own, past.ids[table.name], now[table.name].ids)
+            for table, own in zip(then, scores)
+        ]
+        return FollowedForm(config=self, tensors={name: JoinedRows(parts)})
+
+
+def _followed_scores(scores: RowSource, ids: FollowedIds, count: int) -> RowSource:
+    """(count,) importances of ids that are at their old numbers; new ones have none."""
+
+    def read(start: int, stop: int) -> Tensor:
+        found = torch.zeros(stop - start, dtype=scores.dtype)
+        known = min(stop, len(scores))
+        if start < known:
+            fresh = ids.fresh.read(start, known)
+            found[: known - start] = torch.where(fresh, 0, scores.read(start, known))
+        return found
+
+    return ComputedRows((count,), scores.dtype, read, of=[scores])
+
+
+def _not_among(owned: Tensor, count: int) -> RowSource:
+    """(count,) bool which ids are not among some, which are in any order."""
+    rising = owned.sort().values
+
+    def read(start: int, stop: int) -> Tensor:
+        first, end = torch.searchsorted(rising, rising.new_tensor([start, stop])).tolist()
+        found = torch.ones(stop - start, dtype=torch.bool)
+        found[rising[first:end].long() - start] = False
+        return found
+
+    return ComputedRows((count,), torch.bool, read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -362,7 +362,9 @@ class BackendConfig(Constrained, ABC):
         warn_renamed("slice_form", "slice_columns")
         return self.slice_columns(tables, form, widths)
 
-    def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+    def pruned_ids(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
         """For tables that lost rows, (num_embeddings,) bool which ids did; for `embcomp inspect`.
 
         Args:
@@ -371,7 +373,9 @@ class BackendConfig(Constrained, ABC):
         """
         return {}
 
-    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
+    def rows_by_id(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
         """For each table, (num_embeddings,) int64 the row of `rows.<table>` that an id looks up.
 
         It is asked where ids are to be numbered anew, which takes rows that can be moved.
@@ -406,30 +410,19 @@ class BackendConfig(Constrained, ABC):
         """Whether `follow_ids` is answered."""
         return cls.follow_ids is not BackendConfig.follow_ids
 
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
         """What an earlier run's form becomes where ids are those of another dataset.
 
         Args:
-            tables: the group today.
-            earlier: a form of this method; rows are read by range.
-            earlier_tables: the group then; the same names in the same order.
-            ids: by table, where its ids come from. Where `needs_same_numbers`, all of them
-                `keep_numbers`.
-            work: does what is to be done for every block of rows; every rank makes the same calls.
+            past: that form, and where today's ids come from. Where `needs_same_numbers`, all values that
+                were known before have the numbers that they had.
 
         Raises:
             ConfigError: for a method whose rows cannot follow.
         """
         raise ConfigError(
-            f"{self.name}: the rows of {', '.join(table.name for table in tables)} cannot follow their "
-            "values into another dataset; train them anew, or take another method"
+            f"{self.name}: the rows of {', '.join(table.name for table in past.tables)} cannot follow "
+            "their values into another dataset; train them anew, or take another method"
         )
 
     def compact(self, tables: Sequence[TableSpec], form: MethodState) -> MethodState:
@@ -520,7 +513,10 @@ class MethodState:
 
     def rows(self, table: str) -> RowSource:
         """(rows, true width) of a physical table."""
-        name = f"rows.{table}"
+        return self.source(f"rows.{table}")
+
+    def source(self, name: str) -> RowSource:
+        """A tensor, in memory or not, to be read by range."""
         return self.sources[name] if name in self.sources else MemoryRows(self.tensors[name])
 
     def in_memory(self) -> Self:
@@ -529,6 +525,26 @@ class MethodState:
             return self
         read = {name: source.whole() for name, source in self.sources.items()}
         return replace(self, tensors={**self.tensors, **read}, sources={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowInputs:
+    """What a method may look at when an earlier run's form goes on with the ids of another dataset.
+
+    Args:
+        tables: the group today.
+        before: the earlier run's form of the method; what is long is read by range.
+        tables_before: the group then; the same names in the same order.
+        ids: by table, where its ids come from; as long as vocabularies, so read by range.
+        work: does what is to be done for every block of rows, on all ranks together. Every rank
+            calls `follow_ids` and makes the same calls.
+    """
+
+    tables: Sequence[TableSpec]
+    before: MethodState
+    tables_before: Sequence[TableSpec]
+    ids: Mapping[str, FollowedIds]
+    work: Work = IN_MEMORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,6 +560,12 @@ class FollowedForm:
     config: BackendConfig
     moves: Mapping[str, RowMove] = field(default_factory=dict)
     tensors: Mapping[str, Tensor | RowSource] = field(default_factory=dict)
+
+    @classmethod
+    def with_row_of_each_id(cls, config: BackendConfig, past: FollowInputs) -> Self:
+        """The form of a method whose tables have a row for each id."""
+        moves = {table.name: RowMove.of_ids(past.ids[table.name]) for table in past.tables}
+        return cls(config=config, moves=moves)
 
 
 @dataclass(frozen=True, kw_only=True)

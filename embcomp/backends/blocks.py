@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, FollowInputs
 from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
-from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
@@ -35,6 +34,7 @@ from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.row_sources import ComputedRows
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
@@ -215,24 +215,12 @@ class Blocks(BackendConfig):
         return True
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
         moves = {}
-        for table, before in zip(tables, earlier_tables):
-            own = ids[table.name]
+        for table, before in zip(past.tables, past.tables_before):
             for block, then in zip(self.blocks(table), self.blocks(before)):
-                rows = own.before[block.low : block.high] - then.low
-                fresh = own.fresh[block.low : block.high]
-                # What stands for new values may lie in another block, whose columns are others.
-                rows[(rows < 0) | (rows >= then.high - then.low)] = -1
-                moves[block_table(table.name, block.index)] = RowMove(
-                    rows=rows, fresh=fresh, weights=own.counts[then.low : then.high]
+                moves[block_table(table.name, block.index)] = _followed(
+                    past.ids[table.name], (block.low, block.high), (then.low, then.high)
                 )
         return FollowedForm(config=self, moves=moves)
 
@@ -243,6 +231,28 @@ class Blocks(BackendConfig):
     @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self
+
+
+def _followed(ids: FollowedIds, own: tuple[int, int], then: tuple[int, int]) -> RowMove:
+    """Where the rows of a block come from.
+
+    Args:
+        ids: where ids come from, all at their old numbers.
+        own: the ids of the block.
+        then: those that it had.
+    """
+    before, rows_then = ids.before.range(*own), then[1] - then[0]
+
+    def rows(start: int, stop: int) -> Tensor:
+        found = before.read(start, stop) - then[0]
+        # What stands for new values may lie in another block, whose columns are others.
+        return torch.where((found < 0) | (found >= rows_then), -1, found)
+
+    return RowMove(
+        rows=ComputedRows((len(before),), torch.int64, rows, of=[before]),
+        fresh=ids.fresh.range(*own),
+        weights=ids.counts.range(*then),
+    )
 
 
 def block_table(table: str, index: int) -> str:

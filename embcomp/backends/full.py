@@ -15,17 +15,17 @@ from embcomp.backends.base import (
     Backend,
     BackendConfig,
     FollowedForm,
+    FollowInputs,
     MethodState,
     StageInputs,
     full_table,
 )
-from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.fused_lookups import FusedRoutes, OwnRow
 from embcomp.layers.host_values import reads_wait
 from embcomp.layers.late_findings import LateFindings
 from embcomp.layers.routing import common_count, per_value, renamed
+from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.footprint import footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -51,8 +51,10 @@ class Full(BackendConfig):
         return table.embedding_dim
 
     @override
-    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
-        return {table.name: torch.arange(table.num_embeddings) for table in tables}
+    def rows_by_id(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
+        return {table.name: numbers(table.num_embeddings) for table in tables}
 
     @override
     def physical_tables(self, tables: Sequence[TableSpec]) -> list[PhysicalTable]:
@@ -75,17 +77,8 @@ class Full(BackendConfig):
         return MethodState.of(self, rows)
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        return FollowedForm(
-            config=self, moves={t.name: RowMove.of_ids(ids[t.name]) for t in tables}
-        )
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
+        return FollowedForm.with_row_of_each_id(self, past)
 
     @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:
@@ -95,6 +88,11 @@ class Full(BackendConfig):
     @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size()
+
+
+def numbers(count: int) -> RowSource:
+    """(count,) int64 the numbers from 0."""
+    return ComputedRows((count,), torch.int64, torch.arange)
 
 
 class FullRoute(nn.Module):

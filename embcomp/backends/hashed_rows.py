@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from typing_extensions import Self, override
 
-from embcomp.backends.base import BackendConfig, FollowedForm, MethodState
+from embcomp.backends.base import BackendConfig, FollowedForm, FollowInputs
 from embcomp.io.constraints import Between, Ge
-from embcomp.layers.block_work import Work
-from embcomp.layers.followed_ids import FollowedIds
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import TableSpec
 
@@ -76,12 +74,5 @@ class HashedRows(BackendConfig):
         return True
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
         return FollowedForm(config=self)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Annotated, ClassVar
 
 import torch
@@ -23,28 +22,28 @@ from embcomp.backends.base import (
     Backend,
     BackendConfig,
     FollowedForm,
+    FollowInputs,
     MethodState,
     StageInputs,
 )
-from embcomp.backends.full import FullRoute, RangeCheck
+from embcomp.backends.followed_pruning import FollowedRows, followed_rows
+from embcomp.backends.full import FullRoute, RangeCheck, numbers
+from embcomp.backends.pruned_directory import (
+    directory,
+    kept_bits,
+    kept_by_block,
+    mask_blocks,
+    pruned_of,
+    rows_of,
+)
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Count, Le
 from embcomp.layers.best_values import BestValues
-from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, row_blocks
-from embcomp.layers.followed_ids import FollowedIds, RowMove
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work
 from embcomp.layers.fused_lookups import FusedEmbedding, fitted, side_by_side
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.layers.pruned_route import (
-    WORDS,
-    PrunedRoute,
-    directory_bytes,
-    directory_footprint,
-    num_blocks,
-    pack,
-    pack_all,
-    unpack,
-)
+from embcomp.layers.pruned_route import PrunedRoute, directory_bytes, directory_footprint
 from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
@@ -166,53 +165,41 @@ class LowDim(BackendConfig):
         )
 
     @override
-    def pruned_ids(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
-        own = [table for table in by_name(tables) if self.is_pruned(table)]
-        if not own:
-            return {}
-        blocks = [num_blocks(table.num_embeddings) for table in own]
-        words = form.tensors["route.words"].split(blocks)
-        return {t.name: ~unpack(part, t.num_embeddings) for t, part in zip(own, words)}
+    def pruned_ids(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
+        bits = kept_bits(self._pruned(tables), form)
+        return {name: pruned_of(own) for name, own in bits.items()}
 
     @override
-    def rows_by_id(self, tables: Sequence[TableSpec], form: MethodState) -> Mapping[str, Tensor]:
-        places = {table.name: torch.arange(table.num_embeddings) for table in tables}
-        for name, pruned in self.pruned_ids(tables, form).items():
-            kept = ~pruned
-            places[name] = torch.where(kept, kept.long().cumsum(0) - 1, int(kept.sum()))
-        return places
+    def rows_by_id(
+        self, tables: Sequence[TableSpec], form: MethodState
+    ) -> Mapping[str, Tensor | RowSource]:
+        bits = kept_bits(self._pruned(tables), form)
+        return {
+            table.name: rows_of(bits[table.name], self.kept[table.name])
+            if table.name in bits
+            else numbers(table.num_embeddings)
+            for table in tables
+        }
+
+    def _pruned(self, tables: Sequence[TableSpec]) -> list[TableSpec]:
+        return [table for table in by_name(tables) if self.is_pruned(table)]
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        moves, masks = {}, {}
-        places = self.rows_by_id(earlier_tables, earlier)
-        for table, then in zip(tables, earlier_tables):
-            own, place, rows = ids[table.name], places[table.name], self.rows(then)
-            # The row that pruned ids share stands behind all others; nobody shares one of a whole table.
-            shared = torch.tensor([rows - 1 if self.is_pruned(then) else -1])
-            kept, tail = torch.ones_like(own.fresh), shared[:0]
-            if self.is_pruned(table):
-                had_row = place < (rows - 1 if self.is_pruned(then) else rows)
-                kept, tail = _kept_ids(own, had_row, self.kept[table.name]), shared
-                masks[table.name] = kept
-            before = own.before[kept]
-            found = torch.where(before < 0, -1, place[before.clamp(min=0)])
-            weights = torch.zeros(rows, dtype=torch.float64).index_add_(0, place, own.counts)
-            moves[table.name] = RowMove(
-                rows=torch.cat([found, tail]),
-                fresh=torch.cat([own.fresh[kept], tail < 0]),
-                weights=weights,
-            )
-        own_masks = [masks[table.name] for table in by_name(tables) if table.name in masks]
-        packed = pack_all(own_masks) if own_masks else {}
-        tensors = {f"route.{name}": tensor for name, tensor in packed.items()}
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
+        bits = kept_bits(self._pruned(past.tables_before), past.before)
+        found: dict[str, FollowedRows] = {}
+        for table in past.tables:
+            kept = self.kept[table.name] if self.is_pruned(table) else None
+            found[table.name] = followed_rows(table, past, bits.get(table.name), kept)
+        dropped = self._pruned(past.tables)
+        tensors: Mapping[str, Tensor | RowSource] = {}
+        if dropped:
+            masks = {table.name: found[table.name].kept for table in dropped}
+            counts = {table.name: found[table.name].counts for table in dropped}
+            tensors = directory(dropped, masks, counts, past.work)
+        moves = {name: own.move for name, own in found.items()}
         return FollowedForm(config=self, moves=moves, tensors=tensors)
 
     @override
@@ -282,23 +269,6 @@ class LowDim(BackendConfig):
 
     def _at(self, step: int) -> Self:
         return self.with_size(width=step * self.multiple_of)
-
-
-def _kept_ids(ids: FollowedIds, kept_before: Tensor, count: int) -> Tensor:
-    """(num_embeddings,) bool which ids keep a row: as many as before, the same where they are there.
-
-    Rows that retired values leave go to new values, then to ids that nobody has yet.
-
-    Args:
-        ids: where ids come from.
-        kept_before: (earlier num_embeddings,) bool which ids kept a row.
-        count: how many that were.
-    """
-    kept = ~ids.fresh & kept_before[ids.before.clamp(min=0)]
-    for others in (ids.fresh & ids.has_value, ids.fresh, ~ids.fresh):
-        free = torch.nonzero(others & ~kept)[: count - int(kept.sum()), 0]
-        kept[free] = True
-    return kept
 
 
 class PadColumns(nn.Module):
@@ -372,9 +342,7 @@ def low_dim_form(
         work: does it.
     """
     masks = {name: as_rows(mask) for name, mask in keep_masks.items()}
-    counts = _kept_by_block(
-        [table for table in by_name(tables) if table.name in masks], masks, work
-    )
+    counts = kept_by_block([table for table in by_name(tables) if table.name in masks], masks, work)
     kept: dict[str, int] = {}
     columns: dict[str, int] = {}
     tensors: dict[str, Tensor | RowSource] = {}
@@ -391,27 +359,8 @@ def low_dim_form(
         tensors[f"rows.{table.name}"] = own.write(work, counts.get(table.name, []))
     dropped = [table for table in by_name(tables) if table.name in kept]
     if dropped:
-        tensors |= _directory(dropped, masks, counts, work)
+        tensors |= directory(dropped, masks, counts, work)
     return MethodState.of(LowDim(widths=columns, kept=kept), tensors)
-
-
-def _mask_blocks(table: TableSpec) -> list[RowBlock]:
-    return row_blocks(table.name, table.num_embeddings, table.embedding_dim)
-
-
-def _kept_by_block(
-    tables: Sequence[TableSpec], masks: Mapping[str, RowSource], work: Work
-) -> dict[str, list[int]]:
-    """For each table, how many ids each of its blocks keeps."""
-    blocks = [block for table in tables for block in _mask_blocks(table)]
-    counts: dict[str, list[int]] = {table.name: [] for table in tables}
-
-    def count(block: RowBlock) -> dict[str, Tensor]:
-        return {"kept": masks[block.table].read(block.start, block.stop).sum()}
-
-    for block, found in zip(blocks, work.map("kept", count, blocks)):
-        counts[block.table].append(int(found["kept"]))
-    return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +380,7 @@ class _Cut:
     drops: bool
 
     def write(self, work: Work, counts: Sequence[int]) -> RowSource:
-        blocks: list[RowBlock] = _mask_blocks(self.table)
+        blocks: list[RowBlock] = mask_blocks(self.table)
         sizes = [len(block) for block in blocks]
         if self.drops:  # what is shared stands behind all others
             sizes = [*counts[:-1], counts[-1] + 1]
@@ -455,32 +404,3 @@ class _Cut:
         if block.stop < len(self.rows):
             return kept
         return torch.cat([kept, kept.new_zeros(1, kept.shape[1])])
-
-
-def _directory(
-    tables: Sequence[TableSpec],
-    masks: Mapping[str, RowSource],
-    counts: Mapping[str, Sequence[int]],
-    work: Work,
-) -> dict[str, Tensor | RowSource]:
-    """The buffers of a `PrunedRoute`, of these tables."""
-    blocks = [block for table in tables for block in _mask_blocks(table)]
-    before = {
-        (block.table, block.start): kept
-        for table in tables
-        for block, kept in zip(_mask_blocks(table), accumulate(counts[table.name], initial=0))
-    }
-    sizes = [num_blocks(len(block)) for block in blocks]
-
-    def words(block: RowBlock) -> Tensor:
-        return pack(masks[block.table].read(block.start, block.stop))[0]
-
-    def heads(block: RowBlock) -> Tensor:
-        own = pack(masks[block.table].read(block.start, block.stop))[1]
-        return own + before[block.table, block.start]
-
-    shape = (sum(sizes), WORDS)
-    return {
-        "route.words": work.write("words", words, blocks, shape, torch.int64, sizes=sizes),
-        "route.counts": work.write("counts", heads, blocks, shape[:1], torch.int32, sizes=sizes),
-    }

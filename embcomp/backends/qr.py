@@ -13,7 +13,7 @@ one bag of two rows and cost neither a combination nor a second output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,10 +25,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import Self, override
 
-from embcomp.backends.base import Backend, BackendConfig, FollowedForm, MethodState
+from embcomp.backends.base import Backend, BackendConfig, FollowedForm, FollowInputs
 from embcomp.backends.full import RangeCheck
 from embcomp.io.constraints import Ge
-from embcomp.layers.block_work import Work
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.fused_lookups import (
@@ -43,6 +42,7 @@ from embcomp.layers.fused_lookups import (
 )
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.row_sources import ComputedRows
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
@@ -50,6 +50,9 @@ Combination = Literal["mult", "add", "concat"]
 
 CHUNK = 1024
 """Samples whose gradients are multiplied at a time: few enough to stay in the cache."""
+
+
+_COUNTS_AT_ONCE = 1 << 18  # of ids that are added up together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,24 +144,11 @@ class QR(BackendConfig):
         return True
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
         moves = {}
-        for table, before in zip(tables, earlier_tables):
+        for table, before in zip(past.tables, past.tables_before):
             there, here = self._quotients(before), self._quotients(table)
-            own, divisor = ids[table.name], self.divisor or 1
-            quotients = torch.arange(here)
-            quotients[there:] = -1
-            rows = torch.cat([quotients, there + torch.arange(divisor)])
-            weights = torch.zeros(there + divisor, dtype=torch.float64)
-            weights.index_add_(0, torch.arange(own.earlier) // divisor, own.counts)
-            moves[table.name] = RowMove(rows=rows, fresh=rows < 0, weights=weights)
+            moves[table.name] = _followed(past.ids[table.name], there, here, self.divisor or 1)
         return FollowedForm(config=self, moves=moves)
 
     def _bytes_by_divisor(self, tables: Sequence[TableSpec]) -> np.ndarray:
@@ -192,6 +182,38 @@ class QR(BackendConfig):
     @override
     def smallest(self, tables: Sequence[TableSpec]) -> Self:
         return self.with_size(divisor=int(self._bytes_by_divisor(tables).argmin()) + 1)
+
+
+def _followed(ids: FollowedIds, there: int, here: int, divisor: int) -> RowMove:
+    """Where a table's quotients and remainders come from.
+
+    Args:
+        ids: where its ids come from, all at their old numbers.
+        there: how many quotients the earlier table had.
+        here: how many it has today.
+        divisor: how many remainders.
+    """
+
+    def rows(start: int, stop: int) -> Tensor:
+        own = torch.arange(start, stop)
+        is_new = (own >= there) & (own < here)
+        return torch.where(is_new, -1, torch.where(own < here, own, own + (there - here)))
+
+    def weights(start: int, stop: int) -> Tensor:
+        found = torch.zeros(stop - start, dtype=torch.float64)
+        first, end = (min(row * divisor, ids.earlier) for row in (start, stop))
+        for low in range(first, end, _COUNTS_AT_ONCE):
+            high = min(low + _COUNTS_AT_ONCE, end)
+            quotients = torch.arange(low, high) // divisor - start
+            found.index_add_(0, quotients, ids.counts.read(low, high))
+        return found
+
+    size, before = (here + divisor,), (there + divisor,)
+    return RowMove(
+        rows=ComputedRows(size, torch.int64, rows),
+        fresh=ComputedRows(size, torch.bool, lambda a, b: rows(a, b) < 0),
+        weights=ComputedRows(before, torch.float64, weights),
+    )
 
 
 class TwoKeysRoute(nn.Module):

@@ -22,6 +22,7 @@ BLOCK_BYTES = 4 << 20
 """About what a block of fp32 rows takes."""
 LEAST_ROWS = 256
 """Of a block; all blocks but a table's last have a multiple of it."""
+_ROWS_AVERAGED = 1 << 16
 
 Item = TypeVar("Item")
 Statistics = Mapping[str, Tensor]
@@ -54,6 +55,17 @@ def block_rows(columns: int) -> int:
     """Rows of a block of a table of so many columns: a power of two, at least 256."""
     rows = max(LEAST_ROWS, BLOCK_BYTES // (4 * max(1, columns)))
     return 1 << (rows.bit_length() - 1)
+
+
+def rows_averaged(rows: RowSource) -> int:
+    """Rows that are added up together in float64: 65,536, or as many as take 64 MiB then, at least 256.
+
+    Args:
+        rows: what is averaged.
+    """
+    columns = torch.Size(rows.shape[1:]).numel()
+    most = max(LEAST_ROWS, 16 * BLOCK_BYTES // (max(1, columns) * (rows.dtype.itemsize + 8)))
+    return min(_ROWS_AVERAGED, 1 << (most.bit_length() - 1))
 
 
 def row_blocks(

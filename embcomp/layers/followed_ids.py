@@ -1,16 +1,20 @@
-"""Which row of an earlier run a row begins with, once ids are those of another dataset."""
+"""Which row of an earlier run a row begins with, once ids are those of another dataset.
+
+What is known of ids and of rows is as long as a table, so it is read by range.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, add_up, row_blocks, rows_averaged
 from embcomp.layers.row_sources import ComputedRows, RowSource
 
-_AT_ONCE = 1 << 16  # rows that are averaged together
+_COLUMNS = 2  # of 4 bytes that a number of an id takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +26,13 @@ class FollowedIds:
             value, for new values perhaps one that stands for them, else -1.
         fresh: (num_embeddings,) bool which ids have no earlier one of their own.
         has_value: (num_embeddings,) bool which ids are in use.
-        counts: (earlier num_embeddings,) float64 how often each earlier id occurred.
+        counts: (earlier num_embeddings,) float64 how often each earlier id occurred: whole numbers.
     """
 
-    before: Tensor
-    fresh: Tensor
-    has_value: Tensor
-    counts: Tensor
+    before: RowSource
+    fresh: RowSource
+    has_value: RowSource
+    counts: RowSource
 
     @property
     def earlier(self) -> int:
@@ -36,10 +40,9 @@ class FollowedIds:
         return len(self.counts)
 
     @property
-    def keep_numbers(self) -> bool:
-        """Whether every value that was known before has the number that it had."""
-        own = ~self.fresh
-        return bool((self.before[own] == torch.nonzero(own)[:, 0]).all())
+    def has_open(self) -> bool:
+        """Whether an id begins with nobody's row."""
+        return _has_open(self.before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +55,27 @@ class RowMove:
         weights: (earlier rows,) float64 what each counts in the mean.
     """
 
-    rows: Tensor
-    fresh: Tensor
-    weights: Tensor
+    rows: RowSource
+    fresh: RowSource
+    weights: RowSource
 
     @classmethod
     def of_ids(cls, ids: FollowedIds) -> RowMove:
         """The move of a table that has a row for each id."""
         return cls(rows=ids.before, fresh=ids.fresh, weights=ids.counts)
 
-    def moved(self, rows: RowSource) -> RowSource:
+    def moved(self, rows: RowSource, work: Work = IN_MEMORY, name: str = "moved") -> RowSource:
         """Rows as they begin.
 
         Args:
             rows: the earlier ones.
+            work: finds the mean row, where one begins with it.
+            name: unique among all calls of a stage.
         """
-        mean = _mean(rows, self.weights) if bool((self.rows < 0).any()) else None
+        mean = _mean(rows, self.weights, work, name) if _has_open(self.rows) else None
 
         def read(start: int, stop: int) -> Tensor:
-            own = self.rows[start:stop]
+            own = self.rows.read(start, stop)
             found = taken(rows, own.clamp(min=0))
             if mean is not None:
                 found[own < 0] = mean
@@ -86,7 +91,7 @@ class RowMove:
         """
 
         def read(start: int, stop: int) -> Tensor:
-            own, fresh = self.rows[start:stop], self.fresh[start:stop]
+            own, fresh = self.rows.read(start, stop), self.fresh.read(start, stop)
             found = taken(state, own.clamp(min=0))
             found[fresh | (own < 0)] = 0
             return found
@@ -107,15 +112,30 @@ def taken(rows: RowSource, places: Tensor) -> Tensor:
     return rows.take(ids)[back]
 
 
-def _mean(rows: RowSource, weights: Tensor) -> Tensor:
+def _has_open(rows: RowSource) -> bool:
+    blocks = row_blocks("", len(rows), _COLUMNS)
+    return any(bool((rows.read(block.start, block.stop) < 0).any()) for block in blocks)
+
+
+def _mean(rows: RowSource, weights: RowSource, work: Work, name: str) -> Tensor:
     """The mean row, by weights; by nothing where all are zero."""
-    total = torch.zeros(rows.shape[1:], dtype=torch.float64)
-    own = weights if bool(weights.any()) else torch.ones_like(weights)
-    for start, stop in _ranges(len(rows)):
-        part = rows.read(start, stop).double()
-        total += torch.tensordot(own[start:stop], part, dims=1)
-    return (total / own.sum()).to(rows.dtype)
+    size = rows_averaged(rows)
+    blocks = [
+        RowBlock(table=name, start=start, stop=min(start + size, len(rows)))
+        for start in range(0, len(rows), size)
+    ]
 
+    def sums(block: RowBlock) -> Mapping[str, Tensor]:
+        own = weights.read(block.start, block.stop)
+        part = rows.read(block.start, block.stop).double()
+        return {
+            "weight": own.sum(),
+            "weighted": torch.tensordot(own, part, dims=1),
+            "plain": torch.tensordot(torch.ones_like(own), part, dims=1),
+        }
 
-def _ranges(rows: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _AT_ONCE, rows)) for start in range(0, rows, _AT_ONCE))
+    found = add_up(work, f"{name}-mean", sums, blocks)
+    total, weight = found["weighted"], float(found["weight"])
+    if not weight:
+        total, weight = found["plain"], float(len(rows))
+    return (total / weight).to(rows.dtype)

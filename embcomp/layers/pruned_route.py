@@ -80,15 +80,6 @@ def unpack(words: Tensor, num_embeddings: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_))
 
 
-def pack_all(kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The buffers of a `PrunedRoute` for its pruned tables, in order."""
-    parts = [pack(mask) for mask in kept]
-    return {
-        "words": torch.cat([words for words, _ in parts]),
-        "counts": torch.cat([counts for _, counts in parts]),
-    }
-
-
 class PrunedRoute(ShardableBuffers):
     """Sends kept ids to rows of their own and pruned ids to the row behind those.
 
@@ -172,12 +163,6 @@ class PrunedRoute(ShardableBuffers):
         assert isinstance(limits, list)
         return FusedRoutes(by_key=by_key, limits=limits)
 
-    def masks(self) -> list[Tensor]:
-        """For each pruned table, (N,) bool which ids are kept."""
-        self.ensure_filled()
-        blocks = [num_blocks(n) for n, _ in self._sizes]
-        return [unpack(w, n) for w, (n, _) in zip(self.words.split(blocks), self._sizes)]
-
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         features = self.check(features)
@@ -223,20 +208,21 @@ class PrunedRoute(ShardableBuffers):
     def _before_words(self) -> Tensor:
         """(4 blocks,) uint8 the set bits of each block before each of its words."""
         if torch.compiler.is_compiling():
-            return _before(count_bits(self.words))
+            return bits_before(self.words)
         # Followed by version, as checkpoints are read into the buffer without asking this module.
         version = 0 if self.words.is_inference() else self.words._version
         if self._derived is not None:
             words, seen, before = self._derived
             if words is self.words and seen == version:
                 return before
-        before = _before(count_bits(self.words))
+        before = bits_before(self.words)
         self._derived = (self.words, version, before)
         return before
 
 
-def _before(bits: Tensor) -> Tensor:
-    """(4 blocks,) uint8 from (blocks, 4) set bits; at most 192."""
+def bits_before(words: Tensor) -> Tensor:
+    """(4 blocks,) uint8 the set bits of each block before each of its words (blocks, 4); at most 192."""
+    bits = count_bits(words)
     return (bits.cumsum(1) - bits).to(torch.uint8).view(-1)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import polars as pl
 from safetensors import SafetensorError
 
 from embcomp.data_pipelines.integrity import check_digests, record_of
@@ -55,7 +54,7 @@ def _named_failures(path: Path) -> Iterator[None]:
     """A full disk and the like as one line, whichever library met it."""
     try:
         yield
-    except (OSError, SafetensorError, pl.exceptions.ComputeError) as error:
+    except (OSError, SafetensorError) as error:
         said = error.strerror if isinstance(error, OSError) else None
         reason = said or one_line(error)
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
@@ -147,11 +146,12 @@ class RewrittenDataset:
 
     Attributes:
         info: the description with the new counts.
-        vocabularies: by feature, the new columns id, value, count; other features keep theirs.
+        vocabularies: by feature, what writes the new columns id, value, count to a file; other features
+            keep theirs.
     """
 
     info: DatasetInfo
-    vocabularies: Mapping[str, pl.DataFrame]
+    vocabularies: Mapping[str, Callable[[Path], None]]
 
 
 def copy_dataset(
@@ -178,7 +178,7 @@ def copy_dataset(
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             if feature.name in vocabularies:
-                vocabularies[feature.name].write_parquet(target)
+                vocabularies[feature.name](target)
                 copied.checksums[feature.vocabulary] = record_of(target)
             else:
                 shutil.copyfile(info.folder / feature.vocabulary, target)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from embcomp.collection.groups import Group
+from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.serving.id_collisions import Collisions, IdKeys
 from embcomp.serving.id_statistics import IdStatistics
 from embcomp.serving.neighbours import Tables
@@ -116,7 +117,7 @@ def _facts(
     table: TableSpec,
     uses: RowSharing,
     *,
-    pruned: Tensor | None,
+    pruned: Tensor | RowSource | None,
     traffic: Tensor | None,
     size: float,
 ) -> TableFacts:
@@ -124,7 +125,9 @@ def _facts(
     ids = IdStatistics.of(serving, table, traffic)
     rows = uses.rows(table.name)
     lookups = _Lookups.of(group, table, distinct_rows=rows, traffic=traffic)
-    gone = lookups.skipped if pruned is None else lookups.skipped.logical_or_(pruned.cpu())
+    gone = lookups.skipped
+    if pruned is not None:
+        _add_to(gone, as_rows(pruned))
     collided = Collisions()
     if lookups.keys is not None:
         collided = Collisions.of(lookups.keys, gone, traffic)
@@ -148,6 +151,12 @@ def _facts(
         shared_rows=uses.shared_rows(table.name) / rows if rows else 0.0,
         codebook=_codebook(group, table, lookups),
     )
+
+
+def _add_to(gone: Tensor, more: RowSource) -> None:
+    for start in range(0, len(gone), _AT_ONCE):
+        part = gone[start : start + _AT_ONCE]
+        part |= more.read(start, start + len(part)).cpu()
 
 
 @dataclass(kw_only=True)

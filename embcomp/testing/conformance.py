@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from embcomp.backends import BACKENDS
 from embcomp.errors import ConfigError
 from embcomp.layers.learned_buffers import LearnedBuffers
+from embcomp.layers.row_sources import as_rows
 from embcomp.tables.footprint import count_bytes
 from embcomp.testing.cases import (
     BackendCase,
@@ -409,7 +410,8 @@ def check_rows_are_where_the_method_says(case: BackendCase) -> None:
         except ConfigError:
             continue
         for table in state.tables:
-            rows = state.form.rows(table.name).whole()[places[table.name]]
+            own = as_rows(places[table.name]).whole()
+            rows = state.form.rows(table.name).whole()[own]
             missing = table.embedding_dim - rows.shape[1]
             padded = torch.nn.functional.pad(rows, (0, missing))
             expect(torch.equal(padded, found[table.name]), f"{table.name}: not these rows")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from embcomp import Adapt, Hash, load, save
-from embcomp.backends.base import MethodState
+from embcomp.backends.base import FollowInputs, MethodState
 from embcomp.backends.private_ids import PrivateIds, PrivateTable
 from embcomp.layers.followed_ids import FollowedIds
+from embcomp.layers.row_sources import as_rows
 from embcomp.serving.exported_program import Program, export_program, program_inputs
 from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import BackendCase, pooled
@@ -22,6 +24,7 @@ from tests.helpers.long import long_but
 TABLES = plain_tables(8, rows=(1000,))
 METHOD = Adapt(num_buckets=10, private_share=0.4, every=2, collisionless=0)
 PRIVATE = 4  # of the 10 rows
+SCORES = "route.private.scores"
 ZERO = Adapt(num_buckets=4, rare="zero", every=2, collisionless=0)
 
 
@@ -198,7 +201,8 @@ def test_what_is_pruned_is_known():
     specs = [spec for group in collection.groups for spec in group.tables]
     state = MethodState(config=ZERO, tensors={"route.private.ids": torch.tensor([1, 5, 9, 998])})
     pruned = ZERO.pruned_ids(specs, state)["t0"]
-    assert torch.nonzero(~pruned)[:, 0].tolist() == [1, 5, 9, 998]
+    assert torch.nonzero(~pruned.whole())[:, 0].tolist() == [1, 5, 9, 998]
+    assert (~pruned.read(5, 10)).tolist() == [True, False, False, False, True]
     assert METHOD.pruned_ids(specs, state) == {}
 
 
@@ -208,16 +212,18 @@ def test_importances_follow_ids_and_new_ones_have_none():
         for n in (5, 7)
     )
     method = Adapt(num_buckets=2, private_share=0.5, collisionless=0)
-    state = MethodState(config=method, tensors={"route.private.scores": torch.arange(5.0)})
+    state = MethodState(config=method, tensors={SCORES: torch.arange(5.0)})
     fresh = torch.tensor([False, False, False, True, False, True, True])
     ids = FollowedIds(
-        before=torch.where(fresh, -1, torch.arange(7)),
-        fresh=fresh,
-        has_value=~fresh,
-        counts=torch.ones(5, dtype=torch.float64),
+        before=as_rows(torch.where(fresh, -1, torch.arange(7))),
+        fresh=as_rows(fresh),
+        has_value=as_rows(~fresh),
+        counts=as_rows(torch.ones(5, dtype=torch.float64)),
     )
-    found = method.follow_ids(now, state, then, {"t0": ids}, None)
-    assert found.tensors["route.private.scores"].tolist() == [0, 1, 2, 0, 4, 0, 0]
+    past = FollowInputs(tables=now, before=state, tables_before=then, ids={"t0": ids})
+    for long in (state, replace(state, tensors={}, sources={SCORES: as_rows(torch.arange(5.0))})):
+        found = method.follow_ids(replace(past, before=long))
+        assert found.tensors[SCORES].whole().tolist() == [0, 1, 2, 0, 4, 0, 0]
 
 
 @pytest.mark.parametrize("seed", long_but([0], range(3)))

@@ -15,6 +15,7 @@ from embcomp.backends.full import Full
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.errors import ConfigError
 from embcomp.layers.id_counts import check_ranked, counted, sums_of_largest
+from embcomp.layers.row_sources import as_rows
 from embcomp.tables.specs import specs_from_configs
 
 ROWS, TRAINED = 2_000, 100
@@ -48,7 +49,8 @@ def optembed_with(importance="norm_and_count", share=0.06):
 
 def kept(collection):
     (state,) = collection.states()
-    return (~state.form.config.pruned_ids(state.tables, state.form)["t0"]).nonzero().flatten()
+    pruned = state.form.config.pruned_ids(state.tables, state.form)["t0"]
+    return (~as_rows(pruned).whole()).nonzero().flatten()
 
 
 @pytest.mark.parametrize("importance", ["norm_and_count", "norm"])

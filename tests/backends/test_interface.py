@@ -12,6 +12,7 @@ from embcomp.backends.base import MethodState
 from embcomp.collection.plan import Plan
 from embcomp.errors import ConfigError
 from embcomp.layers.pruned_route import pack
+from embcomp.layers.row_sources import as_rows
 from embcomp.planning.config_plan import plan_lines
 from embcomp.tables.specs import TableSpec
 from tests.helpers.backends_under_test import CASES
@@ -118,8 +119,9 @@ def test_pruned_tables_say_which_row_an_id_has_and_what_holds_the_rest():
     method = LowDim(width=9, kept={"t1": 2})
     kept = torch.zeros(90, dtype=torch.bool)
     kept[[3, 64]] = True
-    state = MethodState(config=method, tensors={"route.words": pack(kept)[0]})
-    places = method.rows_by_id(TABLES, state)
+    packed = dict(zip(("route.words", "route.counts"), pack(kept)))
+    found = method.rows_by_id(TABLES, MethodState(config=method, tensors=packed))
+    places = {name: as_rows(each).whole() for name, each in found.items()}
     assert places["t1"][kept].tolist() == [0, 1] and set(places["t1"][~kept].tolist()) == {2}
     assert torch.equal(places["t0"], torch.arange(60))
     assert method.without_pruning(TABLES) == LowDim(widths={"t0": 9, "t1": 9, "t2": 9})

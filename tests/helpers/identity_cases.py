@@ -16,7 +16,7 @@ from embcomp.backends.codebooks.codewords import Codewords
 from embcomp.backends.sparse import SparseRoute
 from embcomp.backends.widths.threshold_gate import NormMeans
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
-from embcomp.layers.pruned_route import PrunedRoute, pack_all
+from embcomp.layers.pruned_route import PrunedRoute, pack
 from embcomp.testing.check_data import Declared
 from tests.helpers.backends_under_test import CASES
 
@@ -80,8 +80,8 @@ def learn(collection: CompressedEmbeddingBagCollection, seed: int = 0) -> None:
                 module.codes[part.start : part.start + len(packed)] = packed
         elif isinstance(module, PrunedRoute):
             masks = [torch.randperm(n, generator=random) < kept for n, kept in module._sizes]
-            for name, values in pack_all(masks).items():
-                getattr(module, name).copy_(values)
+            for buffer, parts in zip((module.words, module.counts), zip(*map(pack, masks))):
+                buffer.copy_(torch.cat(parts))
         elif isinstance(module, SpreadColumns):
             module.columns.copy_(torch.randint(10, module.columns.shape, generator=random))
         elif isinstance(module, SparseRoute):

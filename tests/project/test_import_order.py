@@ -13,8 +13,8 @@ from tests.helpers.source_tree import ROOT, imports_of, is_package, modules
 ORDER = {
     "embcomp": "errors < io < tables, data_pipelines, models < layers < backends < collection, tools"
     " < config, serving, testing < planning < training < compressing, search < benchmark < cli",
-    "embcomp.backends": "stages < base < discovery, full, hashed_rows, row_type_choice"
-    " < hash, qr, unified, blocks, low_dim, mde, tt"
+    "embcomp.backends": "stages < base < discovery, full, hashed_rows, row_type_choice, pruned_directory"
+    " < followed_pruning < hash, qr, unified, blocks, low_dim, mde, tt"
     " < cafe, codebooks, dhe, double_hash, integer_rows, mapped, mlet, private_ids, robe, sparse, typed_blocks"
     " < adapt, cce, dedup, pruned_elements, widths < autodim, dnis, element_pruning < deeplight, pep",
     "embcomp.training": "distributed < optim, files, loop_state < build < checkpoint, run_folder,"

@@ -23,11 +23,15 @@ from embcomp.data_pipelines.preparing.lookup import ValueIndex
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.data_pipelines.synthetic.toy import write_toy_dataset
 from embcomp.errors import ConfigError
+from embcomp.layers import block_work, kept_ids, row_sources
+from embcomp.layers.row_sources import as_rows
 from embcomp.serving.artefact_folder import header_bytes
 from embcomp.serving.serving_features import as_features
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.training import load_model, train
+from embcomp.training.export import renumbered_vocabulary, vocabulary_rewrite
 from embcomp.training.export.vocabulary_rewrite import Renumbering, renumbered
+from tests.helpers.handover_cases import CountedRows
 from tests.helpers.training_cases import toy_config
 
 pytestmark = pytest.mark.slow
@@ -69,13 +73,13 @@ def rewritten(run):
 
 def test_ids_are_numbered_anew_in_their_old_order():
     pruned = torch.tensor([0, 1, 0, 1, 1, 0, 0]).bool()
-    found = Renumbering.of(pruned, torch.tensor([9, 4, 8, 3, 1, 7, 6]))
-    assert found.kept.tolist() == [0, 1, 2, 5, 6]
-    assert found.new.tolist() == [0, 1, 2, 1, 1, 3, 4]
-    assert found.weights.tolist() == [0, 0.5, 0, 3 / 8, 1 / 8, 0, 0]
+    found = Renumbering.of(as_rows(pruned), torch.tensor([9, 4, 8, 3, 1, 7, 6]))
+    assert found.stays.ids(0, found.size).tolist() == [0, 1, 2, 5, 6]
+    assert found.new_ids(torch.arange(7)).tolist() == [0, 1, 2, 1, 1, 3, 4]
+    assert found.weights.whole().tolist() == [0, 0.5, 0, 3 / 8, 1 / 8, 0, 0]
     assert found.dropped == 2
-    unseen_only = Renumbering.of(torch.zeros(4).bool(), torch.tensor([1, 0, 2, 1]))
-    assert unseen_only.weights.tolist() == [0, 1, 0, 0]
+    unseen_only = Renumbering.of(as_rows(torch.zeros(4).bool()), torch.tensor([1, 0, 2, 1]))
+    assert unseen_only.weights.whole().tolist() == [0, 1, 0, 0]
 
 
 def test_nothing_pruned_is_left(run, rewritten):
@@ -223,7 +227,7 @@ def test_a_renumbered_form_keeps_every_kept_row():
     pruned_form = low_dim_form(form.tables, weights, masks, {"t1": 5})
     assert set(pruned_form.config.kept) == {"t0"}
     pruned = collection._with_states([GroupState(tables=form.tables, form=pruned_form)])
-    numbering = Renumbering.of(~masks["t0"], None)
+    numbering = Renumbering.of(as_rows(~masks["t0"]), None)
     after = renumbered(pruned, {"t0": numbering})
     assert after.plan.methods["t0"] == LowDim(widths={"t0": 8, "t1": 5, "t2": 8})
     kept = torch.nonzero(masks["t0"])[:, 0]
@@ -235,12 +239,58 @@ def test_a_renumbered_form_keeps_every_kept_row():
         keys = ["f0", "f1", "f2"]
         return lookup(KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths))["f0"]
 
-    assert torch.equal(rows(after, numbering.new[kept]), rows(pruned, kept))
+    assert torch.equal(rows(after, numbering.new_ids(kept)), rows(pruned, kept))
     assert not rows(after, torch.tensor([1])).any()
     single = {f"f{n}": [[5], [1]] for n in (1, 2)}
     batch = batch_of({"f0": [[0], [0]], **single})
     for key in ("f1", "f2"):
         assert torch.equal(after(batch)[key], pruned(batch)[key])
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_renumbering_holds_bits_and_a_block_of_anything_else(counted, monkeypatch):
+    ids, random = 3000, torch.Generator().manual_seed(0)
+    pruned, table = torch.rand(ids, generator=random) < 0.7, torch.randn(ids, 4, generator=random)
+    counts = (1000 / torch.arange(1, ids + 1)).long()
+    for module, name in ((vocabulary_rewrite, "_CHUNK"), (kept_ids, "_AT_ONCE")):
+        monkeypatch.setattr(module, name, 256)
+    monkeypatch.setattr(block_work, "_ROWS_AVERAGED", 256)
+    monkeypatch.setattr(row_sources, "_AT_ONCE", 256 * 16)
+    monkeypatch.setattr(CountedRows, "most_rows", 0)
+    found = Renumbering.of(CountedRows(pruned), counts if counted else None)
+    numbers = CountedRows(torch.arange(ids))
+    rows = vocabulary_rewrite._moved(CountedRows(table), numbers, found)
+    moved = torch.cat([rows.read(a, min(a + 50, len(rows))) for a in range(0, len(rows), 50)])
+    assert 0 < CountedRows.most_rows <= 256
+    kept = torch.tensor([n for n in range(ids) if n < 2 or not pruned[n]])
+    others = [1, *(n for n in range(2, ids) if pruned[n])]
+    weights = counts[others].double() if counted else torch.ones(len(others)).double()
+    mean = weights @ table[others].double() / weights.sum()
+    torch.testing.assert_close(moved[1], mean.float())
+    assert torch.equal(moved[2:], table[kept[2:]]) and torch.equal(moved[0], table[0])
+    merged = counts[kept].clone()
+    merged[1] = counts[others].sum()
+    shares = (merged.cumsum(0).double() / int(counts.sum())).numpy()
+    wanted = {share: int(np.searchsorted(shares, float(share))) for share in ("0.1", "0.5", "0.9")}
+    assert vocabulary_rewrite._quantiles(dict.fromkeys(wanted, 0), counts, found) == wanted
+
+
+def test_a_renumbered_vocabulary_is_read_and_written_in_parts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(renumbered_vocabulary, "_AT_ONCE", 7)
+    info = DatasetInfo.load(run.parent / "data")
+    path = info.folder / info.categorical[0].vocabulary
+    before, asked = pl.read_parquet(path), []
+
+    def new_ids(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return torch.where(ids % 3 == 0, 1, ids * 10)
+
+    vocabulary = renumbered_vocabulary.RenumberedVocabulary(path, new_ids)
+    vocabulary.write(tmp_path / "new.parquet")
+    left = before.filter(pl.col("id") % 3 != 0)
+    assert vocabulary.values() == left.height < before.height and max(asked) <= 7
+    after = pl.read_parquet(tmp_path / "new.parquet")
+    assert after.equals(left.with_columns((pl.col("id") * 10).cast(pl.Int32)))
 
 
 def test_one_matryoshka_training_is_exported_at_other_widths(run, tmp_path):

@@ -270,7 +270,7 @@ def test_pruned_tables_keep_their_size_and_give_free_rows_to_new_values(data, fi
     there, here = (ids_of(DatasetInfo.load(data / name)) for name in ("day1", "day2"))
     for group in model.tables.states():
         for name, pruned in group.form.config.pruned_ids(group.tables, group.form).items():
-            kept = set(torch.nonzero(~pruned)[:, 0].tolist())
+            kept = set(torch.nonzero(~pruned.whole())[:, 0].tolist())
             limit = METHODS["pruned"]["kept"][name]
             assert len(kept) == limit
             stay = {i for v, i in here[name].items() if there[name].get(v, limit) < limit}

@@ -9,7 +9,7 @@ It is the form in which vector quantisation (`lr2vq`, `pq`) is fine-tuned and se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
-from embcomp.backends.base import Backend, FollowedForm, MethodState
+from embcomp.backends.base import Backend, FollowedForm, FollowInputs
 from embcomp.backends.codebooks.bit_packing import (
     gather_bits,
     pack_bits,
     pack_parts,
     packed_bytes,
-    unpack_bits,
 )
 from embcomp.backends.codebooks.clustering import Codebooks, Latents, encode
 from embcomp.backends.codebooks.codewords_compiled import gather_codes, is_readable
+from embcomp.backends.codebooks.followed_codes import followed_codes
 from embcomp.backends.codebooks.subvectors import Decode, SubvectorLayout
 from embcomp.backends.codebooks.vector_quantized import (
     VectorQuantized,
@@ -39,14 +39,13 @@ from embcomp.backends.codebooks.vector_quantized import (
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
-from embcomp.layers.block_work import RowBlock, Work, row_blocks
+from embcomp.layers.block_work import RowBlock
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
 from embcomp.layers.row_exchange import RowPlaces
-from embcomp.layers.row_sources import RowSource, as_rows
+from embcomp.layers.row_sources import RowSource
 from embcomp.layers.shardable_buffers import HeldPart, ShardableBuffers
 from embcomp.tables.specs import TableSpec
 
@@ -96,16 +95,8 @@ class Coded(VectorQuantized):
         )
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        codes = _followed_codes(self, tables, earlier, earlier_tables, ids, work)
-        return FollowedForm(config=self, tensors={"route.codes": codes})
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
+        return FollowedForm(config=self, tensors={"route.codes": followed_codes(self, past)})
 
 
 class CodedRoute(ShardableBuffers):
@@ -312,83 +303,6 @@ def write_codes(config: Coded, latents: Latents, codebooks: Codebooks) -> RowSou
 
     sizes = [packed_bytes(codes_of(block), bits) for block in blocks]
     return latents.work.write("codes", packed, blocks, (sum(sizes),), torch.uint8, sizes=sizes)
-
-
-def _followed_codes(
-    config: Coded,
-    tables: Sequence[TableSpec],
-    earlier: MethodState,
-    earlier_tables: Sequence[TableSpec],
-    ids: Mapping[str, FollowedIds],
-    work: Work,
-) -> RowSource:
-    """The buffer of a `CodedRoute`: the codes that ids had, those of the mean row where they had none."""
-    layout, bits = config.layout(tables), config.bits
-    stored_as: dict[str, Tensor | RowSource] = {**earlier.tensors, **earlier.sources}
-    came = as_rows(stored_as["route.codes"])
-    sizes = [code_bytes(t.num_embeddings * layout.positions(t), bits) for t in earlier_tables]
-    stored = dict(zip([table.name for table in tables], came.split(sizes)))
-    parts: dict[str, tuple[Tensor, Tensor]] = {}
-    blocks = []
-    for n, (table, then) in enumerate(zip(tables, earlier_tables)):
-        packed, positions = stored[table.name].whole(), layout.positions(table)
-        mean = torch.zeros(positions, dtype=torch.int64)
-        if bool((ids[table.name].before < 0).any()):
-            whole = unpack_bits(packed, bits, then.num_embeddings * positions)
-            rows = whole.view(then.num_embeddings, positions)
-            mean = _codes_of_mean(config, tables, earlier, n, rows, ids[table.name].counts)
-        parts[table.name] = packed, mean
-        blocks += row_blocks(table.name, table.num_embeddings, positions)
-    lengths = {table.name: table.num_embeddings for table in tables}
-
-    def moved(block: RowBlock) -> Tensor:
-        packed, mean = parts[block.table]
-        before = ids[block.table].before[block.rows].unsqueeze(1)
-        places = before.clamp(min=0) * len(mean) + torch.arange(len(mean))
-        own = torch.where(before < 0, mean, gather_bits(packed, places, bits)).reshape(-1)
-        return pack_bits(torch.cat([own, own.new_zeros(codes_of(block) - len(own))]), bits)
-
-    def codes_of(block: RowBlock) -> int:
-        """A block's codes; those of a table end with a byte."""
-        positions = len(parts[block.table][1])
-        if block.stop < lengths[block.table]:
-            return len(block) * positions
-        return padded_codes(block.stop * positions, bits) - block.start * positions
-
-    own_sizes = [packed_bytes(codes_of(block), bits) for block in blocks]
-    shape = (sum(own_sizes),)
-    return work.write("followed-codes", moved, blocks, shape, torch.uint8, sizes=own_sizes)
-
-
-def _codes_of_mean(
-    config: Coded,
-    tables: Sequence[TableSpec],
-    earlier: MethodState,
-    place: int,
-    codes: Tensor,
-    counts: Tensor,
-) -> Tensor:
-    """(positions,) int64 the codewords nearest to a table's mean row, each id counted as it occurs.
-
-    Args:
-        config: the form.
-        tables: the group.
-        earlier: the form's tensors.
-        place: the table's place in the group.
-        codes: (num_embeddings, positions) int64 the codes of its ids.
-        counts: (num_embeddings,) float64.
-    """
-    layout = config.layout(tables)
-    physical = config.codebook_tables(tables)[layout.unit_of(place)]
-    words = earlier.rows(physical.name).whole().double().unflatten(0, (-1, config.codewords))
-    weights = counts if bool(counts.any()) else torch.ones_like(counts)
-    found = []
-    for position, book in enumerate(layout.places(place)):
-        shares = torch.zeros(config.codewords, dtype=torch.float64)
-        shares.index_add_(0, codes[:, position], weights)
-        mean = shares @ words[book] / weights.sum()
-        found.append(int((words[book] - mean).square().sum(1).argmin()))
-    return torch.tensor(found)
 
 
 def codebook_rows(

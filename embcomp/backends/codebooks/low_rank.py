@@ -22,6 +22,7 @@ from embcomp.backends.base import (
     Backend,
     BackendConfig,
     FollowedForm,
+    FollowInputs,
     MethodState,
     StageInputs,
 )
@@ -38,7 +39,6 @@ from embcomp.backends.full import Full, FullRoute, RangeCheck
 from embcomp.backends.stages import Stage
 from embcomp.io.constraints import Ge, Le
 from embcomp.layers.block_work import IN_MEMORY, RowBlock, Work, add_up, row_blocks
-from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.row_sources import ComputedRows, RowSource
 from embcomp.tables.budget import largest_int
 from embcomp.tables.footprint import Footprint
@@ -165,17 +165,8 @@ class LowRank(BackendConfig):
         return written(found, tables, past.work)
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        return FollowedForm(
-            config=self, moves={t.name: RowMove.of_ids(ids[t.name]) for t in tables}
-        )
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
+        return FollowedForm.with_row_of_each_id(self, past)
 
     @override
     def approximate(self, tables: Sequence[TableSpec], past: StageInputs) -> MethodState:

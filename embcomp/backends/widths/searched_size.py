@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from typing_extensions import Self, override
 
-from embcomp.backends.base import BackendConfig, FollowedForm, MethodState, full_table
+from embcomp.backends.base import BackendConfig, FollowedForm, FollowInputs, full_table
 from embcomp.backends.widths.width_space import WidthSpace, width_choices
 from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
-from embcomp.layers.block_work import Work
-from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.tables.footprint import Footprint, TensorFootprint, footprint_of
 from embcomp.tables.specs import PhysicalTable, TableSpec
 
@@ -126,17 +124,8 @@ class SearchedSize(BackendConfig):
         return min(full, self.target_bytes)
 
     @override
-    def follow_ids(
-        self,
-        tables: Sequence[TableSpec],
-        earlier: MethodState,
-        earlier_tables: Sequence[TableSpec],
-        ids: Mapping[str, FollowedIds],
-        work: Work,
-    ) -> FollowedForm:
-        return FollowedForm(
-            config=self, moves={t.name: RowMove.of_ids(ids[t.name]) for t in tables}
-        )
+    def follow_ids(self, past: FollowInputs) -> FollowedForm:
+        return FollowedForm.with_row_of_each_id(self, past)
 
     @override
     def largest_within(self, tables: Sequence[TableSpec], budget: int) -> Self | None:

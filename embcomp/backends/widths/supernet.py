@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from embcomp.backends.base import SearchContext
+from embcomp.backends.widths.fixed_rows import FixedRows
 from embcomp.backends.widths.gates_compiled import is_readable, norms_of
 from embcomp.backends.widths.masks import GroupColumns, WidthDraws
 from embcomp.backends.widths.threshold_gate import (
@@ -63,25 +64,23 @@ class Supernet(Penalised):
     ) -> None:
         super().__init__()
         owners = [n for n, table in enumerate(tables) for _ in table.feature_names]
-        sizes = [table.num_embeddings for table in tables]
         self._columns = GroupColumns([tables[owner].embedding_dim for owner in owners])
         self._tables = Constant(owners)
-        self._starts = Constant([sum(sizes[:owner]) for owner in owners])
         self._norm, self._alpha = norm, alpha
         self.names = names = [table.name for table in tables]
         self.thresholds = Thresholds(names) if gates else None
         self.norms = NormMeans(names) if gates else None
         self.draws = draws
-        self._fixed_rows: Tensor | None = None
+        self._fixed_rows: FixedRows | None = None
         self._fixed_widths: Tensor | None = None
 
-    def fix_rows(self, masks: Sequence[Tensor] | None) -> None:
+    def fix_rows(self, masks: Sequence[RowSource] | None) -> None:
         """In evaluation, let these rows pass instead of those above the thresholds.
 
         Args:
-            masks: for each table, (N,) bool; None goes back to the thresholds.
+            masks: for each table, (N,) bool, read by range; None goes back to the thresholds.
         """
-        self._fixed_rows = None if masks is None else torch.cat(list(masks))
+        self._fixed_rows = None if masks is None else FixedRows(masks)
 
     def fix_widths(self, widths: Sequence[int] | None) -> None:
         """In evaluation, cut the embeddings of each table to a width; None leaves them whole."""
@@ -101,8 +100,8 @@ class Supernet(Penalised):
         if self._fixed_rows is None:
             rows = self._gated(rows, looked_up)
         else:
-            passing = self._fixed_rows = self._fixed_rows.to(rows.device)
-            kept = passing[looked_up.ids() + self._starts.on(rows.device)]
+            tables = self._tables.on(rows.device)
+            kept = self._fixed_rows.pass_(looked_up.ids(), tables)
             rows = rows * self._columns.spread(kept)
         if self._fixed_widths is not None:
             widths = self._fixed_widths.to(rows.device)[self._tables.on(rows.device)]
@@ -139,9 +138,8 @@ class Supernet(Penalised):
         if self.thresholds is not None and (self.training or self._fixed_rows is None):
             return self._each_gated(parts, widths, looked_up)
         if not self.training and self._fixed_rows is not None:
-            passing = self._fixed_rows = self._fixed_rows.to(parts[0].device)
-            starts = self._starts.on(passing.device)
-            kept = [passing[ids + start] for ids, start in zip(looked_up.each_ids(), starts)]
+            tables, passing = self._tables.on(parts[0].device), self._fixed_rows
+            kept = [passing.pass_(ids, own) for ids, own in zip(looked_up.each_ids(), tables)]
             parts = [part * own.unsqueeze(1) for part, own in zip(parts, kept)]
         if widths is None:
             return list(parts)
@@ -221,7 +219,7 @@ class Trial:
 
     def fix_rows(self, masks: Mapping[str, RowSource]) -> None:
         """From now on these rows pass: for each table, (N,) bool."""
-        self._supernet.fix_rows([masks[name].whole() for name in self._supernet.names])
+        self._supernet.fix_rows([masks[name] for name in self._supernet.names])
 
     def score(self, widths: Widths, rows: int | None) -> float:
         """Of the tables at these widths, on so many search-validation rows or on all."""

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import polars as pl
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -31,52 +30,81 @@ from embcomp.collection.sourced import SourcedTables
 from embcomp.data_pipelines.frequencies import id_counts
 from embcomp.data_pipelines.schema import FIRST_ID, UNSEEN_ID, DatasetInfo
 from embcomp.errors import ConfigError
-from embcomp.layers.row_sources import ComputedRows, RowSource
+from embcomp.layers.block_work import rows_averaged
+from embcomp.layers.followed_ids import taken
+from embcomp.layers.kept_ids import KeptIds
+from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
 from embcomp.serving.artefact_folder import RewrittenDataset
+from embcomp.training.export.renumbered_vocabulary import RenumberedVocabulary
 
-_CHUNK = 1 << 16  # rows that are averaged together
+_CHUNK = 1 << 16  # ids that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renumbering:
-    """New ids of one feature.
+    """New ids of one feature, in 1.25 bits for each old one.
 
     Attributes:
-        kept: (new num_embeddings,) int64, the old id of each new one.
-        new: (old num_embeddings,) int64, the new id of each old one.
+        stays: the old ids that keep a row of their own, and those for missing and unseen values.
         weights: (old num_embeddings,) float64, what each old id counts in the row of id 1; zero
             for ids that keep a row of their own.
     """
 
-    kept: Tensor
-    new: Tensor
-    weights: Tensor
+    stays: KeptIds
+    weights: RowSource
 
     @classmethod
-    def of(cls, pruned: Tensor, counts: Tensor | None) -> Renumbering:
+    def of(cls, pruned: RowSource, counts: Tensor | None) -> Renumbering:
         """Number the ids that are left.
 
         Args:
             pruned: (num_embeddings,) bool.
             counts: (num_embeddings,) occurrences in the train split; None weighs all ids equally.
         """
-        ids = torch.arange(len(pruned))
-        stays = ~pruned
-        stays[: min(FIRST_ID, len(pruned))] = True
-        kept = ids[stays]
-        new = torch.full_like(ids, UNSEEN_ID)
-        new[kept] = torch.arange(len(kept))
-        merged = (~stays) | (ids == UNSEEN_ID)
-        traffic = torch.ones(len(ids)) if counts is None else counts
-        weights = torch.where(merged, traffic.double(), 0.0)
-        if not float(weights.sum()):
-            weights = merged.double()
-        return cls(kept=kept, new=new, weights=weights / weights.sum())
+
+        def is_left(start: int, stop: int) -> Tensor:
+            return ~pruned.read(start, stop) | (torch.arange(start, stop) < FIRST_ID)
+
+        stays = KeptIds.of(ComputedRows(pruned.shape, torch.bool, is_left, of=[pruned]))
+        return cls(stays=stays, weights=_weights(stays, counts))
+
+    @property
+    def size(self) -> int:
+        """How many ids are left."""
+        return len(self.stays)
 
     @property
     def dropped(self) -> int:
         """How many values leave the vocabulary."""
-        return len(self.new) - len(self.kept)
+        return self.stays.num_ids - self.size
+
+    def new_ids(self, old: Tensor) -> Tensor:
+        """(n,) int64 the new ids of old ones."""
+        places = self.stays.places(old.long())
+        return torch.where(places < 0, UNSEEN_ID, places)
+
+
+def _weights(stays: KeptIds, counts: Tensor | None) -> RowSource:
+    """What ids count in the row of those that leave; all of these alike where none occurs."""
+
+    def merged(start: int, stop: int) -> Tensor:
+        return ~stays.mask(start, stop) | (torch.arange(start, stop) == UNSEEN_ID)
+
+    def occurs(start: int, stop: int) -> Tensor:
+        found = torch.ones(stop - start) if counts is None else counts[start:stop]
+        return torch.where(merged(start, stop), found.double(), 0.0)
+
+    def own(start: int, stop: int) -> Tensor:
+        return occurs(start, stop) if traffic else merged(start, stop).double()
+
+    ranges = list(_ranges(stays.num_ids))
+    traffic = sum(float(occurs(*each).sum()) for each in ranges)
+    total = traffic or sum(float(own(*each).sum()) for each in ranges)
+    return ComputedRows((stays.num_ids,), torch.float64, lambda a, b: own(a, b) / total)
+
+
+def _ranges(count: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +126,7 @@ class Rewrite:
         values = sparse.values().clone()
         for key, low, high in _spans(sparse):
             if key in self.features:
-                values[low:high] = self.features[key].new[values[low:high].long()].to(values.dtype)
+                values[low:high] = self.features[key].new_ids(values[low:high]).to(values.dtype)
         return KeyedJaggedTensor(
             keys=sparse.keys(),
             values=values,
@@ -113,7 +141,7 @@ class Rewrite:
         lengths = sparse.lengths().view(len(sparse.keys()), -1).long()
         for n, (key, low, high) in enumerate(_spans(sparse)):
             if key in self.features:
-                changed = self.features[key].new[sparse.values()[low:high].long()] == UNSEEN_ID
+                changed = self.features[key].new_ids(sparse.values()[low:high]) == UNSEEN_ID
                 rows = torch.arange(len(stays)).repeat_interleave(lengths[n])
                 stays[rows[changed]] = False
         return stays
@@ -140,14 +168,16 @@ def rewrite_vocabulary(model: nn.Module, info: DatasetInfo) -> Rewrite:
         raise ConfigError("--rewrite-vocabulary: the model has no embedding tables")
     main = main.compact()
     counts = {name: torch.from_numpy(count) for name, count in id_counts(info).items()}
-    pruned: dict[str, Tensor] = {}
+    pruned: dict[str, Tensor | RowSource] = {}
     for each in main.states():
         pruned |= each.form.config.pruned_ids(each.tables, each.form)
     if not pruned:
         raise ConfigError(
             "--rewrite-vocabulary: no table has pruned rows, so there is nothing to drop"
         )
-    features = {name: Renumbering.of(mask, counts.get(name)) for name, mask in pruned.items()}
+    features = {
+        name: Renumbering.of(as_rows(mask), counts.get(name)) for name, mask in pruned.items()
+    }
     _check_vocabularies(info, features)
     rewritten = copy.copy(model)
     rewritten._modules = dict(model._modules)
@@ -177,7 +207,7 @@ def renumbered(
         features: the renumbering of single tables, by name.
     """
     configs = [
-        dataclasses.replace(config, num_embeddings=len(features[config.name].kept))
+        dataclasses.replace(config, num_embeddings=features[config.name].size)
         if config.name in features
         else config
         for config in collection.embedding_bag_configs()
@@ -210,7 +240,7 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
         ) from None
     tensors: dict[str, Tensor | RowSource] = {}
     for table in each.tables:
-        rows, place = form.rows(table.name), places[table.name]
+        rows, place = form.rows(table.name), as_rows(places[table.name])
         renumbering = features.get(table.name)
         if renumbering is None:
             tensors[f"rows.{table.name}"] = rows
@@ -220,48 +250,65 @@ def _renumbered_form(each: GroupState, features: Mapping[str, Renumbering]) -> G
     return GroupState(tables=each.tables, form=whole)
 
 
-def _moved(rows: RowSource, place: Tensor, renumbering: Renumbering) -> RowSource:
+def _moved(rows: RowSource, place: RowSource, renumbering: Renumbering) -> RowSource:
     """A table's rows in the order of the new ids, the mean of what is dropped in that of id 1."""
     unseen = _mean_row(rows, place, renumbering.weights)
 
     def read(start: int, stop: int) -> Tensor:
-        found = _taken(rows, place[renumbering.kept[start:stop]])
+        found = taken(rows, _of_rising(place, renumbering.stays.ids(start, stop)))
         if start <= UNSEEN_ID < stop:
             found[UNSEEN_ID - start] = unseen
         return found
 
-    return ComputedRows((len(renumbering.kept), rows.shape[1]), rows.dtype, read, of=[rows])
+    return ComputedRows((renumbering.size, rows.shape[1]), rows.dtype, read, of=[rows])
 
 
-def _taken(rows: RowSource, places: Tensor) -> Tensor:
-    """Rows by their numbers, in any order and perhaps several times; a copy."""
-    ids, back = torch.unique(places, return_inverse=True)
-    return rows.take(ids)[back]
+def _of_rising(numbers: RowSource, ids: Tensor) -> Tensor:
+    """What numbers are of some ids, which rise; read in ranges, whatever lies between them."""
+    found, done = [numbers.read(0, 0)], 0
+    while done < len(ids):
+        first = int(ids[done])
+        end = int(torch.searchsorted(ids, first + _CHUNK))
+        own = ids[done:end]
+        found.append(numbers.read(first, int(own[-1]) + 1)[own - first])
+        done = end
+    return torch.cat(found)
 
 
-def _mean_row(rows: RowSource, place: Tensor, weights: Tensor) -> Tensor:
-    ids = torch.nonzero(weights)[:, 0]
+def _mean_row(rows: RowSource, place: RowSource, weights: RowSource) -> Tensor:
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for part in ids.split(_CHUNK):
-        total += weights[part] @ _taken(rows, place[part]).double()
+    for ids, own in _weighted(weights, rows_averaged(rows)):
+        total += own @ taken(rows, _of_rising(place, ids)).double()
     return total.to(rows.dtype)
+
+
+def _weighted(weights: RowSource, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The ids that weigh something and what they weigh, so many at a time."""
+    ids = torch.empty(0, dtype=torch.int64)
+    own = torch.empty(0, dtype=torch.float64)
+    for start, stop in _ranges(len(weights)):
+        found = weights.read(start, stop)
+        places = found.nonzero()[:, 0]
+        ids, own = torch.cat([ids, places + start]), torch.cat([own, found[places]])
+        while len(ids) >= at_once:
+            yield ids[:at_once], own[:at_once]
+            ids, own = ids[at_once:], own[at_once:]
+    if len(ids):
+        yield ids, own
 
 
 def _dataset(
     info: DatasetInfo, features: Mapping[str, Renumbering], counts: Mapping[str, Tensor]
 ) -> RewrittenDataset:
     changed = info.model_copy(deep=True)
-    vocabularies: dict[str, pl.DataFrame] = {}
+    vocabularies: dict[str, Callable[[Path], None]] = {}
     for feature in changed.categorical:
         renumbering = features.get(feature.name)
         if renumbering is None:
             continue
-        new = renumbering.new.numpy()
-        path = info.folder / feature.vocabulary
-        frame = pl.DataFrame(pq.read_table(path, page_checksum_verification=True))
-        ids = pl.Series("id", new[frame["id"].to_numpy()].astype(np.int32))
-        vocabularies[feature.name] = frame.with_columns(ids).filter(pl.col("id") >= FIRST_ID)
-        values, size = vocabularies[feature.name].height, len(renumbering.kept)
+        vocabulary = RenumberedVocabulary(info.folder / feature.vocabulary, renumbering.new_ids)
+        vocabularies[feature.name] = vocabulary.write
+        values, size = vocabulary.values(), renumbering.size
         if feature.room is not None:
             # Both at once, as each alone would contradict the other.
             feature.__dict__.update(num_embeddings=size, room=size - FIRST_ID - values)
@@ -276,8 +323,21 @@ def _dataset(
 
 
 def _quantiles(old: Mapping[str, int], counts: Tensor, renumbering: Renumbering) -> dict[str, int]:
-    merged = torch.zeros(len(renumbering.kept), dtype=torch.int64)
-    merged.index_add_(0, renumbering.new, counts.to(torch.int64))
-    shares = (merged.cumsum(0).double() / max(1, int(merged.sum()))).numpy()
-    last = len(renumbering.kept) - 1
-    return {share: min(last, int(np.searchsorted(shares, float(share)))) for share in old}
+    """For each share, the first new id up to which so much of the traffic goes."""
+    stays = renumbering.stays
+    total = left = 0
+    for start, stop in _ranges(stays.num_ids):
+        own = counts[start:stop].to(torch.int64)
+        total += int(own.sum())
+        left += int(own[~stays.mask(start, stop)].sum())
+    found, before = dict.fromkeys(old, 0), 0
+    for start, stop in _ranges(stays.num_ids):
+        own = counts[start:stop].to(torch.int64)[stays.mask(start, stop)]
+        if start <= UNSEEN_ID < stop:
+            own[UNSEEN_ID - start] += left
+        reached = own.cumsum(0) + before
+        shares = (reached.double() / max(1, total)).numpy()
+        for share in old:
+            found[share] += int(np.searchsorted(shares, float(share)))
+        before += int(own.sum())
+    return {share: min(renumbering.size - 1, place) for share, place in found.items()}

@@ -23,7 +23,6 @@ from embcomp.collection.group_states import GroupState
 from embcomp.collection.plan_document import plan_to_document
 from embcomp.data_pipelines.frequencies import counted_features, fill_counts
 from embcomp.data_pipelines.schema import DatasetInfo
-from embcomp.io.mapped_arrays import zeros_in_file
 from embcomp.layers.block_work import Work
 from embcomp.layers.row_sources import RowSource
 from embcomp.planning.stage_order import StagedGroup, check_apart_now
@@ -35,6 +34,7 @@ from embcomp.training.files.run_checksums import write_checked
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.reporting.stage_result import read_stage_result
 from embcomp.training.stages.folder_work import FolderWork
+from embcomp.training.stages.id_files import mapped_numbers
 from embcomp.training.stages.left_model import LeftModel, path_of
 from embcomp.training.stages.other_run import of_another_run
 from embcomp.training.stages.run_context import RunContext
@@ -67,26 +67,18 @@ def counts_of(info: DatasetInfo, folder: Path, work: Work) -> dict[str, Tensor]:
         work: counts a table on one rank.
     """
     features = {feature.name: feature for feature in counted_features(info)}
-    places = {name: folder / _COUNTS / f"{n}.counts" for n, name in enumerate(features)}
 
-    def count(name: str) -> dict[str, Tensor]:
-        with places[name].open("w+b") as file:
-            rows = features[name].num_embeddings
-            counts = zeros_in_file(file, rows, f"how often ids of {name!r} occur")
+    def count(name: str, counts: np.ndarray) -> dict[str, Tensor]:
         fill_counts(info, features[name], counts)
-        assert isinstance(counts, np.memmap)
-        counts.flush()  # where ranks of other hosts read it
         return {}
 
-    for _ in work.map(_COUNTS, count, list(features)):
-        pass
-    # Shared with the file: a private mapping counts as this process's own memory, though it is read only.
-    return {
-        name: torch.from_file(
-            str(path), shared=True, size=features[name].num_embeddings, dtype=torch.int64
-        )
-        for name, path in places.items()
-    }
+    sizes = {name: feature.num_embeddings for name, feature in features.items()}
+    return mapped_numbers(_COUNTS, sizes, count, folder, work)[0]
+
+
+def handover_memory(run: RunContext) -> int:
+    """Bytes that a rank may hold beside its shards while tables are handed on."""
+    return parse_budget(run.config.train.handover_memory, name="train.handover_memory")
 
 
 def work_in(folder: Path, run: RunContext, process: Process, console: RunConsole) -> FolderWork:
@@ -98,7 +90,7 @@ def work_in(folder: Path, run: RunContext, process: Process, console: RunConsole
         process: the process group; all ranks call this.
         console: what a person sees.
     """
-    memory = parse_budget(run.config.train.handover_memory, name="train.handover_memory")
+    memory = handover_memory(run)
     label = f"{folder.parent.name}, hand-over"
     return FolderWork(folder, process, memory, WorkProgress(label, console.say))
 

@@ -14,20 +14,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embcomp.backends.base import MethodState
+from embcomp.backends.base import FollowInputs, MethodState
 from embcomp.collection.collection import CompressedEmbeddingBagCollection
 from embcomp.collection.group_states import GroupState
 from embcomp.collection.groups import Group
 from embcomp.collection.plan import ResolvedPlan
 from embcomp.collection.plan_document import plan_to_document
-from embcomp.data_pipelines.frequencies import id_counts
-from embcomp.data_pipelines.schema import UNSEEN_ID, DatasetInfo
+from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.errors import ConfigError
 from embcomp.layers.block_work import NamedWork, Work
 from embcomp.layers.followed_ids import FollowedIds, RowMove
@@ -39,15 +38,13 @@ from embcomp.training.files.checkpoint_rows import CheckpointTensors
 from embcomp.training.files.run_checksums import read_checked, write_checked
 from embcomp.training.reporting.console import RunConsole
 from embcomp.training.run_folder import RunFolder
-from embcomp.training.stages.handover import work_in
+from embcomp.training.stages.followed_tables import followed_tables
+from embcomp.training.stages.handover import handover_memory, work_in
 from embcomp.training.stages.left_model import LeftModel, path_of
 from embcomp.training.stages.loading import best_checkpoint
 from embcomp.training.stages.other_run import check_same_features, check_same_model
 from embcomp.training.stages.run_context import RunContext
 from embcomp.training.stages.start_files import remove_the_rest, stored_in_pieces, write_index
-
-if TYPE_CHECKING:
-    from embcomp.data_pipelines.followed_values import FollowedValues
 
 KEY = "train.warm_start"
 
@@ -111,6 +108,7 @@ def check_warm_start(run: RunContext) -> None:
         (earlier.first_order, run.schedule.first_order),
     ):
         _check_same_methods(source, there, here)
+    memory = handover_memory(run)
     for plan in (earlier.plan, earlier.first_order):
         for method, tables in [] if plan is None else plan.groups:
             if not method.can_follow():
@@ -122,7 +120,9 @@ def check_warm_start(run: RunContext) -> None:
                 )
             if method.needs_same_numbers:
                 for table in tables:
-                    _check_numbers(source, method.name, table.name, earlier.run.info, run.info)
+                    _check_numbers(
+                        source, method.name, table.name, earlier.run.info, run.info, memory
+                    )
 
 
 def _check_same_methods(source: str, there: ResolvedPlan | None, here: ResolvedPlan | None) -> None:
@@ -148,7 +148,7 @@ def _shown(method: Any) -> str:
 
 
 def _check_numbers(
-    source: str, method: str, name: str, earlier: DatasetInfo, info: DatasetInfo
+    source: str, method: str, name: str, earlier: DatasetInfo, info: DatasetInfo, memory: int
 ) -> None:
     hashed = [
         each.is_hashed for data in (earlier, info) for each in data.categorical if each.name == name
@@ -160,22 +160,16 @@ def _check_numbers(
             f"{KEY}: ids of {name!r} are hashes of its values in one of {earlier.folder} and "
             f"{info.folder} only"
         )
-    values = _follow_values(earlier, info, name)
-    own = values.before >= 0
-    moved = int((values.before[own] != own.nonzero()[0]).sum())
+    # Here, as no other training reads vocabularies, and polars takes 20 MiB and a while.
+    from embcomp.data_pipelines.followed_values import moved_values
+
+    moved = moved_values(earlier, info, name, memory)
     if moved:
         raise ConfigError(
             f"{KEY}: {method} finds rows of table {name!r} by ids, and {moved:,} of the values that "
             f"{source} knew have other ids in {info.folder}; number them as before: embcomp prepare "
             f"... --extend {earlier.folder}"
         )
-
-
-def _follow_values(earlier: DatasetInfo, info: DatasetInfo, name: str) -> FollowedValues:
-    # Here, as no other training reads vocabularies, and polars takes 20 MiB and a while.
-    from embcomp.data_pipelines.followed_values import follow_values
-
-    return follow_values(earlier, info, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +234,7 @@ def prepare_warm_start(run: RunContext, process: Process, console: RunConsole) -
         earlier = _Earlier.of(source)
         tables = _Tables(earlier, run)
         with work_in(place.start, run, process, console) as work:
-            begun, tensors = tables.start(work)
+            begun, tensors = tables.start(place.start, work)
         with work_in(place.start_optimizer, run, process, console) as work:
             states = stored_in_pieces(tables.optimizer_states(), work)
         if process.is_main:
@@ -275,20 +269,25 @@ class _Tables:
         self._folder = best_checkpoint(theirs)
         unsharded = theirs.build(torch.device("meta"), earlier.plan)
         self._left = LeftModel.in_folder(self._folder, unsharded)
-        counts = id_counts(theirs.info)
-        self._values: dict[str, FollowedValues] = {}
         self._ids: dict[str, FollowedIds] = {}
-        for feature in run.info.categorical:
-            if feature.is_hashed:  # which has the id that it had
-                continue
-            values = _follow_values(theirs.info, run.info, feature.name)
-            self._values[feature.name] = values
-            self._ids[feature.name] = _followed(values, torch.from_numpy(counts[feature.name]))
+        self._changes: Mapping[str, Mapping[str, float]] = {}
         self._moves: dict[str, RowMove] = {}  # by the names that physical rows have in the model
 
-    def start(self, work: Work) -> tuple[ResolvedPlan | None, dict[str, Any]]:
-        """The plan of today's tables, and every tensor of the model that begins."""
+    def start(self, folder: Path, work: Work) -> tuple[ResolvedPlan | None, dict[str, Any]]:
+        """The plan of today's tables, and every tensor of the model that begins.
+
+        Args:
+            folder: the work's.
+            work: does what is to be done for every id.
+        """
         checked_by_ranks(self._folder, work)
+        self._ids, self._changes = followed_tables(
+            self._earlier.run.info,
+            self._run.info,
+            folder=folder,
+            work=work,
+            memory=handover_memory(self._run),
+        )
         tensors: dict[str, Any] = {}
         followed: dict[str, list[GroupState]] = {}
         plans: dict[str, ResolvedPlan | None] = {}
@@ -337,15 +336,17 @@ class _Tables:
         tables = [table for table in by_name(here.tables) if table.name in names]
         earlier = by_name(each.tables)
         ids = {table.name: self._ids[table.name] for table in tables if table.name in self._ids}
-        config = each.form.config
-        found = config.follow_ids(
-            tables, each.form, earlier, ids, NamedWork(work, f"{label}-{names[0]}")
+        own_work = NamedWork(work, f"{label}-{names[0]}")
+        found = each.form.config.follow_ids(
+            FollowInputs(
+                tables=tables, before=each.form, tables_before=earlier, ids=ids, work=own_work
+            )
         )
         came: dict[str, Tensor | RowSource] = {**each.form.tensors, **each.form.sources}
         came |= found.tensors
         group, path = self._group_of(names[0], label)
         for physical, move in found.moves.items():
-            came[f"rows.{physical}"] = move.moved(each.form.rows(physical))
+            came[f"rows.{physical}"] = move.moved(each.form.rows(physical), own_work, physical)
             self._moves[f"{path}.{group.rows_name(physical)}"] = move
         return GroupState(tables=tables, form=MethodState.of(found.config, came))
 
@@ -376,34 +377,7 @@ class _Tables:
         steps = int(read_state(self._folder)["step"]) + (0 if before is None else before.steps)
         source = self._run.config.train.warm_start
         assert source is not None
-        tables = {
-            name: {
-                "kept": each.kept,
-                "new": each.new,
-                "retired": each.retired,
-                "kept_share": each.kept_share,
-                "new_share": each.new_share,
-            }
-            for name, each in self._values.items()
-        }
-        return WarmStart(source=source, steps=steps, tables=tables)
-
-
-def _followed(values: FollowedValues, counts: Tensor) -> FollowedIds:
-    """A table's ids: new values begin as what stood for all values that training did not know.
-
-    That is id 1, where it was trained; else they begin with the mean row.
-    """
-    before = torch.from_numpy(values.before)
-    fresh = before < 0
-    if float(counts[UNSEEN_ID]) > 0:
-        before = torch.where(fresh, UNSEEN_ID, before)
-    return FollowedIds(
-        before=before,
-        fresh=fresh,
-        has_value=torch.from_numpy(values.has_value),
-        counts=counts.to(torch.float64),
-    )
+        return WarmStart(source=source, steps=steps, tables=self._changes)
 
 
 def _is_of(state: str, rows: str) -> bool:
