@@ -72,12 +72,12 @@ class ProjectedRows(nn.Module):
         """For each (table, feature), the matrix."""
         found: list[Tensor | None] = []
         for table in self._tables:
-            weight = None
-            if table.has_matrix:
-                weight = self.projections[part_name("table", table.name)].weight
-                assert isinstance(weight, Tensor)
-                weight = weight.detach()
-            found.append(weight)
+            if not table.has_matrix:
+                found.append(None)
+                continue
+            weight = self.projections[part_name("table", table.name)].weight
+            assert isinstance(weight, Tensor)
+            found.append(weight.detach())
         return found
 
     @override
