@@ -294,14 +294,16 @@ class AdaptRoute(nn.Module):
         private_rows = {table.name: table.rows for table in private.tables}
         self._first_shared = Constant([private_rows.get(owner, 0) for owner in owners])
         self._salts, self._shared = Constant(salts), Constant(shared)
+        self._constants = Constant.stacked(
+            self._places, self._first_shared, self._salts, self._shared
+        )
         self._hashes = any(shared)
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         features = self.check(features)
         self.private.ensure_filled()
-        wanted = (self._places, self._first_shared, self._salts, self._shared)
-        ids, (places, first, salts, shared) = beside_ids(features, wanted)
+        ids, (places, first, salts, shared) = beside_ids(features, self._constants)
         rows = hash_rows(ids, salts, shared).add_(first) if self._hashes else None
         if self.private.tables:
             own = self.private.rows_of(ids, places)

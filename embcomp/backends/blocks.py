@@ -27,13 +27,14 @@ from embcomp.backends.base import Backend, BackendConfig, FollowedForm, FollowIn
 from embcomp.backends.full import RangeCheck
 from embcomp.errors import ConfigError
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.derived_tensors import Derived
 from embcomp.layers.followed_ids import FollowedIds, RowMove
 from embcomp.layers.frequency_blocks import block_ranges, check_cuts
 from embcomp.layers.fused_lookups import FusedEmbedding, FusedRoutes, PlacedRow, RowWithin
 from embcomp.layers.id_counts import check_ranked
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, beside_ids, renamed
 from embcomp.layers.row_sources import ComputedRows
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -287,8 +288,9 @@ class BlockRoute(nn.Module):
         self.check = check
         self._keys = list(keys)
         self.copies = RepeatFeatures(keys, sources)
-        self._lows = Constant([low for low, _ in ranges])
-        self._sizes = Constant([high - low for low, high in ranges])
+        self._constants = Constant.stacked(
+            Constant([low for low, _ in ranges]), Constant([high - low for low, high in ranges])
+        )
         self._ranges = list(ranges)
 
     def fused_routes(self) -> FusedRoutes:
@@ -303,13 +305,8 @@ class BlockRoute(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         features = self.check(features)
         copies = self.copies(features)
-        ids = copies.values()
-        lows, sizes = self._lows.on(ids.device), self._sizes.on(ids.device)
-        count = common_count(copies)
-        if count is None:
-            rows, sizes = ids - per_value(lows, copies), per_value(sizes, copies)
-        else:
-            rows, sizes = ids.view(len(self._keys), count) - lows[:, None], sizes[:, None]
+        ids, (lows, sizes) = beside_ids(copies, self._constants)
+        rows = ids - lows
         rows.masked_fill_(rows >= sizes, -1)  # ids before the block are negative already
         return renamed(copies, self._keys, rows.view(-1))
 
@@ -347,6 +344,7 @@ class SpreadColumns(LearnedBuffers):
         self._picked = Constant([n for first, count in pairs for n in range(first, first + count)])
         self._offsets = Constant([s for s, (_, count) in zip(starts, pairs) for _ in range(count)])
         self._total = total
+        self._places = Derived()
         self._pairs = list(pairs)
         self._dims = [end - start for start, end in zip(starts, [*starts[1:], total])]
         self.store_in_parts("columns", tables)
@@ -374,9 +372,17 @@ class SpreadColumns(LearnedBuffers):
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths) -> (B, sum of dims)
         self.ensure_filled()
-        picked = self._picked.on(rows.device)
-        places = self.columns.index_select(0, picked).long() + self._offsets.on(rows.device)
+        if torch.compiler.is_compiling():
+            places = self._output_columns()
+        else:
+            places = self._places.of([self.columns], self._output_columns)
         return rows.new_zeros(rows.shape[0], self._total).index_add(1, places, rows)
+
+    def _output_columns(self) -> Tensor:
+        """(sum of widths that come,) int64 where each column belongs."""
+        device = self.columns.device
+        picked = self.columns.index_select(0, self._picked.on(device))
+        return picked.long() + self._offsets.on(device)
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""

@@ -242,7 +242,7 @@ class CCE(SizedByRows):
             first = start * parts * bits // 8
             stream = codes.read(first, stream_bytes(stop * parts, bits))
             begins = torch.arange(start * parts, stop * parts) * bits - 8 * first
-            own = gather_codes(stream, begins.view(-1, parts), torch.tensor(bits), bits)
+            own = gather_codes(stream, begins.view(-1, parts), (1 << bits) - 1, bits)
             ids = torch.arange(start, stop).unsqueeze(1)
             hashed = hash_rows(ids, salts, torch.tensor(count))
             return (
@@ -363,8 +363,7 @@ class ClusteredRoute(MappedRoute):
         num_rows: Sequence[int],
     ) -> None:
         super().__init__(keys, tables, check, side_by_side=True)
-        self._salts, self._hashed_firsts = Constant(salts), Constant(firsts)
-        self._num_rows = Constant(num_rows)
+        self._hashes = Constant.stacked(Constant(salts), Constant(firsts), Constant(num_rows))
 
     @override
     def fused_routes(self) -> None:
@@ -374,8 +373,6 @@ class ClusteredRoute(MappedRoute):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(self.check(features))
         coded = self.coded_rows(copies).squeeze(-1)
-        ids, (salts, firsts, num_rows) = beside_ids(
-            copies, (self._salts, self._hashed_firsts, self._num_rows)
-        )
+        ids, (salts, firsts, num_rows) = beside_ids(copies, self._hashes)
         hashed = hash_rows(ids, salts, num_rows).add_(firsts)
         return widened(copies, self._keys, torch.stack((coded, hashed), dim=-1), 2)

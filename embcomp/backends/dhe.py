@@ -40,6 +40,7 @@ from embcomp.io.constraints import Ge, Le
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.host_values import reads_wait
+from embcomp.layers.joined_matrices import StackedParameters, joins
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import renamed
@@ -50,6 +51,7 @@ from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformIni
 _LEAST_HASHES, _MOST_HASHES = 32, 1024
 _LEVELS = 1 << 24  # of a hash: as many as float32 tells apart
 _WIDEST = 1 << 16
+_MOST_INPUTS = 1 << 25  # hashes of all tables that are held at once, 8 bytes each
 # Of a rectified standard normal number.
 _RECTIFIED_MEAN = 1 / sqrt(2 * pi)
 _RECTIFIED_STD = sqrt(0.5 - 0.5 / pi)
@@ -186,16 +188,26 @@ class DecodedHashes(nn.Module):
         self.networks = nn.ModuleDict(
             {part_name("table", name): network for name, network in networks.items()}
         )
+        owners = [name for name, _ in pairs]
+        count = len(owners) // len(networks)
+        alike = owners == [name for name in networks for _ in range(count)]
+        is_one_shape = len({dim for _, dim in pairs}) == 1
+        self._joined = JoinedNetworks() if alike and is_one_shape else None
 
     @override
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of dims) -> (R, sum of dims)
+        if self._joined is not None and joins(rows, list(self.parameters())):
+            return rows + self._joined(self._own(), looked_up.ids()).to(rows.dtype)
         parts = rows.split([dim for _, dim in self._pairs], dim=1)
         return torch.cat(self._decoded(parts, looked_up.ids().unbind(1)), dim=1)
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
         return self._decoded(parts, looked_up.each_ids())
+
+    def _own(self) -> list[HashNetwork]:
+        return [own for own in self.networks.values() if isinstance(own, HashNetwork)]
 
     def _decoded(self, parts: Sequence[Tensor], ids: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -217,8 +229,7 @@ class HashNetwork(nn.Module):
     def __init__(self, table: str, widths: Sequence[int], *, std: float, seed: int) -> None:
         super().__init__()
         self._std = std
-        self._salts = Constant([table_salt(seed, table, place) for place in range(widths[0])])
-        self._levels = Constant([_LEVELS])
+        self.salts = Constant([table_salt(seed, table, place) for place in range(widths[0])])
         self._layers = len(widths) - 1
         for n, (came, made) in enumerate(pairwise(widths)):
             self.register_parameter(f"weight_{n}", nn.Parameter(torch.empty(came, made)))
@@ -226,7 +237,8 @@ class HashNetwork(nn.Module):
                 self.register_parameter(f"bias_{n}", nn.Parameter(torch.empty(made)))
         self.reset_parameters()
 
-    def _weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def weights(self) -> Iterator[tuple[nn.Parameter, nn.Parameter | None]]:
+        """Each layer's matrix, and its vector where it has one."""
         own = dict(self.named_parameters())
         for n in range(self._layers):
             yield own[f"weight_{n}"], own.get(f"bias_{n}")
@@ -234,7 +246,7 @@ class HashNetwork(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Layers that keep the scale of standard inputs, the last one that of fresh embeddings."""
-        for n, (weight, bias) in enumerate(self._weights()):
+        for n, (weight, bias) in enumerate(self.weights()):
             if weight.is_meta:
                 return
             last = n == self._layers - 1
@@ -252,14 +264,51 @@ class HashNetwork(nn.Module):
 
     def _decoded(self, ids: Tensor) -> Tensor:
         found = self._encoded(ids)
-        for n, (weight, bias) in enumerate(self._weights()):
+        for n, (weight, bias) in enumerate(self.weights()):
             if n:
                 found = (found.relu() - _RECTIFIED_MEAN) / _RECTIFIED_STD
             found = found @ weight if bias is None else torch.addmm(bias, found, weight)
         return found
 
     def _encoded(self, ids: Tensor) -> Tensor:
-        """(N, hashes) float32, uniform with mean 0 and deviation 1 over ids."""
-        salts, levels = self._salts.on(ids.device), self._levels.on(ids.device)
-        hashes = hash_rows(ids.unsqueeze(1), salts, levels)
-        return (hashes.float() + 0.5) * (2 * sqrt(3) / _LEVELS) - sqrt(3)
+        return encoded(ids.unsqueeze(1), self.salts.on(ids.device))
+
+
+def encoded(ids: Tensor, salts: Tensor) -> Tensor:
+    """Hashes of ids as inputs: float32 of the shape that both broadcast to, of mean 0 and deviation 1."""
+    hashes = hash_rows(ids, salts, _LEVELS)
+    return (hashes.float() + 0.5) * (2 * sqrt(3) / _LEVELS) - sqrt(3)
+
+
+class JoinedNetworks:
+    """Networks of one shape, evaluated together."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[int, tuple[StackedParameters, StackedParameters]] = {}
+
+    def __call__(self, networks: Sequence[HashNetwork], ids: Tensor) -> Tensor:
+        """(R, sum of dims) float32.
+
+        Args:
+            networks: one for each table.
+            ids: (R, keys) int64, as many keys for each table.
+        """
+        widest = max(weight.shape[0] for weight, _ in networks[0].weights())
+        parts = ids.split(max(1, _MOST_INPUTS // (widest * ids.shape[1])))
+        found = [self._decoded(networks, part) for part in parts]
+        return torch.cat(found) if parts[1:] else found[0]
+
+    def _decoded(self, networks: Sequence[HashNetwork], ids: Tensor) -> Tensor:
+        each = ids.t().reshape(len(networks), -1, 1)  # (tables, own keys * R, 1)
+        salts = torch.stack([network.salts.on(ids.device) for network in networks])
+        found = encoded(each, salts.unsqueeze(1))
+        for n, own in enumerate(zip(*(network.weights() for network in networks))):
+            if n:
+                found = (found.relu() - _RECTIFIED_MEAN) / _RECTIFIED_STD
+            weights, biases = self._stacks.setdefault(n, (StackedParameters(), StackedParameters()))
+            weight, bias = weights.of([w for w, _ in own]), [b for _, b in own if b is not None]
+            if bias:
+                found = torch.baddbmm(biases.of(bias).unsqueeze(1), found, weight)
+            else:
+                found = torch.bmm(found, weight)
+        return found.view(*ids.t().shape, -1).transpose(0, 1).flatten(1)

@@ -31,7 +31,7 @@ from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import FusedRoutes, HashedBeyond, RowWithin
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.id_counts import check_ranked
-from embcomp.layers.routing import common_count, per_value
+from embcomp.layers.routing import beside_ids
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
 
@@ -129,9 +129,9 @@ class DoubleHashRoute(nn.Module):
     ) -> None:
         super().__init__()
         self._keys = list(keys)
-        flat = [salt for pair in salts for salt in pair]
-        self._salts = Constant(flat, (len(keys), 2))
-        self._private, self._shared = Constant(private), Constant(shared)
+        self._constants = Constant.stacked(
+            *(Constant(each) for each in zip(*salts)), Constant(private), Constant(shared)
+        )
         self._fused = FusedRoutes(
             by_key={
                 key: [
@@ -149,17 +149,8 @@ class DoubleHashRoute(nn.Module):
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        ids = features.values().to(torch.int64)
-        salts, private, shared = (
-            c.on(ids.device) for c in (self._salts, self._private, self._shared)
-        )
-        count = common_count(features)
-        if count is None:
-            places = per_value(torch.arange(len(self._keys), device=ids.device), features)
-            rows = _rows(ids, salts[places], private[places], shared[places])
-        else:
-            square = ids.view(len(self._keys), count)
-            rows = _rows(square, salts[:, None], private[:, None], shared[:, None])
+        ids, own = beside_ids(features, self._constants)
+        rows = _rows(ids, own[:2], private=own[2], shared=own[3])
         weights = features.weights_or_none()
         return KeyedJaggedTensor(
             keys=self._keys,
@@ -171,17 +162,20 @@ class DoubleHashRoute(nn.Module):
         )
 
 
-def _rows(ids: Tensor, salts: Tensor, private: Tensor, shared: Tensor) -> Tensor:
+def _rows(ids: Tensor, salts: Tensor, *, private: Tensor, shared: Tensor) -> Tensor:
     """The two rows of each id; of a private one the second is -1, for none.
 
     Args:
         ids: int64, of any shape.
-        salts: broadcastable to the shape of ids and 2.
+        salts: two, broadcastable to ids each.
         private: broadcastable to ids.
         shared: broadcastable to ids.
+
+    Returns:
+        (*ids.shape, 2) int64.
     """
-    first = private.unsqueeze(-1)
-    hashed = hash_rows(ids.unsqueeze(-1), salts, shared.unsqueeze(-1)).add_(first)
-    is_private = ((ids >= 0) & (ids < private)).unsqueeze(-1)
-    own = torch.stack((ids, torch.full_like(ids, -1)), dim=-1)
-    return torch.where(is_private, own, hashed)
+    first, second = hash_rows(ids, salts, shared).add_(private)
+    is_private = (ids >= 0) & (ids < private)
+    return torch.stack(
+        (torch.where(is_private, ids, first), torch.where(is_private, -1, second)), dim=-1
+    )

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.derived_tensors import Derived
 from embcomp.layers.learned_buffers import LearnedBuffers
 
 LARGEST_ID = 2**31 - 1
@@ -70,7 +71,7 @@ class PrivateIds(LearnedBuffers):
         own = [(table.name, table.rows) for table in self.tables]
         self.store_in_parts("ids", own)
         self.register_buffer("ids", torch.zeros(self._row_starts[-1], dtype=torch.int32))
-        self._keys: tuple[Tensor, int, Tensor] | None = None
+        self._keys = Derived()
         if adapts:
             self.store_in_parts("rows", own)
             self.register_buffer("rows", torch.zeros(self._row_starts[-1], dtype=torch.int32))
@@ -103,7 +104,7 @@ class PrivateIds(LearnedBuffers):
         if torch.compiler.is_compiling():
             at, found = self._bisected(ids, places)
         else:
-            keys, most = self._all_keys(), len(self.ids) - 1
+            keys, most = self._keys.of([self.ids], self._all_keys), len(self.ids) - 1
             may = (ids >= 0) & (ids < LARGEST_ID) & (places >= 0)
             wanted = torch.where(may, ids + places.bitwise_left_shift(_BITS), -1)
             at = torch.searchsorted(keys, wanted).clamp_(max=most)
@@ -113,17 +114,11 @@ class PrivateIds(LearnedBuffers):
 
     def _all_keys(self) -> Tensor:
         """(private rows,) int64 the ids with their tables before them, rising."""
-        # Followed by version, as checkpoints are read into the buffer without asking this module.
-        version = 0 if self.ids.is_inference() else self.ids._version
-        if self._keys is not None and self._keys[0] is self.ids and self._keys[1] == version:
-            return self._keys[2]
         starts = self._starts.on(self.ids.device)
         places = torch.arange(len(self.tables), device=self.ids.device).repeat_interleave(
             starts.diff(), output_size=self.ids.shape[0]
         )
-        keys = self.ids.long() + places.bitwise_left_shift(_BITS)
-        self._keys = (self.ids, version, keys)
-        return keys
+        return self.ids.long() + places.bitwise_left_shift(_BITS)
 
     def _bisected(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Where ids stand in `ids`, and whether they do, in operations that every exporter knows.

@@ -41,7 +41,7 @@ from embcomp.layers.fused_lookups import (
     side_by_side,
 )
 from embcomp.layers.lookup_context import LookupContext
-from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, beside_ids, common_count, per_value, renamed
 from embcomp.layers.row_sources import ComputedRows
 from embcomp.tables.budget import largest_int
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
@@ -228,6 +228,12 @@ class TwoKeysRoute(nn.Module):
         self._keys = list(keys)
         self._divisor = divisor
         self._quotients = Constant(quotients)
+        count = len(quotients)
+        self._constants = Constant.stacked(  # a row is `first + id // divisor % rows`
+            Constant([1 << 62, divisor] * count),
+            Constant([divisor, 1] * count),
+            Constant([each for first in quotients for each in (0, first)]),
+        )
         steps = _quotient_and_remainder(divisor, quotients)
         self._routes = {key: [step] for key, step in zip(keys, chain.from_iterable(steps))}
 
@@ -239,24 +245,18 @@ class TwoKeysRoute(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         features = self.check(features)
         copies = self.copies(features)
-        quotients = self._quotients.on(copies.device())
         count = common_count(copies)
         if count is not None:
+            quotients = self._quotients.on(copies.device())
             parts = copies.values().to(torch.int64).view(len(self._keys) // 2, 2, count)
             rows = torch.empty_like(parts)
             rows[:, 0] = parts[:, 0].div(self._divisor, rounding_mode="floor")
             rows[:, 1] = parts[:, 1].remainder(self._divisor)
             rows[:, 1] += quotients.unsqueeze(1)
             return renamed(copies, self._keys, rows.view(-1))
-        ids = copies.values().to(torch.int64)
-        offsets = torch.stack((torch.zeros_like(quotients), quotients), dim=1).view(-1)
-        is_remainder = torch.arange(len(self._keys), device=ids.device) % 2
-        rows = torch.where(
-            per_value(is_remainder, copies).bool(),
-            ids % self._divisor + per_value(offsets, copies),
-            ids.div(self._divisor, rounding_mode="floor"),
-        )
-        return renamed(copies, self._keys, rows)
+        ids, (rows, divisors, firsts) = beside_ids(copies, self._constants)
+        found = ids.div(divisors, rounding_mode="floor").remainder_(rows).add_(firsts)
+        return renamed(copies, self._keys, found.view(-1))
 
 
 class BagOfTwoRoute(nn.Module):

@@ -194,25 +194,25 @@ class BlocksRoute(nn.Module):
         times = 1 if sign_salts is None else 2
         self._keys = list(keys)
         self.copies = RepeatFeatures(keys, [source for source in sources for _ in range(times)])
-        own = (salts, offsets, sign_salts or [0] * len(salts))
-        self._salts, self._offsets, self._sign_salts = (
-            Constant([value for value in values for _ in range(times)]) for values in own
+        own = (offsets, salts, sign_salts or [0] * len(salts))
+        self._constants = Constant.stacked(
+            *(Constant([value for value in values for _ in range(times)]) for values in own),
+            Constant([num_rows] * len(keys)),
+            Constant([2] * len(keys)),
+            Constant([0, 1] * len(sources) if sign_salts else [0] * len(sources)),
         )
-        self._sides = Constant([0, 1] * len(sources) if sign_salts else [0] * len(sources))
-        self._num_rows, self._two = Constant([num_rows]), Constant([2])
+        self._num_rows = num_rows
         self._has_signs = sign_salts is not None
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(features)
-        ids, (salts, offsets, sign_salts, sides) = beside_ids(
-            copies, (self._salts, self._offsets, self._sign_salts, self._sides)
-        )
-        num_rows = self._num_rows.on(ids.device)
-        rows = hash_rows(ids, salts, num_rows).add_(offsets).remainder_(num_rows)
+        ids, own = beside_ids(copies, self._constants)
+        times = 2 if self._has_signs else 1  # the hash of a sign beside that of a block
+        hashes = hash_rows(ids, own[1 : 1 + times], own[3 : 3 + times])
+        rows = hashes[0].add_(own[0]).remainder_(self._num_rows)
         if self._has_signs:
-            sides_of_ids = hash_rows(ids, sign_salts, self._two.on(ids.device))
-            rows = torch.where(sides_of_ids == sides, rows, -1)
+            rows = torch.where(hashes[1] == own[5], rows, -1)
         return renamed(copies, self._keys, rows.reshape(-1))
 
 

@@ -97,7 +97,6 @@ class TT(BackendConfig):
             ),
             combine=CoreProducts(
                 [column_factors(table.embedding_dim) for table in owners],
-                [table.embedding_dim for table in owners],
                 self.rank or 1,
             ),
             needs_unpooled_rows=True,
@@ -157,13 +156,15 @@ class DigitsRoute(nn.Module):
         self._keys = list(keys)
         self.copies = RepeatFeatures(keys, [source // _CORES for source in range(len(keys))])
         places = [[*accumulate(each[:-1], int.__mul__, initial=1)] for each in factors]
-        self._places = Constant([place for each in places for place in each])
-        self._factors = Constant([factor for each in factors for factor in each])
+        self._constants = Constant.stacked(
+            Constant([place for each in places for place in each]),
+            Constant([factor for each in factors for factor in each]),
+        )
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         copies = self.copies(self.check(features))
-        ids, (places, factors) = beside_ids(copies, (self._places, self._factors))
+        ids, (places, factors) = beside_ids(copies, self._constants)
         digits = ids.div(places, rounding_mode="floor").remainder_(factors)
         return renamed(copies, self._keys, digits.view(-1))
 
@@ -173,33 +174,34 @@ class CoreProducts(nn.Module):
 
     Args:
         factors: for each (table, feature), the factors of its width.
-        dims: for each, its width.
         rank: of the cores.
     """
 
-    def __init__(
-        self, factors: Sequence[tuple[int, int, int]], dims: Sequence[int], rank: int
-    ) -> None:
+    def __init__(self, factors: Sequence[tuple[int, int, int]], rank: int) -> None:
         super().__init__()
-        self._factors, self._dims, self._rank = list(factors), list(dims), rank
+        self._factors, self._rank = list(factors), rank
         self._widths = [
             first * rank + rank * second * rank + rank * third for first, second, third in factors
         ]
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of cores' widths) -> (B, sum of widths)
-        return torch.cat(self._products(rows.split(self._widths, dim=1)), dim=1)
+        if len(set(self._factors)) > 1:
+            return torch.cat(self._products(rows.split(self._widths, dim=1)), dim=1)
+        apart = rows.reshape(-1, self._widths[0])  # (B * F, cores' width)
+        return self._product(apart, self._factors[0]).view(rows.shape[0], -1)
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""
         return self._products(parts)
 
     def _products(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        found, rank = [], self._rank
-        for part, (first, second, third), dim in zip(parts, self._factors, self._dims):
-            sizes = [first * rank, rank * second * rank, rank * third]
-            head, middle, tail = part.split(sizes, dim=1)
-            left = torch.bmm(head.reshape(-1, first, rank), middle.reshape(-1, rank, second * rank))
-            rows = torch.bmm(left.view(-1, first * second, rank), tail.reshape(-1, rank, third))
-            found.append(rows.reshape(-1, dim))
-        return found
+        return [self._product(part, each) for part, each in zip(parts, self._factors)]
+
+    def _product(self, rows: Tensor, factors: tuple[int, int, int]) -> Tensor:
+        """(N, width) of (N, cores' width)."""
+        rank, (first, second, third) = self._rank, factors
+        head, middle, tail = rows.split([first * rank, rank * second * rank, rank * third], dim=1)
+        left = torch.bmm(head.reshape(-1, first, rank), middle.reshape(-1, rank, second * rank))
+        whole = torch.bmm(left.view(-1, first * second, rank), tail.reshape(-1, rank, third))
+        return whole.reshape(-1, first * second * third)

@@ -29,6 +29,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
+from embcomp.layers.joined_matrices import JoinedColumns, joins
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
@@ -232,6 +233,7 @@ class FitWidths(nn.Module):
         super().__init__()
         self._widths = list(widths)
         self._projected = set(projected)
+        self._joined = JoinedColumns([came for _, came, _ in widths], [own for *_, own in widths])
         self.projections = nn.ModuleDict(
             {
                 part_name("table", name): Projection(came, wanted)
@@ -253,9 +255,8 @@ class FitWidths(nn.Module):
     def _projected_rows(
         self, name: str, chunks: FusedEmbedding, widths: Sequence[int], wanted: int
     ) -> FusedEmbedding:
-        projection = self.projections[part_name("table", name)]
-        assert isinstance(projection, Projection)
-        matrix = projection.weight.detach()
+        matrix = self._matrix(name)
+        assert matrix is not None
         rows = [
             PlacedRow(
                 key=row.key,
@@ -268,7 +269,16 @@ class FitWidths(nn.Module):
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
+        if joins(rows, list(self.parameters())):
+            return self._joined(rows, [self._matrix(name) for name, _, _ in self._widths])
         return torch.cat(self._fitted(rows.split([came for _, came, _ in self._widths], dim=1)), 1)
+
+    def _matrix(self, table: str) -> Tensor | None:
+        if table not in self._projected:
+            return None
+        projection = self.projections[part_name("table", table)]
+        assert isinstance(projection, Projection)
+        return projection.weight.detach()
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:
         """Of each (table, feature) by itself (`CombinesEach`)."""

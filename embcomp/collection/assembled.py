@@ -73,7 +73,7 @@ class AssembledTables(nn.Module):
     route: CompositeRoute
     rows: Any  # what holds the rows of pooled look-ups; None without any
     unpooled_rows: Any  # the same for look-ups in bags of one
-    combine: nn.Module
+    combine: Combine
 
     unpooled: ClassVar[bool]
     """Whether every id gets an embedding, rather than every bag."""

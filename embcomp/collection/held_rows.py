@@ -29,11 +29,13 @@ class HeldRows:
     Args:
         takes_keys_of_any_length: whether the rows can be read key by key, so that keys need not be
             padded to one length.
+        reads_negative_ids: whether zeros are read for a negative id, so that none need be taken out.
         equal_among: the ranks that need equally many bags of each other; None when this rank's are
             its own affair.
     """
 
     takes_keys_of_any_length: bool = False
+    reads_negative_ids: bool = False
     equal_among: dist.ProcessGroup | None = None
 
     @classmethod

@@ -35,6 +35,7 @@ from embcomp.collection.scripted import (
 from embcomp.collection.table_identity import marks
 from embcomp.layers.held_pieces import WritesRows
 from embcomp.layers.host_values import known_equal, on_device
+from embcomp.layers.routing import padded
 from embcomp.layers.traced_leaves import leaf_call
 
 
@@ -125,7 +126,7 @@ class CompositeRoute(nn.Module):
         for i, route in enumerate(self.routes.values()):
             if self._unpooled[i]:
                 unpooled.append((route(_without_weights(parts[i])), self._ids_per_value[i]))
-            elif self._skips[i]:
+            elif self._skips[i] and not self.holder.held.reads_negative_ids:
                 pooled.append(_without_skipped(route(parts[i])))
             else:
                 pooled.append(route(parts[i]))
@@ -135,7 +136,7 @@ class CompositeRoute(nn.Module):
             self.holder.held,
             by_key=by_key,
             is_weighted=self._is_weighted,
-            skips=skips,
+            skips=skips and not self.holder.held.reads_negative_ids,
         )
         if shared is not None:
             features = shared_by(features, shared)
@@ -293,6 +294,8 @@ def _bags_of_one(
     """
     if not parts:
         return None
+    if held.reads_negative_ids and len({ids for _, ids in parts}) == 1:
+        return _padded_by_ids([part for part, _ in parts], parts[0][1], is_weighted=is_weighted)
     physical = [count for part, _ in parts for count in part.length_per_key()]
     sizes = [ids for part, ids in parts for _ in part.keys()]
     counts = [count // ids for count, ids in zip(physical, sizes)]
@@ -320,6 +323,33 @@ def _bags_of_one(
         stride=max(strides) if differ else strides[0],
         stride_per_key=counts if differ else None,
         stride_per_key_per_rank=[[n] for n in counts] if differ else None,
+    )
+
+
+def _padded_by_ids(
+    parts: list[KeyedJaggedTensor], size: int, *, is_weighted: bool
+) -> KeyedJaggedTensor:
+    """`_bags_of_one` where a look-up too many costs less than bags of different lengths.
+
+    Args:
+        parts: look-ups.
+        size: how many ids stand for one value.
+        is_weighted: whether the bags must carry weights.
+    """
+    counts = [count for part in parts for count in part.length_per_key()]
+    values = [part.values().to(torch.int64) for part in parts]
+    joined, most = values[0] if len(values) == 1 else torch.cat(values), max(counts)
+    if most:
+        joined = padded(joined, counts, most).view(-1)
+    else:
+        joined, most = joined.new_zeros(len(counts) * size), size
+    return KeyedJaggedTensor(
+        keys=[key for part in parts for key in part.keys()],
+        values=joined,
+        weights=torch.ones_like(joined, dtype=torch.float32) if is_weighted else None,
+        offsets=torch.arange(0, len(joined) + 1, size, device=joined.device),
+        length_per_key=[most] * len(counts),
+        stride=most // size,
     )
 
 

@@ -36,3 +36,9 @@ class Constant:
             if not torch.compiler.is_exporting():
                 self._on[device] = found
         return found
+
+    @classmethod
+    def stacked(cls, *constants: Constant) -> Constant:
+        """Constants of one length as rows of one."""
+        values = [value for constant in constants for value in constant._values]
+        return cls(values, (len(constants), len(constants[0]._values)))

@@ -56,13 +56,13 @@ def _xor_shift_(z: Tensor, bits: int) -> Tensor:
     return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
-def hash_rows(ids: Tensor, salts: Tensor, num_rows: Tensor) -> Tensor:
+def hash_rows(ids: Tensor, salts: Tensor, num_rows: Tensor | int) -> Tensor:
     """Place ids in rows.
 
     Args:
         ids: int32 or int64 of any sign.
         salts: int64, broadcastable to `ids`; as `table_salt` makes them.
-        num_rows: int64, broadcastable to `ids`; how many rows there are to choose from.
+        num_rows: int64, broadcastable to `ids`, or one for all; how many rows there are to choose from.
 
     Returns:
         int64 rows in `[0, num_rows)`, of the shape to which the arguments broadcast.

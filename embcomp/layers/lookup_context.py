@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.layers.host_values import known_equal, on_device, reads_wait
-from embcomp.layers.routing import key_offsets
+from embcomp.layers.routing import key_offsets, padded
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class LookupContext:
     def _by_row(self, values: Tensor, counts: list[int]) -> Tensor:
         if known_equal(counts, self.rows):
             return values.view(len(counts), self.rows).t()
-        padded = values.new_zeros(len(counts), self.rows)
-        for column, part in zip(padded, values.split(counts)):
+        if reads_wait(values.device) and not torch.compiler.is_compiling() and any(counts):
+            return padded(values, counts, self.rows).t() * self.are_values()
+        filled = values.new_zeros(len(counts), self.rows)
+        for column, part in zip(filled, values.split(counts)):
             column[: len(part)] = part
-        return padded.t()
+        return filled.t()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow
+from embcomp.layers.joined_matrices import JoinedColumns, joins
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 
@@ -46,6 +47,7 @@ class ProjectedRows(nn.Module):
         super().__init__()
         self._tables = [table for table in tables for _ in range(table.num_features)]
         self._came = [table.came for table in self._tables]
+        self._joined = JoinedColumns(self._came, [table.dim for table in self._tables])
         self.projections = nn.ModuleDict(
             {
                 part_name("table", table.name): RandomMatrix(table.came, table.wanted)
@@ -59,22 +61,29 @@ class ProjectedRows(nn.Module):
         return [
             FusedEmbedding(
                 rows=[
-                    PlacedRow(
-                        key=key, projection=self._matrix(table.name) if table.has_matrix else None
-                    )
+                    PlacedRow(key=key, projection=matrix if matrix is None else matrix.contiguous())
                 ],
                 width=table.dim,
             )
-            for key, table in enumerate(self._tables)
+            for key, (table, matrix) in enumerate(zip(self._tables, self._matrices()))
         ]
 
-    def _matrix(self, table: str) -> Tensor:
-        weight = self.projections[part_name("table", table)].weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().contiguous()
+    def _matrices(self) -> list[Tensor | None]:
+        """For each (table, feature), the matrix."""
+        found: list[Tensor | None] = []
+        for table in self._tables:
+            if not table.has_matrix:
+                found.append(None)
+                continue
+            weight = self.projections[part_name("table", table.name)].weight
+            assert isinstance(weight, Tensor)
+            found.append(weight.detach())
+        return found
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of dims)
+        if joins(rows, list(self.parameters())):
+            return self._joined(rows, self._matrices())
         return torch.cat(self._projected(rows.split(self._came, dim=1)), dim=1)
 
     def each(self, parts: Sequence[Tensor], looked_up: LookupContext) -> list[Tensor]:

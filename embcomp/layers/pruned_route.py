@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
 
 from embcomp.layers.constant_tensors import Constant
+from embcomp.layers.derived_tensors import Derived
 from embcomp.layers.fused_lookups import FusedRoutes, IdRoute, OwnRow, RankedRow
 from embcomp.layers.routing import common_count, per_value, renamed
 from embcomp.layers.row_exchange import RowPlaces
@@ -118,7 +119,7 @@ class PrunedRoute(ShardableBuffers):
         total = sum(blocks for _, blocks in parts)
         self.register_buffer("words", torch.zeros(total, WORDS, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(total, dtype=torch.int32))
-        self._derived: tuple[Tensor, int, Tensor] | None = None
+        self._derived = Derived()
         self.places_changed()
 
     @override
@@ -209,15 +210,7 @@ class PrunedRoute(ShardableBuffers):
         """(4 blocks,) uint8 the set bits of each block before each of its words."""
         if torch.compiler.is_compiling():
             return bits_before(self.words)
-        # Followed by version, as checkpoints are read into the buffer without asking this module.
-        version = 0 if self.words.is_inference() else self.words._version
-        if self._derived is not None:
-            words, seen, before = self._derived
-            if words is self.words and seen == version:
-                return before
-        before = bits_before(self.words)
-        self._derived = (self.words, version, before)
-        return before
+        return self._derived.of([self.words], lambda: bits_before(self.words))
 
 
 def bits_before(words: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -37,32 +38,89 @@ def key_offsets(features: KeyedJaggedTensor) -> list[int]:
 
 
 def per_value(constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
-    """One constant per key `(keys,)` repeated for each of the key's values `(N,)`."""
+    """One constant per key `(..., keys)` repeated for each of the key's values `(..., N)`."""
     count = common_count(features)
     if count is not None:  # what every exporter can say
-        return constants.unsqueeze(1).expand(-1, count).reshape(-1)
-    counts = on_device(features.length_per_key(), constants.device)
-    return constants.repeat_interleave(counts, output_size=features.values().numel())
+        return constants.unsqueeze(-1).expand(*constants.shape, count).flatten(-2)
+    if torch.compiler.is_compiling():
+        counts = on_device(features.length_per_key(), constants.device)
+        return constants.repeat_interleave(counts, -1, output_size=features.values().numel())
+    return constants.index_select(-1, key_of_each(features))
 
 
-def beside_ids(
-    features: KeyedJaggedTensor, constants: Sequence[Constant]
-) -> tuple[Tensor, list[Tensor]]:
+class _LastKeys(threading.local):
+    """What `key_of_each` found last."""
+
+    counts: list[int] | None = None
+    found: Tensor | None = None
+
+
+_LAST = _LastKeys()
+
+
+def key_of_each(features: KeyedJaggedTensor) -> Tensor:
+    """The key of each value (N,), counted; kept while a batch goes from one module to the next."""
+    counts, device = features.length_per_key(), features.device()
+    found = _LAST.found
+    if (
+        found is None
+        or _LAST.counts is not counts
+        or found.device != device
+        or found.is_inference() != torch.is_inference_mode_enabled()
+    ):
+        found = torch.repeat_interleave(on_device(counts, device), output_size=sum(counts))
+        _LAST.counts, _LAST.found = counts, found
+    return found
+
+
+def plus_per_key(ids: Tensor, constants: Tensor, features: KeyedJaggedTensor) -> Tensor:
+    """Values (N,) of a batch's keys, and to those of each key its constant added."""
+    count = common_count(features)
+    if count is None:
+        return ids + per_value(constants, features)
+    return (ids.view(len(constants), count) + constants.unsqueeze(1)).view(-1)
+
+
+def padded(values: Tensor, counts: Sequence[int], most: int) -> Tensor:
+    """The values of keys as a rectangle (keys, most), in as many operations for any keys.
+
+    Args:
+        values: (sum of counts,) integers, key after key, and not none.
+        counts: how many each key has.
+        most: no fewer than any key has.
+
+    Returns:
+        Behind a key's values its last one again and again; zeros for a key without any.
+    """
+    ends = [*accumulate(counts)]
+    if known_equal(counts, most):
+        return values.view(len(counts), most)
+    starts = [end - count for end, count in zip(ends, counts)]
+    own = on_device([*starts, *(max(0, end - 1) for end in ends)], values.device).view(2, -1, 1)
+    places = torch.minimum(torch.arange(most, device=values.device) + own[0], own[1])
+    found = values.index_select(0, places.view(-1)).view(places.shape)
+    if not all(counts):
+        found = found * on_device([min(1, count) for count in counts], values.device).unsqueeze(1)
+    return found
+
+
+def beside_ids(features: KeyedJaggedTensor, constants: Constant) -> tuple[Tensor, Tensor]:
     """The ids of a batch, and constants of its keys of a shape that broadcasts over them.
 
     Args:
         features: any number of values for each key.
-        constants: one value for each key, each.
+        constants: (constants, keys), as `Constant.stacked` makes them.
 
     Returns:
-        int64 ids, (keys, count) where all keys have equally many, else (N,); and the constants.
+        int64 ids, (keys, count) where all keys have equally many, else (N,); and (constants, keys, 1) or
+        (constants, N).
     """
     ids = features.values().to(torch.int64)
-    own = [constant.on(ids.device) for constant in constants]
+    own = constants.on(ids.device)
     count = common_count(features)
     if count is None:
-        return ids, [per_value(constant, features) for constant in own]
-    return ids.view(len(features.keys()), count), [constant.unsqueeze(1) for constant in own]
+        return ids, per_value(own, features)
+    return ids.view(len(features.keys()), count), own.unsqueeze(2)
 
 
 class RepeatFeatures(nn.Module):
@@ -156,8 +214,7 @@ class HashRoute(nn.Module):
         super().__init__()
         self._keys = list(keys)
         self.copies = RepeatFeatures(keys, sources)
-        self._salts = Constant(salts)
-        self._num_rows = Constant(num_rows)
+        self._constants = Constant.stacked(Constant(salts), Constant(num_rows))
         self._hashed = [np.array(each, dtype=np.int64) for each in (salts, num_rows)]
         self._fused = FusedRoutes(
             by_key={
@@ -178,5 +235,5 @@ class HashRoute(nn.Module):
         if is_hashable(values):
             counts = copies.length_per_key()
             return renamed(copies, self._keys, hash_each(values, counts, *self._hashed))
-        ids, (salts, num_rows) = beside_ids(copies, (self._salts, self._num_rows))
+        ids, (salts, num_rows) = beside_ids(copies, self._constants)
         return renamed(copies, self._keys, hash_rows(ids, salts, num_rows).view(-1))

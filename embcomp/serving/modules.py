@@ -22,6 +22,7 @@ from embcomp.collection.assembled import (
     build_groups,
 )
 from embcomp.collection.groups import Group, table_features
+from embcomp.collection.held_rows import HeldRows
 from embcomp.collection.single_table import embeddings_of
 from embcomp.errors import ArtefactError, DataError
 from embcomp.io.large_pages import ask_for_large_pages
@@ -117,6 +118,9 @@ class _Serving(AssembledTables):
             is_weighted=record.is_weighted,
             need_indices=record.need_indices,
         )
+        if make_rows is RowsByFormat:
+            self.route.holder.held = HeldRows(reads_negative_ids=True)
+            self.combine.pads = True
         self._instances = table_features(plan.tables)
         self._fused = self._fuse()
         dims = [instance.table.embedding_dim for instance in self._instances]

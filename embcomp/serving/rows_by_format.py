@@ -16,7 +16,8 @@ from typing_extensions import Self
 
 from embcomp.collection.groups import Group
 from embcomp.layers.constant_tensors import Constant
-from embcomp.layers.routing import per_value
+from embcomp.layers.host_values import on_device
+from embcomp.layers.routing import plus_per_key
 from embcomp.serving.serving_rows import StoredTable, lookups
 from embcomp.tables.row_types import RowType, unpack
 
@@ -39,15 +40,17 @@ class RowsByFormat(nn.Module):
         for name in dict.fromkeys(owners.values()):
             names.setdefault((tables[name].dim, tables[name].row_type), []).append(name)
         self._formats = list(names)
+        self._skips = any(group.backend.skips_negative_ids for group in groups)
         self._keys: list[list[str]] = []
         begins: list[int] = []
         for n, members in enumerate(names.values()):
-            rows, first = _joined([tables[name] for name in members])
+            rows, first = _joined([tables[name] for name in members], zeros=self._skips)
             keys = [key for key, name in owners.items() if name in first]
             self._keys.append(keys)
             self.register_buffer(f"rows_{n}", rows)
             begins += [first[owners[key]] for key in keys]
         self._order = [key for keys in self._keys for key in keys]
+        self._wanted = {key: tables[name].dim for key, name in owners.items()}
         self._first = Constant(begins) if any(begins) else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -65,53 +68,76 @@ class RowsByFormat(nn.Module):
             features = features.permute([keys.index(key) for key in self._order])
         ends = features.offset_per_key()
         ids = features.values().to(torch.int64)
+        if self._skips:
+            ids = ids.clamp(min=-1)  # the row of zeros before a table's own
         if self._first is not None:
-            ids = ids + per_value(self._first.on(ids.device), features)
-        offsets, weights = features.offsets().to(torch.int64), features.weights_or_none()
-        found, at = [], 0
+            ids = plus_per_key(ids, self._first.on(ids.device), features)
+        weights, types = features.weights_or_none(), {row_type for _, row_type in self._formats}
+        bags: dict[
+            bool, Tensor
+        ] = {}  # of float32 rows where they begin, of others how long they are
+        if "fp32" in types:
+            bags[True] = self._begins(features, ends)
+        if types != {"fp32"}:
+            bags[False] = features.lengths().view(-1, batch)
+        found: dict[str, Tensor] = {}
+        at = 0
         for n, own in enumerate(self._keys):
-            start, at = at, at + len(own)
-            values = slice(ends[start], ends[at])
-            bags = offsets[start * batch : at * batch + 1]
+            keys_of, at = slice(at, at + len(own)), at + len(own)
+            values = slice(ends[keys_of.start], ends[at])
             summed = self._summed(
                 n,
                 ids[values],
-                bags - ends[start] if ends[start] else bags,
+                bags[self._formats[n][1] == "fp32"][keys_of].reshape(-1),
                 None if weights is None else weights[values],
             )
-            by_row = summed.view(len(own), batch, -1).transpose(0, 1)  # (B, look-ups, dim)
-            found.append(by_row.reshape(batch, len(own) * summed.shape[1]))
+            parts = summed.view(len(own), batch, -1)
+            found |= zip(own, parts.unbind())
+        if list(self._wanted) == self._keys[0]:
+            values_of = parts.transpose(0, 1).reshape(batch, -1)
+        else:
+            values_of = torch.cat([found[key] for key in self._wanted], dim=1)
         return KeyedTensor(
-            keys=self._order,
-            length_per_key=[dim for (dim, _), own in zip(self._formats, self._keys) for _ in own],
-            values=found[0] if len(found) == 1 else torch.cat(found, dim=1),
+            keys=list(self._wanted), length_per_key=list(self._wanted.values()), values=values_of
         )
 
+    def _begins(self, features: KeyedJaggedTensor, ends: Sequence[int]) -> Tensor:
+        """(look-ups, B) int64 where bags begin among the ids of their format."""
+        begins = features.offsets()[:-1].view(len(self._order), -1)
+        if len(self._keys) == 1:
+            return begins.to(torch.int64)
+        firsts = [ends[self._order.index(own[0])] for own in self._keys for _ in own]
+        return begins - on_device(firsts, begins.device).unsqueeze(1)
+
     def _summed(self, n: int, ids: Tensor, bags: Tensor, weights: Tensor | None) -> Tensor:
-        """(look-ups * B, dim) sums of rows of one format; bag `i` is `ids[bags[i]:bags[i + 1]]`."""
+        """(look-ups * B, dim) sums of rows of one format.
+
+        Args:
+            n: the format.
+            ids: of all bags, one after another.
+            bags: (look-ups * B,) where each begins, of float32 rows; else how long each is.
+            weights: of the ids.
+        """
         stored, (dim, row_type) = self.get_buffer(f"rows_{n}"), self._formats[n]
         if row_type == "fp32":
-            return embedding_bag(
-                ids,
-                stored,
-                bags,
-                mode="sum",
-                per_sample_weights=weights,
-                include_last_offset=True,
-            )
+            return embedding_bag(ids, stored, bags, mode="sum", per_sample_weights=weights)
         rows = unpack(stored.index_select(0, ids), dim, row_type)
         if weights is not None:
             rows = rows * weights.unsqueeze(1)
-        # Bags follow from lengths, so nothing need be checked, which would wait for the device.
-        return torch.segment_reduce(rows, "sum", offsets=bags, initial=0, unsafe=True)
+        # Bags are what they are, so nothing need be checked, which would wait for the device.
+        return torch.segment_reduce(rows, "sum", lengths=bags, initial=0, unsafe=True)
 
 
-def _joined(tables: Sequence[StoredTable]) -> tuple[Tensor, dict[str, int]]:
-    """The rows of tables of one format, and where each table's begin."""
+def _joined(tables: Sequence[StoredTable], *, zeros: bool) -> tuple[Tensor, dict[str, int]]:
+    """The rows of tables of one format, and where each table's begin; behind a row of zeros if wanted."""
     counts = [table.rows.shape[0] for table in tables]
-    rows = torch.empty((sum(counts), *tables[0].rows.shape[1:]), dtype=tables[0].rows.dtype)
+    shape = (sum(counts) + len(tables) * zeros, *tables[0].rows.shape[1:])
+    rows = torch.empty(shape, dtype=tables[0].rows.dtype)
     first, at = {}, 0
     for table, count in zip(tables, counts):
+        if zeros:
+            rows[at].zero_()
+            at += 1
         table.rows.read_into(rows[at : at + count])
         first[table.name] = at
         at += count

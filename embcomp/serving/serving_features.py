@@ -33,7 +33,10 @@ def as_features(
         DataError: a feature is missing or not of a shape that is taken, or batch sizes differ.
     """
     if isinstance(features, KeyedJaggedTensor):
-        return features if features.device() == device else features.to(device)
+        if features.device() == device:
+            return features
+        features.length_per_key()  # while it is at hand; it goes along
+        return features.to(device)
     if not isinstance(features, Mapping):
         raise DataError(
             "expected a KeyedJaggedTensor, or a dict from feature name to "

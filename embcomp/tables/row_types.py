@@ -162,11 +162,18 @@ def unpack(stored: Tensor, dim: int, row_type: RowType) -> Tensor:
     """
     if row_type not in BITS:
         return stored.float()
-    head = stored[:, :HEAD].contiguous().view(torch.float16).float()  # (rows, 2)
+    head = _heads(stored).float()
     codes = stored[:, HEAD:]
     if row_type == "int4":
         codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
     return codes[:, :dim].float() * head[:, :1] + head[:, 1:]
+
+
+def _heads(stored: Tensor) -> Tensor:
+    """(rows, 2) float16 scales and biases, in place where they lie as numbers can."""
+    if torch.compiler.is_compiling() or not stored.is_contiguous() or stored.storage_offset() % 2:
+        return stored[:, :HEAD].contiguous().view(torch.float16)
+    return stored.view(torch.float16)[:, : HEAD // 2]
 
 
 def largest_error(rows: Tensor, stored: Tensor, row_type: RowType) -> float:

@@ -116,8 +116,8 @@ def test_codes_of_any_width_come_back(bits):
     random = np.random.default_rng(bits)
     codes = random.integers(0, 2**bits, 501)
     stream = torch.from_numpy(np.concatenate([np.zeros(3, np.uint8), packed(codes, bits)]))
-    starts, width = 24 + bits * torch.arange(501), torch.tensor(bits)
-    assert np.array_equal(gather_codes(stream, starts, width, bits).numpy(), codes)
+    starts, mask = 24 + bits * torch.arange(501), torch.tensor(2**bits - 1)
+    assert np.array_equal(gather_codes(stream, starts, mask, bits).numpy(), codes)
     assert len(stream) == 3 + -(-501 * bits // 8)
 
 

@@ -18,7 +18,7 @@ from embcomp.layers.host_values import reads_wait
 from embcomp.layers.routing import beside_ids, renamed
 from embcomp.layers.watched_gradients import GradientWatch, SeenIds
 
-_KEYS = Constant([2**63 - 1])  # hashes so long that ids of a table meet once in 2**63 pairs
+_LARGEST = 2**63 - 1  # hashes so long that ids of a table meet once in 2**63 pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +74,23 @@ class SketchRoute(nn.Module):
         self._firsts = Constant([firsts[t.name] for t in owners])
         self._hot = Constant([t.hot for t in owners])
         self._shared = Constant([t.shared for t in owners])
+        self._constants = Constant.stacked(
+            *(self._row_salts, self._cell_salts, self._shared, Constant([_LARGEST] * len(owners))),
+            *(self._hot, self._buckets, self._firsts),
+        )
         places = {table.name: n for n, table in enumerate(self._adapting)}
         self._places = Constant([places.get(t.name, 0) for t in owners])
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         self.sketch.ensure_filled()
-        wanted = (self._row_salts, self._hot, self._shared)
-        ids, (salts, hot, shared) = beside_ids(features, wanted)
-        rows = hash_rows(ids, salts, shared).add_(hot)
+        ids, own = beside_ids(features, self._constants)
+        hot, buckets, firsts = own[4:]
+        times = 2 if self._adapting else 1  # the hash of a cell beside that of a row
+        hashes = hash_rows(ids, own[:times], own[2 : 2 + times])
+        rows = hashes[0].add_(hot)
         if self._adapting:
-            wanted = (self._cell_salts, self._buckets, self._firsts)
-            ids, (salts, buckets, firsts) = beside_ids(features, wanted)
-            keys = hash_rows(ids, salts, _KEYS.on(ids.device))
-            bucket = firsts + keys.remainder_(buckets.clamp(min=1))
+            bucket = firsts + hashes[1].remainder_(buckets.clamp(min=1))
             has_buckets = buckets > 0
             is_hot, cell = self.sketch.cell(ids, torch.where(has_buckets, bucket, 0))
             rows = torch.where(is_hot & has_buckets, cell - WAYS * firsts, rows)
@@ -136,7 +139,7 @@ class SketchRoute(nn.Module):
                 self._places,
             )
         )
-        keys = hash_rows(ids, cell_salts, _KEYS.on(device))
+        keys = hash_rows(ids, cell_salts, _LARGEST)
         risen = self.sketch.add(ids, keys, firsts + keys.remainder(buckets), places, seen.scores)
         if not reads_wait(device) and not bool(risen.rises.any()):
             return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
+from embcomp.layers.bit_windows import bits_from
 
 MAX_BITS = 16
 """Codes are at most this wide."""
@@ -160,17 +161,9 @@ def gather_bits(packed: Tensor, index: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     if bits == 8:
         return packed[index].to(torch.int64)
-    start = index * bits
-    shift = start & 7
-    byte = start >> 3
-    code = packed[byte].to(torch.int64)
     # A code begins at a multiple of gcd(bits, 8) within its first byte.
-    widest = 8 - math.gcd(bits, 8) + bits
-    last = len(packed) - 1
-    for further in range(1, -(-widest // 8)):
-        beyond = packed[(byte + further).clamp_(max=last)].to(torch.int64)
-        code |= beyond << (8 * further)
-    return (code >> shift) & ((1 << bits) - 1)
+    reach = bits + 1 - math.gcd(bits, 8)
+    return bits_from(packed, index * bits, reach) & ((1 << bits) - 1)
 
 
 def _check_bits(bits: int) -> None:

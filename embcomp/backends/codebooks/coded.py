@@ -43,7 +43,7 @@ from embcomp.layers.block_work import RowBlock
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
 from embcomp.layers.hashing import hash_rows, table_salt
-from embcomp.layers.routing import RepeatFeatures, common_count, per_value, renamed
+from embcomp.layers.routing import RepeatFeatures, beside_ids, per_value, renamed
 from embcomp.layers.row_exchange import RowPlaces
 from embcomp.layers.row_sources import RowSource
 from embcomp.layers.shardable_buffers import HeldPart, ShardableBuffers
@@ -163,6 +163,7 @@ class CodedRoute(ShardableBuffers):
             owners += [n] * len(table.feature_names)
             starts += [first + position for _ in table.feature_names for position in positions]
         self._starts = Constant(starts)
+        self._constants = Constant.stacked(self._steps, self._starts, self._offsets)
         of_keys = self._sources, starts, self._steps_of, self._offsets_of
         self._compiled = tuple(np.array(each, dtype=np.int64) for each in of_keys)
         if self.exchange is None:
@@ -226,14 +227,7 @@ class CodedRoute(ShardableBuffers):
         if own_ids.dtype == torch.int64 and is_readable(own_ids, self.codes):
             return self._by_compiled_code(features)
         copies = self.copies(features)
-        ids = copies.values().to(torch.int64)
-        constants = [c.on(ids.device) for c in (self._steps, self._starts, self._offsets)]
-        count = common_count(copies)
-        if count is None:
-            steps, starts, offsets = (per_value(constant, copies) for constant in constants)
-        else:
-            ids = ids.view(len(self._keys), count)
-            steps, starts, offsets = (constant.unsqueeze(1) for constant in constants)
+        ids, (steps, starts, offsets) = beside_ids(copies, self._constants)
         codes = gather_bits(self.codes, ids * steps + starts, self._bits)
         return renamed(copies, self._keys, (codes + offsets).view(-1))
 

@@ -137,14 +137,14 @@ class MappedRoute(LearnedBuffers):
         self._widest = max(column.bits for columns in lookups for column in columns)
         self.copies = RepeatFeatures(self._keys, sources)
         filled = [each + [_ABSENT] * (self._width - len(each)) for each in lookups]
-        shape = (len(keys), self._width)
-        self._starts = Constant(
-            [8 * c.byte + c.place * c.bits for each in filled for c in each], shape
+        flat = [column for each in filled for column in each]
+        self._constants = Constant.stacked(
+            Constant([8 * c.byte + c.place * c.bits for c in flat]),
+            Constant([c.step * c.bits for c in flat]),
+            Constant([(1 << c.bits) - 1 for c in flat]),
+            Constant([c.none for c in flat]),
+            Constant([c.first for c in flat]),
         )
-        self._steps = Constant([c.step * c.bits for each in filled for c in each], shape)
-        self._bits = Constant([c.bits for each in filled for c in each], shape)
-        self._none = Constant([c.none for each in filled for c in each], shape)
-        self._firsts = Constant([c.first for each in filled for c in each], shape)
         self._skips = any(c.none >= 0 for each in filled for c in each)
         self.store_in_parts("codes", [(table.name, table.stored_bytes) for table in tables])
         self.register_buffer(
@@ -203,18 +203,14 @@ class MappedRoute(LearnedBuffers):
         """
         self.ensure_filled()
         ids = copies.values().to(torch.int64)
-        constants = [
-            c.on(ids.device)
-            for c in (self._starts, self._steps, self._bits, self._none, self._firsts)
-        ]
+        own = self._constants.on(ids.device).view(5, len(self._keys), self._width)
         count = common_count(copies)
         if count is None:
-            places = per_value(torch.arange(len(self._keys), device=ids.device), copies)
-            starts, steps, bits, none, firsts = (constant[places] for constant in constants)
+            starts, steps, masks, none, firsts = per_value(own.mT, copies).mT
         else:
             ids = ids.view(len(self._keys), count)
-            starts, steps, bits, none, firsts = (constant.unsqueeze(1) for constant in constants)
-        codes = gather_codes(self.codes, ids.unsqueeze(-1) * steps + starts, bits, self._widest)
+            starts, steps, masks, none, firsts = own.unsqueeze(2)
+        codes = gather_codes(self.codes, ids.unsqueeze(-1) * steps + starts, masks, self._widest)
         rows = codes + firsts
         return torch.where(codes == none, -1, rows) if self._skips else rows
 

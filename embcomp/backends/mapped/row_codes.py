@@ -7,9 +7,10 @@ for all codes of a call; here a width is a tensor, of up to 32 bits.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from embcomp.layers.bit_windows import bits_from
 
 MAX_BITS = 32
 BLOCK = 1 << 13
@@ -38,21 +39,16 @@ def packed(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
     return np.packbits(spread.astype(np.uint8), bitorder="little")
 
 
-def gather_codes(streams: Tensor, starts: Tensor, bits: Tensor, widest: int) -> Tensor:
+def gather_codes(streams: Tensor, starts: Tensor, masks: Tensor | int, widest: int) -> Tensor:
     """Codes of any widths, at any bits.
 
     Args:
         streams: (bytes,) uint8.
         starts: int64 the first bit of each code, of any shape.
-        bits: int64 the width of each code, broadcastable to it.
+        masks: int64 ones in the place of each code's bits, broadcastable to it.
         widest: the largest width.
 
     Returns:
         int64 codes of the shape of `starts`.
     """
-    byte, last = starts >> 3, streams.shape[0] - 1
-    found = streams[byte].to(torch.int64)
-    for further in range(1, -(-(widest + 7) // 8)):
-        found |= streams[(byte + further).clamp_(max=last)].to(torch.int64) << (8 * further)
-    mask = torch.bitwise_left_shift(torch.ones_like(bits), bits) - 1
-    return (found >> (starts & 7)) & mask
+    return bits_from(streams, starts, widest) & masks
