@@ -5,6 +5,7 @@ The host is told that it has no values at hand, as elsewhere, so that nothing of
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -17,8 +18,9 @@ from embcomp.serving.rows_by_format import RowsByFormat
 from embcomp.tables.row_types import ROW_TYPES
 from embcomp.testing.cases import pooled, unpooled
 from embcomp.testing.check_data import Declared, awkward_tables, plain_tables, random_batch
-from tests.helpers.backends_under_test import CASES
+from tests.helpers.backends_under_test import CASES, EACH_METHOD
 from tests.helpers.dispatched import Dispatched
+from tests.helpers.long import long_but
 
 MOST = 20
 """Launches of a batch with bags of any length, whatever its features are."""
@@ -158,8 +160,13 @@ def test_single_embeddings_are_the_separate_ones(case, tmp_path, joined):
             )
 
 
-@pytest.mark.parametrize("row_type", ["fp32", "int8"])
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize(
+    ("case", "row_type"),
+    long_but(
+        [*((case, "fp32") for case in CASES), *((case, "int8") for case in EACH_METHOD)],
+        itertools.product(CASES, ("fp32", "int8")),
+    ),
+)
 def test_launches_are_few_and_features_add_none(case, row_type, tmp_path, joined):
     sizes, more = (60, 90, 75, 60), (90, 75)
     if "'t0'" in repr(CASES[case].config):  # which says something of each table
