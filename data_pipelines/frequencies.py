@@ -74,9 +74,25 @@ def fill_counts(info: DatasetInfo, feature: CategoricalFeature, counts: NDArray[
         raise DataError(
             f"{path} is not a readable vocabulary ({one_line(error)}); prepare the dataset again"
         ) from None
-    train = info.split("train").rows
+    missing, unseen = _without_value(info, feature, today)
+    counts[MISSING_ID], counts[UNSEEN_ID] = missing, unseen
+
+
+def _without_value(info: DatasetInfo, feature: CategoricalFeature, known: int) -> tuple[int, int]:
+    """How often ids 0 and 1 occur in the train split, where so many look-ups go to values of the vocabulary.
+
+    The share of id 1 there is part of the description; where it is not, values are taken to be missing in each
+    split alike.
+    """
+    train = info.split("train")
+    share = train.unseen_rate.get(feature.name)
+    if feature.multi_valued:
+        if share is not None and share < 1:
+            return 0, round(known * share / (1 - share))
+        return 0, max(0, round(train.rows * feature.mean_length) - known)
+    if share is not None:
+        unseen = round(train.rows * share)
+        return max(0, train.rows - known - unseen), unseen
     rows = sum(split.rows for split in info.splits.values())
-    missing = round(feature.missing * train / rows) if rows else 0
-    values = round(train * feature.mean_length) if feature.multi_valued else train
-    counts[MISSING_ID] = 0 if feature.multi_valued else missing
-    counts[UNSEEN_ID] = max(0, values - today - int(counts[MISSING_ID]))
+    missing = round(feature.missing * train.rows / rows) if rows else 0
+    return missing, max(0, train.rows - known - missing)

@@ -27,9 +27,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from typing_extensions import override
@@ -47,7 +45,12 @@ from embcomp.backends.codebooks.kmeans import Clustering
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.hashed_rows import SizedByRows
-from embcomp.backends.mapped.mapped_route import MappedRoute, MappedTable, widened
+from embcomp.backends.mapped.mapped_route import (
+    HashedLines,
+    MappedRoute,
+    MappedTable,
+    widened,
+)
 from embcomp.backends.mapped.row_codes import gather_codes, packed, stream_bytes
 from embcomp.backends.stages import Stage
 from embcomp.backends.unified import FitWidths
@@ -101,12 +104,6 @@ class CCE(SizedByRows):
         rows, parts = self.rows(table), self.parts(table)
         salts = [table_salt(self.seed, table.name, _salt(0, part, 0)) for part in range(parts)]
 
-        def lines(start: int, stop: int) -> NDArray[np.integer]:
-            ids = torch.arange(start, stop, device="cpu")[:, None]
-            own = torch.tensor(salts, device="cpu"), torch.tensor([rows], device="cpu")
-            found: NDArray[np.integer] = hash_rows(ids, *own).numpy()
-            return found
-
         return MappedTable(
             name=table.name,
             num_ids=table.num_embeddings,
@@ -114,7 +111,7 @@ class CCE(SizedByRows):
             firsts=tuple(2 * rows * part for part in range(parts)),
             skips=False,
             num_features=len(table.feature_names),
-            lines=lines,
+            lines=HashedLines(salts, [rows]),
         )
 
     @override

@@ -40,7 +40,7 @@ from embcomp.io.constraints import Ge, Le
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
 from embcomp.layers.host_values import reads_wait
-from embcomp.layers.joined_matrices import StackedParameters, joins
+from embcomp.layers.joined_matrices import JoinsTables, StackedParameters
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import renamed
@@ -174,7 +174,7 @@ class OneRowRoute(nn.Module):
         return renamed(features, self._keys, torch.zeros_like(features.values()))
 
 
-class DecodedHashes(nn.Module):
+class DecodedHashes(JoinsTables):
     """Adds to the row that comes what the network of its table makes of the id.
 
     Args:
@@ -197,7 +197,7 @@ class DecodedHashes(nn.Module):
     @override
     def forward(self, rows: Tensor, looked_up: LookupContext) -> Tensor:
         # (R, sum of dims) -> (R, sum of dims)
-        if self._joined is not None and joins(rows, list(self.parameters())):
+        if self._joined is not None and self.joins(rows):
             return rows + self._joined(self._own(), looked_up.ids()).to(rows.dtype)
         parts = rows.split([dim for _, dim in self._pairs], dim=1)
         return torch.cat(self._decoded(parts, looked_up.ids().unbind(1)), dim=1)

@@ -29,7 +29,7 @@ from embcomp.errors import ConfigError
 from embcomp.io.constraints import Ge, Le, Positive
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow, fitted, side_by_side
 from embcomp.layers.hashing import table_salt
-from embcomp.layers.joined_matrices import JoinedColumns, joins
+from embcomp.layers.joined_matrices import JoinedColumns, JoinsTables
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 from embcomp.layers.routing import HashRoute
@@ -220,7 +220,7 @@ class Unified(HashedRows):
         return self.with_size(num_buckets=1)
 
 
-class FitWidths(nn.Module):
+class FitWidths(JoinsTables):
     """Brings concatenated chunks to each embedding's width: cut, padded by zeros, or projected.
 
     Args:
@@ -269,7 +269,7 @@ class FitWidths(nn.Module):
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of widths out)
-        if joins(rows, list(self.parameters())):
+        if self.joins(rows):
             return self._joined(rows, [self._matrix(name) for name, _, _ in self._widths])
         return torch.cat(self._fitted(rows.split([came for _, came, _ in self._widths], dim=1)), 1)
 

@@ -308,7 +308,11 @@ def sum_bags(
     if isinstance(rows, Tensor):
         if reads_wait(rows.device):
             if known_equal(counts[own], len(rows)):
-                values = None if weights is None else weights[offsets[start] : offsets[own.stop]]
+                values = (
+                    None
+                    if weights is None
+                    else weights[offsets[start] : offsets[own.stop]].to(rows.dtype)
+                )
                 return _sum_rectangle(rows, dims, lengths[own], values)
         elif (
             weights is None and known_equal(counts[own], batch) and bool((lengths[own] == 1).all())
@@ -323,7 +327,7 @@ def sum_bags(
     for n, part in enumerate(rows, start):
         values = part[: counts[n]]
         if weights is not None:
-            values = values * weights[offsets[n] : offsets[n + 1]].unsqueeze(1)
+            values = values * weights[offsets[n] : offsets[n + 1]].to(part.dtype).unsqueeze(1)
         bags = torch.arange(batch, device=part.device).repeat_interleave(
             lengths[n], output_size=counts[n]
         )
@@ -405,6 +409,7 @@ def sum_padded(
     if not in_place:
         features = features.permute(own)
     ends = key_offsets(features)
+    weights = features.weights_or_none()
     firsts = on_device([n - pieces * end for n, end in enumerate(ends[:-1])], rows.device)
     places = torch.arange(0, pieces * ends[-1], pieces, device=rows.device)
     summed = F.embedding_bag(
@@ -412,7 +417,7 @@ def sum_padded(
         rows.reshape(-1, width),
         features.offsets().to(torch.int64),
         mode="sum",
-        per_sample_weights=features.weights_or_none(),
+        per_sample_weights=None if weights is None else weights.to(rows.dtype),
         include_last_offset=True,
     )
     return summed.view(pieces, batch, width).transpose(0, 1).reshape(batch, -1)

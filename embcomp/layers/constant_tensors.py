@@ -31,6 +31,9 @@ class Constant:
         """The constant as an int64 tensor on `device`, made once per device."""
         found = self._on.get(device)
         if found is None:
+            if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+                with torch.inference_mode(False):  # as training may want it next
+                    return self.on(device)
             found = on_device(self._values, device).view(self._shape)
             # torch.export would leave its own stand-in for the tensor behind.
             if not torch.compiler.is_exporting():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -23,8 +24,8 @@ class Derived:
 
         Args:
             sources: followed by memory and version, as checkpoints are read into buffers without
-                asking their module.
-            make: makes it.
+                asking their module. What is written through `data` changes neither.
+            make: makes it; without gradients.
         """
         versions = [0 if each.is_inference() else each._version for each in sources]
         same = versions == self._versions and all(
@@ -32,7 +33,8 @@ class Derived:
             for own, each in zip(self._sources, sources)
         )
         if self._found is None or not same:
-            self._found = make()
+            with torch.inference_mode(False), torch.no_grad():  # as training may want it next
+                self._found = make()
             # Held, so that no other tensor gets their memory.
             self._sources, self._versions = list(sources), versions
         return self._found

@@ -16,18 +16,28 @@ from embcomp.layers.derived_tensors import Derived
 from embcomp.layers.host_values import reads_wait
 
 
-def joins(like: Tensor, parameters: Sequence[nn.Parameter] = ()) -> bool:
-    """Whether what tables do with rows is done for all of them at once.
+class JoinsTables(nn.Module):
+    """Makes embeddings of rows with parameters of many tables, for all of them at once once they are served.
 
-    Args:
-        like: the rows.
-        parameters: of the tables.
+    Attributes:
+        is_served: whether the parameters stay what they are. Those of a collection may be written to past
+            their versions (`parameter.data.mul_(...)`, as averages of weights do), which no copy would follow.
     """
-    return (
-        reads_wait(like.device)
-        and not torch.compiler.is_compiling()
-        and not any(each.requires_grad for each in parameters)
-    )
+
+    is_served: bool = False
+
+    def joins(self, rows: Tensor) -> bool:
+        """Whether what tables do with rows is done at once.
+
+        Args:
+            rows: of any shape.
+        """
+        return (
+            self.is_served
+            and reads_wait(rows.device)
+            and not torch.compiler.is_compiling()
+            and not any(each.requires_grad for each in self.parameters())
+        )
 
 
 class StackedParameters:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from embcomp.layers.fused_lookups import FusedEmbedding, PlacedRow
-from embcomp.layers.joined_matrices import JoinedColumns, joins
+from embcomp.layers.joined_matrices import JoinedColumns, JoinsTables
 from embcomp.layers.lookup_context import LookupContext
 from embcomp.layers.named_parts import part_name
 
@@ -36,7 +36,7 @@ class ProjectedTable:
     num_features: int
 
 
-class ProjectedRows(nn.Module):
+class ProjectedRows(JoinsTables):
     """Multiplies each table's rows by its matrix; linear, so that bags are pooled before.
 
     Args:
@@ -82,7 +82,7 @@ class ProjectedRows(nn.Module):
 
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths in) -> (B, sum of dims)
-        if joins(rows, list(self.parameters())):
+        if self.joins(rows):
             return self._joined(rows, self._matrices())
         return torch.cat(self._projected(rows.split(self._came, dim=1)), dim=1)
 

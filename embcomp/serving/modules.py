@@ -26,6 +26,7 @@ from embcomp.collection.held_rows import HeldRows
 from embcomp.collection.single_table import embeddings_of
 from embcomp.errors import ArtefactError, DataError
 from embcomp.io.large_pages import ask_for_large_pages
+from embcomp.layers.joined_matrices import JoinsTables
 from embcomp.layers.learned_buffers import fill_stored
 from embcomp.layers.named_parts import persistent_tensors, stored_tensors
 from embcomp.serving.artefact_config import TablesRecord
@@ -121,6 +122,9 @@ class _Serving(AssembledTables):
         if make_rows is RowsByFormat:
             self.route.holder.held = HeldRows(reads_negative_ids=True)
             self.combine.pads = True
+        for part in self.modules():
+            if isinstance(part, JoinsTables):
+                part.is_served = True
         self._instances = table_features(plan.tables)
         self._fused = self._fuse()
         dims = [instance.table.embedding_dim for instance in self._instances]

@@ -89,7 +89,7 @@ class RowsByFormat(nn.Module):
                 n,
                 ids[values],
                 bags[self._formats[n][1] == "fp32"][keys_of].reshape(-1),
-                None if weights is None else weights[values],
+                None if weights is None else weights[values].float(),
             )
             parts = summed.view(len(own), batch, -1)
             found |= zip(own, parts.unbind())

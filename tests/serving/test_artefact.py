@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_unpooled_and_weighted_artefacts_answer_too(case, tmp_path):
         torch.testing.assert_close(
             serving(batch).values(), weighted(batch).values(), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("case", EACH_METHOD)
+def test_pickles_answer_the_same(case, tmp_path):
+    tables = awkward_tables((8, 6, 3))
+    trained, batch = pooled(CASES[case], tables), random_batch(tables, seed=3)
+    save(trained, tmp_path / "a")
+    for model in (trained, load(tmp_path / "a")):
+        copied = pickle.loads(pickle.dumps(model))
+        assert torch.equal(copied(batch).values(), model(batch).values())
 
 
 @pytest.mark.parametrize("dims", long_but([[3, 16]], [[3, 16], [1, 6]]), ids=str)

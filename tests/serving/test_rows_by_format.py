@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp import load, save
 from embcomp.layers import host_values
@@ -122,6 +123,37 @@ def test_weights_and_single_embeddings(tmp_path, joined):
         found = serving(batch)
     for key, jagged in found.items():
         assert torch.equal(jagged.values(), wanted[key].values())
+
+
+@pytest.mark.parametrize("case", ["full", "mde", "tensor_train"])
+def test_weights_may_be_halves(case, tmp_path, joined):
+    tables = awkward_tables((8, 6, 3))
+    save(pooled(CASES[case], tables, is_weighted=True), tmp_path / "a")
+    batch = random_batch(tables, seed=5, weighted=True)
+    weights = (batch.weights() * 4).round() / 4  # which both types hold
+    wanted = load(tmp_path / "a", rows="torch")(with_weights(batch, weights)).values()
+    serving = joined(tmp_path / "a")
+    with elsewhere():
+        found = serving(with_weights(batch, weights.half())).values()
+    torch.testing.assert_close(found, wanted)
+
+
+def with_weights(batch, weights):
+    return KeyedJaggedTensor(
+        keys=batch.keys(), values=batch.values(), lengths=batch.lengths(), weights=weights
+    )
+
+
+@pytest.mark.parametrize("case", ["mde", "mlet", "unified_projected", "dhe"])
+def test_frozen_parameters_that_are_written_to_past_their_versions_are_followed(case):
+    tables = awkward_tables((8, 8, 8))
+    model, batch = pooled(CASES[case], tables).requires_grad_(False), random_batch(tables, seed=3)
+    with elsewhere():
+        model(batch)
+        for parameter in model.parameters():
+            parameter.data.mul_(2)  # as averages of weights are kept
+        found = model(batch).values()
+    torch.testing.assert_close(found, model(batch).values())
 
 
 def launches(case, row_type, sizes, features, folder, load_joined):

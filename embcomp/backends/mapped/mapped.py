@@ -17,23 +17,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 from typing_extensions import Self, override
 
 from embcomp.backends.base import Backend, BackendConfig, MethodState
 from embcomp.backends.full import RangeCheck
-from embcomp.backends.mapped.mapped_route import Lines, MappedRoute, MappedTable
+from embcomp.backends.mapped.mapped_route import HashedLines, Lines, MappedRoute, MappedTable
 from embcomp.backends.unified import FitWidths
 from embcomp.errors import ConfigError, DataError
 from embcomp.io.constraints import Count, Le
 from embcomp.io.numeric_settings import shown
 from embcomp.io.row_map_files import RowMapSummary, read_row_map, summarise_row_map
-from embcomp.layers.hashing import hash_rows, table_salt
+from embcomp.layers.hashing import table_salt
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit
 
@@ -218,7 +217,7 @@ class Mapped(BackendConfig):
             firsts=tuple(firsts),
             skips=self._skips(table),
             num_features=len(table.feature_names),
-            lines=_hashed(table, rows, self.seed) if path is None else _from_file(path),
+            lines=_hashed(table, rows, self.seed) if path is None else FileLines(path),
         )
 
     @override
@@ -295,26 +294,21 @@ class Mapped(BackendConfig):
 def _hashed(table: TableSpec, rows: Sequence[int], seed: int) -> Lines:
     """Rows that are hashes of (seed, table, column, id)."""
     salts = [table_salt(seed, table.name, column) for column in range(len(rows))]
-
-    def lines(start: int, stop: int) -> NDArray[np.integer]:
-        ids = torch.arange(start, stop, device="cpu")[:, None]
-        each = torch.tensor(salts, device="cpu"), torch.tensor(rows, device="cpu")
-        found: NDArray[np.integer] = hash_rows(ids, *each).numpy()
-        return found
-
-    return lines
+    return HashedLines(salts, rows)
 
 
-def _from_file(path: str) -> Lines:
-    """Rows of a file, which is read when they are first asked for."""
-    held: list[NDArray[np.integer]] = []
+class FileLines:
+    """Rows of a file, which is read when they are first asked for: `Lines`."""
 
-    def lines(start: int, stop: int) -> NDArray[np.integer]:
-        if not held:
-            held.append(read_row_map(path))
-        found = held[0][start:stop]
-        if stop == len(held[0]):
-            held.clear()
-        return found
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._held: NDArray[np.integer] | None = None
 
-    return lines
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_held": None}
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.integer]:
+        """The rows of a range of ids; those behind the last id are let go of."""
+        held = read_row_map(self._path) if self._held is None else self._held
+        self._held = None if stop == len(held) else held
+        return held[start:stop]

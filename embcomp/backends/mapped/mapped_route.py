@@ -21,11 +21,32 @@ from embcomp.backends.mapped.row_codes import (
 )
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.fused_lookups import CodedRow, FusedRoutes
+from embcomp.layers.hashing import hash_rows
 from embcomp.layers.learned_buffers import LearnedBuffers
 from embcomp.layers.routing import RepeatFeatures, common_count, per_value
 
 Lines = Callable[[int, int], NDArray[np.integer]]
 """(stop - start, columns) rows of the ids from `start` to `stop`, -1 for none."""
+
+
+@dataclass(frozen=True)
+class HashedLines:
+    """Rows that are hashes of (salt, id): `Lines`.
+
+    Args:
+        salts: of each column.
+        rows: how many rows a column names; one number for all, or one for each.
+    """
+
+    salts: Sequence[int]
+    rows: Sequence[int]
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.integer]:
+        """The rows of a range of ids."""
+        ids = torch.arange(start, stop, device="cpu")[:, None]
+        own = torch.tensor(self.salts, device="cpu"), torch.tensor(self.rows, device="cpu")
+        found: NDArray[np.integer] = hash_rows(ids, *own).numpy()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
