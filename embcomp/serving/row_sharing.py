@@ -48,8 +48,8 @@ class RowSharing:
         users = {name: _zeros(count, f"who uses {name!r}") for name, count in rows.items()}
         for by_table in reached.values():
             for name, mask in by_table.items():
-                for own, part in _parts(users[name], mask):
-                    own += part
+                for counted, part in _parts(users[name], mask):
+                    counted += part
         return cls(reached=reached, users=users)
 
     def rows(self, table: str) -> int:
