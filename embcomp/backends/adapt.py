@@ -28,6 +28,7 @@ by name. A compiled training step (`torch.compile`) watches no gradient.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -173,7 +174,7 @@ class Adapt(Hash):
         private = [table for table in self._tables(by_name(tables)) if table.rows]
         tensors: dict[str, Tensor | RowSource] = {**form.tensors, **form.sources}
         if private:
-            orders = form.tensors["route.private.rows"].split([table.rows for table in private])
+            orders = form.source("route.private.rows").split([table.rows for table in private])
             dims = {table.name: table.embedding_dim for table in tables}
             for table, order in zip(private, orders):
                 moved = _reordered(table, form.rows(table.name), order, dims[table.name], form.work)
@@ -189,7 +190,7 @@ class Adapt(Hash):
         if self.rare != "zero" or not private:
             return {}
         sizes = {table.name: table.num_embeddings for table in tables}
-        owned = form.source("route.private.ids").whole().split([table.rows for table in private])
+        owned = form.source("route.private.ids").split([table.rows for table in private])
         return {t.name: _not_among(own, sizes[t.name]) for t, own in zip(private, owned)}
 
     @override
@@ -222,17 +223,19 @@ def _followed_scores(scores: RowSource, ids: FollowedIds, count: int) -> RowSour
     return ComputedRows((count,), scores.dtype, read, of=[scores])
 
 
-def _not_among(owned: Tensor, count: int) -> RowSource:
-    """(count,) bool which ids are not among some, which are in any order."""
-    rising = owned.sort().values
+def _not_among(owned: RowSource, count: int) -> RowSource:
+    """(count,) bool which ids are not among some, which rise."""
+
+    def first_from(id_: int) -> int:
+        places = range(len(owned))
+        return bisect_left(places, id_, key=lambda place: int(owned.read(place, place + 1)))
 
     def read(start: int, stop: int) -> Tensor:
-        first, end = torch.searchsorted(rising, rising.new_tensor([start, stop])).tolist()
         found = torch.ones(stop - start, dtype=torch.bool)
-        found[rising[first:end].long() - start] = False
+        found[owned.read(first_from(start), first_from(stop)).long() - start] = False
         return found
 
-    return ComputedRows((count,), torch.bool, read)
+    return ComputedRows((count,), torch.bool, read, of=[owned])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,14 +351,16 @@ class AdaptRoute(nn.Module):
 
 
 def _reordered(
-    table: PrivateTable, rows: RowSource, order: Tensor, columns: int, work: Work
+    table: PrivateTable, rows: RowSource, order: RowSource, columns: int, work: Work
 ) -> RowSource:
     """Rows of a table with the private ones, which are the first, in another order."""
-    places = torch.arange(len(rows))
-    places[: table.rows] = order
 
     def read(block: RowBlock) -> Tensor:
-        return taken(rows, places[block.start : block.stop])
+        private = min(block.stop, table.rows)
+        places = torch.arange(block.start, block.stop)
+        if block.start < private:
+            places[: private - block.start] = order.read(block.start, private)
+        return taken(rows, places)
 
     blocks = row_blocks(table.name, len(rows), columns)
     return work.write(f"rows.{table.name}", read, blocks, (len(rows), columns), rows.dtype)

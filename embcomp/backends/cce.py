@@ -34,14 +34,13 @@ from typing_extensions import override
 
 from embcomp.backends.base import Backend, MethodState, StageInputs
 from embcomp.backends.codebooks.clustering import (
-    Codebooks,
     Latents,
-    cluster,
-    encode,
+    find_codewords,
     id_weights,
     share_cold_rows,
 )
 from embcomp.backends.codebooks.kmeans import Clustering
+from embcomp.backends.codebooks.nearest import nearest
 from embcomp.backends.codebooks.subvectors import SubvectorLayout
 from embcomp.backends.full import RangeCheck
 from embcomp.backends.hashed_rows import SizedByRows
@@ -55,11 +54,12 @@ from embcomp.backends.mapped.row_codes import gather_codes, packed, stream_bytes
 from embcomp.backends.stages import Stage
 from embcomp.backends.unified import FitWidths
 from embcomp.io.constraints import Ge, Le
-from embcomp.layers.block_work import NamedWork, RowBlock, Work, add_up
+from embcomp.layers.block_work import NamedWork, RowBlock, Work, block_rows, row_blocks
 from embcomp.layers.constant_tensors import Constant
 from embcomp.layers.hashing import hash_rows, table_salt
+from embcomp.layers.mapped_copy import MappedCopy
 from embcomp.layers.routing import beside_ids
-from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
+from embcomp.layers.row_sources import ComputedRows, JoinedRows, RowSource
 from embcomp.tables.footprint import Footprint, TensorFootprint
 from embcomp.tables.specs import LookupKey, PhysicalTable, TableSpec, UniformInit, by_name
 
@@ -203,51 +203,22 @@ class CCE(SizedByRows):
         found: dict[str, Tensor | RowSource] = {}
         codes: list[RowSource] = []
         for table, own in zip(tables, before._codes(tables, past.before)):
-            work = NamedWork(past.work, f"cce-{table.name}")
             clustered = _Clustered(
-                method=after,
-                layout=SubvectorLayout(tables=[table], width=before.subvector_dim, sharing="table"),
-                vectors=before._vectors(table, past.before.rows(table.name).whole(), own),
+                before=_Parts(method=before, table=table, codes=own),
+                after=after,
+                rows=MappedCopy(past.before.rows(table.name), f"the rows of {table.name}"),
                 weights=weights[table.name],
-                work=work,
+                work=NamedWork(past.work, f"cce-{table.name}"),
             )
             found[f"rows.{table.name}"], codes_of_table = clustered.rows_and_codes()
             codes.append(codes_of_table)
-        found["route.codes"] = torch.cat([each.whole() for each in codes])
+        found["route.codes"] = JoinedRows(codes)
         return MethodState.of(after, found)
 
     def _codes(self, tables: Sequence[TableSpec], form: MethodState) -> list[RowSource]:
         """The packed map of each table."""
-        stored: dict[str, Tensor | RowSource] = {**form.tensors, **form.sources}
         sizes = [self._mapped(table).stored_bytes for table in tables]
-        return list(as_rows(stored["route.codes"]).split(sizes))
-
-    def _vectors(self, table: TableSpec, rows: Tensor, codes: RowSource) -> RowSource:
-        """(N, parts, subvector_dim) float32, what all ids look up now.
-
-        Args:
-            table: the table.
-            rows: of both tables of all parts.
-            codes: its map, packed.
-        """
-        mapped, parts = self._mapped(table), self.parts(table)
-        bits, count = mapped.bits, self.rows(table)
-        places = torch.arange(parts)
-        salts = torch.tensor([self._residual_salt(table, part) for part in range(parts)])
-
-        def read(start: int, stop: int) -> Tensor:
-            first = start * parts * bits // 8
-            stream = codes.read(first, stream_bytes(stop * parts, bits))
-            begins = torch.arange(start * parts, stop * parts) * bits - 8 * first
-            own = gather_codes(stream, begins.view(-1, parts), (1 << bits) - 1, bits)
-            ids = torch.arange(start, stop).unsqueeze(1)
-            hashed = hash_rows(ids, salts, torch.tensor(count))
-            return (
-                rows[own + 2 * count * places] + rows[hashed + count * (2 * places + 1)]
-            ).float()
-
-        shape = (table.num_embeddings, parts, self.subvector_dim)
-        return ComputedRows(shape, torch.float32, read, of=[codes])
+        return form.source("route.codes").split(sizes)
 
 
 def _salt(round_: int, part: int, kind: int) -> int:
@@ -256,85 +227,173 @@ def _salt(round_: int, part: int, kind: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clustered:
-    """A table whose parts are clustered.
+class _Parts:
+    """Which rows the parts of a table's ids have in a round.
 
     Args:
-        method: that holds it afterwards.
-        layout: of this table alone.
-        vectors: (N, parts, w) what its ids look up.
-        weights: (N,) float64 what they count.
-        work: does it.
+        method: in that round.
+        table: the table.
+        codes: its map, packed.
     """
 
     method: CCE
-    layout: SubvectorLayout
-    vectors: RowSource
+    table: TableSpec
+    codes: RowSource
+
+    def coded(self, start: int, stop: int, places: Tensor) -> Tensor:
+        """(stop - start, P) int64 which rows of `T` some parts of a range of ids have.
+
+        Args:
+            start: the first id.
+            stop: the one after the last.
+            places: (P,) int64 the parts.
+        """
+        bits, parts = self.method._mapped(self.table).bits, self.method.parts(self.table)
+        first = start * parts * bits // 8
+        stream = self.codes.read(first, stream_bytes(stop * parts, bits))
+        ids = torch.arange(start, stop).unsqueeze(1)
+        return gather_codes(
+            stream, (ids * parts + places) * bits - 8 * first, (1 << bits) - 1, bits
+        )
+
+    def hashed(self, start: int, stop: int, places: Tensor) -> Tensor:
+        """The same of `T'`."""
+        salts = [self.method._residual_salt(self.table, part) for part in places.tolist()]
+        ids = torch.arange(start, stop).unsqueeze(1)
+        return hash_rows(ids, torch.tensor(salts), torch.tensor(self.method.rows(self.table)))
+
+    def looked_up(self, rows: MappedCopy, places: Tensor) -> RowSource:
+        """(N, P, subvector_dim) float32, what all ids look up.
+
+        Args:
+            rows: of both tables of all parts.
+            places: (P,) int64 the parts that are wanted.
+        """
+        count = self.method.rows(self.table)
+        firsts = 2 * count * places
+
+        def read(start: int, stop: int) -> Tensor:
+            own, anywhere = self.coded(start, stop, places), rows.tensor()
+            hashed = self.hashed(start, stop, places)
+            return (anywhere[own + firsts] + anywhere[hashed + (firsts + count)]).float()
+
+        shape = (self.table.num_embeddings, len(places), self.method.subvector_dim)
+        return ComputedRows(shape, torch.float32, read, of=[self.codes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clustered:
+    """A table whose parts are clustered: by blocks of ids, or one part after another.
+
+    Args:
+        before: what its ids look up.
+        after: the method that holds it afterwards.
+        rows: those that are looked up.
+        weights: (N,) float64 what its ids count.
+        work: does it.
+    """
+
+    before: _Parts
+    after: CCE
+    rows: MappedCopy
     weights: RowSource
     work: Work
 
     @property
     def table(self) -> TableSpec:
-        return self.layout.tables[0]
+        return self.before.table
 
-    def rows_and_codes(self) -> tuple[Tensor, RowSource]:
+    @property
+    def count(self) -> int:
+        return self.after.rows(self.table)
+
+    @property
+    def parts(self) -> range:
+        return range(self.after.parts(self.table))
+
+    @property
+    def blocks(self) -> list[RowBlock]:
+        return row_blocks(self.table.name, self.table.num_embeddings, self.table.embedding_dim)
+
+    def rows_and_codes(self) -> tuple[RowSource, RowSource]:
         """(2 R parts, w) the rows of all parts, those of `T` first in each; and the packed map."""
-        name, count = self.table.name, self.method.rows(self.table)
+        name, width = self.table.name, self.after.subvector_dim
         latents = Latents(
-            layout=self.layout,
-            rows={name: self.vectors},
+            layout=SubvectorLayout(tables=[self.table], width=width, sharing="table"),
+            rows={name: self.before.looked_up(self.rows, torch.tensor(self.parts))},
             weights={name: self.weights},
             work=self.work,
         )
         shared = share_cold_rows(latents)
-        books = cluster(
+        words = find_codewords(
             shared,
-            count=count,
-            seed=self.method.seed + self.method.round,
-            scaled=False,
-            backend=self.method.clustering,
+            (1.0,),
+            count=self.count,
+            seed=self.after.seed + self.after.round,
+            backend=self.after.clustering,
         )
-        left = self._left(shared, books)
-        codes = self._packed(shared, books)
-        return torch.stack([books.words, left], dim=1).flatten(0, 2), codes
+        codes = self._packed(shared.rows[name], words)
+        left = self._left(words, codes)
+        bounds = [(part * self.count, (part + 1) * self.count) for part in self.parts]
+        rows = [each.range(*own) for own in bounds for each in (words, left)]
+        return JoinedRows(rows), codes
 
-    def _left(self, latents: Latents, books: Codebooks) -> Tensor:
-        """(parts, R, w) the mean of what centroids leave of the ids of each hash."""
-        table, parts = self.table, self.method.parts(self.table)
-        count, width = self.method.rows(table), self.method.subvector_dim
-        places = torch.arange(parts)
-        salts = torch.tensor([self.method._residual_salt(table, part) for part in range(parts)])
+    def _packed(self, vectors: RowSource, words: RowSource) -> RowSource:
+        """The map to the nearest centroids: (bytes,) uint8.
 
-        def sums(block: RowBlock) -> dict[str, Tensor]:
-            vectors = latents.rows[block.table].read(block.start, block.stop).float()
-            mass = latents.weights[block.table].read(block.start, block.stop)
-            codes = encode(self.layout, 0, vectors, books)
-            rest = (vectors - books.words[places, codes]).double() * mass[:, None, None]
-            ids = torch.arange(block.start, block.stop).unsqueeze(1)
-            slots = (hash_rows(ids, salts, torch.tensor(count)) + count * places).flatten()
-            own = rest.new_zeros(parts * count, width).index_add_(0, slots, rest.flatten(0, 1))
-            masses = mass.repeat_interleave(parts)
-            return {
-                "rest": own,
-                "mass": mass.new_zeros(parts * count).index_add_(0, slots, masses),
-            }
-
-        found = add_up(self.work, "rest", sums, latents.blocks(table))
-        mass = found["mass"].unsqueeze(1)
-        mean = torch.where(mass > 0, found["rest"] / mass.clamp(min=1e-300), 0.0)
-        return mean.float().view(parts, count, width)
-
-    def _packed(self, latents: Latents, books: Codebooks) -> RowSource:
-        mapped, parts = self.method._mapped(self.table), self.method.parts(self.table)
-        blocks = latents.blocks(self.table)
+        Args:
+            vectors: (N, parts, w).
+            words: (R parts, w) the centroids.
+        """
+        bits = self.after._mapped(self.table).bits
 
         def pack(block: RowBlock) -> Tensor:
-            vectors = latents.rows[block.table].read(block.start, block.stop).float()
-            codes = encode(self.layout, 0, vectors, books)
-            return torch.from_numpy(packed(codes.reshape(-1).numpy(), mapped.bits))
+            codes = self._nearest(vectors.read(block.start, block.stop), words)
+            return torch.from_numpy(packed(codes.reshape(-1).numpy(), bits))
 
-        sizes = [stream_bytes(len(block) * parts, mapped.bits) for block in blocks]
-        return self.work.write("codes", pack, blocks, (sum(sizes),), torch.uint8, sizes=sizes)
+        sizes = [stream_bytes(len(block) * len(self.parts), bits) for block in self.blocks]
+        return self.work.write("codes", pack, self.blocks, (sum(sizes),), torch.uint8, sizes=sizes)
+
+    def _nearest(self, vectors: Tensor, words: RowSource) -> Tensor:
+        """(n, parts) int64; so many parts at once that their centroids are a block, or one."""
+        at_once = max(1, block_rows(self.after.subvector_dim) // self.count)
+        found = []
+        for own in torch.tensor(self.parts).split(at_once):
+            first, last = int(own[0]), int(own[-1]) + 1
+            books = words.read(first * self.count, last * self.count)
+            books = books.unflatten(0, (-1, self.count))
+            found.append(nearest(vectors[:, first:last], books, own - first))
+        return torch.cat(found, dim=1)
+
+    def _left(self, words: RowSource, codes: RowSource) -> RowSource:
+        """(R parts, w) the mean of what centroids leave of the ids of each hash.
+
+        Args:
+            words: (R parts, w) the centroids.
+            codes: the map to them, packed.
+        """
+        after = _Parts(method=self.after, table=self.table, codes=codes)
+
+        def left(part: int) -> Tensor:
+            place = torch.tensor([part])
+            vectors = self.before.looked_up(self.rows, place)
+            centroids = words.read(part * self.count, (part + 1) * self.count)
+            rests = torch.zeros(self.count, self.after.subvector_dim, dtype=torch.float64)
+            masses = rests.new_zeros(self.count)
+            for block in self.blocks:
+                own = block.start, block.stop
+                mass = self.weights.read(*own)  # 0 where an id never occurs
+                rest = vectors.read(*own)[:, 0] - centroids[after.coded(*own, place)[:, 0]]
+                slots = after.hashed(*own, place)[:, 0]
+                sums = torch.zeros_like(rests)
+                rests += sums.index_add_(0, slots, rest.double() * mass.unsqueeze(1))
+                masses += torch.zeros_like(masses).index_add_(0, slots, mass)
+            masses.unsqueeze_(1)
+            return torch.where(masses > 0, rests / masses.clamp(min=1e-300), 0.0).float()
+
+        shape = (self.count * len(self.parts), self.after.subvector_dim)
+        sizes = [self.count] * len(self.parts)
+        return self.work.write("left", left, self.parts, shape, torch.float32, sizes=sizes)
 
 
 class ClusteredRoute(MappedRoute):

@@ -43,6 +43,19 @@ def temporary_bytes(count: int, what: str) -> NDArray[np.uint8]:
     return temporary_zeros(-(-count // 8), what).view(np.uint8)[:count]
 
 
+def temporary_mask(count: int, what: str) -> NDArray[np.bool_]:
+    """(count,) False, as `temporary_zeros` has numbers.
+
+    Args:
+        count: how many.
+        what: what they are to be, for messages.
+
+    Raises:
+        DataError: there is no room for the file.
+    """
+    return temporary_bytes(count, what).view(np.bool_)
+
+
 def zeros_in_file(file: IO[bytes], count: int, what: str) -> NDArray[np.int64]:
     """(count,) zeros that are in a file, which pages in and out what is looked at.
 

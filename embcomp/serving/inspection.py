@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from embcomp.collection.groups import Group
+from embcomp.io.mapped_arrays import temporary_mask
 from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.serving.id_collisions import Collisions, IdKeys
 from embcomp.serving.id_statistics import IdStatistics
 from embcomp.serving.neighbours import Tables
-from embcomp.serving.row_sharing import RowSharing, placed_blocks
+from embcomp.serving.row_sharing import RowSharing, count_true, placed_blocks
 from embcomp.tables.specs import TableSpec
 
 _AT_ONCE = 1 << 20  # ids whose traffic is added up together
@@ -142,7 +143,7 @@ def _facts(
         width=ids.width,
         mean_width=ids.mean_width,
         bytes=round(size),
-        pruned=int(gone.sum()),
+        pruned=count_true(gone),
         pruned_traffic=None if traffic is None else _share(_traffic_of(gone, traffic), total),
         dead=ids.dead,
         norm=ids.norm,
@@ -164,7 +165,7 @@ class _Lookups:
     """What the look-ups of a table's ids add up to.
 
     Attributes:
-        skipped: (ids,) bool, the ids none of whose look-ups is made.
+        skipped: (ids,) bool, the ids none of whose look-ups is made; in a temporary file.
         keys: tells ids apart by their rows; None where each has a row of its own.
         uses: (rows,) how many look-ups go to each row of the codebook; None for other tables.
         weighted: the same by traffic; None without counts.
@@ -180,7 +181,8 @@ class _Lookups:
         cls, group: Group, table: TableSpec, *, distinct_rows: int, traffic: Tensor | None
     ) -> _Lookups:
         ids, physical = table.num_embeddings, group.backend.physical_tables
-        found = cls(skipped=torch.ones(ids, dtype=torch.bool), keys=None, uses=None, weighted=None)
+        skipped = torch.from_numpy(temporary_mask(ids, "which ids of a table are pruned"))
+        found = cls(skipped=skipped.fill_(True), keys=None, uses=None, weighted=None)
         if _has_codebook(group, table):
             rows_of_words = max(each.num_embeddings for each in physical)
             found.uses = torch.zeros(rows_of_words, dtype=torch.int64)

@@ -1,4 +1,7 @@
-"""Where a method puts the ids of its tables: which physical rows they reach, and who shares them."""
+"""Where a method puts the ids of its tables: which physical rows they reach, and who shares them.
+
+What is known of a table's rows lies in a temporary file, and is looked at a part at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embcomp.collection.groups import Group
+from embcomp.io.mapped_arrays import temporary_bytes, temporary_mask
 from embcomp.tables.row_types import RowType, row_bytes
 from embcomp.tables.specs import TableSpec
 
@@ -39,22 +43,25 @@ class RowSharing:
             for _, placed in placed_blocks(group, table):
                 for name, part in placed:
                     if name not in own:
-                        own[name] = torch.zeros(rows[name], dtype=torch.bool)
+                        own[name] = _mask(rows[name], f"which rows {table.name!r} reaches")
                     own[name][part[part >= 0]] = True
-        users = {name: torch.zeros(count, dtype=torch.int32) for name, count in rows.items()}
+        users = {name: _zeros(count, f"who uses {name!r}") for name, count in rows.items()}
         for by_table in reached.values():
             for name, mask in by_table.items():
-                users[name] += mask
+                for counted, part in _parts(users[name], mask):
+                    counted += part
         return cls(reached=reached, users=users)
 
     def rows(self, table: str) -> int:
         """How many physical rows a table's ids reach; shared ones count once."""
-        return sum(int(mask.sum()) for mask in self.reached[table].values())
+        return sum(map(count_true, self.reached[table].values()))
 
     def shared_rows(self, table: str) -> int:
         """How many of them ids of other tables reach as well."""
         return sum(
-            int((mask & (self.users[name] > 1)).sum()) for name, mask in self.reached[table].items()
+            int((own & (users > 1)).sum())
+            for name, mask in self.reached[table].items()
+            for own, users in _parts(mask, self.users[name])
         )
 
     def bytes_by_table(self, group: Group, row_types: Mapping[str, RowType]) -> dict[str, float]:
@@ -72,10 +79,11 @@ class RowSharing:
         for table in group.backend.physical_tables:
             size = row_bytes(table.embedding_dim, row_types[table.name])
             users = self.users[table.name]
+            unused = sum(int((own == 0).sum()) for (own,) in _parts(users))
             lookup = [name for name in sizes if table.name in self.reached[name]]
             for name in lookup:
                 sizes[name] += size * _shares(self.reached[name][table.name], users)
-                sizes[name] += size * int((users == 0).sum()) / len(lookup)
+                sizes[name] += size * unused / len(lookup)
         for tensor in group.config.footprint(group.tables).tensors:
             if not tensor.lookup:
                 own = [n for n in sizes if tensor.name.partition(".")[0] == n] or list(sizes)
@@ -88,8 +96,27 @@ class RowSharing:
 
 def _shares(mask: Tensor, users: Tensor) -> float:
     """The sum over rows of one over their users."""
-    parts = zip(mask.split(_ROWS_AT_ONCE), users.split(_ROWS_AT_ONCE))
+    parts = _parts(mask, users)
     return sum(float((1 / own[reached].double()).sum()) for reached, own in parts)
+
+
+def count_true(mask: Tensor) -> int:
+    """How many of a mask that may be long are true."""
+    return sum(int(part.sum()) for (part,) in _parts(mask))
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equally long tensors, some rows of each at a time."""
+    return zip(*(each.split(_ROWS_AT_ONCE) for each in tensors))
+
+
+def _mask(count: int, what: str) -> Tensor:
+    return torch.from_numpy(temporary_mask(count, what))
+
+
+def _zeros(count: int, what: str) -> Tensor:
+    """(count,) int32."""
+    return torch.from_numpy(temporary_bytes(4 * count, what)).view(torch.int32)
 
 
 def placed_blocks(group: Group, table: TableSpec) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:

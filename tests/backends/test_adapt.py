@@ -11,6 +11,7 @@ import torch
 from embcomp import Adapt, Hash, load, save
 from embcomp.backends.base import FollowInputs, MethodState
 from embcomp.backends.private_ids import PrivateIds, PrivateTable
+from embcomp.layers import block_work, row_sources
 from embcomp.layers.followed_ids import FollowedIds
 from embcomp.layers.row_sources import as_rows
 from embcomp.serving.exported_program import Program, export_program, program_inputs
@@ -18,6 +19,7 @@ from embcomp.tables.specs import TableSpec
 from embcomp.testing.cases import BackendCase, pooled
 from embcomp.testing.check_data import batch_of, plain_tables, random_batch
 from embcomp.testing.planted import Planted, plant
+from tests.helpers.handover_cases import BLOCK, CountedBytes
 from tests.helpers.learned_cases import TRAIN, Clicks, auc, fit, shuffled
 from tests.helpers.long import long_but
 
@@ -204,6 +206,25 @@ def test_what_is_pruned_is_known():
     assert torch.nonzero(~pruned.whole())[:, 0].tolist() == [1, 5, 9, 998]
     assert (~pruned.read(5, 10)).tolist() == [True, False, False, False, True]
     assert METHOD.pruned_ids(specs, state) == {}
+
+
+def test_private_ids_and_their_rows_are_read_a_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(block_work, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(row_sources, "_AT_ONCE", BLOCK)
+    monkeypatch.setattr(CountedBytes, "most", 0)
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randperm(5000, generator=random)[:3000].sort().values.int()
+    rows = torch.randn(3000, 8, generator=random)
+    order = torch.randperm(3000, generator=random).int()
+    table = TableSpec(name="t0", num_embeddings=5000, embedding_dim=8, feature_names=("f0",))
+    tensors = {"rows.t0": rows, "route.private.ids": ids, "route.private.rows": order}
+    method = replace(ZERO, num_buckets=3000)
+    form = MethodState.of(method, {name: CountedBytes(each) for name, each in tensors.items()})
+    assert torch.equal(method.compact([table], form).rows("t0").whole(), rows[order.long()])
+    pruned = method.pruned_ids([table], form)["t0"]
+    parts = [pruned.read(start, min(start + 256, 5000)) for start in range(0, 5000, 256)]
+    assert (~torch.cat(parts)).nonzero()[:, 0].tolist() == ids.tolist()
+    assert 0 < CountedBytes.most <= BLOCK
 
 
 def test_importances_follow_ids_and_new_ones_have_none():

@@ -19,7 +19,7 @@ from embcomp.io.tensor_checksums import bytes_of
 from embcomp.layers import block_work
 from embcomp.layers.block_work import IN_MEMORY, LEAST_ROWS, Work
 from embcomp.layers.followed_ids import FollowedIds
-from embcomp.layers.row_sources import ComputedRows, RowSource, as_rows
+from embcomp.layers.row_sources import RowSource, as_rows
 from embcomp.tables.specs import TableSpec
 from tests.helpers.handover_cases import work_of
 
@@ -123,19 +123,6 @@ def _digest(rows: RowSource) -> tuple[Any, ...]:
         part = rows.read(start, min(start + LEAST_ROWS, len(rows)))
         sum_ = zlib.crc32(bytes_of(part.contiguous()).tobytes(), sum_)
     return (rows.shape, str(rows.dtype), sum_)
-
-
-class CountedBytes(ComputedRows):
-    """A tensor that remembers how many bytes of any were read at once."""
-
-    most = 0
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor.shape, tensor.dtype, lambda a, b: tensor[a:b])
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        CountedBytes.most = max(CountedBytes.most, (stop - start) * self.row_bytes)
-        return super().read(start, stop)
 
 
 def follow_on_ranks(name: str, folder: Path, memory: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from embcomp.backends.autodim import AutoDim
 from embcomp.backends.base import BackendConfig, MethodState, StageInputs
+from embcomp.backends.cce import CCE, ClusteredRoute
 from embcomp.backends.codebooks.low_rank import LowRank
 from embcomp.backends.codebooks.lr2vq import LR2VQ
 from embcomp.backends.codebooks.mgqe import MGQE
@@ -27,9 +28,9 @@ from embcomp.backends.widths.matryoshka import Matryoshka
 from embcomp.backends.widths.optembed import OptEmbed
 from embcomp.io.tensor_checksums import bytes_of
 from embcomp.layers import block_work
-from embcomp.layers.block_work import IN_MEMORY, Work
+from embcomp.layers.block_work import IN_MEMORY, LEAST_ROWS, MemoryWork, Work
 from embcomp.layers.row_sources import ComputedRows, RowSource
-from embcomp.tables.specs import TableSpec
+from embcomp.tables.specs import TableSpec, by_name
 from embcomp.training.distributed.process import Process
 from embcomp.training.stages import folder_work
 from embcomp.training.stages.folder_work import FolderWork
@@ -37,6 +38,8 @@ from embcomp.training.stages.work_progress import WorkProgress
 
 DIM = 8
 SIZES = {"big": 2600, "middle": 777, "small": 40}
+BLOCK = LEAST_ROWS * DIM * 4
+"""Bytes of the smallest block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,10 @@ CASES: dict[str, HandOver] = {
     "dnis search": HandOver(method=DNIS(serve_bytes=20_000), stage="search"),
     "dnis": HandOver(method=DNIS(serve_bytes=20_000), stage="retrain", before=("search",)),
     "mgqe": HandOver(method=MGQE(subvector_dim=4, num_codewords=16), stage="codes"),
+    "cce": HandOver(method=CCE(ratio=0.1), stage="clustered_1"),
+    "cce again": HandOver(
+        method=CCE(ratio=0.02, subvector_dim=3), stage="clustered_2", before=("clustered_1",)
+    ),
     "pep": HandOver(method=PEP(serve_bytes=40_000, granularity="table"), stage="retrain"),
     "deeplight": HandOver(method=DeepLight(serve_bytes=40_000), stage="sparse"),
     "dnis elements": HandOver(
@@ -118,6 +125,8 @@ Wrap = Callable[[torch.Tensor], RowSource | torch.Tensor]
 
 def first_form(case: HandOver, seed: int, wrap: Wrap) -> MethodState:
     first = case.method.first_method()
+    if isinstance(first, CCE):
+        return clustered_form(first, wrap)
     tensors: dict[str, Any] = {f"rows.{name}": wrap(drawn(name, seed)) for name in SIZES}
     if isinstance(first, OptEmbed):
         tensors["combine.thresholds.values"] = torch.full((3,), 0.6)
@@ -128,6 +137,19 @@ def first_form(case: HandOver, seed: int, wrap: Wrap) -> MethodState:
         tensors["combine.weights.values"] = torch.arange(12.0) % 4
     own = isinstance(first, AutoDim | OptEmbed | PEP)
     return MethodState.of(first if own else Full(), tensors)
+
+
+def clustered_form(method: CCE, wrap: Wrap) -> MethodState:
+    """As training leaves it, with the map that it begins with."""
+    random, tables = torch.Generator().manual_seed(1), by_name(specs())
+    route = method.build(tables).route
+    assert isinstance(route, ClusteredRoute)
+    route.ensure_filled()
+    tensors = {"route.codes": wrap(route.codes)}
+    for each in method.physical_tables(tables):
+        rows = torch.randn(each.num_embeddings, each.embedding_dim, generator=random)
+        tensors[f"rows.{each.name}"] = wrap(rows)
+    return MethodState.of(method, tensors)
 
 
 def hand_over(
@@ -194,7 +216,7 @@ def hand_over_killed(name, folder, after):
 
 
 class CountedRows(ComputedRows):
-    """Rows that remember how many were read at once, and how many bytes of them were alive."""
+    """Rows that remember how many of them were read at once."""
 
     most_rows = 0
 
@@ -204,6 +226,36 @@ class CountedRows(ComputedRows):
     def read(self, start: int, stop: int) -> torch.Tensor:
         CountedRows.most_rows = max(CountedRows.most_rows, stop - start)
         return super().read(start, stop)
+
+
+class CountedBytes(ComputedRows):
+    """A tensor that remembers how many bytes of any were read at once."""
+
+    most = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor.shape, tensor.dtype, lambda a, b: tensor[a:b])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        CountedBytes.most = max(CountedBytes.most, (stop - start) * self.row_bytes)
+        return super().read(start, stop)
+
+    def whole(self) -> torch.Tensor:
+        CountedBytes.most = max(CountedBytes.most, len(self) * self.row_bytes)
+        return super().whole()
+
+
+class CountedWork(MemoryWork):
+    """Work whose results are `CountedBytes`, small ones counted as well."""
+
+    def map(self, name, function, items):
+        for found in super().map(name, function, items):
+            size = sum(each.nbytes for each in found.values())
+            CountedBytes.most = max(CountedBytes.most, size)
+            yield found
+
+    def write(self, name, function, items, shape, dtype, *, sizes=None):
+        return CountedBytes(super().write(name, function, items, shape, dtype, sizes=sizes).whole())
 
 
 BIG = (1_000_000, 16)

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from embcomp import Full, Hash, LowDim, Unified, load, save
@@ -113,6 +115,42 @@ def test_parts_count_what_a_plain_loop_over_all_ids_does(method, tmp_path, monke
         assert facts.collided == sum(sizes[place] > 1 for place in places) > 0
         follows = sum(own[i] for i in range(facts.ids) if leaders[places[i]] != i)
         assert facts.collided_traffic == pytest.approx(follows / sum(own))
+
+
+class LongestMade(TorchDispatchMode):
+    """Remembers the longest tensor of numbers or truths that an operation made and did not write into."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {place_of(each) for each in tree_leaves((args, kwargs))}
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and place_of(each) not in given:
+                self.found = max(self.found, 0 if each.is_floating_point() else each.numel())
+        return made
+
+
+def place_of(value):
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
+
+
+@pytest.mark.parametrize("method", [Full(), Hash(num_buckets=3000), Unified(num_buckets=3000)])
+def test_nothing_as_long_as_a_table_is_in_memory_but_in_files(method, tmp_path, monkeypatch):
+    monkeypatch.setattr("embcomp.serving.row_sharing._CHUNK", 64)
+    monkeypatch.setattr("embcomp.serving.row_sharing._ROWS_AT_ONCE", 64)
+    for name in ("inspection", "id_collisions", "neighbours"):
+        monkeypatch.setattr(f"embcomp.serving.{name}._AT_ONCE", 64)
+    monkeypatch.setattr("embcomp.serving.id_collisions._PART_IDS", 256)
+    monkeypatch.setattr("embcomp.io.mapped_arrays._IN_MEMORY", 0)
+    tables = plain_tables(4, rows=(6000, 4000))
+    serving, counts = served(method, tmp_path, tables), random_counts(tables)
+    with LongestMade() as longest:
+        (facts, _) = inspect_tables(serving, counts)
+    assert facts.ids == 6000 and facts.pruned == 0
+    assert 0 < longest.found <= 2048
 
 
 def test_rows_that_tables_share_are_told_and_their_bytes_shared_out(tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embcomp.backends.codebooks import followed_codes
 from embcomp.data_pipelines import followed_values
 from embcomp.data_pipelines.followed_values import NEW, NOT_USED, follow_values, moved_values
 from embcomp.data_pipelines.prepare import prepare
@@ -14,10 +13,9 @@ from embcomp.data_pipelines.preparing.lookup import BYTES_PER_VALUE
 from embcomp.data_pipelines.schema import DatasetInfo
 from embcomp.layers import block_work, row_sources
 from embcomp.layers.block_work import LEAST_ROWS
-from tests.helpers.follow_cases import CASES, DIM, CountedBytes, follow, follow_on_ranks
+from tests.helpers.follow_cases import CASES, follow, follow_on_ranks
+from tests.helpers.handover_cases import BLOCK, CountedBytes
 from tests.helpers.raw_logs import vocabulary
-
-BLOCK = LEAST_ROWS * DIM * 4  # bytes
 
 
 @pytest.mark.parametrize("stand_in", [-1, 1])
@@ -29,7 +27,6 @@ def test_no_method_reads_more_than_a_block_of_anything_as_long_as_a_table(
     monkeypatch.setattr(block_work, "BLOCK_BYTES", 1)
     monkeypatch.setattr(block_work, "_ROWS_AVERAGED", LEAST_ROWS)
     monkeypatch.setattr(row_sources, "_AT_ONCE", BLOCK)
-    monkeypatch.setattr(followed_codes, "_BYTES_AT_ONCE", BLOCK)
     monkeypatch.setattr(CountedBytes, "most", 0)
     counted = follow(case, wrap=CountedBytes, stand_in=stand_in)
     assert 0 < CountedBytes.most <= BLOCK

@@ -10,12 +10,13 @@ from embcomp.backends.codebooks.pq import PQ
 from embcomp.backends.widths.optembed import OptEmbed
 from embcomp.config.train_config import parse_config
 from embcomp.errors import ConfigError
-from embcomp.layers import block_work
-from embcomp.layers.block_work import LEAST_ROWS
+from embcomp.layers import block_work, row_sources
 from tests.helpers.handover_cases import (
     BIG,
+    BLOCK,
     CASES,
-    CountedRows,
+    CountedBytes,
+    CountedWork,
     digest,
     extra_memory,
     hand_over,
@@ -28,9 +29,19 @@ from tests.helpers.long import long_but
 @pytest.mark.parametrize("case", CASES)
 def test_no_method_reads_more_than_a_block(case, monkeypatch):
     monkeypatch.setattr(block_work, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(CountedRows, "most_rows", 0)
-    counted = hand_over(CASES[case], wrap=CountedRows)
-    assert CountedRows.most_rows <= LEAST_ROWS
+    monkeypatch.setattr(CountedBytes, "most", 0)
+    counted = hand_over(CASES[case], wrap=CountedBytes)
+    assert CountedBytes.most <= BLOCK
+    assert digest(counted) == digest(hand_over(CASES[case]))
+
+
+@pytest.mark.parametrize("case", long_but(["cce", "cce again"], CASES))
+def test_what_a_method_makes_of_rows_is_not_held_whole_either(case, monkeypatch):
+    monkeypatch.setattr(block_work, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(row_sources, "_AT_ONCE", BLOCK)
+    monkeypatch.setattr(CountedBytes, "most", 0)
+    counted = hand_over(CASES[case], work=CountedWork(), wrap=CountedBytes)
+    assert CountedBytes.most <= BLOCK
     assert digest(counted) == digest(hand_over(CASES[case]))
 
 

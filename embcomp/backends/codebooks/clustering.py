@@ -203,19 +203,47 @@ def cluster(
         backend: what runs k-means.
         iterations: at most so many in each.
     """
-    layout, scales = latents.layout, find_scales(latents, scaled=scaled)
+    scales = find_scales(latents, scaled=scaled)
+    words = find_codewords(
+        latents, scales, count=count, seed=seed, backend=backend, iterations=iterations
+    )
+    return Codebooks(words=words.whole().unflatten(0, (-1, count)), scales=scales)
+
+
+def find_codewords(
+    latents: Latents,
+    scales: tuple[float, ...],
+    *,
+    count: int,
+    seed: int,
+    backend: Clustering = "torch",
+    iterations: int = 25,
+) -> RowSource:
+    """(G * count, w) float32, the codewords of `cluster` by range, those of a codebook together.
+
+    Args:
+        latents: what is clustered.
+        scales: what each table's rows are divided by.
+        count: codewords in a codebook.
+        seed: of the samples and the clusterings.
+        backend: what runs k-means.
+        iterations: at most so many in each.
+    """
+    layout = latents.layout
     samples = Samples.of(latents, scales, points=sample_size(count), seed=seed)
     named = [(name64(unit), place) for unit, own in layout.units for place in range(own)]
 
-    def fit(shared: int) -> dict[str, Tensor]:
+    def fit(shared: int) -> Tensor:
         unit, place = named[shared]
         own = salt(seed, unit, place) >> 1
         points, masses = samples.members(shared)
         found = kmeans(points, masses, count, seed=own, backend=backend, iterations=iterations)
-        return {"words": found.centroids}
+        return found.centroids
 
-    words = [each["words"] for each in latents.work.map("codewords", fit, range(len(named)))]
-    return Codebooks(words=torch.stack(words), scales=scales)
+    books, width = range(len(named)), next(iter(latents.rows.values())).shape[2]
+    shape = (len(books) * count, width)
+    sizes = [count] * len(books)
+    return latents.work.write("codewords", fit, books, shape, torch.float32, sizes=sizes)
 
 
 def sample_size(count: int, points_per_centroid: int = POINTS_PER_CENTROID) -> int:
@@ -280,10 +308,16 @@ class Samples:
         for n, table in enumerate(self.layout.tables):
             for position, owner in enumerate(self.layout.shared_by(n)):
                 if owner == shared:
-                    rows = self.rows[tables][table.name].whole()
-                    points.append(rows[:, position] / self.scales[n])
+                    rows = _at_position(self.rows[tables][table.name], position).whole()
+                    points.append(rows / self.scales[n])
                     masses.append(self.weights[tables][table.name])
         return torch.cat(points), torch.cat(masses)
+
+
+def _at_position(rows: RowSource, position: int) -> RowSource:
+    """(N, w) one sub-vector of each row."""
+    shape = (len(rows), rows.shape[2])
+    return ComputedRows(shape, rows.dtype, lambda a, b: rows.read(a, b)[:, position], of=[rows])
 
 
 def _sharing(layout: SubvectorLayout, shared: int) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,12 +15,10 @@ from embcomp.backends.codebooks.bit_packing import (
     unpack_bits,
 )
 from embcomp.backends.codebooks.vector_quantized import VectorQuantized, code_bytes, padded_codes
-from embcomp.io.mapped_arrays import temporary_bytes
 from embcomp.layers.block_work import RowBlock, add_up, row_blocks
+from embcomp.layers.mapped_copy import MappedCopy
 from embcomp.layers.row_sources import RowSource
 from embcomp.tables.specs import TableSpec
-
-_BYTES_AT_ONCE = 4 << 20  # of codes that are copied together
 
 
 def followed_codes(config: VectorQuantized, past: FollowInputs) -> RowSource:
@@ -77,25 +74,12 @@ class _StoredCodes:
 
     def __init__(self, packed: RowSource, positions: int, bits: int) -> None:
         self._packed, self._positions, self._bits = packed, positions, bits
-        self._copy: Tensor | None = None
-        self._copying = Lock()
+        self._anywhere = MappedCopy(packed, "the codes of an earlier run")
 
     def of(self, ids: Tensor) -> Tensor:
         """(n, positions) int64 the codes of ids (n,) in any order."""
         index = (ids * self._positions).unsqueeze(1) + torch.arange(self._positions)
-        return gather_bits(self._mapped(), index, self._bits)
-
-    def _mapped(self) -> Tensor:
-        """All of them, in a temporary file where they are many: what is asked for lies anywhere."""
-        with self._copying:
-            if self._copy is None:
-                count = len(self._packed)
-                copy = torch.from_numpy(temporary_bytes(count, "the codes of an earlier run"))
-                for start in range(0, count, _BYTES_AT_ONCE):
-                    stop = min(start + _BYTES_AT_ONCE, count)
-                    copy[start:stop] = self._packed.read(start, stop)
-                self._copy = copy
-        return self._copy
+        return gather_bits(self._anywhere.tensor(), index, self._bits)
 
     def range(self, start: int, stop: int) -> Tensor:
         """(stop - start, positions) int64 the codes of a range of ids whose first is a multiple of 8."""
