@@ -122,9 +122,9 @@ class _Serving(AssembledTables):
         if make_rows is RowsByFormat:
             self.route.holder.held = HeldRows(reads_negative_ids=True)
             self.combine.pads = True
-        for part in self.modules():
-            if isinstance(part, JoinsTables):
-                part.is_served = True
+        for own in self.modules():
+            if isinstance(own, JoinsTables):
+                own.is_served = True
         self._instances = table_features(plan.tables)
         self._fused = self._fuse()
         dims = [instance.table.embedding_dim for instance in self._instances]
