@@ -33,7 +33,7 @@ from tests.helpers.search_cases import search_document, train_here, write_recipe
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("search_run"))
 
@@ -48,7 +48,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["search", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(recipe, tmp_path_factory):
     """A finished search over two objectives with rungs and timed look-ups."""
     folder = tmp_path_factory.mktemp("searches")

@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(wh
 METHODS = ("full", "hash", "kept", "coded")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def case(tmp_path_factory):
     """A package of several methods, for bags."""
     made = saved(tmp_path_factory.mktemp("aoti") / "a", METHODS)
@@ -42,7 +42,7 @@ def case(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(tmp_path_factory):
     """The C++ client, built against the installed torch."""
     torch_folder = Path(torch.__file__).parent

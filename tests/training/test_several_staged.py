@@ -52,7 +52,7 @@ PAIRS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
@@ -79,7 +79,7 @@ def schedule_of(config: TrainConfig) -> StageSchedule:
     return StageSchedule.of(config, DatasetInfo.load(config.data.path))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(dataset, tmp_path_factory):
     """Of each pair a finished run and its config."""
     runs = tmp_path_factory.mktemp("runs")

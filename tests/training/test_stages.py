@@ -39,7 +39,7 @@ from tests.helpers.training_cases import train_on_ranks, write_dataset
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Please use DTensor")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
@@ -69,9 +69,9 @@ def staged_config(dataset: Path, method: str, *overrides: str) -> TrainConfig:
     return parse_config(document, overrides)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(dataset, tmp_path_factory):
-    """Each method's whole run, made once."""
+    """Each method's whole run, made once: a worker that runs tests of several files may come back to this one."""
     runs = tmp_path_factory.mktemp("runs")
     done: dict[str, Path] = {}
 
