@@ -66,7 +66,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = args.source or generated(Path(folder) / "train.txt", args)
         ours, theirs = rounds(source, Path(folder), args)
-    return report(source, ours, theirs, args)
+        return report(source, ours, theirs, args)
 
 
 def generated(path: Path, args: argparse.Namespace) -> Path:
