@@ -19,6 +19,7 @@ from embcomp.data_pipelines.schema import (
     DatasetInfo,
 )
 from embcomp.errors import DataError, one_line
+from embcomp.io.parquet_batches import batches_of
 
 NOT_USED = -1
 """In place of an earlier id: this one has no value."""
@@ -131,7 +132,7 @@ def _matches(earlier: DatasetInfo, info: DatasetInfo, name: str, memory: int) ->
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 columns = ["id", "value", "count"]
-                for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
+                for batch in batches_of(file, _AT_ONCE, columns):
                     values = pl.Series(batch["value"]).cast(pl.String)
                     found = index.ids(values).astype(np.int64)
                     yield _Match(

@@ -16,6 +16,7 @@ from embcomp.data_pipelines.schema import (
 )
 from embcomp.errors import DataError, one_line
 from embcomp.io.mapped_arrays import temporary_zeros
+from embcomp.io.parquet_batches import batches_of
 
 _AT_ONCE = 1 << 17  # values of a vocabulary that are read together
 
@@ -58,7 +59,7 @@ def fill_counts(info: DatasetInfo, feature: CategoricalFeature, counts: NDArray[
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             goes_on = "decayed" in file.schema_arrow.names
             columns = ["id", "count", *(["decayed"] if goes_on else [])]
-            for batch in file.iter_batches(batch_size=_AT_ONCE, columns=columns):
+            for batch in batches_of(file, _AT_ONCE, columns):
                 ids = batch["id"].to_numpy()
                 if len(ids) and not FIRST_ID <= ids.min() <= ids.max() < len(counts):
                     raise DataError(

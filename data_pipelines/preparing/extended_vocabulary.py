@@ -44,6 +44,7 @@ from embcomp.data_pipelines.schema import (
 )
 from embcomp.errors import DataError, one_line
 from embcomp.io.digests import sha256_of_file
+from embcomp.io.parquet_batches import batches_of
 from embcomp.io.remote_paths import arrow_input
 
 SCHEMA = pa.schema(
@@ -281,7 +282,7 @@ def _earlier_frames(path: Path, feature: CategoricalFeature) -> Iterator[pl.Data
         absent = {"id", "value", "count"} - set(names)
         if absent:
             raise DataError(f"{path} has no column {min(absent)!r}; {_WAY_OUT}")
-        for batch in file.iter_batches(batch_size=_AT_ONCE, columns=names):
+        for batch in batches_of(file, _AT_ONCE, names):
             frame = pl.DataFrame(pa.Table.from_batches([batch]))
             if "decayed" not in names:
                 frame = frame.with_columns(pl.col("count").cast(pl.Float64).alias("decayed"))

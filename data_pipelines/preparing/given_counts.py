@@ -22,6 +22,7 @@ from embcomp.data_pipelines.preparing.counting import RunWriter
 from embcomp.data_pipelines.preparing.engine import Advance, Engine, Part, map_parts
 from embcomp.data_pipelines.preparing.workspace import Workspace
 from embcomp.errors import DataError, one_line
+from embcomp.io.parquet_batches import batches_of
 from embcomp.io.remote_paths import arrow_input, as_path, version_of
 
 COLUMNS = ("feature", "value", "count")
@@ -260,9 +261,7 @@ def _frames(file: Path) -> Iterator[pl.DataFrame]:
         if name in names:
             _check_type(file, name, source.schema_arrow.field(name).type)
     try:
-        for batch in source.iter_batches(
-            batch_size=_AT_ONCE, columns=[name for name in COLUMNS if name in names]
-        ):
+        for batch in batches_of(source, _AT_ONCE, [name for name in COLUMNS if name in names]):
             batch.validate(full=True)
             frame = pl.DataFrame(pa.Table.from_batches([batch]).replace_schema_metadata(None))
             if "feature" not in names:

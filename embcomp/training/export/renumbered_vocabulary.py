@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embcomp.data_pipelines.preparing.row_writer import RowGroupWriter
 from embcomp.data_pipelines.schema import FIRST_ID
+from embcomp.io.parquet_batches import batches_of
 
 _AT_ONCE = 1 << 16  # values
 
@@ -53,4 +54,4 @@ class RenumberedVocabulary:
 
     def _parts(self, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            yield from file.iter_batches(batch_size=_AT_ONCE, columns=columns)
+            yield from batches_of(file, _AT_ONCE, columns)
