@@ -31,7 +31,7 @@ class Constant:
         """The constant as an int64 tensor on `device`, made once per device."""
         found = self._on.get(device)
         if found is None:
-            if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # as training may want it next
                     return self.on(device)
             found = on_device(self._values, device).view(self._shape)
