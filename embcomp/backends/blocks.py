@@ -372,10 +372,7 @@ class SpreadColumns(LearnedBuffers):
     @override
     def forward(self, rows: Tensor) -> Tensor:  # (B, sum of widths) -> (B, sum of dims)
         self.ensure_filled()
-        if torch.compiler.is_compiling():
-            places = self._output_columns()
-        else:
-            places = self._places.of([self.columns], self._output_columns)
+        places = self._places.of([self.columns], self._output_columns)
         return rows.new_zeros(rows.shape[0], self._total).index_add(1, places, rows)
 
     def _output_columns(self) -> Tensor:

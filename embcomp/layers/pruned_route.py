@@ -208,8 +208,6 @@ class PrunedRoute(ShardableBuffers):
 
     def _before_words(self) -> Tensor:
         """(4 blocks,) uint8 the set bits of each block before each of its words."""
-        if torch.compiler.is_compiling():
-            return bits_before(self.words)
         return self._derived.of([self.words], lambda: bits_before(self.words))
 
 
